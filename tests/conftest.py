@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test gets: fixed seeds, no network, and uninitialised memory that shows itself.
+
+Hangs are guarded by pytest-timeout (120 s a test, pyproject.toml).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator
+
+# Before anything imports a hub client: these are read once, at import.
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+_connect = socket.socket.connect
+
+
+def _connect_loopback_only(self: socket.socket, address: object) -> None:
+    local = self.family not in (socket.AF_INET, socket.AF_INET6) or address[0] in (
+        "127.0.0.1",
+        "::1",
+        "localhost",
+    )
+    if not local:
+        raise OSError(f"tests run without a network, but something connects to {address!r}")
+    return _connect(self, address)
+
+
+socket.socket.connect = _connect_loopback_only
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    no_browser = pytest.mark.skip(reason="needs a browser: apt-get install chromium")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if "browser" in item.keywords and shutil.which("chromium") is None:
+            item.add_marker(no_browser)
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def allocate_poisoned(*args: object, **kwargs: object) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        inside = sys._getframe(1).f_globals.get("__name__", "").startswith("fastdllm")
+        if inside and tensor.is_floating_point() and not tensor.is_meta:
+            with torch.no_grad():
+                tensor.fill_(float("nan"))
+        return tensor
+
+    return allocate_poisoned
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fill what the package allocates uninitialised with NaN, so that reading it before writing fails a test."""
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
+    yield

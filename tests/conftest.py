@@ -27,12 +27,8 @@ _connect = socket.socket.connect
 
 
 def _connect_loopback_only(self: socket.socket, address: object) -> None:
-    local = self.family not in (socket.AF_INET, socket.AF_INET6) or address[0] in (
-        "127.0.0.1",
-        "::1",
-        "localhost",
-    )
-    if not local:
+    internet = self.family in (socket.AF_INET, socket.AF_INET6)
+    if internet and address[0] not in ("127.0.0.1", "::1", "localhost"):
         raise OSError(f"tests run without a network, but something connects to {address!r}")
     return _connect(self, address)
 
@@ -71,7 +67,7 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fill what the package allocates uninitialised with NaN, so that reading it before writing fails a test."""
+    """Fill what the package allocates uninitialised with NaN: reading it before writing fails a test."""
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CORE = ROOT / "fastdllm"
 PACKAGES = ("llada", "dream", "v2")
 SIBLINGS = ("engine", "models", "decoders", "caches", "sampling", "runners")
+EXTRAS = ("triton transformers lm_eval gradio datasets accelerate peft rich matplotlib tqdm").split()
 SYNC_CALLS = ("item", "tolist", "cpu", "nonzero")
 SYNC_FREE = ("engine.py", "models", "caches", "kernels", "decoders")
 
@@ -121,8 +123,7 @@ def test_import_fastdllm_needs_torch_and_safetensors_alone() -> None:
         "import sys\n"
         "class Blocked:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in {'triton', 'transformers', 'lm_eval', 'gradio', 'datasets', 'accelerate',\n"
-        "                                  'peft', 'rich', 'matplotlib', 'tqdm'}:\n"
+        f"        if name.split('.')[0] in {EXTRAS}:\n"
         "            raise ImportError(name + ' is blocked')\n"
         "sys.meta_path.insert(0, Blocked())\n"
         "import fastdllm\n"
@@ -135,9 +136,8 @@ def test_import_fastdllm_needs_torch_and_safetensors_alone() -> None:
 def test_every_source_file_names_its_licence() -> None:
     sources = [path for path in tracked() if path.suffix in {".py", ".sh", ".cu", ".cpp", ".css", ".js"}]
     sources += [path for path in tracked() if path.parent.name == ".ci"]
-    bare = [
-        p for p in sources if "SPDX-License-Identifier: Apache-2.0" not in "".join(p.open().readlines()[:2])
-    ]
+    licence = "SPDX-License-Identifier: Apache-2.0"
+    bare = [path for path in sources if licence not in "".join(path.open().readlines()[:2])]
     assert not relative(bare)
 
 
@@ -159,19 +159,16 @@ def test_no_file_knows_one_machine_or_registry() -> None:
 
 
 def test_every_device_read_says_why() -> None:
-    """DESIGN 4.4.8: reads that wait for the device are few, visible and explained where decoding can reach them."""
+    """Reads that wait for the device are few, visible and explained wherever decoding can reach them."""
     bare = []
     for path in [file for part in SYNC_FREE for file in (python_files(CORE / part) or [CORE / part])]:
         lines = path.read_text(encoding="utf-8").splitlines()
         for node in ast.walk(ast.parse("\n".join(lines))):
-            if (
-                isinstance(node, ast.Call)
-                and isinstance(node.func, ast.Attribute)
-                and node.func.attr in SYNC_CALLS
-            ):
+            called = node.func if isinstance(node, ast.Call) else None
+            if isinstance(called, ast.Attribute) and called.attr in SYNC_CALLS:
                 span = "\n".join(lines[node.lineno - 1 : node.end_lineno])
                 if not re.search(r"# sync: \S", span):
-                    bare.append(f"{path.relative_to(ROOT)}:{node.lineno} .{node.func.attr}()")
+                    bare.append(f"{path.relative_to(ROOT)}:{node.lineno} .{called.attr}()")
     assert not bare
 
 
@@ -190,7 +187,7 @@ def test_the_repository_stays_light() -> None:
 
 
 def readme_tree() -> list[tuple[str, ...]]:
-    """Paths named by the README's tree: an indented listing in which a name ends at the first word of its note."""
+    """Paths named by the README's tree, an indented listing: names first on a line, then a note in words."""
     blocks = re.findall(r"^```[^\n]*\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     tree = next((block for block in blocks if re.search(r"^fastdllm/", block, re.MULTILINE)), "")
     paths: list[tuple[str, ...]] = []
@@ -198,12 +195,7 @@ def readme_tree() -> list[tuple[str, ...]]:
     for line in filter(str.strip, tree.splitlines()):
         indent = len(line) - len(line.lstrip())
         folders = [(depth, name) for depth, name in folders if depth < indent]
-        words = line.split()
-        names = words[
-            : next(
-                (i for i, word in enumerate(words) if not re.fullmatch(r"\S+/|\S*\.\w+|LICENSE", word)), None
-            )
-        ]
+        names = list(takewhile(re.compile(r"\S+/|\S*\.\w+|LICENSE").fullmatch, line.split()))
         paths += [(*(folder for _, folder in folders), name.rstrip("/")) for name in names]
         if names and names[-1].endswith("/"):
             folders.append((indent, names[-1].rstrip("/")))

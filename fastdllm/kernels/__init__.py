@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operations a forward is made of: one folder each, `reference.py` (torch) and `triton.py` with the same signature.
+
+CUDA tensors use Triton where it imports, everything else the reference. FASTDLLM_KERNELS=reference or =triton overrides
+that for every tensor (read once, at import). Importing this package does not import Triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from functools import cache
+from types import ModuleType
+
+from torch import Tensor
+
+from fastdllm.kernels.accept import reference as _accept
+from fastdllm.kernels.attention import reference as _attention
+from fastdllm.kernels.confidence import reference as _confidence
+from fastdllm.kernels.confidence.reference import Confidence
+from fastdllm.kernels.linear import reference as _linear
+from fastdllm.kernels.rmsnorm import reference as _rmsnorm
+from fastdllm.kernels.rope_store import reference as _rope_store
+from fastdllm.kernels.silu_mul import reference as _silu_mul
+
+__all__ = [
+    "Confidence",
+    "accept",
+    "attention",
+    "confidence",
+    "head_confidence",
+    "linear",
+    "quantize_weight",
+    "rmsnorm",
+    "rope_store",
+    "silu_mul",
+]
+
+_CHOICE = os.environ.get("FASTDLLM_KERNELS", "auto")
+if _CHOICE not in ("auto", "reference", "triton"):
+    raise ValueError(f"FASTDLLM_KERNELS={_CHOICE!r} is not one of auto, reference, triton")
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _triton(op: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{op}.triton")
+
+
+def _pick(reference: ModuleType, x: Tensor) -> ModuleType:
+    """The module that implements an op for `x`: the reference's own, or its Triton twin."""
+    if _CHOICE == "triton" or (_CHOICE == "auto" and x.is_cuda and _has_triton()):
+        return _triton(reference.__name__.split(".")[-2])
+    return reference
+
+
+def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Normalise x [..., C] (plus `residual` [..., C]) by its root mean square. Returns (y, h), h = x + residual.
+
+    Statistics in fp32; the result is cast back to x.dtype before the product with weight [C], as transformers does.
+    """
+    return _pick(_rmsnorm, x).rmsnorm(x, weight, eps, residual)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(first half) * second half of gate_up [..., 2F]; returns [..., F]."""
+    return _pick(_silu_mul, gate_up).silu_mul(gate_up)
+
+
+def rope_store(
+    qkv: Tensor,
+    heads: int,
+    kv_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    pos: Tensor,
+    row: Tensor,
+    k_store: Tensor,
+    v_store: Tensor,
+) -> Tensor:
+    """Rotate the queries and keys of qkv [R, W, (H + 2K) D] and write keys and values into the store, in place.
+
+    cos, sin [Tmax, D] fp32 in the half-split layout; pos [R, W] and row [R] int64; k_store, v_store [B, K, T, D], of which
+    slots [row[r], :, pos[r, w]] are overwritten. Rotation in fp32. Returns q [R, W, H, D] in the store's dtype.
+    """
+    return _pick(_rope_store, qkv).rope_store(qkv, heads, kv_heads, cos, sin, pos, row, k_store, v_store)
+
+
+def attention(
+    q: Tensor,
+    k_store: Tensor,
+    v_store: Tensor,
+    row: Tensor,
+    limit: Tensor,
+    keys: int,
+    hide: Tensor | None = None,
+    scale: float | None = None,
+    uniform: bool = False,
+) -> Tensor:
+    """Queries q [R, W, H, D] over the store's rows `row` [R]; k_store, v_store [B, K, T, D]. Returns [R, W, H, D].
+
+    Query (r, w) sees slots j < limit[r, w] (int64) that are not in [hide[r, 0], hide[r, 1]) (int64 [R, 2]); one that sees
+    nothing gives zeros. Only slots [0, keys) are looked at: `keys` bounds every limit. Query head h reads kv head
+    h // (H / K). `scale` is 1/sqrt(D) unless given. `uniform=True` promises that every limit is `keys` and nothing is
+    hidden.
+    """
+    return _pick(_attention, q).attention(q, k_store, v_store, row, limit, keys, hide, scale, uniform)
+
+
+def confidence(
+    logits: Tensor, banned: Tensor | None = None, entropy: bool = False, margin: bool = False
+) -> Confidence:
+    """Top token and softmax statistics of logits [N, V] in fp32; entries of `banned` [V] bool have probability 0.
+
+    Of equal logits the one with the smaller id is the top. `entropy` (nats) and `margin` (best minus second-best
+    probability) are computed where asked for.
+    """
+    return _pick(_confidence, logits).confidence(logits, banned, entropy, margin)
+
+
+def head_confidence(
+    hidden: Tensor, weight: Tensor, banned: Tensor | None = None, entropy: bool = False, margin: bool = False
+) -> Confidence:
+    """`confidence` of the logits hidden [N, C] @ weight [V, C] transposed."""
+    return _pick(_confidence, hidden).head_confidence(hidden, weight, banned, entropy, margin)
+
+
+def accept(ids: Tensor, top: Tensor, conf: Tensor, masked: Tensor, rule: str, value: Tensor) -> Tensor:
+    """The block's next ids [R, Q]: `top` [R, Q] where it is committed, `ids` elsewhere. No host read.
+
+    Only positions of `masked` [R, Q] bool are committed, and in each row that has one at least the most confident
+    (conf [R, Q] fp32, ties by position; NaN comes after every number). `rule`, with value [R] fp32:
+    threshold: conf >= value; threshold_strict: conf > value; quota: the `value` most confident; factor: the n most
+    confident, n the largest with (n + 1)(1 - c_(n)) < value (Fast-dLLM, arXiv 2505.22618); factor_published: that rule as
+    the published code scans it, >= and the last position included when the scan stops there.
+    """
+    return _pick(_accept, conf).accept(ids, top, conf, masked, rule, value)
+
+
+def quantize_weight(w: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Quantise w [N, C] to "fp8" (e4m3) or "int8". Returns (wq [N, C], scale [N] fp32), w ~ wq * scale[:, None]."""
+    return _linear.quantize_weight(w, kind)
+
+
+def linear(x: Tensor, wq: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., C] times the transpose of a quantised weight (`quantize_weight`), plus bias [N]; returns [..., N].
+
+    fp8 weights: x is quantised per token with its own scale. int8 weights: x keeps its dtype.
+    """
+    return _pick(_linear, x).linear(x, wq, scale, bias)

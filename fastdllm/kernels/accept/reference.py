@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Acceptance rules in plain torch with static shapes: sort, compare, scatter; nothing is read on the host.
+
+Sources: threshold and factor, Fast-dLLM (arXiv 2505.22618) section 3.3 and Theorem 1; quota, LLaDA's low-confidence
+remasking (arXiv 2502.09992).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+RULES = ("threshold", "threshold_strict", "quota", "factor", "factor_published")
+
+
+def accept(ids: Tensor, top: Tensor, conf: Tensor, masked: Tensor, rule: str, value: Tensor) -> Tensor:
+    """See `fastdllm.kernels.accept`."""
+    return torch.where(_chosen(conf, masked, rule, value.unsqueeze(-1)), top, ids)
+
+
+def _chosen(conf: Tensor, masked: Tensor, rule: str, value: Tensor) -> Tensor:
+    """[R, Q] bool: the committed positions."""
+    ranked, rank = _ranked(conf, masked)
+    count = masked.sum(-1, keepdim=True)
+    n = torch.arange(1, conf.shape[-1] + 1, device=conf.device)
+    valid = n <= count
+    if rule == "threshold":
+        chosen = conf >= value
+    elif rule == "threshold_strict":
+        chosen = conf > value
+    elif rule == "quota":
+        chosen = rank < value
+    elif rule == "factor":
+        # (n + 1)(1 - c_(n)) never falls with n, so the number of n that satisfy it is the largest such n.
+        chosen = rank < (valid & ((n + 1) * (1 - ranked) < value)).sum(-1, keepdim=True)
+    elif rule == "factor_published":
+        # The published scan stops at the first failure and then also takes the last masked position if it stopped there.
+        passes = valid & ((n == 1) | (ranked >= 1 - value / (n + 1)))
+        first = passes.long().cumprod(-1).sum(-1, keepdim=True)
+        chosen = rank < torch.where(first >= count - 1, count, first)
+    else:
+        raise ValueError(f"rule={rule!r} is not one of {', '.join(RULES)}")
+    return (chosen | (rank == 0)) & masked
+
+
+def _ranked(conf: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+    """Confidences of the masked positions in falling order, and each position's rank in it (ties by position).
+
+    NaN ranks after every number, and what is not masked after that.
+    """
+    lowest = torch.finfo(conf.dtype).min
+    key = torch.where(conf.isnan(), lowest, conf.clamp(min=lowest)).masked_fill(~masked, -torch.inf)
+    ranked, order = key.sort(dim=-1, descending=True, stable=True)
+    return ranked, order.argsort(dim=-1)

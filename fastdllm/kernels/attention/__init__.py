@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of a window's queries over the KV store, with per-query lengths."""

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotary embedding (Su et al., arXiv 2104.09864; half-split layout) and KV write in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rope_store(
+    qkv: Tensor,
+    heads: int,
+    kv_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    pos: Tensor,
+    row: Tensor,
+    k_store: Tensor,
+    v_store: Tensor,
+) -> Tensor:
+    """See `fastdllm.kernels.rope_store`."""
+    R, W, _ = qkv.shape
+    q, k, v = qkv.view(R, W, heads + 2 * kv_heads, -1).split([heads, kv_heads, kv_heads], dim=2)
+    c, s = cos[pos].unsqueeze(2), sin[pos].unsqueeze(2)
+    # Index dimensions parted by a slice come first: the indexed store is [R, W, K, D].
+    k_store[row[:, None], :, pos] = _rotate(k, c, s).to(k_store.dtype)
+    v_store[row[:, None], :, pos] = v.to(v_store.dtype)
+    return _rotate(q, c, s).to(k_store.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x = x.float()
+    low, high = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-high, low), dim=-1) * sin

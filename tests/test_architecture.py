@@ -20,7 +20,18 @@ ROOT = Path(__file__).resolve().parents[1]
 CORE = ROOT / "fastdllm"
 PACKAGES = ("llada", "dream", "v2")
 SIBLINGS = ("engine", "models", "decoders", "caches", "sampling", "runners")
-EXTRAS = ("triton transformers lm_eval gradio datasets accelerate peft rich matplotlib tqdm").split()
+EXTRAS = [
+    "triton",
+    "transformers",
+    "lm_eval",
+    "gradio",
+    "datasets",
+    "accelerate",
+    "peft",
+    "rich",
+    "matplotlib",
+    "tqdm",
+]
 SYNC_CALLS = ("item", "tolist", "cpu", "nonzero")
 SYNC_FREE = ("engine.py", "models", "caches", "kernels", "decoders")
 

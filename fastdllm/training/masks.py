@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who sees whom while a block-diffusion model is trained (Fast-dLLM v2, arXiv 2509.26328; BD3-LM, arXiv 2503.09573).
+"""Who sees whom while a block-diffusion model is trained (Fast-dLLM v2, arXiv 2509.26328).
 
-A training row is `[noisy | clean]`: T corrupted tokens, then the same T tokens uncorrupted, both with the same positions.
-A noisy block sees itself in both directions and the clean form of the blocks before it, which is what a decoder sees:
-an unfinished block after finished ones. One predicate states the rule; `dense_mask` evaluates it everywhere and
+A training row is `[noisy | clean]`: T corrupted tokens, then the same T tokens uncorrupted, at the same positions.
+A noisy block sees itself in both directions and the clean form of the blocks before it, as a decoder does: an
+unfinished block after finished ones. One predicate states the rule; `dense_mask` evaluates it for every pair and
 `flex_mask` hands it to flex attention.
 
         keys      noisy            clean
   noisy query     same block       earlier blocks
   clean query     nothing          same and earlier blocks
 
-Beyond the paper: tokens of different documents of one packed row never see each other, and row padding is seen by nobody.
+Beyond the paper: documents packed into one row never see each other, and nobody sees row padding.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def row_positions(rows: int, length: int, device: torch.device | str = "cpu") ->
 def block_diffusion_predicate(positions: Tensor, documents: Tensor, block: int) -> Predicate:
     """The rule as `predicate(row, head, query, key) -> bool`, the signature of flex attention's `mask_mod`.
 
-    positions: [B, T] position of each token within its own document, counting from 0; blocks lie on this grid, as they
-    do in decoding. documents: [B, T] document number within the row, `PADDING` for row padding.
-    query and key: indices into the 2T row. The indices broadcast; the head is ignored.
+    positions: [B, T] position of each token within its own document, from 0; blocks lie on this grid, as they do
+    in decoding. documents: [B, T] document number within the row, `PADDING` for row padding.
+    query, key: indices into the row of 2T. All indices broadcast; the head is ignored.
     A padding position sees itself alone, so that no softmax is empty.
     """
     length = positions.shape[1]
@@ -65,7 +65,7 @@ def dense_mask(positions: Tensor, documents: Tensor, block: int) -> Tensor:
 
 
 def flex_mask(positions: Tensor, documents: Tensor, block: int) -> BlockMask:
-    """The same rule for flex attention, which skips the tiles it leaves empty: about half of the dense work."""
+    """The same rule for flex attention, which skips the tiles that the rule leaves empty."""
     rows, length = positions.shape
     predicate = block_diffusion_predicate(positions, documents, block)
     return create_block_mask(predicate, rows, None, 2 * length, 2 * length, device=positions.device)

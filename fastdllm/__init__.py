@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fast inference for diffusion language models: LLaDA, Dream and Fast-dLLM v2.
+
+model = fastdllm.load("tiny-llada")
+out = fastdllm.generate(model, [[{"role": "user", "content": "..."}]], gen_length=256)
+print(out.texts[0], out.stats.to_json())
+"""
+
+from fastdllm.config import DecodeConfig
+from fastdllm.generation import Output, generate, stream
+from fastdllm.models import Model, load
+
+__version__ = "0.1.0"
+__all__ = ["DecodeConfig", "Model", "Output", "generate", "load", "stream"]

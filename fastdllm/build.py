@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one place that turns names into objects: a model and a config become the arguments of `engine.decode`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastdllm import registry
+from fastdllm.blocks import Geometry, grid_aligned, prompt_aligned
+from fastdllm.config import DecodeConfig
+from fastdllm.models import Model
+from fastdllm.sampling import Sampler
+from fastdllm.schedules import SCHEDULES
+
+
+def assemble(model: Model, config: DecodeConfig) -> dict[str, Any]:
+    """Keyword arguments of `engine.decode` for this model. Raises ValueError for a combination that makes no sense."""
+    spec = model.spec
+    outer = config.block_length or spec.defaults.get("block_length", 32)
+    size = config.small_block_size if spec.block_causal else min(outer, config.gen_length)
+    geometry = grid_aligned(outer, size) if spec.block_causal else prompt_aligned(size)
+    name = config.cache or ("none" if config.cfg_scale else spec.defaults["cache"])
+    kind = registry.find("caches", name)
+    if kind.block_causal is not None and kind.block_causal != bool(spec.block_causal):
+        fitting = [n for n in registry.names("caches") if _fits(n, bool(spec.block_causal))]
+        raise ValueError(f"cache={name!r} does not fit the family {spec.family!r}; allowed are {', '.join(fitting)}")
+    cache = kind(**_options(config, "caches", name, spec.defaults))
+    needs = registry.find("decoders", config.decoder).needs
+    return {
+        "geometry": geometry,
+        "block_length": size,
+        "cache": cache,
+        "decoder": _decoder(model, config, geometry, size, cache),
+        "sampler": Sampler(
+            config.confidence,
+            config.temperature,
+            config.top_p,
+            config.top_k,
+            config.alg_temp,
+            frozenset(needs),
+        ),
+        "runner": registry.find("runners", config.runner or "eager")(),
+        "stop_ids": spec.stop_ids if config.stop_ids is None else config.stop_ids,
+        "grid": outer if spec.block_causal else 0,
+        "cfg_scale": config.cfg_scale,
+        "batch_size": config.batch_size,
+    }
+
+
+def _fits(name: str, block_causal: bool) -> bool:
+    return registry.find("caches", name).block_causal in (None, block_causal)
+
+
+def _options(config: DecodeConfig, kind: str, name: str, defaults: Any) -> dict[str, Any]:
+    """What the config gives, over the family's defaults, over the component's own."""
+    known = registry.options(kind, name)
+    return {
+        **{k: v for k, v in defaults.items() if k in known},
+        **{k: v for k, v in config.options.items() if k in known},
+    }
+
+
+def _decoder(model: Model, config: DecodeConfig, geometry: Geometry, size: int, cache: Any) -> Any:
+    rule, options = (
+        registry.find("decoders", config.decoder),
+        _options(config, "decoders", config.decoder, model.spec.defaults),
+    )
+    if config.decoder != "quota":
+        return rule(**options)
+    blocks = geometry(1, 1 + config.gen_length)
+    steps = config.steps or config.gen_length
+    if steps < len(blocks):
+        raise ValueError(f"steps={steps} must be at least the number of blocks, {len(blocks)}")
+    # A shifted model whose blocks open with a refresh gets the first token from it; Dream's schedule then starts at step 1.
+    forced = bool(model.spec.shift and not model.spec.block_causal and cache.open(blocks[0]))
+    schedule = SCHEDULES[config.schedule or model.spec.defaults["schedule"]]
+    per_block = steps // len(blocks)
+    counts = torch.full((size + 1, max(size, per_block) + 1), float(size))
+    for masks in range(1, size + 1):
+        plan = [1, *schedule(masks - 1, per_block, 1)] if forced else schedule(masks, per_block, 0)
+        counts[masks, : len(plan)] = torch.tensor(plan, dtype=torch.float32)
+    return rule(**options, counts=counts.to(model.device))

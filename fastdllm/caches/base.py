@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A cache is a plan: which positions to recompute now, and what they may see.
+
+It never touches the model or the KV store. A file of this folder is one plan; its name is the name on the command line, its
+class is called `Cache`, and its dataclass fields are its options.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from fastdllm.blocks import Block, Pass, Progress
+
+
+class CachePlan:
+    """`open` refreshes the store when a block opens (its logits are the decoder's first step; a shifted model learns only
+    the block's first token from it), `step` says what a denoising forward recomputes.
+
+    `block_causal`: the plan needs a model whose finished blocks never change (True), one that reads both ways (False), or
+    takes either (None). `pure`: a forward depends on the block's content only, not on the steps that led to it.
+    """
+
+    block_causal: ClassVar[bool | None] = False
+    pure: ClassVar[bool] = True
+
+    def open(self, block: Block) -> Pass | None:
+        """The pass that opens `block`, or None."""
+        return None
+
+    def step(self, block: Block, progress: Progress) -> Pass:
+        """The next denoising pass of `block`."""
+        raise NotImplementedError

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""No cache: every forward recomputes everything that the block may see. The reference for the others."""
+
+from dataclasses import dataclass
+
+from fastdllm.blocks import Block, Pass, Progress
+from fastdllm.caches.base import CachePlan
+
+
+@dataclass(frozen=True)
+class Cache(CachePlan):
+    block_causal = None
+
+    def open(self, block: Block) -> Pass | None:
+        """A block-causal model learns a block's first token from the clean blocks before it, with or without a cache."""
+        if block.reach == block.total or not block.opens or block.outer_start == 0:
+            return None
+        return Pass(0, block.outer_start, block.outer_start)
+
+    def step(self, block: Block, progress: Progress) -> Pass:
+        return Pass(0, block.reach, block.reach)

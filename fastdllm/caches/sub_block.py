@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block cache plus sub-block cache of Fast-dLLM v2 (`use_block_cache`): an approximation inside the block.
+
+The whole block is recomputed while the sub-block's first token is masked (the row that predicts it lies in the sub-block
+before), afterwards only the sub-block's rows; the other rows of the block keep the keys of the last whole pass.
+"""
+
+from dataclasses import dataclass
+
+from fastdllm.blocks import Block, Pass, Progress
+from fastdllm.caches import block as block_cache
+
+
+@dataclass(frozen=True)
+class Cache(block_cache.Cache):
+    def step(self, block: Block, progress: Progress) -> Pass:
+        if progress.outer_step == 0 or progress.first_masked:
+            return block_cache.Cache.step(self, block, progress)
+        return Pass(block.start, block.stop, block.outer_stop)

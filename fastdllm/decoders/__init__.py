@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One file a decoder; the file's name is the name on the command line (see base.py)."""

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Factor rule (Fast-dLLM, arXiv 2505.22618): commit the n most confident, n the largest with (n + 1)(1 - c_n) < factor.
+
+The published code differs from the paper: it also commits the last masked position when that one alone fails, and accepts
+equality. `factor_rule="published"` does the same, for results that must equal the published ones.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdllm import kernels
+from fastdllm.decoders.base import DecoderRule
+from fastdllm.view import View
+
+RULES = {"paper": "factor", "published": "factor_published"}
+
+
+@dataclass(frozen=True)
+class Decoder(DecoderRule):
+    """factor: bound on the expected number of wrong commits, > 0. factor_rule: "paper" or "published"."""
+
+    factor: float = 1.0
+    factor_rule: str = "paper"
+
+    def __post_init__(self) -> None:
+        if self.factor <= 0:
+            raise ValueError(f"factor={self.factor} must be above 0")
+        if self.factor_rule not in RULES:
+            raise ValueError(f"factor_rule={self.factor_rule!r} is unknown; allowed are {', '.join(RULES)}")
+
+    def step(self, view: View) -> Tensor:
+        value = torch.full_like(view.conf[:, 0], self.factor)
+        return kernels.accept(view.ids, view.top, view.conf, view.masked, RULES[self.factor_rule], value)

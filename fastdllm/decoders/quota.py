@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A fixed number of tokens per step, the most confident first: LLaDA's and Dream's own decoding, and the reference here."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastdllm import kernels
+from fastdllm.decoders.base import DecoderRule
+from fastdllm.view import View
+
+
+@dataclass(frozen=True)
+class Decoder(DecoderRule):
+    """counts: [masks + 1, steps] float; counts[n, i] tokens are committed in step i of a block that opened with n masks
+    (see `schedules.py`; `build.py` fills it in)."""
+
+    counts: Tensor
+
+    probability = False
+
+    def step(self, view: View) -> Tensor:
+        count = self.counts[view.initial, view.step.clamp(max=self.counts.shape[1] - 1)]
+        return kernels.accept(view.ids, view.top, view.conf, view.masked, "quota", count)

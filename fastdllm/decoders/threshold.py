@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Confidence threshold (Fast-dLLM, arXiv 2505.22618): commit every token whose probability reaches the threshold.
+
+If n tokens have a probability above 1 - e and (n + 1) e <= 1, their product and their joint distribution share the most
+likely value (theorem 1 there), which is why independent commits do so little harm at 0.9.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdllm import kernels
+from fastdllm.decoders.base import DecoderRule
+from fastdllm.view import View
+
+
+@dataclass(frozen=True)
+class Decoder(DecoderRule):
+    """threshold: probability from which a token is committed. strict: above it (v2's published rule) instead of from it."""
+
+    threshold: float = 0.9
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold={self.threshold} must lie in [0, 1]")
+
+    def step(self, view: View) -> Tensor:
+        rule = "threshold_strict" if self.strict else "threshold"
+        value = torch.full_like(view.conf[:, 0], self.threshold)
+        return kernels.accept(view.ids, view.top, view.conf, view.masked, rule, value)

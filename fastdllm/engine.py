@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoding loop: open a block, step until it holds no mask, go on to the next.
+
+Every row of the batch walks through its own blocks. In each round every row gets one forward; rows whose passes have the
+same width share it. So no row waits for another, a row gives in a batch what it gives alone, and a row that finishes leaves
+its place to the next request.
+
+    round:  rows -> groups of equal width -> one forward each -> commit -> one host read -> each row moves on
+
+The choices are arguments: `geometry` cuts the answer into blocks, `cache` plans which positions a forward recomputes,
+`sampler` scores the logits, `decoder` chooses what to commit, `runner` executes. Alphabet: B rows of the canvas, R rows of
+one forward, W positions of a pass, Q positions of a block, C width of the model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastdllm.blocks import Block, Geometry, Pass, Progress
+from fastdllm.store import Canvas, Window
+from fastdllm.view import View
+
+if TYPE_CHECKING:
+    from fastdllm.caches.base import CachePlan
+    from fastdllm.decoders.base import DecoderRule
+    from fastdllm.models import Model
+    from fastdllm.sampling import Sampler
+
+NARROW = 64  # passes up to this width share a forward only at equal width; wider ones are padded to the next multiple
+PASS_TOKENS = 16384  # positions of one forward at most: bounds the activations, and a wide pass gains nothing beyond
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt [P] int64 and what is asked for: `length` new positions, the `seed` of its draws, and `fixed` tokens by
+    position of the answer (constraints: present from the start, never masked)."""
+
+    prompt: Tensor
+    length: int
+    seed: int = 0
+    fixed: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass
+class Row:
+    """A request on its way through its blocks, as the host sees it.
+
+    `step` counts the forwards of the current block, `denoised` and `outer_step` those after its opening pass (of the block,
+    of the outer block).
+    """
+
+    index: int
+    slot: int
+    request: Request
+    blocks: list[Block]
+    generator: torch.Generator | None
+    at: int = 0
+    opening: bool = True
+    first_masked: bool = True
+    finished: bool = False
+    step: int = 0
+    denoised: int = 0
+    outer_step: int = 0
+    forwards: int = 0
+    positions: int = 0
+
+    @property
+    def block(self) -> Block:
+        return self.blocks[self.at]
+
+    def next_pass(self, cache: CachePlan) -> Pass:
+        """What this row's next forward recomputes."""
+        opening = cache.open(self.block) if self.opening else None
+        self.opening = opening is not None
+        return opening or cache.step(self.block, Progress(self.denoised, self.outer_step, self.first_masked))
+
+    def advance(self, done: Pass, remaining: int, stopped: bool, first_masked: bool) -> None:
+        """Take in what a forward did; go on to the next block when this one is full."""
+        self.forwards += 1
+        self.positions += done.stop - done.start
+        self.step += 1
+        self.denoised += not self.opening
+        self.outer_step += not self.opening
+        self.opening = False
+        self.first_masked = first_masked and self.block.start >= self.block.prompt
+        self.finished = stopped or (remaining == 0 and self.at + 1 == len(self.blocks))
+        if remaining == 0 and not self.finished:
+            self.at += 1
+            self.opening, self.first_masked, self.step, self.denoised = True, True, 0, 0
+            if self.block.opens:
+                self.outer_step = 0
+
+
+@dataclass
+class Result:
+    """A finished request: its canvas [P + length] (masks are left only after a stop token) and what it cost."""
+
+    ids: Tensor
+    forwards: int
+    positions: int
+
+
+@dataclass
+class Step:
+    """One forward: the requests it served, where their blocks start, the seconds it took, and the requests it finished.
+
+    With `trace`: ids [R, Q] after the step, confidence [R, Q] (NaN where nothing was scored), committed [R, Q] bool.
+    """
+
+    rows: list[int]
+    starts: list[int]
+    stops: list[int]
+    seconds: float
+    done: dict[int, Result]
+    ids: Tensor | None = None
+    confidence: Tensor | None = None
+    committed: Tensor | None = None
+
+
+@dataclass
+class Outcome:
+    """What one forward did, on the device. status [R, 3] int64: masks left in the block, 1 if the row stopped, 1 if the
+    block's first position is masked. ids, conf, committed [R, Q]."""
+
+    status: Tensor
+    ids: Tensor
+    conf: Tensor
+    committed: Tensor
+
+
+@torch.inference_mode()
+def decode(
+    model: Model,
+    requests: list[Request],
+    *,
+    geometry: Geometry,
+    block_length: int,
+    cache: CachePlan,
+    decoder: DecoderRule,
+    sampler: Sampler,
+    runner: Any,
+    stop_ids: tuple[int, ...],
+    grid: int = 0,
+    cfg_scale: float = 0.0,
+    batch_size: int | None = None,
+    trace: bool = False,
+) -> Iterator[Step]:
+    """Decode every request; yields one `Step` per forward.
+
+    `block_length` is Q, the widest block (v2: the sub-block). `grid` is the block size of a block-causal model, 0 for a
+    bidirectional one. `stop_ids` end a row as soon as one is committed with no mask before it; () decodes to the end.
+    `cfg_scale` w > 0 guides: logits u + (w + 1)(c - u), with u from a forward whose prompt is masked. At most `batch_size`
+    requests are on the canvas at once (default: all). Closing the generator stops the computation.
+    """
+    spec, device = model.spec, model.device
+    plans = [geometry(len(r.prompt), len(r.prompt) + r.length) for r in requests]
+    slots = min(batch_size or len(requests), len(requests))
+    canvas = runner.canvas(model, slots * (2 if cfg_scale else 1), max(blocks[-1].reach for blocks in plans))
+    step_of = partial(
+        denoise,
+        model,
+        canvas,
+        decoder,
+        sampler,
+        torch.tensor(stop_ids, dtype=torch.long, device=device),
+        grid=grid,
+        unguided=slots if cfg_scale else 0,
+        cfg_scale=cfg_scale,
+        block_length=block_length,
+    )
+    waiting = list(enumerate(zip(requests, plans, strict=True)))[::-1]
+    free, live = list(range(slots))[::-1], []
+    while waiting or live:
+        while waiting and free:
+            index, (request, blocks) = waiting.pop()
+            generator = torch.Generator(device).manual_seed(request.seed) if sampler.random else None
+            live.append(Row(index, free.pop(), request, blocks, generator))
+            place(canvas, live[-1], spec.mask_id, spec.pad_id)
+        for rows, passes, width in group([(row, row.next_pass(cache)) for row in live]):
+            started = time.perf_counter()
+            keys = max(p.read for p in passes)
+            uniform = all(p.read == keys and p.hide == (0, 0) and within_block(p, grid) for p in passes)
+            plan = [describe(row, p, spec.shift) for row, p in zip(rows, passes, strict=True)]
+            noise = sampler.draw([row.generator for row in rows], block_length, spec.vocab)
+            out = runner(step_of, plan, noise, width=width, keys=keys, uniform=uniform)
+            status = out.status.tolist()  # sync: masks left, stopped, first position masked decide the next forward
+            step = Step([r.index for r in rows], [r.block.start for r in rows], [r.block.stop for r in rows], 0.0, {})
+            for row, p, (remaining, stopped, first_masked) in zip(rows, passes, status, strict=True):
+                row.advance(p, remaining, bool(stopped), bool(first_masked))
+                if row.finished:
+                    ids = canvas.x[row.slot, : len(row.request.prompt) + row.request.length].clone()
+                    step.done[row.index] = Result(ids, row.forwards, row.positions)
+                    free.append(row.slot)
+            if trace:
+                step.ids, step.confidence, step.committed = (
+                    out.ids.clone(),
+                    out.conf.clone(),
+                    out.committed.clone(),
+                )
+            step.seconds = time.perf_counter() - started
+            yield step
+        live = [row for row in live if not row.finished]
+
+
+def denoise(
+    model: Model,
+    canvas: Canvas,
+    decoder: DecoderRule,
+    sampler: Sampler,
+    stops: Tensor,
+    plan: Tensor,
+    noise: Tensor | None,
+    *,
+    grid: int,
+    unguided: int,
+    cfg_scale: float,
+    block_length: int,
+    width: int,
+    keys: int,
+    uniform: bool,
+) -> Outcome:
+    """One forward of R rows over W positions each, then what `decoder` commits in their blocks.
+
+    plan [R, 12] int64 holds the columns of `describe`. Nothing is read on the host and every shape is static, so that a
+    runner may capture the whole function as one graph.
+    """
+    spec, scratch = model.spec, canvas.x.shape[1] - 1
+    row, start, stop, read, first, last, prompt, forced, step, initial, *hidden_slots = plan.unbind(1)
+
+    # 1. The pass: which positions are recomputed, and what each of them sees. Padding goes to the scratch column.
+    pos = start[:, None] + torch.arange(width, device=plan.device)
+    pos = torch.where(pos < stop[:, None], pos, scratch)  # [R, W]
+    limit = read[:, None].expand_as(pos)
+    if grid:
+        limit = torch.minimum(limit, (pos // grid + 1) * grid)
+    window = Window(row, pos, limit, keys, uniform, None if uniform else torch.stack(hidden_slots, 1))
+    ids = canvas.x[row[:, None], pos]
+    hidden = model.network(ids, window, canvas.store)  # [R, W, C]
+
+    # 2. The head, on the block's positions alone: row j of a pass predicts position start + j + shift. A shifted model's
+    #    opening pass ends where the block starts or discards the rest (as published): it gives the first token only.
+    slot = first[:, None] + torch.arange(block_length, device=plan.device)  # [R, Q]
+    source = slot - spec.shift - start[:, None]
+    learnt = (slot < last[:, None]) & (source >= 0) & (source < width)
+    learnt &= (slot == first[:, None]) | (forced == 0)[:, None]
+    source = source.clamp(0, width - 1)[..., None].expand(-1, -1, hidden.shape[-1])
+    logits = model.network.logits(hidden.gather(1, source))  # [R, Q, V]
+    if cfg_scale:
+        masked_prompt = torch.where(pos < prompt[:, None], spec.mask_id, ids)
+        window = Window(row + unguided, pos, limit, keys, uniform, window.hide)
+        free = model.network.logits(model.network(masked_prompt, window, canvas.store).gather(1, source))
+        logits = free + (cfg_scale + 1) * (logits - free)
+
+    # 3. Score, decide, write. The decoder returns the block's next ids; a position where it writes the mask stays open.
+    scores = sampler(logits, model.banned, noise)
+    slot = torch.where(slot < last[:, None], slot, scratch)
+    before, masked = canvas.x[row[:, None], slot], canvas.masked[row[:, None], slot]
+    scored = masked & learnt
+    view = View(before, scored, scores.top, scores.conf, step, initial, spec.mask_id, scores.entropy, scores.margin)
+    after = torch.where(scored, decoder.step(view), before)
+    still = masked & (after == spec.mask_id)
+    canvas.x[row[:, None], slot] = after
+    canvas.masked[row[:, None], slot] = still
+
+    # 4. For the host: masks left; whether a stop token of the answer has no mask before it; the block's first position.
+    ends = torch.isin(after, stops) & ~still & (slot < last[:, None]) & (slot >= prompt[:, None])
+    stopped = (ends & (still.cumsum(1) == 0)).any(1)
+    status = torch.stack([still.sum(1), stopped.long(), still[:, 0].long()], 1)
+    return Outcome(status, after, scores.conf.masked_fill(~scored, torch.nan), masked & ~still)
+
+
+def place(canvas: Canvas, row: Row, mask_id: int, pad_id: int) -> None:
+    """Write a request into its row: prompt, masks up to the end of its last block, fixed tokens, padding."""
+    prompt, total = len(row.request.prompt), len(row.request.prompt) + row.request.length
+    x, masked = canvas.x[row.slot], canvas.masked[row.slot]
+    x.fill_(pad_id)
+    x[:prompt] = row.request.prompt
+    x[prompt : row.blocks[-1].reach] = mask_id
+    masked.fill_(False)
+    masked[prompt:total] = True
+    for offset, token in row.request.fixed.items():
+        x[prompt + offset], masked[prompt + offset] = token, False
+
+
+def group(planned: list[tuple[Row, Pass]]) -> Iterator[tuple[list[Row], list[Pass], int]]:
+    """Rows that can share a forward: (rows, their passes, width), wide passes first."""
+    buckets: dict[int, list[tuple[Row, Pass]]] = {}
+    for row, p in planned:
+        width = p.stop - p.start
+        buckets.setdefault(width if width <= NARROW else -(-width // NARROW) * NARROW, []).append((row, p))
+    for bucket in sorted(buckets, reverse=True):
+        members, most = buckets[bucket], max(1, PASS_TOKENS // bucket)
+        for i in range(0, len(members), most):
+            rows, passes = zip(*members[i : i + most], strict=True)
+            yield list(rows), list(passes), max(p.stop - p.start for p in passes)
+
+
+def within_block(p: Pass, grid: int) -> bool:
+    """Whether all queries of a pass see the same: in a bidirectional model always, in a block-causal one within a block."""
+    return not grid or p.start // grid == (p.stop - 1) // grid
+
+
+def describe(row: Row, p: Pass, shift: int) -> list[int]:
+    """A row of the plan that `denoise` unpacks."""
+    block, prompt = row.block, row.block.prompt
+    first = max(block.start, prompt)
+    initial = sum(slot - prompt not in row.request.fixed for slot in range(first, block.stop))
+    forced = int(shift and row.opening)
+    return [row.slot, p.start, p.stop, p.read, first, block.stop, prompt, forced, row.step, initial, *p.hide]

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only network: embedding, L x [RMSNorm, grouped-query attention, RMSNorm, SwiGLU], RMSNorm, head.
+
+LLaDA, Dream and Fast-dLLM v2 differ in the numbers of their `ModelSpec` alone. The network knows nothing of caches, blocks
+or masks: a `Window` says which positions to recompute and what they see, and the keys and values go into the store.
+Projections that read the same input are one matrix (q/k/v, gate/up), because at batch 1 a forward costs what reading the
+weights costs, and few large reads run closer to the memory's speed than many small ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fastdllm import kernels
+from fastdllm.models.spec import ModelSpec
+from fastdllm.store import KVStore, Window
+
+LayerHook = Callable[["Layer", int, Tensor, Window, KVStore, Tensor, Tensor], Tensor]
+
+
+class Layer(nn.Module):
+    """One transformer layer over the positions of a window."""
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        make = {"dtype": dtype, "device": device}
+        self.spec = spec
+        q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        self.attn_norm = nn.Parameter(torch.ones(spec.width, **make))
+        self.qkv = nn.Linear(spec.width, q + 2 * kv, bias=spec.qkv_bias, **make)
+        self.out = nn.Linear(q, spec.width, bias=False, **make)
+        self.ffn_norm = nn.Parameter(torch.ones(spec.width, **make))
+        self.gate_up = nn.Linear(spec.width, 2 * spec.ffn, bias=False, **make)
+        self.down = nn.Linear(spec.ffn, spec.width, bias=False, **make)
+
+    def forward(
+        self,
+        h: Tensor,
+        residual: Tensor | None,
+        index: int,
+        window: Window,
+        store: KVStore,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """h + residual [R, W, C] is the layer's input; returns its output as (last addend, residual), so that each
+        addition is fused with the norm that follows it."""
+        spec, k, v = self.spec, store.k[index], store.v[index]
+        y, residual = kernels.rmsnorm(h, self.attn_norm, spec.rms_eps, residual)
+        q = kernels.rope_store(
+            self.qkv(y), spec.heads, spec.kv_heads, cos, sin, window.pos, window.row, k, v
+        )  # [R, W, H, D]
+        y = kernels.attention(q, k, v, window.row, window.limit, window.keys, hide=window.hide, uniform=window.uniform)
+        y, residual = kernels.rmsnorm(self.out(y.flatten(2)), self.ffn_norm, spec.rms_eps, residual)
+        return self.down(kernels.silu_mul(self.gate_up(y))), residual
+
+
+class Transformer(nn.Module):
+    """Token ids [R, W] -> final hidden states [R, W, C]; `logits` applies the head to the rows that are asked for."""
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self.spec = spec
+        self.embed = nn.Embedding(spec.vocab, spec.width, dtype=dtype, device=device)
+        self.layers = nn.ModuleList(Layer(spec, dtype, device) for _ in range(spec.layers))
+        self.norm = nn.Parameter(torch.ones(spec.width, dtype=dtype, device=device))
+        self.head = nn.Linear(spec.width, spec.vocab, bias=False, dtype=dtype, device=device)
+        if spec.tied_head:
+            self.head.weight = self.embed.weight
+        self._rope: tuple[Tensor, Tensor] | None = None
+
+    def rope(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos, sin [>= length, D] in fp32 (half-split layout), grown on demand on the weights' device."""
+        device = self.norm.device
+        if self._rope is None or self._rope[0].shape[0] < length or self._rope[0].device != device:
+            dim = self.spec.head_dim
+            # Exponents in fp32 on the CPU, as transformers computes them: another device may round pow() differently.
+            inverse = 1.0 / (self.spec.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+            angle = torch.arange(length, dtype=torch.float32)[:, None] * inverse
+            angle = torch.cat([angle, angle], -1)
+            self._rope = (angle.cos().to(device), angle.sin().to(device))
+        return self._rope
+
+    def forward(self, ids: Tensor, window: Window, store: KVStore, hook: LayerHook | None = None) -> Tensor:
+        """Recompute `window` and overwrite its slots of `store`.
+
+        ids [R, W] int64. `hook`, if given, runs each layer in the network's place (layer reuse, token selection): it gets
+        (layer, index, h, window, store, cos, sin) and returns the layer's output [R, W, C].
+        """
+        cos, sin = self.rope(store.k.shape[3])
+        h, residual = self.embed(ids), None
+        for index, layer in enumerate(self.layers):
+            if hook is None:
+                h, residual = layer(h, residual, index, window, store, cos, sin)
+            else:
+                h = hook(layer, index, h, window, store, cos, sin)
+        return kernels.rmsnorm(h, self.norm, self.spec.rms_eps, residual)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., C] -> logits [..., V] in the weights' dtype."""
+        return self.head(hidden)
+
+    def new_store(self, rows: int, length: int) -> KVStore:
+        """A store for `rows` sequences of `length` positions in the weights' dtype, on their device."""
+        s = self.spec
+        return KVStore(s.layers, rows, s.kv_heads, length, s.head_dim, self.norm.dtype, self.norm.device)

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published safetensors, unchanged, straight into the fused parameters on their device.
+
+Tensors are streamed one at a time, so that the peak is the weights plus one tensor. Each checkpoint tensor must have a place
+and each parameter must be filled: an incomplete or foreign checkpoint is an error that names the tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from fastdllm.models.spec import Family, ModelSpec
+from fastdllm.models.transformer import Transformer
+
+
+def shards(folder: Path) -> list[Path]:
+    """The checkpoint's safetensors files; a shard that the index names and that is missing is an error."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [n for n in names if not (folder / n).exists()]
+        if missing:
+            raise FileNotFoundError(f"{folder}: model.safetensors.index.json names {', '.join(missing)}, not found")
+        return [folder / n for n in names]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder}: no .safetensors file (only this format is read)")
+    return files
+
+
+def load_weights(folder: Path, family: Family, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Transformer:
+    """Build the network of `spec` on `device` in `dtype` and fill it from `folder`.
+
+    Raises ValueError naming the tensor that is missing, unexpected, of a wrong shape or unreadable.
+    """
+    network = Transformer(spec, dtype, "meta").to_empty(device=device)
+    if spec.tied_head:
+        network.head.weight = network.embed.weight
+    parameters = dict(network.named_parameters())
+    table, optional, seen = family.names(spec), family.optional(spec), set()
+    for path in shards(folder):
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+                    if name not in table:
+                        if name in optional:
+                            continue
+                        raise ValueError(f"{path.name}: unexpected tensor {name!r} for the family {spec.family!r}")
+                    target, row = table[name]
+                    tensor = file.get_tensor(name)
+                    part = parameters[target].data[row : row + tensor.shape[0]]
+                    if part.shape != tensor.shape:
+                        raise ValueError(
+                            f"{path.name}: tensor {name!r} has shape {list(tensor.shape)}, config.json asks for "
+                            f"{list(_expected(table, parameters, name))}"
+                        )
+                    part.copy_(tensor)
+                    seen.add(name)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+    missing = sorted(set(table) - seen)
+    if missing:
+        raise ValueError(f"{folder}: the checkpoint lacks {len(missing)} tensor(s), the first is {missing[0]!r}")
+    network.requires_grad_(False)
+    return network.eval()
+
+
+def _expected(table: dict[str, tuple[str, int]], parameters: dict[str, torch.nn.Parameter], name: str) -> list[int]:
+    """Shape of the slice that `name` fills: up to the next tensor of the same parameter, or to its end."""
+    target, row = table[name]
+    later = [r for t, r in table.values() if t == target and r > row]
+    shape = parameters[target].shape
+    return [min(later, default=shape[0]) - row, *shape[1:]]

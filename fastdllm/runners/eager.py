@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run each step as it stands: one kernel launch after the other. The reference for the captured runners."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdllm.store import Canvas
+
+
+class Runner:
+    """Allocates a canvas per run and calls the step function on it."""
+
+    def canvas(self, model: Any, rows: int, length: int) -> Canvas:
+        """Room for `rows` sequences of `length` positions, and the scratch column."""
+        shape = (rows, length + 1)
+        return Canvas(
+            torch.zeros(shape, dtype=torch.long, device=model.device),
+            torch.zeros(shape, dtype=torch.bool, device=model.device),
+            model.network.new_store(rows, length + 1),
+        )
+
+    def __call__(self, step: Callable[..., Any], plan: list[list[int]], noise: Tensor | None, **static: Any) -> Any:
+        """step(plan [R, 12] int64 on the device, noise, **static)."""
+        device = step.args[0].device
+        return step(torch.tensor(plan, dtype=torch.long, device=device), noise, **static)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run cost and what it gave, counted the same way everywhere.
+
+Tokens are generated ids before the first stop token: never the prompt, never the stop, never re-tokenised text. Forwards are
+counted per sample, as a run of that sample alone would count them. Seconds end after a host read, so the device is done.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Stats:
+    """forwards: model calls of the whole batch. row_forwards, row_positions, row_tokens: per sample. seconds: decoding
+    only. peak_memory: bytes allocated on the CUDA device, None elsewhere."""
+
+    forwards: int = 0
+    seconds: float = 0.0
+    row_forwards: list[int] = field(default_factory=list)
+    row_positions: list[int] = field(default_factory=list)
+    row_tokens: list[int] = field(default_factory=list)
+    peak_memory: int | None = None
+
+    @property
+    def samples(self) -> int:
+        return len(self.row_tokens)
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.row_tokens)
+
+    @property
+    def nfe(self) -> float:
+        """Forwards per sample."""
+        return sum(self.row_forwards) / max(1, self.samples)
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return self.tokens / max(1, sum(self.row_forwards))
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def add(self, other: Stats) -> None:
+        """Take in another run's figures."""
+        self.forwards += other.forwards
+        self.seconds += other.seconds
+        self.row_forwards += other.row_forwards
+        self.row_positions += other.row_positions
+        self.row_tokens += other.row_tokens
+        peaks = [p for p in (self.peak_memory, other.peak_memory) if p is not None]
+        self.peak_memory = max(peaks) if peaks else None
+
+    def summary(self) -> dict[str, Any]:
+        """The figures that reports print."""
+        return {
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "forwards": self.forwards,
+            "nfe": self.nfe,
+            "tokens_per_forward": self.tokens_per_forward,
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "positions": sum(self.row_positions),
+            "peak_memory": self.peak_memory,
+        }
+
+    def to_json(self) -> str:
+        return json.dumps({**asdict(self), **self.summary()})
+
+
+def peak_memory(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a decoder sees of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class View:
+    """What a decoder sees of R rows, one block of Q positions each.
+
+    ids [R, Q] int64 with the mask id where masked; masked [R, Q] bool: positions that may be committed now; top [R, Q]
+    int64: the token each position would take; conf [R, Q] fp32: its confidence; step [R]: forwards spent on the block;
+    initial [R]: masks when it opened; entropy, margin [R, Q] fp32 when the decoder `needs` them.
+    """
+
+    ids: Tensor
+    masked: Tensor
+    top: Tensor
+    conf: Tensor
+    step: Tensor
+    initial: Tensor
+    mask_id: int
+    entropy: Tensor | None = None
+    margin: Tensor | None = None
+
+    def scores(self) -> Tensor:
+        """Confidence [R, Q], -inf where nothing may be committed."""
+        return self.conf.masked_fill(~self.masked, -torch.inf)
+
+    def commit(self, pick: Tensor) -> Tensor:
+        """The next ids when `pick` [R, Q] is committed, and at least the most confident masked position of each row."""
+        best = torch.zeros_like(pick).scatter_(1, self.scores().argmax(1, keepdim=True), True)
+        return torch.where((pick | best) & self.masked, self.top, self.ids)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scoring of generated programs, offline: extraction, confined execution, pass@k."""

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who sees whom while a block-diffusion model is trained (Fast-dLLM v2, arXiv 2509.26328).
 
-A training row is `[noisy | clean]`: T corrupted tokens, then the same T tokens uncorrupted, at the same positions.
-A noisy block sees itself in both directions and the clean form of the blocks before it, as a decoder does: an
-unfinished block after finished ones. One predicate states the rule; `dense_mask` evaluates it for every pair and
-`flex_mask` hands it to flex attention.
+A training row is `[noisy | clean]`: T corrupted tokens, then the same T tokens as they are, at the same
+positions. A noisy block sees itself in both directions and the clean form of the blocks before it, as a
+decoder does: an unfinished block after finished ones. One predicate states the rule; `dense_mask` evaluates
+it for every pair and `flex_mask` hands it to flex attention.
 
         keys      noisy            clean
   noisy query     same block       earlier blocks
@@ -35,8 +35,8 @@ def row_positions(rows: int, length: int, device: torch.device | str = "cpu") ->
 def block_diffusion_predicate(positions: Tensor, documents: Tensor, block: int) -> Predicate:
     """The rule as `predicate(row, head, query, key) -> bool`, the signature of flex attention's `mask_mod`.
 
-    positions: [B, T] position of each token within its own document, from 0; blocks lie on this grid, as they do
-    in decoding. documents: [B, T] document number within the row, `PADDING` for row padding.
+    positions: [B, T] position of each token within its own document, from 0; blocks lie on this grid, as in
+    decoding. documents: [B, T] document number within the row, `PADDING` for row padding.
     query, key: indices into the row of 2T. All indices broadcast; the head is ignored.
     A padding position sees itself alone, so that no softmax is empty.
     """

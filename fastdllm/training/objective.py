@@ -7,8 +7,8 @@
     states = backbone(noisy_and_clean(noisy, ids), ...)[:, :length] # [2B, T, C]; masks.py says who sees whom
     loss   = shifted_cross_entropy(head(target_states(states, masked)), labels)
 
-Every tensor has a shape known beforehand and nothing is read back to the host. Labels are token ids at response
-positions and `IGNORE` elsewhere; positions count from 0 within each document.
+Every tensor has a shape known beforehand and nothing is read back to the host. Labels are token ids at
+response positions and `IGNORE` elsewhere; positions count from 0 within each document.
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ class Noise(NamedTuple):
 
 
 def draw_noise(rows: int, length: int, generator: torch.Generator) -> Noise:
-    """Noise on the generator's device."""
-    ratio, coin = torch.rand(2, rows, length, generator=generator, device=generator.device)
-    return Noise(ratio, coin)
+    """Noise on the generator's device. On a CPU a single row's noise is the same at every width."""
+    return Noise(*torch.rand(rows, length, 2, generator=generator, device=generator.device).unbind(-1))
 
 
 def drop_first_targets(labels: Tensor, positions: Tensor) -> Tensor:
@@ -44,11 +43,11 @@ def drop_first_targets(labels: Tensor, positions: Tensor) -> Tensor:
 def choose_masked(labels: Tensor, positions: Tensor, block: int, noise: Noise, eps: float = EPS) -> Tensor:
     """[B, T] bool: the response tokens that the first view masks; the second view masks the others.
 
-    Each block draws one ratio t ~ U(0, 1), that of its first token, and masks each of its response tokens with
-    probability (1 - eps) t + eps.
+    Each block draws one ratio t ~ U(0, 1), that of its first token, and masks each of its response tokens
+    with probability (1 - eps) t + eps.
     """
     index = torch.arange(labels.shape[1], device=labels.device)
-    # A row that starts in the middle of a block, because a caller cut its document, takes the row's first draw.
+    # A row that starts in the middle of a block, because a caller cut its document, takes its first draw.
     block_start = (index - positions % block).clamp_min(0)
     probability = (1 - eps) * noise.ratio.gather(1, block_start) + eps
     return (noise.coin < probability) & (labels != IGNORE)
@@ -72,8 +71,8 @@ def noisy_and_clean(noisy: Tensor, ids: Tensor) -> Tensor:
 def target_states(states: Tensor, masked: Tensor) -> Tensor:
     """[B, T - 1, C]: the states that predict tokens 1 ... T - 1, out of both views' noisy halves [2B, T, C].
 
-    Token i is predicted at position i - 1 of the one view that masks it. As only one does, the head runs on B T
-    rows instead of 2 B T, at the same loss and gradients.
+    Token i is predicted at position i - 1 of the one view that masks it. As only one does, the head runs on
+    B T rows instead of 2 B T, at the same loss and gradients.
     """
     first, second = states[:, :-1].chunk(2)
     return torch.where(masked[:, 1:, None], first, second)
@@ -82,8 +81,8 @@ def target_states(states: Tensor, masked: Tensor) -> Tensor:
 def shifted_cross_entropy(logits: Tensor, labels: Tensor, count: Tensor | int | None = None) -> Tensor:
     """Cross-entropy in fp32 of logits [B, T - 1, V] against tokens 1 ... T - 1 of labels [B, T].
 
-    The sum over targets is divided by `count`, by default their number here. There is no 1/t weight: in a pair of
-    complementary views every response token is a target once, whatever the ratios (paper, A.3).
+    The sum over targets is divided by `count`, by default their number here. There is no 1/t weight: in a
+    pair of complementary views every response token is a target once, whatever the ratios (paper, A.3).
     """
     targets = labels[:, 1:]
     flat = logits.float().flatten(0, 1)

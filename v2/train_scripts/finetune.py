@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn a Qwen2 checkpoint into a Fast-dLLM v2 one, or fine-tune one, on conversations.
+
+    python v2/train_scripts/finetune.py --model_name_or_path Qwen/Qwen2.5-1.5B-Instruct --dataset_path chats.jsonl \
+        --conversation_template fast_dllm_v2 --output_dir outputs/converted --num_train_epochs 1
+
+Options are those below and all of transformers' TrainingArguments. On several devices: accelerate launch or torchrun
+(README.md beside this file).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser, PreTrainedTokenizerFast, TrainingArguments, set_seed
+
+from fastdllm.training.checkpoint import load_for_training, save_tokenizer
+from fastdllm.training.collator import Collator, Rows
+from fastdllm.training.records import Conversation, Record, keep_good, read_records, to_conversation
+from fastdllm.training.samples import FAST_DLLM_V2_TEMPLATE, Sample, encode, fit, pack, pad_to_block
+from fastdllm.training.trainer import BlockDiffusionTrainer
+
+
+@dataclass
+class ModelArguments:
+    """The checkpoint to start from and what of it to train."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "Qwen2 or Fast-dLLM v2 checkpoint: a shipped name, a folder or a hub id"}
+    )
+    bd_size: int | None = field(
+        default=None, metadata={"help": "tokens of a diffusion block; default: the checkpoint's, 32 for plain Qwen2"}
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto",
+        metadata={"help": "dtype of the weights; auto: bfloat16 under --lora with --bf16, else float32 (mixed precision)"},
+    )
+    lora: bool = field(default=False, metadata={"help": "train low-rank adapters instead of all weights"})
+    lora_rank: int = field(default=16, metadata={"help": "rank of the adapters"})
+    lora_alpha: int = field(default=32, metadata={"help": "scale of the adapters, over the rank"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the adapters"})
+    merge_lora: bool = field(
+        default=False, metadata={"help": "also save the whole model, adapters added in, to OUTPUT_DIR/merged"}
+    )
+
+
+@dataclass
+class DataArguments:
+    """What to train on and how it is cut into rows."""
+
+    dataset_path: str = field(
+        metadata={"help": "a .json or .jsonl file, or a folder of them: messages, LMFlow conversations or Alpaca"}
+    )
+    eval_dataset_path: str | None = field(default=None, metadata={"help": "the same, for --eval_strategy"})
+    context_length: int = field(
+        default=2048, metadata={"help": "longest row in tokens, a multiple of bd_size (published: --block_size)"}
+    )
+    pack: bool = field(default=False, metadata={"help": "fill each row with several whole samples"})
+    document_mask: bool = field(
+        default=True, metadata={"help": "samples packed into one row do not see each other (published: they do)"}
+    )
+    pad_to_block: bool = field(
+        default=True, metadata={"help": "fill each sample's last block with masks that are no targets"}
+    )
+    on_bad_record: Literal["skip", "error"] = field(
+        default="skip", metadata={"help": "a record without anything to train on is reported and left out, or fatal"}
+    )
+    conversation_template: Literal["checkpoint", "fast_dllm_v2"] = field(
+        default="checkpoint",
+        metadata={"help": "the checkpoint's chat template, or ChatML with the published model's system prompt"},
+    )
+
+
+@dataclass
+class FinetuneArguments(TrainingArguments):
+    """transformers' options with the defaults of this recipe."""
+
+    learning_rate: float = field(default=2e-5, metadata={"help": "peak learning rate (paper: 2e-5 for 1.5B, 1e-5 for 7B)"})
+    lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "shape of the learning rate"})
+    warmup_share: float = field(
+        default=0.03, metadata={"help": "share of all steps spent warming up, unless --warmup_steps says how many"}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "steps between log lines"})
+    report_to: str = field(default="tensorboard", metadata={"help": "where losses are logged besides the terminal"})
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Warm-up as a share works under transformers 4 and 5 alike, which name it differently."""
+        if self.warmup_steps > 0:
+            return super().get_warmup_steps(num_training_steps)
+        return math.ceil(self.warmup_share * num_training_steps)
+
+
+def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, FinetuneArguments]:
+    """Command line to options; abbreviations and unknown names are errors."""
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, FinetuneArguments),
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False,
+    )
+    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown option {' '.join(unknown)}; --help lists the known ones")
+    model, data, training = parsed
+    if training.output_dir is None:
+        parser.error("--output_dir is needed")
+    if model.merge_lora and not model.lora:
+        parser.error("--merge_lora needs --lora")
+    return model, data, training
+
+
+def load_samples(
+    path: str, tokenizer: PreTrainedTokenizerFast, data: DataArguments, block: int, mask_id: int, quiet: bool
+) -> list[list[Sample]]:
+    """Read, tokenise, cut, pad and pack; prints what was left out and what was kept."""
+
+    def report(message: str) -> None:
+        if not quiet:
+            tqdm.write(f"left out: {message}", file=sys.stderr)
+
+    def to_sample(record: Record) -> Sample:
+        conversation: Conversation = to_conversation(record)
+        sample = fit(encode(conversation, tokenizer), data.context_length, record.where)
+        return pad_to_block(sample, block, mask_id) if data.pad_to_block else sample
+
+    records = tqdm(read_records(Path(path)), desc=f"reading {path}", unit=" records", disable=quiet)
+    samples = list(keep_good(records, to_sample, data.on_bad_record, report))
+    if not samples:
+        raise ValueError(f"dataset_path={path!r} has no usable record")
+    rows = pack(samples, data.context_length) if data.pack else [[sample] for sample in samples]
+    if not quiet:
+        targets = sum(int((sample.labels >= 0).sum()) for sample in samples)
+        print(f"{path}: {len(samples)} samples in {len(rows)} rows, {targets} target tokens", file=sys.stderr)
+    return rows
+
+
+def weights_dtype(model: ModelArguments, training: TrainingArguments) -> torch.dtype:
+    """Trained weights stay in float32, as AdamW needs; a frozen base may be bfloat16."""
+    frozen = model.lora and training.bf16
+    return getattr(torch, ("bfloat16" if frozen else "float32") if model.dtype == "auto" else model.dtype)
+
+
+def lora_config(model: ModelArguments) -> LoraConfig:
+    """Adapters on every projection of the transformer layers."""
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=model.lora_rank,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Load, train, save."""
+    options, data, training = parse(argv)
+    set_seed(training.seed)
+    model, tokenizer = load_for_training(options.model_name_or_path, options.bd_size, weights_dtype(options, training))
+    block, mask_id = model.config.bd_size, model.config.mask_token_id
+    if data.context_length < 2 or data.context_length % block:
+        raise ValueError(f"context_length={data.context_length} must be a positive multiple of bd_size={block}")
+    if data.conversation_template == "fast_dllm_v2" or not tokenizer.chat_template:
+        tokenizer.chat_template = FAST_DLLM_V2_TEMPLATE
+
+    quiet = training.process_index != 0
+    rows = load_samples(data.dataset_path, tokenizer, data, block, mask_id, quiet)
+    held_out = data.eval_dataset_path and load_samples(data.eval_dataset_path, tokenizer, data, block, mask_id, quiet)
+    if options.lora:
+        model = get_peft_model(model, lora_config(options))
+
+    training.remove_unused_columns = False
+    training.gradient_checkpointing_kwargs = training.gradient_checkpointing_kwargs or {"use_reentrant": False}
+    # Flex attention compiles once a shape, so on a GPU every batch has the same one.
+    width = data.context_length if torch.cuda.is_available() and not training.use_cpu else None
+    trainer = BlockDiffusionTrainer(
+        model=model,
+        args=training,
+        train_dataset=Rows(rows),
+        eval_dataset=Rows(held_out) if held_out else None,
+        data_collator=Collator(mask_id, width, data.document_mask),
+        tokenizer=tokenizer,
+        block=block,
+    )
+    resume = training.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume == "latest" else resume)
+    trainer.save_model()
+    if options.merge_lora and training.should_save:
+        merged = Path(training.output_dir) / "merged"
+        peft_model: PeftModel = trainer.accelerator.unwrap_model(trainer.model)
+        peft_model.merge_and_unload().save_pretrained(merged)
+        save_tokenizer(tokenizer, merged)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

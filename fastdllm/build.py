@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -27,26 +28,31 @@ def assemble(model: Model, config: DecodeConfig) -> dict[str, Any]:
         fitting = [n for n in registry.names("caches") if _fits(n, bool(spec.block_causal))]
         raise ValueError(f"cache={name!r} does not fit the family {spec.family!r}; allowed are {', '.join(fitting)}")
     cache = kind(**_options(config, "caches", name, spec.defaults))
-    needs = registry.find("decoders", config.decoder).needs
+    decoder = _decoder(model, config, geometry, size, cache)
+    sampler = Sampler(
+        config.confidence, config.temperature, config.top_p, config.top_k, config.alg_temp, frozenset(decoder.needs)
+    )
+    stop_ids = spec.stop_ids if config.stop_ids is None else config.stop_ids
+    grid = outer if spec.block_causal else 0
+    runner = model.runner(config.runner or ("cuda_graph" if model.device.type == "cuda" else "eager"))
     return {
         "geometry": geometry,
         "block_length": size,
         "cache": cache,
-        "decoder": _decoder(model, config, geometry, size, cache),
-        "sampler": Sampler(
-            config.confidence,
-            config.temperature,
-            config.top_p,
-            config.top_k,
-            config.alg_temp,
-            frozenset(needs),
-        ),
-        "runner": registry.find("runners", config.runner or "eager")(),
-        "stop_ids": spec.stop_ids if config.stop_ids is None else config.stop_ids,
-        "grid": outer if spec.block_causal else 0,
+        "decoder": decoder,
+        "sampler": sampler,
+        "runner": runner.bind((_fingerprint(decoder), sampler, stop_ids, grid, config.cfg_scale, size)),
+        "stop_ids": stop_ids,
+        "grid": grid,
         "cfg_scale": config.cfg_scale,
         "batch_size": config.batch_size,
     }
+
+
+def _fingerprint(component: Any) -> tuple[Any, ...]:
+    """A component's class and field values, hashable: equal fingerprints make equal graphs."""
+    values = (getattr(component, f.name) for f in dataclasses.fields(component))
+    return type(component), *(str(v.tolist()) if isinstance(v, torch.Tensor) else v for v in values)
 
 
 def _fits(name: str, block_causal: bool) -> bool:

@@ -36,7 +36,7 @@ class DecodeConfig:
     "timesteps" (Dream). confidence, temperature, top_p, top_k, alg_temp: see `sampling.Sampler`. cfg_scale: classifier-
     free guidance, cache "none" only (LLaDA's `generate.py`; 0 is off). seed: row i draws from seed + i. stop_ids:
     default the model's; () never stops early. batch_size: prompts on the canvas at once, default all. runner: default
-    "eager".
+    "cuda_graph" on CUDA, else "eager".
     """
 
     gen_length: int = 256

@@ -134,6 +134,10 @@ class Outcome:
     conf: Tensor
     committed: Tensor
 
+    def first(self, rows: int) -> Outcome:
+        """The outcome of the first `rows` rows, without those that pad a graph."""
+        return Outcome(self.status[:rows], self.ids[:rows], self.conf[:rows], self.committed[:rows])
+
 
 @torch.inference_mode()
 def decode(

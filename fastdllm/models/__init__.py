@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastdllm import registry
 from fastdllm.models.spec import Family, ModelSpec
 from fastdllm.models.transformer import Transformer
 from fastdllm.models.weights import load_weights
@@ -37,12 +38,19 @@ class Model:
     tokenizer: PreTrainedTokenizerFast | None = None
     name: str = ""
     banned: Tensor = field(init=False)
+    _runners: dict[str, Any] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.banned = torch.zeros(self.spec.vocab, dtype=torch.bool, device=self.device)
         self.banned[self.spec.mask_id] = True
         if self.tokenizer is not None:
             self.banned[len(self.tokenizer) :] = True
+
+    def runner(self, name: str) -> Any:
+        """The runner of that name, made once: a captured runner keeps its graphs from one run to the next."""
+        if name not in self._runners:
+            self._runners[name] = registry.find("runners", name)()
+        return self._runners[name]
 
     @property
     def device(self) -> torch.device:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -14,6 +14,10 @@ from fastdllm.store import Canvas
 
 class Runner:
     """Allocates a canvas per run and calls the step function on it."""
+
+    def bind(self, key: Hashable) -> Runner:
+        """Names what shapes the step function; nothing is kept between steps here."""
+        return self
 
     def canvas(self, model: Any, rows: int, length: int) -> Canvas:
         """Room for `rows` sequences of `length` positions, and the scratch column."""

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How close a decode step comes to the hardware: floors, forwards, steps, whole answers and batches, in one run.
+
+    python scripts/bench_decode.py                            # published shapes, random bf16 weights made on the device
+    python scripts/bench_decode.py --models llada --quantize fp8 --batches 1 32
+    python scripts/bench_decode.py --folder /path/to/checkpoint
+    python scripts/bench_decode.py --cpu                      # the shipped tiny models
+
+The floor of a block forward is the time to read its weights and keys once at the copy bandwidth measured in the same run;
+that of a full forward is its matrix products at the matrix rate measured in the same run. A table is printed last, then one
+JSON line. `--compare FILE` (an earlier run's line) adds ratios. The kernels are checked against their references first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastdllm
+from fastdllm import kernels
+from fastdllm.models import Model
+from fastdllm.models.dream import FAMILY as DREAM
+from fastdllm.models.fast_dllm_v2 import FAMILY as V2
+from fastdllm.models.llada import FAMILY as LLADA
+from fastdllm.models.spec import ModelSpec
+from fastdllm.models.transformer import Transformer
+from fastdllm.store import Window
+
+# config.json of LLaDA-8B-Instruct, Dream-v0-Instruct-7B and Fast_dLLM_v2_7B: the fields that shape the network.
+LLADA_8B = {
+    "n_layers": 32, "d_model": 4096, "n_heads": 32, "n_kv_heads": 32, "mlp_hidden_size": 12288, "vocab_size": 126464,
+    "embedding_size": 126464, "max_sequence_length": 4096, "rope_theta": 500000.0,
+}  # fmt: skip
+QWEN2_7B = {
+    "num_hidden_layers": 28, "hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4,
+    "intermediate_size": 18944, "vocab_size": 152064, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0, "eos_token_id": 151645,
+}  # fmt: skip
+SHAPES = {"llada": (LLADA, LLADA_8B), "dream": (DREAM, QWEN2_7B), "v2": (V2, QWEN2_7B)}
+TINY = {"llada": "tiny-llada", "dream": "tiny-dream", "v2": "tiny-fast-dllm-v2"}
+
+
+def random_model(name: str, device: torch.device) -> Model:
+    """The published shape with random bf16 weights, made on the device."""
+    family, config = SHAPES[name]
+    spec = family.spec(config, {})
+    network = Transformer(spec, torch.bfloat16, "meta").to_empty(device=device)
+    torch.manual_seed(0)
+    for key, p in network.named_parameters():
+        p.data.fill_(1.0) if key.endswith("norm") else p.data.normal_(0.0, 0.02)
+    return Model(network.requires_grad_(False).eval(), spec, None, f"{name} (random)")
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median_ms(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Median milliseconds of one call, by device events on CUDA and the host clock elsewhere."""
+    run()
+    synchronise(device)
+    times = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run()
+            stop.record()
+            stop.synchronize()
+            times.append(start.elapsed_time(stop))
+        else:
+            began = time.perf_counter()
+            run()
+            times.append(1e3 * (time.perf_counter() - began))
+    return sorted(times)[len(times) // 2]
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Copy bandwidth in GB/s (bytes read plus written) and matrix rate in TFLOP/s, on random data."""
+    big = device.type == "cuda"
+    a = torch.empty(2**31 if big else 2**26, dtype=torch.uint8, device=device).random_()
+    b = torch.empty_like(a)
+    copy = median_ms(lambda: b.copy_(a), device, 20)
+    n = 8192 if big else 1024
+    x, y = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    matmul = median_ms(lambda: x @ y, device, 10)
+    return {"copy_gb_s": 2 * a.numel() / copy / 1e6, "matmul_tflop_s": 2 * n**3 / matmul / 1e9}
+
+
+def weight_bytes(network: Transformer) -> int:
+    """Bytes of weights that a forward reads: everything but the embedding table (a tied head reads it whole)."""
+    tied = network.spec.tied_head
+    tensors = [*network.parameters(), *network.buffers()]
+    total = sum(t.numel() * t.element_size() for t in tensors)
+    return total if tied else total - network.embed.weight.numel() * network.embed.weight.element_size()
+
+
+def full_flops(spec: ModelSpec, tokens: int, head_rows: int) -> float:
+    """Multiply-adds times two of a forward over `tokens` positions that all see each other."""
+    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    linear = spec.width * (q + 2 * kv) + q * spec.width + 3 * spec.width * spec.ffn
+    attention = 2 * tokens * q
+    return 2.0 * tokens * spec.layers * (linear + attention) + 2.0 * head_rows * spec.width * spec.vocab
+
+
+class Forward:
+    """A forward of the network and its head over a window, captured on CUDA when it is narrow."""
+
+    def __init__(self, model: Model, rows: int, width: int, keys: int, start: int, head_rows: int) -> None:
+        spec, device = model.spec, model.device
+        self.model, self.head_rows = model, head_rows
+        self.store = model.network.new_store(rows, keys)
+        self.store.k.normal_()
+        self.store.v.normal_()
+        pos = torch.arange(start, start + width, device=device).expand(rows, width).contiguous()
+        limit = torch.full_like(pos, keys)
+        row = torch.arange(rows, device=device)
+        uniform = device.type != "cuda" or width > 64
+        self.window = Window(
+            row, pos, limit, keys, uniform, None if uniform else torch.zeros(rows, 2, dtype=torch.long, device=device)
+        )
+        self.ids = torch.randint(0, spec.vocab, (rows, width), device=device)
+        self.graph = None
+        if device.type == "cuda" and width <= 64:
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self.run()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.run()
+            self.graph = graph
+
+    @torch.inference_mode()
+    def run(self) -> Any:
+        hidden = self.model.network(self.ids, self.window, self.store)[:, -self.head_rows :]
+        logits = self.model.network.logits(hidden)
+        return kernels.confidence(logits.flatten(0, 1), self.model.banned)
+
+    def __call__(self) -> None:
+        self.graph.replay() if self.graph else self.run()
+
+
+def forwards(model: Model, peak: dict[str, float], prompt: int, gen: int, repeats: int) -> dict[str, Any]:
+    """Narrow and full forwards of batch 1 against their floors."""
+    spec, device = model.spec, model.device
+    total, block = prompt + gen, spec.defaults.get("block_length", 32)
+    keys = total if not spec.block_causal else prompt // block * block + block
+    kv = 2 * spec.layers * spec.kv_heads * spec.head_dim * model.dtype.itemsize
+    floor = (weight_bytes(model.network) + keys * kv) / peak["copy_gb_s"] / 1e6
+    out: dict[str, Any] = {}
+    widths = {"block": block, "sub_block": 8} if spec.block_causal else {"block": block}
+    for name, width in widths.items():
+        ms = median_ms(
+            Forward(model, 1, width, keys, keys - width, min(8, width) if spec.block_causal else width), device, repeats
+        )
+        out[f"{name}_forward_ms"], out[f"{name}_floor_ms"], out[f"{name}_ratio"] = ms, floor, ms / floor
+    ms = median_ms(Forward(model, 1, total, total, 0, block), device, max(3, repeats // 4))
+    flops = full_flops(spec, total, block)
+    out["full_forward_ms"], out["full_tflop_s"] = ms, flops / ms / 1e9
+    out["full_share_of_matmul_rate"] = flops / ms / 1e9 / peak["matmul_tflop_s"]
+    return out
+
+
+def answers(model: Model, batch: int, prompt: int, gen: int, per_step: float, options: dict[str, Any]) -> dict[str, Any]:
+    """Whole answers through the engine: `per_step` tokens a step on average, prompts of unequal lengths in a batch."""
+    torch.manual_seed(1)
+    lengths = [max(1, prompt - (i * 37) % (prompt // 4 or 1)) for i in range(batch)]
+    prompts = [torch.randint(0, model.spec.vocab - 600, (n,)) for n in lengths]
+    config = fastdllm.DecodeConfig(decoder="quota", gen_length=gen, steps=round(gen / per_step), stop_ids=(), **options)
+    began = time.perf_counter()
+    fastdllm.generate(model, prompts, config)
+    cold = time.perf_counter() - began
+    out = fastdllm.generate(model, prompts, config)
+    stats = out.stats
+    return {
+        "tokens_per_second": stats.tokens_per_second,
+        "nfe": stats.nfe,
+        "tokens_per_forward": stats.tokens_per_forward,
+        "seconds": stats.seconds,
+        "first_run_seconds": cold,
+        "peak_gib": (stats.peak_memory or 0) / 2**30,
+    }
+
+
+def step_times(model: Model, prompt: int, gen: int, options: dict[str, Any]) -> dict[str, float]:
+    """Wall time of an average block step of batch 1, and the device's busy share of it (CUDA: from a profile)."""
+    ids = [torch.randint(0, model.spec.vocab - 600, (prompt,))]
+    config = fastdllm.DecodeConfig(decoder="quota", gen_length=gen, steps=gen // 4, stop_ids=(), **options)
+    fastdllm.generate(model, ids, config)
+    narrow = []
+    began = time.perf_counter()
+    for step in fastdllm.stream(model, ids, config):
+        now = time.perf_counter()
+        if not step.done:
+            narrow.append(now - began)
+        began = now
+    narrow.sort()
+    return {"step_wall_ms": 1e3 * narrow[len(narrow) // 2]}
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip() or "unknown"
+
+
+def check_kernels() -> None:
+    """The op tests, before any number is printed."""
+    folder = Path(__file__).parent.parent / "tests" / "kernels"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", str(folder)], capture_output=True, text=True
+    )
+    print(done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr.strip()[-400:])
+    if done.returncode not in (0, 5):
+        raise SystemExit(done.stdout[-4000:] + done.stderr[-2000:])
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    out: dict[str, float] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            out |= flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float):
+            out[prefix + key] = float(value)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["llada", "dream", "v2"], choices=list(SHAPES))
+    parser.add_argument("--folder", help="a real checkpoint in place of random weights")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 32, 64])
+    parser.add_argument("--prompts", nargs="+", type=int, default=[1000, 128], help="the first one also shapes the forwards")
+    parser.add_argument("--gen", type=int, default=256)
+    parser.add_argument("--cpu", action="store_true", help="the shipped tiny models on the CPU")
+    parser.add_argument("--skip-checks", action="store_true", help="do not run the op tests first")
+    parser.add_argument("--compare", help="a file whose last line is an earlier run's JSON")
+    parser.add_argument("--repeats", type=int, default=40)
+    args = parser.parse_args()
+
+    device = torch.device("cpu" if args.cpu else "cuda")
+    if device.type == "cuda" and not args.skip_checks:
+        check_kernels()
+    peak = ceilings(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    report: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "torch": torch.__version__, "python": platform.python_version(), "commit": commit(), "ceilings": peak,
+    }  # fmt: skip
+    for name in [args.folder] if args.folder else args.models:
+        if args.folder or args.cpu:
+            model = fastdllm.load(args.folder or TINY[name], device=device)
+        else:
+            model = random_model(name, device)
+        prompt = min(args.prompts[0], model.spec.max_length - args.gen)
+        entry = report[name] = {"forward": forwards(model, peak, prompt, args.gen, args.repeats)}
+        caches = ["block", "sub_block"] if model.spec.block_causal else ["prefix", "dual"]
+        per_step = 8 / 3 if model.spec.block_causal else 4
+        for cache in caches:
+            entry[f"step_{cache}"] = step_times(model, prompt, args.gen, {"cache": cache})
+        for length in dict.fromkeys(min(p, prompt) for p in args.prompts):
+            for batch in args.batches:
+                try:
+                    entry[f"{caches[-1]}_prompt{length}_batch{batch}"] = answers(
+                        model, batch, length, args.gen, per_step, {"cache": caches[-1]}
+                    )
+                except torch.OutOfMemoryError as error:
+                    print(f"{name} batch {batch} prompt {length}: {str(error).splitlines()[0]}")
+        del model
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    before = flatten(json.loads(Path(args.compare).read_text().strip().splitlines()[-1])) if args.compare else {}
+    print(f"\n{report['device']}, torch {report['torch']}, commit {report['commit']}")
+    for key, value in flatten(report).items():
+        ratio = f"   x {value / before[key]:.3f} of {args.compare}" if before.get(key) else ""
+        print(f"{key:56s} {value:12.3f}{ratio}")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The published call, python postprocess_code.py FILE; it needs --allow-code-execution, see scripts/score_code.py."""
+
+import sys
+
+from fastdllm.scoring.score import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operations a forward is made of: one folder each, `reference.py` (torch) and `triton.py` with the same signature.
+"""The operations a forward is made of: one folder each, `reference.py` (torch) and `triton.py` with the same
+signature.
 
-CUDA tensors use Triton where it imports, everything else the reference. FASTDLLM_KERNELS=reference or =triton overrides
-that for every tensor (read once, at import). Importing this package does not import Triton.
+CUDA tensors use Triton where it imports, everything else the reference. FASTDLLM_KERNELS=reference or =triton
+overrides that for every tensor (read once, at import). Importing this package does not import Triton.
 """
 
 from __future__ import annotations
@@ -60,9 +61,11 @@ def _pick(reference: ModuleType, x: Tensor) -> ModuleType:
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Normalise x [..., C] (plus `residual` [..., C]) by its root mean square. Returns (y, h), h = x + residual.
+    """Normalise x [..., C] (plus `residual` [..., C]) by its root mean square. Returns (y, h), h = x +
+    residual.
 
-    Statistics in fp32; the result is cast back to x.dtype before the product with weight [C], as transformers does.
+    Statistics in fp32; the result is cast back to x.dtype before the product with weight [C], as transformers
+    does.
     """
     return _pick(_rmsnorm, x).rmsnorm(x, weight, eps, residual)
 
@@ -83,10 +86,12 @@ def rope_store(
     k_store: Tensor,
     v_store: Tensor,
 ) -> Tensor:
-    """Rotate the queries and keys of qkv [R, W, (H + 2K) D] and write keys and values into the store, in place.
+    """Rotate the queries and keys of qkv [R, W, (H + 2K) D] and write keys and values into the store, in
+    place.
 
-    cos, sin [Tmax, D] fp32 in the half-split layout; pos [R, W] and row [R] int64; k_store, v_store [B, K, T, D], of which
-    slots [row[r], :, pos[r, w]] are overwritten. Rotation in fp32. Returns q [R, W, H, D] in the store's dtype.
+    cos, sin [Tmax, D] fp32 in the half-split layout; pos [R, W] and row [R] int64; k_store, v_store [B, K, T,
+    D], of which slots [row[r], :, pos[r, w]] are overwritten. Rotation in fp32. Returns q [R, W, H, D] in the
+    store's dtype.
     """
     return _pick(_rope_store, qkv).rope_store(qkv, heads, kv_heads, cos, sin, pos, row, k_store, v_store)
 
@@ -102,23 +107,23 @@ def attention(
     scale: float | None = None,
     uniform: bool = False,
 ) -> Tensor:
-    """Queries q [R, W, H, D] over the store's rows `row` [R]; k_store, v_store [B, K, T, D]. Returns [R, W, H, D].
+    """Queries q [R, W, H, D] over the store's rows `row` [R]; k_store, v_store [B, K, T, D]. Returns [R, W,
+    H, D].
 
-    Query (r, w) sees slots j < limit[r, w] (int64) that are not in [hide[r, 0], hide[r, 1]) (int64 [R, 2]); one that sees
-    nothing gives zeros. Only slots [0, keys) are looked at: `keys` bounds every limit. Query head h reads kv head
-    h // (H / K). `scale` is 1/sqrt(D) unless given. `uniform=True` promises that every limit is `keys` and nothing is
-    hidden.
+    Query (r, w) sees slots j < limit[r, w] (int64) that are not in [hide[r, 0], hide[r, 1]) (int64 [R, 2]);
+    one that sees nothing gives zeros. Only slots [0, keys) are looked at: `keys` bounds every limit. Query
+    head h reads kv head h // (H / K). `scale` is 1/sqrt(D) unless given. `uniform=True` promises that every
+    limit is `keys` and nothing is hidden.
     """
     return _pick(_attention, q).attention(q, k_store, v_store, row, limit, keys, hide, scale, uniform)
 
 
-def confidence(
-    logits: Tensor, banned: Tensor | None = None, entropy: bool = False, margin: bool = False
-) -> Confidence:
-    """Top token and softmax statistics of logits [N, V] in fp32; entries of `banned` [V] bool have probability 0.
+def confidence(logits: Tensor, banned: Tensor | None = None, entropy: bool = False, margin: bool = False) -> Confidence:
+    """Top token and softmax statistics of logits [N, V] in fp32; entries of `banned` [V] bool have
+    probability 0.
 
-    Of equal logits the one with the smaller id is the top. `entropy` (nats) and `margin` (best minus second-best
-    probability) are computed where asked for.
+    Of equal logits the one with the smaller id is the top. `entropy` (nats) and `margin` (best minus
+    second-best probability) are computed where asked for.
     """
     return _pick(_confidence, logits).confidence(logits, banned, entropy, margin)
 
@@ -133,23 +138,26 @@ def head_confidence(
 def accept(ids: Tensor, top: Tensor, conf: Tensor, masked: Tensor, rule: str, value: Tensor) -> Tensor:
     """The block's next ids [R, Q]: `top` [R, Q] where it is committed, `ids` elsewhere. No host read.
 
-    Only positions of `masked` [R, Q] bool are committed, and in each row that has one at least the most confident
-    (conf [R, Q] fp32, ties by position; NaN comes after every number). `rule`, with value [R] fp32:
-    threshold: conf >= value; threshold_strict: conf > value; quota: the `value` most confident; factor: the n most
-    confident, n the largest with (n + 1)(1 - c_(n)) < value (Fast-dLLM, arXiv 2505.22618); factor_published: that rule as
-    the published code scans it, >= and the last position included when the scan stops there.
+    Only positions of `masked` [R, Q] bool are committed, and in each row that has one at least the most
+    confident (conf [R, Q] fp32, ties by position; NaN comes after every number). `rule`, with value [R] fp32:
+    threshold: conf >= value; threshold_strict: conf > value; quota: the `value` most confident; factor: the n
+    most confident, n the largest with (n + 1)(1 - c_(n)) < value (Fast-dLLM, arXiv 2505.22618);
+    factor_published: that rule as the published code scans it, >= and the last position included when the
+    scan stops there.
     """
     return _pick(_accept, conf).accept(ids, top, conf, masked, rule, value)
 
 
 def quantize_weight(w: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Quantise w [N, C] to "fp8" (e4m3) or "int8". Returns (wq [N, C], scale [N] fp32), w ~ wq * scale[:, None]."""
+    """Quantise w [N, C] to "fp8" (e4m3) or "int8": (wq [N, C], scale [N] fp32), w close to wq * scale[:, None]."""
     return _linear.quantize_weight(w, kind)
 
 
 def linear(x: Tensor, wq: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., C] times the transpose of a quantised weight (`quantize_weight`), plus bias [N]; returns [..., N].
+    """x [..., C] times the transpose of a quantised weight (`quantize_weight`), plus bias [N]; returns [...,
+    N].
 
-    fp8 weights: x is quantised per token with its own scale. int8 weights: x keeps its dtype.
+    Products accumulate in fp32. x keeps its dtype, except in passes of `WIDE_ROWS` rows and more with fp8
+    weights, where it too is quantised, with one scale per token.
     """
     return _pick(_linear, x).linear(x, wq, scale, bias)

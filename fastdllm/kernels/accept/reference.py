@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Acceptance rules in plain torch with static shapes: sort, compare, scatter; nothing is read on the host.
 
-Sources: threshold and factor, Fast-dLLM (arXiv 2505.22618) section 3.3 and Theorem 1; quota, LLaDA's low-confidence
-remasking (arXiv 2502.09992).
+Sources: threshold and factor, Fast-dLLM (arXiv 2505.22618) section 3.3 and Theorem 1; quota, LLaDA's
+low-confidence remasking (arXiv 2502.09992).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _chosen(conf: Tensor, masked: Tensor, rule: str, value: Tensor) -> Tensor:
         # (n + 1)(1 - c_(n)) never falls with n, so the number of n that satisfy it is the largest such n.
         chosen = rank < (valid & ((n + 1) * (1 - ranked) < value)).sum(-1, keepdim=True)
     elif rule == "factor_published":
-        # The published scan stops at the first failure and then also takes the last masked position if it stopped there.
+        # The published scan stops at the first failure, but commits the last masked position if it stops there.
         passes = valid & ((n == 1) | (ranked >= 1 - value / (n + 1)))
         first = passes.long().cumprod(-1).sum(-1, keepdim=True)
         chosen = rank < torch.where(first >= count - 1, count, first)
@@ -44,7 +44,8 @@ def _chosen(conf: Tensor, masked: Tensor, rule: str, value: Tensor) -> Tensor:
 
 
 def _ranked(conf: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
-    """Confidences of the masked positions in falling order, and each position's rank in it (ties by position).
+    """Confidences of the masked positions in falling order, and each position's rank in it (ties by
+    position).
 
     NaN ranks after every number, and what is not masked after that.
     """

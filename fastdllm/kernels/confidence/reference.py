@@ -11,8 +11,9 @@ from torch import Tensor
 
 
 class Confidence(NamedTuple):
-    """Per position: `top` [N] int64 the likeliest token, `prob` [N] its probability, `lse` [N] the log-sum-exp of the
-    logits, `entropy` [N] in nats and `margin` [N] (best minus second-best probability) where asked for; fp32."""
+    """Per position: `top` [N] int64 the likeliest token, `prob` [N] its probability, `lse` [N] the
+    log-sum-exp of the logits, `entropy` [N] in nats and `margin` [N] (best minus second-best probability)
+    where asked for; fp32."""
 
     top: Tensor
     prob: Tensor
@@ -21,9 +22,7 @@ class Confidence(NamedTuple):
     margin: Tensor | None
 
 
-def confidence(
-    logits: Tensor, banned: Tensor | None = None, entropy: bool = False, margin: bool = False
-) -> Confidence:
+def confidence(logits: Tensor, banned: Tensor | None = None, entropy: bool = False, margin: bool = False) -> Confidence:
     """See `fastdllm.kernels.confidence`."""
     x = logits.float()
     if banned is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantised linear layers in plain torch: weights are quantised once per output channel, fp8 activations per token."""
+"""Quantised linear layers in plain torch: weights have one scale per output channel, wide fp8 activations one per token."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
+# From this many rows on a product is bound by arithmetic, and fp8 activations pay; below, by reading the weight.
+WIDE_ROWS = 128
 KINDS = {"fp8": (FP8, FP8_MAX), "int8": (torch.int8, 127.0)}
 
 
@@ -22,7 +24,8 @@ def quantize_weight(w: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 def linear(x: Tensor, wq: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """See `fastdllm.kernels.linear`."""
-    if wq.dtype == FP8:
+    rows = x.numel() // x.shape[-1]
+    if wq.dtype == FP8 and rows >= WIDE_ROWS:
         scaled, token_scale = _scaled(x, FP8_MAX)
         y = scaled.to(FP8).float() @ wq.float().T * token_scale.unsqueeze(-1) * scale
     else:
@@ -33,7 +36,7 @@ def linear(x: Tensor, wq: Tensor, scale: Tensor, bias: Tensor | None = None) -> 
 
 
 def _scaled(x: Tensor, largest: float) -> tuple[Tensor, Tensor]:
-    """`x` stretched so that each row's largest magnitude is `largest`, and the factor [...] that undoes it (fp32)."""
+    """`x` with each row stretched to a largest magnitude of `largest`, and the scale [...] that undoes it; fp32."""
     x = x.float()
     # A row of zeros has no magnitude; any positive scale represents it.
     scale = x.abs().amax(dim=-1).clamp(min=1e-12) / largest

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flash attention over the KV store, split over keys where the queries alone do not fill the device.
+
+The query heads of one kv head are packed into the rows of a tile, so that the tile reads its keys once. Each
+split writes a normalised partial output and its log-sum-exp, and a second kernel joins them in a fixed order:
+deterministic, no atomics. Lengths are read on the device, so that one captured launch serves every length up
+to `keys`. Method: FlashAttention-2 (arXiv 2307.08691), split over keys as in Flash-Decoding.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdllm.kernels.dot import dot
+
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _attend_step(
+    b_acc,
+    b_sum,
+    b_max,
+    b_q,
+    p_k,
+    p_v,
+    j,
+    stop,
+    b_limit,
+    hide_start,
+    hide_stop,
+    scale,
+    stride_kt,
+    stride_vt,
+    MASKED: tl.constexpr,
+    HIDE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One tile of keys [j, j + BLOCK_N): the online softmax update of (acc, sum, max)."""
+    o_j = j + tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    p_kj = p_k + o_j[None, :] * stride_kt + o_d[:, None]
+    p_vj = p_v + o_j[:, None] * stride_vt + o_d[None, :]
+    if MASKED:
+        m_j = o_j < stop
+        if HIDE:
+            m_j &= (o_j < hide_start) | (o_j >= hide_stop)
+        # Slots that no query of the tile sees may hold anything, NaN included: they are not read.
+        b_k = tl.load(p_kj, mask=m_j[None, :] & (o_d < D)[:, None], other=0.0)
+        b_v = tl.load(p_vj, mask=m_j[:, None] & (o_d < D)[None, :], other=0.0)
+    elif D == BLOCK_D:
+        b_k, b_v = tl.load(p_kj), tl.load(p_vj)
+    else:
+        b_k = tl.load(p_kj, mask=(o_d < D)[:, None], other=0.0)
+        b_v = tl.load(p_vj, mask=(o_d < D)[None, :], other=0.0)
+    b_s = dot(b_q, b_k, tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)) * scale
+    if MASKED:
+        b_s = tl.where(m_j[None, :] & (o_j[None, :] < b_limit[:, None]), b_s, -float("inf"))
+    b_new = tl.maximum(b_max, tl.max(b_s, 1))
+    # A query that has seen nothing yet has no maximum; any finite reference keeps its weights at zero.
+    b_ref = tl.where(b_new == -float("inf"), 0.0, b_new) if MASKED else b_new
+    b_p = tl.exp2(b_s - b_ref[:, None])
+    b_keep = tl.exp2(b_max - b_ref)
+    b_sum = b_sum * b_keep + tl.sum(b_p, 1)
+    b_acc = dot(b_p.to(b_v.dtype), b_v, b_acc * b_keep[:, None])
+    return b_acc, b_sum, b_new
+
+
+@triton.jit
+def _attend_kernel(
+    q,
+    k_store,
+    v_store,
+    row,
+    limit,
+    hide,
+    out,
+    lse,
+    W,
+    keys,
+    scale,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    HIDE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    i_m, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    i_k, i_r = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    m_m = o_m < W * G
+    m_md = m_m[:, None] & (o_d < D)[None, :]
+    # Tile row m is query head m % G of position m // G.
+    i_out = (i_r * W + o_m // G) * H + i_k * G + o_m % G
+
+    b_limit = tl.load(limit + i_r * W + o_m // G, mask=m_m, other=0).to(tl.int32)
+    b_limit = tl.minimum(b_limit, keys)
+    reach = tl.max(b_limit, 0)
+    chunk = tl.cdiv(tl.cdiv(reach, SPLITS), 16) * 16
+    start = i_s * chunk
+    stop = tl.minimum(start + chunk, reach)
+    if HIDE:
+        hide_start = tl.load(hide + i_r * 2).to(tl.int32)
+        hide_stop = tl.load(hide + i_r * 2 + 1).to(tl.int32)
+        full = start
+    else:
+        hide_start, hide_stop = 0, 0
+        shared = tl.minimum(tl.min(tl.where(m_m, b_limit, reach), 0), stop)
+        full = start + tl.maximum(shared - start, 0) // BLOCK_N * BLOCK_N
+
+    b_row = tl.load(row + i_r)
+    p_k = k_store + b_row * stride_kb + i_k * stride_kh
+    p_v = v_store + b_row * stride_vb + i_k * stride_vh
+    b_q = tl.load(q + i_out[:, None] * D + o_d[None, :], mask=m_md, other=0.0)
+    b_acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    b_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    b_max = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
+    for j in range(start, full, BLOCK_N):
+        b_acc, b_sum, b_max = _attend_step(
+            b_acc, b_sum, b_max, b_q, p_k, p_v, j, stop, b_limit, hide_start, hide_stop, scale, stride_kt, stride_vt,
+            False, HIDE, D, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    for j in range(full, stop, BLOCK_N):
+        b_acc, b_sum, b_max = _attend_step(
+            b_acc, b_sum, b_max, b_q, p_k, p_v, j, stop, b_limit, hide_start, hide_stop, scale, stride_kt, stride_vt,
+            True, HIDE, D, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    b_o = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+    if SPLITS == 1:
+        tl.store(out + i_out[:, None] * D + o_d[None, :], b_o, mask=m_md)
+    else:
+        i_part = i_out * SPLITS + i_s
+        tl.store(out + i_part[:, None] * D + o_d[None, :], b_o, mask=m_md)
+        # log2(0) is not defined everywhere; an empty split weighs nothing.
+        b_lse = tl.where(b_sum == 0.0, -float("inf"), b_max + tl.log2(tl.where(b_sum == 0.0, 1.0, b_sum)))
+        tl.store(lse + i_part, b_lse, mask=m_m)
+
+
+@triton.jit
+def _join_kernel(part, lse, out, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
+    i_n = tl.program_id(0).to(tl.int64)
+    o_s, o_d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
+    b_lse = tl.load(lse + i_n * SPLITS + o_s)
+    b_max = tl.max(b_lse, 0)
+    b_w = tl.exp2(b_lse - tl.where(b_max == -float("inf"), 0.0, b_max))
+    b_sum = tl.sum(b_w, 0)
+    p_part = part + (i_n * SPLITS + o_s[:, None]) * D + o_d[None, :]
+    b_part = tl.load(p_part, mask=(o_d < D)[None, :], other=0.0)
+    b_o = tl.sum(b_part * b_w[:, None], 0) / tl.where(b_sum == 0.0, 1.0, b_sum)
+    tl.store(out + i_n * D + o_d, b_o, mask=o_d < D)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def tiling(tiles: int, packed: int, keys: int, multiprocessors: int) -> dict[str, int]:
+    """Tile shape and number of key splits for `packed` queries of each of `tiles` (row, kv head) pairs."""
+    block_m = min(128, max(16, triton.next_power_of_2(packed)))
+    if block_m == 128 and tiles * triton.cdiv(packed, 128) >= multiprocessors:
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "SPLITS": 1, "num_warps": 8, "num_stages": 3}
+    block_m = min(block_m, 64)
+    programs = tiles * triton.cdiv(packed, block_m)
+    wanted = triton.cdiv(2 * multiprocessors, programs)
+    most = triton.cdiv(keys, 64)
+    splits = min(16, triton.next_power_of_2(min(wanted, most)))
+    return {"BLOCK_M": block_m, "BLOCK_N": 64, "SPLITS": splits, "num_warps": 4, "num_stages": 3}
+
+
+def attention(
+    q: Tensor,
+    k_store: Tensor,
+    v_store: Tensor,
+    row: Tensor,
+    limit: Tensor,
+    keys: int,
+    hide: Tensor | None = None,
+    scale: float | None = None,
+    uniform: bool = False,
+) -> Tensor:
+    """See `fastdllm.kernels.attention`."""
+    R, W, H, _ = q.shape
+    K = k_store.shape[1]
+    return launch(
+        q, k_store, v_store, row, limit, keys, hide, scale, **tiling(R * K, W * H // K, keys, _multiprocessors(q.device))
+    )
+
+
+def launch(
+    q: Tensor,
+    k_store: Tensor,
+    v_store: Tensor,
+    row: Tensor,
+    limit: Tensor,
+    keys: int,
+    hide: Tensor | None,
+    scale: float | None,
+    *,
+    BLOCK_M: int,
+    BLOCK_N: int,
+    SPLITS: int,
+    num_warps: int,
+    num_stages: int,
+) -> Tensor:
+    """`attention` with a given tiling."""
+    R, W, H, D = q.shape
+    K = k_store.shape[1]
+    block_d = max(16, triton.next_power_of_2(D))
+    q = q.contiguous()
+    out = torch.empty_like(q)
+    part, lse = out, out
+    if SPLITS > 1:
+        part = torch.empty((R, W, H, SPLITS, D), dtype=torch.float32, device=q.device)
+        lse = torch.empty((R, W, H, SPLITS), dtype=torch.float32, device=q.device)
+    grid = (triton.cdiv(W * H // K, BLOCK_M) * SPLITS, K, R)
+    _attend_kernel[grid](
+        q,
+        k_store,
+        v_store,
+        row,
+        limit.contiguous(),
+        limit if hide is None else hide.contiguous(),
+        part,
+        lse,
+        W,
+        keys,
+        (D**-0.5 if scale is None else scale) * LOG2E,
+        *k_store.stride()[:3],
+        *v_store.stride()[:3],
+        H=H,
+        G=H // K,
+        D=D,
+        HIDE=hide is not None,
+        SPLITS=SPLITS,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        BLOCK_D=block_d,
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    if SPLITS > 1:
+        _join_kernel[(R * W * H,)](part, lse, out, D=D, SPLITS=SPLITS, BLOCK_D=block_d, num_warps=1)
+    return out

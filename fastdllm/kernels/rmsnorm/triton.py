@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RMS norm in one read of each row: one program a row, the row in registers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _rmsnorm_kernel(x, residual, weight, y, h, eps, C, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    i_n = tl.program_id(0).to(tl.int64)
+    o_c = tl.arange(0, BLOCK)
+    m_c = o_c < C
+    b_x = tl.load(x + i_n * C + o_c, mask=m_c, other=0.0).to(tl.float32)
+    if ADD:
+        b_x += tl.load(residual + i_n * C + o_c, mask=m_c, other=0.0).to(tl.float32)
+        # The sum is rounded before its statistics are taken: h, not more than h, is what the next layer sees.
+        b_x = b_x.to(h.dtype.element_ty).to(tl.float32)
+        tl.store(h + i_n * C + o_c, b_x, mask=m_c)
+    b_y = b_x * tl.rsqrt(tl.sum(b_x * b_x, 0) / C + eps)
+    b_w = tl.load(weight + o_c, mask=m_c, other=0.0).to(tl.float32)
+    tl.store(y + i_n * C + o_c, b_y.to(y.dtype.element_ty).to(tl.float32) * b_w, mask=m_c)
+
+
+def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See `fastdllm.kernels.rmsnorm`."""
+    x = x.contiguous()
+    C = x.shape[-1]
+    y = torch.empty_like(x)
+    h = x if residual is None else torch.empty_like(x)
+    block = triton.next_power_of_2(C)
+    warps = 8 if block >= 4096 else 4
+    _rmsnorm_kernel[(x.numel() // C,)](
+        x,
+        x if residual is None else residual.contiguous(),
+        weight,
+        y,
+        h,
+        eps,
+        C,
+        ADD=residual is not None,
+        BLOCK=block,
+        num_warps=warps,
+    )
+    return y, h

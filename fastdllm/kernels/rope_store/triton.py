@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotary embedding and KV write in one pass: a program rotates some heads of one position and puts each where
+it belongs.
+
+Queries go to a fresh tensor, keys and values straight into their slots, so that nothing but the slots of this
+pass is touched.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Heads of one position per program: 32 positions of LLaDA's 96 heads make 384 programs, about three a multiprocessor.
+BLOCK_H = 8
+
+
+@triton.jit
+def _rope_store_kernel(
+    qkv,
+    cos,
+    sin,
+    pos,
+    row,
+    q,
+    k_store,
+    v_store,
+    W,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    i_n = tl.program_id(0).to(tl.int64)
+    o_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    o_d = tl.arange(0, BLOCK_D)
+    HALF: tl.constexpr = D // 2
+    m_d = o_d < HALF
+    m_hd = (o_h < H + 2 * K)[:, None] & m_d[None, :]
+
+    p_x = qkv + (i_n * (H + 2 * K) + o_h[:, None]) * D + o_d[None, :]
+    b_low = tl.load(p_x, mask=m_hd, other=0.0)
+    b_high = tl.load(p_x + HALF, mask=m_hd, other=0.0)
+    b_pos = tl.load(pos + i_n)
+    b_row = tl.load(row + i_n // W)
+    p_cos, p_sin = cos + b_pos * D + o_d, sin + b_pos * D + o_d
+    b_cl, b_ch = tl.load(p_cos, mask=m_d, other=0.0), tl.load(p_cos + HALF, mask=m_d, other=0.0)
+    b_sl, b_sh = tl.load(p_sin, mask=m_d, other=0.0), tl.load(p_sin + HALF, mask=m_d, other=0.0)
+    x_low, x_high = b_low.to(tl.float32), b_high.to(tl.float32)
+    r_low = x_low * b_cl[None, :] - x_high * b_sl[None, :]
+    r_high = x_high * b_ch[None, :] + x_low * b_sh[None, :]
+
+    m_q = m_hd & (o_h < H)[:, None]
+    p_q = q + (i_n * H + o_h[:, None]) * D + o_d[None, :]
+    tl.store(p_q, r_low, mask=m_q)
+    tl.store(p_q + HALF, r_high, mask=m_q)
+
+    m_k = m_hd & ((o_h >= H) & (o_h < H + K))[:, None]
+    o_k = (o_h - H).to(tl.int64)
+    p_k = k_store + b_row * stride_kb + b_pos * stride_kt + o_k[:, None] * stride_kh + o_d[None, :]
+    tl.store(p_k, r_low, mask=m_k)
+    tl.store(p_k + HALF, r_high, mask=m_k)
+
+    m_v = m_hd & (o_h >= H + K)[:, None]
+    o_v = (o_h - H - K).to(tl.int64)
+    p_v = v_store + b_row * stride_vb + b_pos * stride_vt + o_v[:, None] * stride_vh + o_d[None, :]
+    tl.store(p_v, b_low, mask=m_v)
+    tl.store(p_v + HALF, b_high, mask=m_v)
+
+
+def rope_store(
+    qkv: Tensor,
+    heads: int,
+    kv_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    pos: Tensor,
+    row: Tensor,
+    k_store: Tensor,
+    v_store: Tensor,
+) -> Tensor:
+    """See `fastdllm.kernels.rope_store`."""
+    R, W, _ = qkv.shape
+    D = k_store.shape[-1]
+    q = torch.empty((R, W, heads, D), dtype=k_store.dtype, device=qkv.device)
+    grid = (R * W, triton.cdiv(heads + 2 * kv_heads, BLOCK_H))
+    _rope_store_kernel[grid](
+        qkv.contiguous(),
+        cos,
+        sin,
+        pos.contiguous(),
+        row,
+        q,
+        k_store,
+        v_store,
+        W,
+        *k_store.stride()[:3],
+        *v_store.stride()[:3],
+        H=heads,
+        K=kv_heads,
+        D=D,
+        BLOCK_H=BLOCK_H,
+        BLOCK_D=triton.next_power_of_2(D // 2),
+        num_warps=4,
+    )
+    return q

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where kernels run in the tests: compiled on a GPU, or in Triton's interpreter on a CPU.
+
+The interpreter is chosen when Triton is imported, so this file decides before any test module of the folder imports it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+INTERPRET = not torch.cuda.is_available()
+if INTERPRET:
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("triton was imported before tests/kernels could choose its interpreter: set TRITON_INTERPRET=1")
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    if request.param == "cpu" and not INTERPRET:
+        pytest.skip("kernels are compiled in this process, not interpreted")
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def ratio(dtype: torch.dtype) -> float:
+    """Error ratio allowed between two computations that round to `dtype`."""
+    # The interpreter truncates to bf16 where the hardware rounds to nearest.
+    return {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2 if INTERPRET else 6e-3}[dtype]
+
+
+@pytest.fixture
+def assert_close() -> Callable[[Tensor, Tensor, float], None]:
+    """Compare by the ratio ||got - want|| / ||want||; NaN, Inf and other dtypes or shapes never pass."""
+
+    def check(got: Tensor, want: Tensor, ratio: float) -> None:
+        assert got.shape == want.shape
+        assert got.isfinite().all()
+        got, want = got.double(), want.double()
+        error = (got - want).norm() / want.norm().clamp(min=1e-9)
+        assert error <= ratio, f"error ratio {error:.2e} exceeds {ratio:.0e}"
+
+    return check

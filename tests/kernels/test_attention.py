@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over the store: per-query lengths, hidden intervals, GQA, key splits, and slots that hold NaN."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdllm.kernels.attention import reference
+
+# (W, H, K, D, keys): a single query, ragged tiles, GQA 1, 4 and 7, head sizes that are no power of two.
+SHAPES = [(1, 1, 1, 64, 1), (5, 4, 1, 60, 63), (33, 7, 1, 16, 111), (32, 2, 2, 128, 111), (8, 7, 1, 64, 130)]
+
+
+def inputs(W: int, H: int, K: int, D: int, keys: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Two of three store rows, in reverse order; limits ragged; slots past every limit hold NaN in the kernel's store."""
+    q = torch.randn(2, W, H, D).to(dtype)
+    k, v = (torch.randn(3, K, keys + 7, D).to(dtype) for _ in range(2))
+    limit = torch.randint(1, keys + 1, (2, W))
+    return [x.to(device) for x in (q, k, v, torch.tensor([2, 0]), limit)]
+
+
+def poisoned(store: Tensor, row: Tensor, limit: Tensor, hide: Tensor | None) -> Tensor:
+    """NaN wherever no query may look."""
+    store = store.clone()
+    used = torch.zeros(store.shape[0], store.shape[2], dtype=torch.bool, device=store.device)
+    for r, b in enumerate(row.tolist()):
+        used[b, : limit[r].max()] = True
+        if hide is not None:
+            used[b, hide[r, 0] : hide[r, 1]] = False
+    return store.masked_fill(~used[:, None, :, None], float("nan"))
+
+
+def naive(q: Tensor, k: Tensor, v: Tensor, row: Tensor, limit: Tensor, hide: Tensor | None, scale: float) -> Tensor:
+    """One query and head at a time, in float64."""
+    R, W, H, _ = q.shape
+    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+    for r in range(R):
+        for w in range(W):
+            seen = [j for j in range(limit[r, w]) if hide is None or not hide[r, 0] <= j < hide[r, 1]]
+            for h in range(H if seen else 0):
+                kv = h // (H // k.shape[1])
+                score = k[row[r], kv, seen].double() @ q[r, w, h].double() * scale
+                out[r, w, h] = score.softmax(0) @ v[row[r], kv, seen].double()
+    return out
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["open", "hide"])
+def test_reference_against_float64(assert_close, hidden: bool) -> None:
+    q, k, v, row, limit = inputs(5, 4, 2, 12, 20, torch.float32, torch.device("cpu"))
+    hide = torch.tensor([[3, 9], [4, 4]]) if hidden else None
+    assert_close(reference.attention(q, k, v, row, limit, 20, hide), naive(q, k, v, row, limit, hide, 12**-0.5), 1e-6)
+
+
+def test_reference_uniform_is_the_same_without_a_mask(assert_close) -> None:
+    q, k, v, row, limit = inputs(5, 4, 2, 12, 20, torch.float32, torch.device("cpu"))
+    limit = torch.full_like(limit, 20)
+    want = reference.attention(q, k, v, row, limit, 20)
+    assert_close(reference.attention(q, k, v, row, limit, 20, uniform=True), want, 1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("hidden", [False, True], ids=["open", "hide"])
+def test_kernel(
+    device: torch.device, assert_close, shape: tuple[int, ...], hidden: bool, dtype: torch.dtype, ratio: float
+) -> None:
+    from fastdllm.kernels.attention import triton
+
+    keys = shape[-1]
+    q, k, v, row, limit = inputs(*shape, dtype, device)
+    hide = torch.tensor([[keys // 3, keys // 2], [0, 0]], device=device) if hidden else None
+    want = reference.attention(q, k, v, row, limit, keys, hide)
+    out = triton.attention(q, poisoned(k, row, limit, hide), poisoned(v, row, limit, hide), row, limit, keys, hide)
+    assert out.dtype == dtype
+    assert_close(out, want, ratio)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 8])
+@pytest.mark.parametrize("hidden", [False, True], ids=["open", "hide"])
+def test_splits_do_not_change_the_result(device: torch.device, assert_close, splits: int, hidden: bool) -> None:
+    """Splits that get no key included: 3 visible keys over 8 splits."""
+    from fastdllm.kernels.attention import triton
+
+    q, k, v, row, limit = inputs(5, 4, 2, 64, 100, torch.float32, device)
+    limit[1] = 3
+    hide = torch.tensor([[0, 40], [0, 0]], device=device) if hidden else None
+    tile = {"BLOCK_M": 16, "BLOCK_N": 16, "SPLITS": splits, "num_warps": 4, "num_stages": 2}
+    out = triton.launch(q, k, v, row, limit, 100, hide, 0.3, **tile)
+    assert_close(out, naive(q, k, v, row, limit, hide, 0.3), 2e-6)
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_a_query_that_sees_nothing_gives_zeros(device: torch.device, splits: int) -> None:
+    from fastdllm.kernels.attention import triton
+
+    q, k, v, row, limit = inputs(5, 2, 1, 16, 40, torch.float32, device)
+    hide = torch.tensor([[0, 40], [0, 10]], device=device)
+    limit[1] = torch.tensor([40, 10, 11, 1, 40], device=device)
+    tile = {"BLOCK_M": 16, "BLOCK_N": 16, "SPLITS": splits, "num_warps": 4, "num_stages": 2}
+    outs = [reference.attention(q, k, v, row, limit, 40, hide), triton.launch(q, k, v, row, limit, 40, hide, None, **tile)]
+    for out in outs:
+        assert (out[0] == 0).all() and (out[1, [1, 3]] == 0).all()
+        assert out.isfinite().all() and (out[1, [0, 2, 4]] != 0).any(-1).all()
+
+
+def test_block_causal_limits(device: torch.device, assert_close) -> None:
+    """A wide pass whose queries see up to the end of their own block: whole key tiles need no mask, others do."""
+    from fastdllm.kernels.attention import triton
+
+    q, k, v, row, _ = inputs(48, 2, 1, 32, 48, torch.float32, device)
+    limit = ((torch.arange(48, device=device) // 16 + 1) * 16).expand(2, 48)
+    tile = {"BLOCK_M": 32, "BLOCK_N": 16, "SPLITS": 1, "num_warps": 4, "num_stages": 2}
+    out = triton.launch(q, k, v, row, limit, 48, None, None, **tile)
+    assert_close(out, reference.attention(q, k, v, row, limit, 48), 2e-6)
+
+
+def test_keys_bounds_what_is_read(device: torch.device, assert_close) -> None:
+    """A limit above `keys` does not read past it."""
+    from fastdllm.kernels.attention import triton
+
+    q, k, v, row, limit = inputs(5, 2, 1, 16, 40, torch.float32, device)
+    k[:, :, 24:], v[:, :, 24:] = float("nan"), float("nan")
+    want = reference.attention(q, k, v, row, torch.full_like(limit, 24), 24)
+    assert_close(triton.attention(q, k, v, row, torch.full_like(limit, 40), 24), want, 2e-6)
+
+
+def test_tilings_cover_the_device() -> None:
+    """A LLaDA or Dream block at batch 1 fills 132 multiprocessors; a batch that fills them alone is not split."""
+    from fastdllm.kernels.attention import triton
+
+    for tiles, packed in ((32, 32), (4, 32 * 7)):
+        t = triton.tiling(tiles, packed, 1256, 132)
+        assert tiles * -(-packed // t["BLOCK_M"]) * t["SPLITS"] >= 120
+    assert triton.tiling(32 * 32, 32, 1256, 132)["SPLITS"] == 1
+    assert triton.tiling(32, 1256, 1256, 132)["SPLITS"] == 1
+
+
+@pytest.mark.gpu
+def test_store_beyond_two_to_the_31_elements(assert_close) -> None:
+    """Row offsets need 64 bits: 2 rows of 32 heads, 300,000 slots of 128 in bf16 are 2.5e9 elements."""
+    from fastdllm.kernels.attention import triton
+
+    device = torch.device("cuda")
+    store = torch.zeros(2, 32, 300_000, 128, dtype=torch.bfloat16, device=device)
+    q = torch.randn(1, 8, 32, 128, device=device).bfloat16()
+    store[1, :, 299_900:] = torch.randn(32, 100, 128, device=device).bfloat16()
+    row, limit = torch.tensor([1], device=device), torch.full((1, 8), 300_000, device=device)
+    hide = torch.tensor([[0, 299_900]], device=device)
+    out = triton.attention(q, store, store, row, limit, 300_000, hide)
+    small = store[1:, :, 299_900:].clone()
+    want = reference.attention(q, small, small, torch.zeros_like(row), torch.full_like(limit, 100), 100)
+    assert_close(out, want, 8e-3)

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which implementation an op gets, in fresh processes: the choice is made once, at import."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, timeout=100
+    )
+
+
+def test_works_without_triton() -> None:
+    """`None` in sys.modules makes every import of triton fail."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, fastdllm.kernels as k\n"
+        "print(k.silu_mul(torch.ones(1, 4)).shape)"
+    )
+    done = python(code, FASTDLLM_KERNELS="auto")
+    assert done.stdout == "torch.Size([1, 2])\n", done.stderr
+
+
+def test_environment_forces_triton() -> None:
+    code = (
+        "import sys, torch, fastdllm.kernels as k\n"
+        "assert 'triton' not in sys.modules\n"
+        "x = torch.randn(2, 64)\n"
+        "y, _ = k.rmsnorm(x, torch.ones(64), 1e-6)\n"
+        "assert 'fastdllm.kernels.rmsnorm.triton' in sys.modules\n"
+        "assert y.pow(2).mean(-1).sub(1).abs().max() < 1e-5"
+    )
+    done = python(code, FASTDLLM_KERNELS="triton", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+
+
+def test_unknown_choice() -> None:
+    done = python("import fastdllm.kernels", FASTDLLM_KERNELS="cuda")
+    assert "ValueError: FASTDLLM_KERNELS='cuda' is not one of auto, reference, triton" in done.stderr

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RMS norm: the reference against float64, the kernel against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastdllm.kernels.rmsnorm import reference
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_reference_against_float64(residual: bool) -> None:
+    x, r, weight = torch.randn(3, 5, 60), torch.randn(3, 5, 60), torch.randn(60)
+    y, h = reference.rmsnorm(x, weight, 1e-5, r if residual else None)
+    want = (x + r if residual else x).double()
+    for i in range(3):
+        for j in range(5):
+            mean = sum(v * v for v in want[i, j].tolist()) / 60
+            torch.testing.assert_close(
+                y[i, j].double(), want[i, j] / (mean + 1e-5) ** 0.5 * weight.double(), rtol=1e-5, atol=1e-6
+            )
+    torch.testing.assert_close(h.double(), want, rtol=1e-6, atol=1e-6)
+
+
+def test_rounds_before_the_weight() -> None:
+    """As transformers does: the normalised value is cast down first, then multiplied."""
+    x, weight = torch.randn(4, 64).bfloat16(), torch.randn(64).bfloat16()
+    y, _ = reference.rmsnorm(x, weight, 1e-6)
+    plain, _ = reference.rmsnorm(x, torch.ones_like(weight), 1e-6)
+    assert torch.equal(y, plain * weight)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 1, 63), (2, 5, 64), (33, 111), (2, 4096)], ids=str)
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+def test_kernel(
+    device: torch.device, assert_close, shape: tuple[int, ...], residual: bool, dtype: torch.dtype, ratio: float
+) -> None:
+    from fastdllm.kernels.rmsnorm import triton
+
+    x, r = torch.randn(2, *shape, device=device).to(dtype)
+    weight = torch.randn(shape[-1], device=device).to(dtype)
+    r = r if residual else None
+    want_y, want_h = reference.rmsnorm(x, weight, 1e-5, r)
+    y, h = triton.rmsnorm(x, weight, 1e-5, r)
+    assert y.dtype == want_y.dtype
+    assert_close(h, want_h, ratio)
+    assert_close(y, want_y, ratio)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotation and KV write: every slot of the pass is written, and no other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdllm.kernels.rope_store import reference
+
+T = 40
+
+
+def inputs(W: int, H: int, K: int, D: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Two of three store rows in reverse order, positions scattered, stores full of NaN."""
+    qkv = torch.randn(2, W, (H + 2 * K) * D).to(dtype)
+    angle = torch.arange(T)[:, None] * 10000 ** -(torch.arange(D // 2) / (D // 2))
+    cos, sin = torch.cat([angle, angle], -1).cos(), torch.cat([angle, angle], -1).sin()
+    pos = torch.stack([torch.randperm(T)[:W] for _ in range(2)])
+    row = torch.tensor([2, 0])
+    store = torch.full((3, K, T, D), float("nan"), dtype=dtype)
+    return tuple(x.to(device) for x in (qkv, cos, sin, pos, row, store, store.clone()))
+
+
+def test_reference_against_complex_rotation() -> None:
+    qkv, cos, sin, pos, row, k_store, v_store = inputs(5, 4, 2, 8, torch.float32, torch.device("cpu"))
+    q = reference.rope_store(qkv, 4, 2, cos, sin, pos, row, k_store, v_store)
+    heads = qkv.view(2, 5, 8, 8).double()
+    turn = torch.complex(cos[..., :4].double(), sin[..., :4].double())
+    for r in range(2):
+        for w in range(5):
+            p = pos[r, w]
+            for h in range(8):
+                z = torch.complex(heads[r, w, h, :4], heads[r, w, h, 4:]) * turn[p]
+                want = torch.cat([z.real, z.imag]) if h < 6 else heads[r, w, h]
+                got = q[r, w, h] if h < 4 else (k_store[row[r], h - 4, p] if h < 6 else v_store[row[r], h - 6, p])
+                torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+    assert k_store[1].isnan().all() and v_store.isfinite().sum() == 2 * 5 * 2 * 8
+
+
+@pytest.mark.parametrize(
+    ("W", "H", "K", "D"), [(1, 1, 1, 60), (5, 4, 1, 64), (33, 7, 1, 16), (32, 2, 2, 128)], ids=lambda v: str(v)
+)
+def test_kernel(
+    device: torch.device, assert_close, W: int, H: int, K: int, D: int, dtype: torch.dtype, ratio: float
+) -> None:
+    from fastdllm.kernels.rope_store import triton
+
+    qkv, cos, sin, pos, row, k_want, v_want = inputs(W, H, K, D, dtype, device)
+    k_got, v_got = k_want.clone(), v_want.clone()
+    want = reference.rope_store(qkv, H, K, cos, sin, pos, row, k_want, v_want)
+    q = triton.rope_store(qkv, H, K, cos, sin, pos, row, k_got, v_got)
+    assert q.dtype == want.dtype
+    assert_close(q, want, ratio)
+    assert torch.equal(k_got.isnan(), k_want.isnan()) and torch.equal(v_got.nan_to_num(), v_want.nan_to_num())
+    assert_close(k_got.nan_to_num(), k_want.nan_to_num(), ratio)
+
+
+def test_store_may_be_a_view_in_another_dtype(device: torch.device, assert_close) -> None:
+    """One layer of a larger store, kept in bf16 while the model computes in fp32."""
+    from fastdllm.kernels.rope_store import triton
+
+    qkv, cos, sin, pos, row, _, _ = inputs(5, 4, 2, 64, torch.float32, device)
+    store = torch.zeros(2, 2, 3, 2, T, 64, dtype=torch.bfloat16, device=device)
+    want = reference.rope_store(qkv, 4, 2, cos, sin, pos, row, store[0, 0], store[0, 1])
+    q = triton.rope_store(qkv, 4, 2, cos, sin, pos, row, store[1, 0], store[1, 1])
+    assert q.dtype == want.dtype == torch.bfloat16
+    assert_close(q, want, 1e-2)
+    assert_close(store[1], store[0], 1e-2)

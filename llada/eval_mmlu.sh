@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# MMLU, 5-shot, by log-likelihood of the answer's letter: one exact forward a choice. Decoding options play no part.
+#   bash eval_mmlu.sh --limit 10
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+accelerate launch eval_llada.py --tasks "${TASK:-mmlu}" --num_fewshot 5 --model llada_dist \
+    --model_args "model_path=${MODEL:-GSAI-ML/LLaDA-8B-Base},mc_num=1" \
+    --output_path results/mmlu --batch_size 8 "$@"

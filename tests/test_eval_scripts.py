@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shell scripts that repeat published evaluations: what they run, where, and with whose arguments."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = [f"{package}/eval_{task}.sh" for package in ("llada", "dream") for task in ("gsm8k", "humaneval", "mmlu", "gpqa")]
+
+# Stands for `accelerate`: notes what it was asked to do, and leaves a sample file where lm-eval would.
+STUB = """#!{python}
+import json, os, pathlib, sys
+with open(os.environ["CALLS"], "a") as calls:
+    print(json.dumps([os.getcwd(), sys.argv[1:]]), file=calls)
+if "SAMPLES" in os.environ:
+    folder = pathlib.Path(sys.argv[sys.argv.index("--output_path") + 1])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "samples_humaneval.jsonl").write_text(os.environ["SAMPLES"])
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path):
+    stub = tmp_path / "bin" / "accelerate"
+    stub.parent.mkdir()
+    stub.write_text(STUB.format(python=sys.executable))
+    stub.chmod(0o755)
+    calls = tmp_path / "calls"
+
+    def run(script: str | Path, *arguments: str, **settings: str) -> tuple[subprocess.CompletedProcess, list]:
+        path = os.pathsep.join([str(stub.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
+        env = {**os.environ, "PATH": path, "CALLS": str(calls), **settings}
+        calls.write_text("")
+        command = ["bash", str(ROOT / script), *arguments]  # an absolute path stays itself
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+        return done, [json.loads(line) for line in calls.read_text().splitlines()]
+
+    return run
+
+
+def value(call: list[str], option: str) -> str:
+    return call[len(call) - 1 - call[::-1].index(option) + 1]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_runs_in_its_own_folder_and_passes_arguments_on(script: str, run) -> None:
+    done, calls = run(script, "--limit", "3", "--num_fewshot", "1", MODEL="tiny-model", TASK="some task")
+    assert calls, done.stderr
+    package = ROOT / script.split("/")[0]
+    for cwd, call in calls:
+        assert Path(cwd) == package
+        assert call[:2] == ["launch", {"llada": "eval_llada.py", "dream": "eval.py"}[package.name]]
+        assert value(call, "--model") == {"llada": "llada_dist", "dream": "dream"}[package.name]
+        assert "tiny-model" in value(call, "--model_args").split(",")[0]
+        assert value(call, "--tasks") == "some task"
+        assert (value(call, "--limit"), value(call, "--num_fewshot")) == ("3", "1")
+
+
+@pytest.mark.parametrize("package", ["llada", "dream"])
+def test_the_five_published_settings(package: str, run) -> None:
+    done, calls = run(f"{package}/eval_gsm8k.sh")
+    assert done.returncode == 0, done.stderr
+    options = [dict(pair.split("=", 1) for pair in value(call, "--model_args").split(",")) for _, call in calls]
+    steps = [one.get("steps", one.get("diffusion_steps")) for one in options]
+    assert steps == ["256", "256", "8", "8", "8"]
+    assert [one.get("threshold") for one in options] == [None, None, "0.9", "0.9", "0.9"]
+    assert [one.get("use_cache", "no").lower() for one in options] == ["no", "true", "no", "true", "true"]
+    assert [one.get("dual_cache", "no").lower() for one in options] == ["no", "no", "no", "no", "true"]
+    assert len({value(call, "--output_path") for _, call in calls}) == 5
+
+
+def test_settings_can_be_chosen_and_a_wrong_one_stops_before_any_run(run) -> None:
+    _, calls = run("llada/eval_gsm8k.sh", SETTINGS="dual_factor", FACTOR="0.75", GEN_LENGTH="512")
+    assert [value(call, "--model_args") for _, call in calls] == [
+        "model_path=GSAI-ML/LLaDA-8B-Instruct,gen_length=512,block_length=32,"
+        "steps=16,use_cache=True,dual_cache=True,factor=0.75,show_speed=True"
+    ]
+    for package in ("llada", "dream"):
+        done, calls = run(f"{package}/eval_gsm8k.sh", SETTINGS="baseline quick")
+        assert done.returncode == 2 and "'quick'" in done.stderr
+        assert calls == []
+
+
+@pytest.mark.parametrize("package", ["llada", "dream"])
+def test_humaneval_scores_its_samples_only_with_permission(package: str, run, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(ROOT / package, folder, ignore=shutil.ignore_patterns("results", "__pycache__"))
+    doc = {"prompt": "def f():\n", "entry_point": "f", "test": "def check(f):\n    assert f() == 1"}
+    settings = {"SETTINGS": "baseline", "SAMPLES": json.dumps({"doc": doc, "resps": [["    return 1"]]})}
+    done, calls = run(folder / "eval_humaneval.sh", **settings)
+    assert done.returncode == 0, done.stderr
+    assert "--predict_only" in calls[0][1]
+    assert "to score: python postprocess_code.py" in done.stdout and "pass@1" not in done.stdout
+    done, _ = run(folder / "eval_humaneval.sh", ALLOW_CODE_EXECUTION="1", PYTHONPATH=str(ROOT), **settings)
+    assert "pass@1 1.0000" in done.stdout, done.stderr

@@ -33,6 +33,8 @@ def read_config(folder: Path, block: int | None) -> Fast_dLLM_QwenConfig:
         raise ValueError(f"bd_size={block} must be at least 1")
     size = block or fields.get("bd_size", 32)
     kept = {name: value for name, value in fields.items() if name not in OWN_FIELDS}
+    if kept.get("rope_scaling") is None:
+        kept.pop("rope_scaling", None)  # published as null; transformers 5 warns at the mere name
     return Fast_dLLM_QwenConfig(**{**kept, "bd_size": size})
 
 

@@ -50,7 +50,7 @@ class Fast_dLLM_QwenConfig(Qwen2Config):
         fields = json.loads(path.read_text(encoding="utf-8"))
         rope = fields.pop("rope_parameters", None) or {}
         fields["rope_theta"] = rope.get("rope_theta") or fields["rope_theta"]
-        fields["rope_scaling"] = None
+        fields.pop("rope_scaling", None)  # none is the default; transformers 5 warns at the name
         fields["use_cache"] = True  # the Trainer turns it off while it trains
         fields["torch_dtype"] = fields.pop("dtype", fields.get("torch_dtype"))
         fields["auto_map"] = {name: PUBLISHED_CODE + target for name, target in AUTO_MAP.items()}

@@ -175,6 +175,7 @@ def main(argv: list[str]) -> None:
         model = get_peft_model(model, lora_config(options))
 
     training.remove_unused_columns = False
+    # transformers 4 would checkpoint reentrantly, which loses the gradients of adapters on a frozen embedding.
     training.gradient_checkpointing_kwargs = training.gradient_checkpointing_kwargs or {"use_reentrant": False}
     # Flex attention compiles once a shape, so on a GPU every batch has the same one.
     width = data.context_length if torch.cuda.is_available() and not training.use_cpu else None
@@ -190,6 +191,7 @@ def main(argv: list[str]) -> None:
     resume = training.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume == "latest" else resume)
     trainer.save_model()
+    trainer.save_state()
     if options.merge_lora and training.should_save:
         merged = Path(training.output_dir) / "merged"
         peft_model: PeftModel = trainer.accelerator.unwrap_model(trainer.model)

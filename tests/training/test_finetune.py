@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fine-tuning script end to end on a tiny Qwen2: resume, LoRA, several processes, the Alpaca script, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from peft import PeftModel
+from safetensors.torch import load_file
+
+import fastdllm
+from fastdllm.training.checkpoint import load_for_training
+from tests.training.conftest import tiny_qwen2
+from v2.train_scripts import finetune
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "v2" / "train_scripts"
+ANSWERS = {"red": "roses are", "blue": "the sea is", "green": "grass, of course", "grey": "an elephant"}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "alpaca.json"
+    records = [{"instruction": f"Say {n}.", "output": "one " * n} for n in range(1, 13)]
+    path.write_text(json.dumps(records))
+    return path
+
+
+def options(model: Path, data: Path, output: Path, **extra: object) -> list[str]:
+    defaults = {
+        "model_name_or_path": model,
+        "dataset_path": data,
+        "output_dir": output,
+        "bd_size": 8,
+        "context_length": 128,
+        "learning_rate": 3e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return [part for name, value in (defaults | extra).items() for part in (f"--{name}", str(value))]
+
+
+def losses(output: Path) -> list[float]:
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def launch(command: list[object], **environment: object) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env |= {name: str(value) for name, value in environment.items()}
+    done = subprocess.run([str(c) for c in command], env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_resumed_run_repeats_the_uninterrupted_one(qwen2: Path, data: Path, tmp_path: Path) -> None:
+    """Across an epoch boundary, with accumulation: the same rows, the same noise, the same weights."""
+    common = {"max_steps": 6, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    finetune.main(options(qwen2, data, whole, **common, save_strategy="steps", save_steps=4))
+    shutil.copytree(whole / "checkpoint-4", resumed / "checkpoint-4")
+    finetune.main(options(qwen2, data, resumed, **common, resume_from_checkpoint="latest"))
+    assert len(losses(whole)) == 6
+    assert losses(resumed) == losses(whole)
+    assert len(set(losses(whole))) == 6
+    weights = load_file(whole / "model.safetensors")
+    for name, tensor in load_file(resumed / "model.safetensors").items():
+        assert torch.equal(tensor, weights[name]), name
+    assert losses(whole)[-1] < losses(whole)[0]
+
+
+@pytest.fixture
+def one_batch_losses(qwen2: Path, data: Path, tmp_path: Path) -> list[float]:
+    """Three steps of four rows in one process, without accumulation."""
+    finetune.main(options(qwen2, data, tmp_path / "one", max_steps=3, per_device_train_batch_size=4))
+    return losses(tmp_path / "one")
+
+
+def test_accumulation_does_not_change_the_loss(
+    qwen2: Path, data: Path, tmp_path: Path, one_batch_losses: list[float]
+) -> None:
+    extra = {"max_steps": 3, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    finetune.main(options(qwen2, data, tmp_path / "out", **extra))
+    assert losses(tmp_path / "out") == pytest.approx(one_batch_losses, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_do_not_change_the_loss(
+    qwen2: Path, data: Path, tmp_path: Path, one_batch_losses: list[float]
+) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--standalone"]
+    argv = options(qwen2, data, tmp_path / "out", max_steps=3, per_device_train_batch_size=2)
+    launch([*torchrun, SCRIPTS / "finetune.py", *argv], ACCELERATE_USE_CPU="true")
+    assert losses(tmp_path / "out") == pytest.approx(one_batch_losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_lora_trains_adapters_only_and_merges(qwen2: Path, data: Path, tmp_path: Path, checkpointing: bool) -> None:
+    output = tmp_path / "lora"
+    extra = {"lora": True, "lora_rank": 4, "merge_lora": True, "gradient_checkpointing": checkpointing}
+    finetune.main(options(qwen2, data, output, max_steps=4, per_device_train_batch_size=12, **extra))
+    assert losses(output)[-1] < losses(output)[0]
+    adapters = load_file(output / "adapter_model.safetensors")
+    assert adapters
+    assert all("lora_" in name for name in adapters)
+
+    base, merged = load_file(qwen2 / "model.safetensors"), load_file(output / "merged" / "model.safetensors")
+    assert base.keys() == merged.keys()
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert changed == {name for name in base if name.endswith("_proj.weight")}
+
+    with_adapters = PeftModel.from_pretrained(load_for_training(str(qwen2))[0], output).eval()
+    ids = torch.randint(3, 259, (2, 9))
+    loaded, _ = load_for_training(str(output / "merged"))
+    torch.testing.assert_close(loaded.eval()(ids).logits, with_adapters(ids).logits, atol=1e-4, rtol=1e-4)
+    assert fastdllm.load(str(output / "merged"), device="cpu").spec.mask_id == 259
+
+
+def test_four_samples_are_learnt_by_heart_and_decoded(tmp_path: Path) -> None:
+    """Training, saving, loading and decoding agree on masks, shift, blocks and the end of an answer."""
+    data, output = tmp_path / "four.jsonl", tmp_path / "out"
+    questions = [[{"role": "user", "content": question}] for question in ANSWERS]
+    talks = [[*q, {"role": "assistant", "content": a}] for q, a in zip(questions, ANSWERS.values(), strict=True)]
+    data.write_text("\n".join(json.dumps({"messages": talk}) for talk in talks))
+    extra = {"max_steps": 200, "learning_rate": 1e-2, "lr_scheduler_type": "cosine", "logging_steps": 50}
+    start = tiny_qwen2(tmp_path / "model")
+    finetune.main(options(start, data, output, per_device_train_batch_size=4, **extra))
+    assert losses(output)[-1] < 0.02
+
+    model = fastdllm.load(str(output), device="cpu")
+    prompts = [
+        model.tokenizer.apply_chat_template(q, add_generation_prompt=True, return_dict=True)["input_ids"] for q in questions
+    ]
+    answers = fastdllm.generate(model, [torch.tensor(p) for p in prompts], gen_length=40).sequences
+    decoded = [model.tokenizer.decode(row[len(p) :]) for row, p in zip(answers, prompts, strict=True)]
+    assert decoded == [f"{answer}<|im_end|>" for answer in ANSWERS.values()]
+
+
+def test_evaluation_noise_does_not_move(qwen2: Path, data: Path, tmp_path: Path) -> None:
+    extra = {"eval_dataset_path": data, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0}
+    finetune.main(options(qwen2, data, tmp_path / "out", max_steps=2, **extra))
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    first, second = (entry["eval_loss"] for entry in history if "eval_loss" in entry)
+    assert first == second
+
+
+@pytest.mark.parametrize("folder", [ROOT, ROOT / "v2"], ids=["root", "v2"])
+def test_alpaca_script_runs_offline(qwen2: Path, data: Path, tmp_path: Path, folder: Path) -> None:
+    script = (SCRIPTS / "finetune_alpaca.sh").relative_to(folder)
+    command = f"cd {folder} && bash {script} --max_steps 3 --bd_size 8 --learning_rate 5e-3 --disable_tqdm true"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    output = tmp_path / "out"
+    launch(["bash", "-c", command], MODEL=qwen2, DATA=data, OUTPUT=output, GPUS=0, PATH=path)
+    assert losses(output)[2] < losses(output)[0]
+    assert list(output.glob("runs/**/events.out.tfevents*")), "nothing was logged to TensorBoard"
+    assert json.loads((output / "config.json").read_text())["model_type"] == "Fast_dLLM_Qwen"
+
+
+def test_bad_records_are_skipped_or_fatal(
+    qwen2: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = json.loads(data.read_text())
+    data.write_text(json.dumps([records[0], {"text": "no conversation"}, *records[1:]]))
+    finetune.main(options(qwen2, data, tmp_path / "out", max_steps=1))
+    errors = capsys.readouterr().err
+    assert "alpaca.json[1]" in errors
+    assert "12 samples in 12 rows" in errors
+    with pytest.raises(ValueError, match=r"alpaca\.json\[1\]"):
+        finetune.main(options(qwen2, data, tmp_path / "out", max_steps=1, on_bad_record="error"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--wibble", "3"], "--wibble"),
+        (["--on_bad_record", "ignore"], "ignore"),
+        (["--merge_lora"], "--lora"),
+        (["--lear", "1"], "--lear"),
+    ],
+    ids=["unknown", "value", "needs lora", "abbreviation"],
+)
+def test_bad_options_are_named(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        finetune.main([*options(Path("m"), Path("d"), Path("o")), *argv])
+    assert message in capsys.readouterr().err
+
+
+def test_context_must_hold_whole_blocks(qwen2: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"context_length=100 .* bd_size=8"):
+        finetune.main(options(qwen2, data, tmp_path, context_length=100))
+
+
+@pytest.mark.parametrize("name", ["ddp.yaml", "fsdp.yaml"])
+def test_accelerate_reads_the_configs(name: str) -> None:
+    config = load_config_from_file(str(SCRIPTS / "configs" / name))
+    assert config.num_processes == 2
+    assert config.mixed_precision == "bf16"

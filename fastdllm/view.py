@@ -32,6 +32,11 @@ class View:
         """Confidence [R, Q], -inf where nothing may be committed."""
         return self.conf.masked_fill(~self.masked, -torch.inf)
 
+    def ranked(self) -> tuple[Tensor, Tensor]:
+        """Scores [R, Q] in falling order, and each position's rank in it from 0 (of equal ones the first position leads)."""
+        ranked, order = self.scores().sort(dim=1, descending=True, stable=True)
+        return ranked, order.argsort(dim=1)
+
     def commit(self, pick: Tensor) -> Tensor:
         """The next ids when `pick` [R, Q] is committed, and at least the most confident masked position of each row."""
         best = torch.zeros_like(pick).scatter_(1, self.scores().argmax(1, keepdim=True), True)

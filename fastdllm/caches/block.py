@@ -18,8 +18,7 @@ class Cache(CachePlan):
     def open(self, block: Block) -> Pass | None:
         if not block.opens or block.outer_start == 0:
             return None
-        size = block.outer_stop - block.outer_start
-        committed = 0 if block.index == 0 else block.outer_start - size
+        committed = 0 if block.index == 0 else block.outer_start - block.grid
         return Pass(committed, block.outer_start, block.outer_start)
 
     def step(self, block: Block, progress: Progress) -> Pass:

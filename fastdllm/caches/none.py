@@ -13,7 +13,7 @@ class Cache(CachePlan):
 
     def open(self, block: Block) -> Pass | None:
         """A block-causal model learns a block's first token from the clean blocks before it, with or without a cache."""
-        if block.reach == block.total or not block.opens or block.outer_start == 0:
+        if not block.grid or not block.opens or block.outer_start == 0:
             return None
         return Pass(0, block.outer_start, block.outer_start)
 

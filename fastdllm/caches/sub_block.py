@@ -13,6 +13,8 @@ from fastdllm.caches import block as block_cache
 
 @dataclass(frozen=True)
 class Cache(block_cache.Cache):
+    pure = False
+
     def step(self, block: Block, progress: Progress) -> Pass:
         if progress.outer_step == 0 or progress.first_masked:
             return block_cache.Cache.step(self, block, progress)

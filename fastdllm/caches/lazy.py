@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dual cache with a lazily refreshed prompt: the prompt's keys change little from block to block, so most openings skip them.
+
+The idea is dLLM-Cache's (arXiv 2506.06295), which refreshes the prompt by steps; counted in blocks, a forward still depends
+on the block's content alone.
+"""
+
+from dataclasses import dataclass
+
+from fastdllm.blocks import Block, Pass
+from fastdllm.caches import dual
+
+
+@dataclass(frozen=True)
+class Cache(dual.Cache):
+    """refresh_blocks: the prompt is recomputed at every so many block openings; 1 is the dual cache."""
+
+    refresh_blocks: int = 4
+
+    def __post_init__(self) -> None:
+        if self.refresh_blocks < 1:
+            raise ValueError(f"refresh_blocks={self.refresh_blocks} must be at least 1")
+
+    def open(self, block: Block) -> Pass | None:
+        return Pass(0 if block.index % self.refresh_blocks == 0 else block.prompt, block.total, block.total)

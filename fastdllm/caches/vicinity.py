@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dual cache that also recomputes the block's neighbours (dInfer, arXiv 2510.08666).
+
+Stale keys hurt most where they lie next to the tokens that change; a margin on both sides is kept fresh at every step.
+"""
+
+from dataclasses import dataclass
+
+from fastdllm.blocks import Block, Pass, Progress
+from fastdllm.caches import dual
+
+
+@dataclass(frozen=True)
+class Cache(dual.Cache):
+    """before, after: positions recomputed on either side of the block; 0 and 0 are the dual cache."""
+
+    before: int = 16
+    after: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("before", "after"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+
+    def step(self, block: Block, progress: Progress) -> Pass:
+        start, stop = max(0, block.start - self.before), min(block.total, block.stop + self.after)
+        return Pass(start, stop, block.total)

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LocalLeap (arXiv 2510.07081): a lower threshold next to confident tokens.
+
+A token whose probability reaches `threshold` is an anchor; within `radius` positions of an anchor the context is mostly
+settled, and `relaxed` is enough.
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdllm.decoders.base import DecoderRule
+from fastdllm.view import View
+
+
+@dataclass(frozen=True)
+class Decoder(DecoderRule):
+    """threshold: probability of an anchor. relaxed: probability that is enough near one (0.75 for LLaDA, 0.8 for Dream in
+    the paper). radius: positions to either side, 0 for none."""
+
+    threshold: float = 0.9
+    relaxed: float = 0.75
+    radius: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("threshold", "relaxed"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]")
+        if self.radius < 0:
+            raise ValueError(f"radius={self.radius} must be at least 0")
+
+    def step(self, view: View) -> Tensor:
+        scores = view.scores()
+        anchor = scores >= self.threshold
+        near = F.max_pool1d(anchor.float()[:, None], 2 * self.radius + 1, stride=1, padding=self.radius)[:, 0] > 0
+        return view.commit(anchor | (near & (scores >= self.relaxed)))

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Threshold that falls as the block fills (Streaming-dLLM, arXiv 2601.17917): the more context, the less a token is asked."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastdllm import kernels
+from fastdllm.decoders.base import DecoderRule
+from fastdllm.view import View
+
+
+@dataclass(frozen=True)
+class Decoder(DecoderRule):
+    """threshold: when all is masked. alpha: the share of it that is gone when nothing is (paper: 0.3 to 0.6), in [0, 1]."""
+
+    threshold: float = 0.9
+    alpha: float = 0.3
+
+    def __post_init__(self) -> None:
+        for name in ("threshold", "alpha"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]")
+
+    def step(self, view: View) -> Tensor:
+        left = view.masked.sum(1) / view.initial.clamp(min=1)
+        value = self.threshold * (1 - self.alpha * (1 - left))
+        return kernels.accept(view.ids, view.top, view.conf, view.masked, "threshold", value)

@@ -19,7 +19,7 @@ class Block:
     Without sub-blocks the outer block is the block. `reach` is the end of what this block's queries may see (the whole
     canvas for a bidirectional model, `outer_stop` for a block-causal one). `index` counts the outer blocks of the row, from
     0; `opens` marks the first (sub-)block of its outer block. `prompt` and `total` are the row's: its answer is
-    [prompt, total).
+    [prompt, total). `grid` is the size of grid-aligned blocks, 0 for prompt-aligned ones.
     """
 
     start: int
@@ -31,6 +31,7 @@ class Block:
     opens: bool
     prompt: int
     total: int
+    grid: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,19 +91,8 @@ def grid_aligned(size: int, sub: int) -> Geometry:
             for start in range(outer, outer + size, sub):
                 if start + sub <= prompt or start >= total:
                     continue
-                out.append(
-                    Block(
-                        start,
-                        min(start + sub, total),
-                        outer,
-                        outer + size,
-                        outer + size,
-                        index,
-                        opens,
-                        prompt,
-                        total,
-                    )
-                )
+                stop = min(start + sub, total)
+                out.append(Block(start, stop, outer, outer + size, outer + size, index, opens, prompt, total, size))
                 opens = False
         return out
 

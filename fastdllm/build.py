@@ -12,6 +12,8 @@ from fastdllm import registry
 from fastdllm.blocks import Geometry, grid_aligned, prompt_aligned
 from fastdllm.config import DecodeConfig
 from fastdllm.models import Model
+from fastdllm.models.spec import ModelSpec
+from fastdllm.reuse import LayerReuse, subset_layers
 from fastdllm.sampling import Sampler
 from fastdllm.schedules import SCHEDULES
 
@@ -34,6 +36,7 @@ def assemble(model: Model, config: DecodeConfig) -> dict[str, Any]:
     )
     stop_ids = spec.stop_ids if config.stop_ids is None else config.stop_ids
     grid = outer if spec.block_causal else 0
+    reuse = _reuse(config, spec, outer, name)
     runner = model.runner(config.runner or ("cuda_graph" if model.device.type == "cuda" else "eager"))
     return {
         "geometry": geometry,
@@ -41,12 +44,25 @@ def assemble(model: Model, config: DecodeConfig) -> dict[str, Any]:
         "cache": cache,
         "decoder": decoder,
         "sampler": sampler,
-        "runner": runner.bind((_fingerprint(decoder), sampler, stop_ids, grid, config.cfg_scale, size)),
+        "runner": runner.bind((_fingerprint(decoder), sampler, stop_ids, grid, config.cfg_scale, size, reuse)),
         "stop_ids": stop_ids,
         "grid": grid,
+        "reuse": reuse,
         "cfg_scale": config.cfg_scale,
         "batch_size": config.batch_size,
     }
+
+
+def _reuse(config: DecodeConfig, spec: ModelSpec, size: int, cache: str) -> LayerReuse | None:
+    """Layer reuse as configured, None where it would change nothing."""
+    if config.layer_subset is None:
+        return None
+    layers = subset_layers(config.layer_subset, spec.layers)
+    if config.reuse_k == 1 or not layers or config.trim_ratio == 1:
+        return None
+    if cache not in ("block", "sub_block"):
+        raise ValueError(f"reuse_k={config.reuse_k} needs cache='block' or 'sub_block' (Fast-dLLM v2), not {cache!r}")
+    return LayerReuse(config.reuse_k, layers, config.reuse_mode, config.trim_ratio, size, cache == "sub_block")
 
 
 def _fingerprint(component: Any) -> tuple[Any, ...]:

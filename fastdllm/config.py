@@ -36,7 +36,8 @@ class DecodeConfig:
     "timesteps" (Dream). confidence, temperature, top_p, top_k, alg_temp: see `sampling.Sampler`. cfg_scale: classifier-
     free guidance, cache "none" only (LLaDA's `generate.py`; 0 is off). seed: row i draws from seed + i. stop_ids:
     default the model's; () never stops early. batch_size: prompts on the canvas at once, default all. runner: default
-    "cuda_graph" on CUDA, else "eager".
+    "cuda_graph" on CUDA, else "eager". reuse_k, layer_subset, reuse_mode, trim_ratio: layer reuse and TRIM of v2, see
+    `fastdllm/reuse`; reuse_k=1 is none.
     """
 
     gen_length: int = 256
@@ -56,12 +57,19 @@ class DecodeConfig:
     stop_ids: tuple[int, ...] | None = None
     batch_size: int | None = None
     runner: str | None = None
+    reuse_k: int = 1
+    layer_subset: str | None = None
+    reuse_mode: str = "delta"
+    trim_ratio: float | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __init__(self, **given: Any) -> None:
         hints = typing.get_type_hints(DecodeConfig)
         own = {f.name for f in dataclasses.fields(DecodeConfig)} - {"options"}
         given = {k: v for k, v in given.items() if v is not None}
+        if isinstance(given.get("layer_subset"), list | tuple | int):
+            chosen = given["layer_subset"]
+            given["layer_subset"] = str(chosen) if isinstance(chosen, int) else "+".join(map(str, chosen))
         if "decoder" not in given:
             selected = [k for k in given if k not in own and k in registry.names("decoders")]
             given["decoder"] = selected[0] if selected else "threshold"
@@ -97,12 +105,19 @@ class DecodeConfig:
             "confidence": CONFIDENCES,
             "schedule": tuple(SCHEDULES),
             "runner": registry.names("runners"),
+            "reuse_mode": ("delta", "output"),
         }
         for name, values in allowed.items():
             if getattr(self, name) is not None and getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; allowed are {', '.join(values)}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
+        if self.trim_ratio is not None and not 0 <= self.trim_ratio <= 1:
+            raise ValueError(f"trim_ratio={self.trim_ratio} must lie in [0, 1]")
+        if self.reuse_k > 1 and self.layer_subset is None:
+            raise ValueError(
+                f"reuse_k={self.reuse_k} needs layer_subset: first, middle, last or layer indices such as '2+3'"
+            )
         if self.steps is not None and self.decoder == "quota" and self.steps > self.gen_length:
             raise ValueError(f"steps={self.steps} must be at most gen_length={self.gen_length}")
         if registry.find("decoders", self.decoder).probability and self.confidence != "probability":

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fastdllm.caches.base import CachePlan
     from fastdllm.decoders.base import DecoderRule
     from fastdllm.models import Model
+    from fastdllm.reuse import LayerReuse
     from fastdllm.sampling import Sampler
 
 NARROW = 64  # passes up to this width share a forward only at equal width; wider ones are padded to the next multiple
@@ -53,7 +54,8 @@ class Row:
     """A request on its way through its blocks, as the host sees it.
 
     `step` counts the forwards of the current block, `denoised` and `outer_step` those after its opening pass (of the block,
-    of the outer block).
+    of the outer block). `remaining` masks are left in the block, `committed` tokens came with the last forward.
+    `since_refresh` counts passes since layer reuse last recomputed everything, -1 before it did in this outer block.
     """
 
     index: int
@@ -68,18 +70,37 @@ class Row:
     step: int = 0
     denoised: int = 0
     outer_step: int = 0
+    remaining: int = 0
+    committed: int = 0
+    since_refresh: int = -1
     forwards: int = 0
     positions: int = 0
+    layer_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.remaining = self.initial
 
     @property
     def block(self) -> Block:
         return self.blocks[self.at]
+
+    @property
+    def initial(self) -> int:
+        """Masks of the block before anything was committed in it."""
+        prompt, fixed = self.block.prompt, self.request.fixed
+        return sum(slot - prompt not in fixed for slot in range(max(self.block.start, prompt), self.block.stop))
 
     def next_pass(self, cache: CachePlan) -> Pass:
         """What this row's next forward recomputes."""
         opening = cache.open(self.block) if self.opening else None
         self.opening = opening is not None
         return opening or cache.step(self.block, Progress(self.denoised, self.outer_step, self.first_masked))
+
+    def active(self, p: Pass, reuse: LayerReuse | None) -> int | None:
+        """How many positions of this pass run through reused layers; None in an opening pass and without reuse."""
+        if reuse is None or self.opening:
+            return None
+        return reuse.active(p.stop - p.start, self.since_refresh, self.committed, self.remaining)
 
     def advance(self, done: Pass, remaining: int, stopped: bool, first_masked: bool) -> None:
         """Take in what a forward did; go on to the next block when this one is full."""
@@ -89,22 +110,26 @@ class Row:
         self.denoised += not self.opening
         self.outer_step += not self.opening
         self.opening = False
+        self.committed, self.remaining = self.remaining - remaining, remaining
         self.first_masked = first_masked and self.block.start >= self.block.prompt
         self.finished = stopped or (remaining == 0 and self.at + 1 == len(self.blocks))
         if remaining == 0 and not self.finished:
             self.at += 1
             self.opening, self.first_masked, self.step, self.denoised = True, True, 0, 0
+            self.remaining = self.initial
             if self.block.opens:
-                self.outer_step = 0
+                self.outer_step, self.since_refresh = 0, -1
 
 
 @dataclass
 class Result:
-    """A finished request: its canvas [P + length] (masks are left only after a stop token) and what it cost."""
+    """A finished request: its canvas [P + length] (masks are left only after a stop token) and what it cost: forwards,
+    positions recomputed, and layer-token products (positions times the layers that ran for them)."""
 
     ids: Tensor
     forwards: int
     positions: int
+    layer_tokens: int
 
 
 @dataclass
@@ -153,6 +178,7 @@ def decode(
     stop_ids: tuple[int, ...],
     grid: int = 0,
     cfg_scale: float = 0.0,
+    reuse: LayerReuse | None = None,
     batch_size: int | None = None,
     trace: bool = False,
 ) -> Iterator[Step]:
@@ -160,8 +186,9 @@ def decode(
 
     `block_length` is Q, the widest block (v2: the sub-block). `grid` is the block size of a block-causal model, 0 for a
     bidirectional one. `stop_ids` end a row as soon as one is committed with no mask before it; () decodes to the end.
-    `cfg_scale` w > 0 guides: logits u + (w + 1)(c - u), with u from a forward whose prompt is masked. At most `batch_size`
-    requests are on the canvas at once (default: all). Closing the generator stops the computation.
+    `cfg_scale` w > 0 guides: logits u + (w + 1)(c - u), with u from a forward whose prompt is masked. `reuse` runs
+    some layers for some positions only. At most `batch_size` requests are on the canvas at once (default: all). Closing the
+    generator stops the computation.
     """
     spec, device = model.spec, model.device
     plans = [geometry(len(r.prompt), len(r.prompt) + r.length) for r in requests]
@@ -178,6 +205,7 @@ def decode(
         unguided=slots if cfg_scale else 0,
         cfg_scale=cfg_scale,
         block_length=block_length,
+        reuse=reuse,
     )
     waiting = list(enumerate(zip(requests, plans, strict=True)))[::-1]
     free, live = list(range(slots))[::-1], []
@@ -187,20 +215,26 @@ def decode(
             generator = torch.Generator(device).manual_seed(request.seed) if sampler.random else None
             live.append(Row(index, free.pop(), request, blocks, generator))
             place(canvas, live[-1], spec.mask_id, spec.pad_id)
-        for rows, passes, width in group([(row, row.next_pass(cache)) for row in live]):
+        planned = [(row, row.next_pass(cache)) for row in live]
+        for rows, passes, width, quotas in group([(row, p, row.active(p, reuse)) for row, p in planned]):
             started = time.perf_counter()
             keys = max(p.read for p in passes)
             uniform = all(p.read == keys and p.hide == (0, 0) and within_block(p, grid) for p in passes)
-            plan = [describe(row, p, spec.shift) for row, p in zip(rows, passes, strict=True)]
+            plan = [describe(row, p, n, spec.shift) for row, p, n in zip(rows, passes, quotas, strict=True)]
+            active = None if quotas[0] is None else max(quotas)
             noise = sampler.draw([row.generator for row in rows], block_length, spec.vocab)
-            out = runner(step_of, plan, noise, width=width, keys=keys, uniform=uniform)
+            out = runner(step_of, plan, noise, width=width, keys=keys, uniform=uniform, active=active)
             status = out.status.tolist()  # sync: masks left, stopped, first position masked decide the next forward
             step = Step([r.index for r in rows], [r.block.start for r in rows], [r.block.stop for r in rows], 0.0, {})
-            for row, p, (remaining, stopped, first_masked) in zip(rows, passes, status, strict=True):
+            for row, p, quota, (remaining, stopped, first_masked) in zip(rows, passes, quotas, status, strict=True):
+                row.layer_tokens += (p.stop - p.start) * spec.layers
+                if quota is not None:
+                    row.layer_tokens -= (width - quota) * len(reuse.layers)
+                    row.since_refresh = 0 if quota == width else row.since_refresh + 1
                 row.advance(p, remaining, bool(stopped), bool(first_masked))
                 if row.finished:
                     ids = canvas.x[row.slot, : len(row.request.prompt) + row.request.length].clone()
-                    step.done[row.index] = Result(ids, row.forwards, row.positions)
+                    step.done[row.index] = Result(ids, row.forwards, row.positions, row.layer_tokens)
                     free.append(row.slot)
             if trace:
                 step.ids, step.confidence, step.committed = (
@@ -226,17 +260,19 @@ def denoise(
     unguided: int,
     cfg_scale: float,
     block_length: int,
+    reuse: LayerReuse | None,
     width: int,
     keys: int,
     uniform: bool,
+    active: int | None,
 ) -> Outcome:
     """One forward of R rows over W positions each, then what `decoder` commits in their blocks.
 
-    plan [R, 12] int64 holds the columns of `describe`. Nothing is read on the host and every shape is static, so that a
+    plan [R, 13] int64 holds the columns of `describe`. Nothing is read on the host and every shape is static, so that a
     runner may capture the whole function as one graph.
     """
     spec, scratch = model.spec, canvas.x.shape[1] - 1
-    row, start, stop, read, first, last, prompt, forced, step, initial, *hidden_slots = plan.unbind(1)
+    row, start, stop, read, first, last, prompt, forced, step, initial, quota, *hidden_slots = plan.unbind(1)
 
     # 1. The pass: which positions are recomputed, and what each of them sees. Padding goes to the scratch column.
     pos = start[:, None] + torch.arange(width, device=plan.device)
@@ -246,7 +282,12 @@ def denoise(
         limit = torch.minimum(limit, (pos // grid + 1) * grid)
     window = Window(row, pos, limit, keys, uniform, None if uniform else torch.stack(hidden_slots, 1))
     ids = canvas.x[row[:, None], pos]
-    hidden = model.network(ids, window, canvas.store)  # [R, W, C]
+    hook = None
+    if active is not None:
+        needed = canvas.masked[row[:, None], (pos + spec.shift).clamp(max=scratch)] & (pos + spec.shift < last[:, None])
+        needed &= pos + spec.shift >= first[:, None]
+        hook = reuse.hook(canvas.state(reuse, partial(reuse.allocate, model)), row, pos, ids, needed, active, quota, scratch)
+    hidden = model.network(ids, window, canvas.store, hook)  # [R, W, C]
 
     # 2. The head, on the block's positions alone: row j of a pass predicts position start + j + shift. A shifted model's
     #    opening pass ends where the block starts or discards the rest (as published): it gives the first token only.
@@ -293,17 +334,25 @@ def place(canvas: Canvas, row: Row, mask_id: int, pad_id: int) -> None:
         x[prompt + offset], masked[prompt + offset] = token, False
 
 
-def group(planned: list[tuple[Row, Pass]]) -> Iterator[tuple[list[Row], list[Pass], int]]:
-    """Rows that can share a forward: (rows, their passes, width), wide passes first."""
-    buckets: dict[int, list[tuple[Row, Pass]]] = {}
-    for row, p in planned:
+def group(
+    planned: list[tuple[Row, Pass, int | None]],
+) -> Iterator[tuple[list[Row], list[Pass], int, list[int | None]]]:
+    """Rows that can share a forward: (rows, their passes, width, their quotas), wide passes first.
+
+    A row's quota counts the positions that run through reused layers, None where reuse has no part. Rows that recompute all
+    and rows that reuse do not mix, so that a forward either fills the reused layers' state or draws on it.
+    """
+    buckets: dict[tuple[int, int], list[tuple[Row, Pass, int | None]]] = {}
+    for row, p, quota in planned:
         width = p.stop - p.start
-        buckets.setdefault(width if width <= NARROW else -(-width // NARROW) * NARROW, []).append((row, p))
+        bucket = width if width <= NARROW else -(-width // NARROW) * NARROW
+        kind = 0 if quota is None else 1 if quota == width else 2
+        buckets.setdefault((bucket, kind), []).append((row, p, quota))
     for bucket in sorted(buckets, reverse=True):
-        members, most = buckets[bucket], max(1, PASS_TOKENS // bucket)
+        members, most = buckets[bucket], max(1, PASS_TOKENS // bucket[0])
         for i in range(0, len(members), most):
-            rows, passes = zip(*members[i : i + most], strict=True)
-            yield list(rows), list(passes), max(p.stop - p.start for p in passes)
+            rows, passes, quotas = (list(column) for column in zip(*members[i : i + most], strict=True))
+            yield rows, passes, max(p.stop - p.start for p in passes), quotas
 
 
 def within_block(p: Pass, grid: int) -> bool:
@@ -311,10 +360,9 @@ def within_block(p: Pass, grid: int) -> bool:
     return not grid or p.start // grid == (p.stop - 1) // grid
 
 
-def describe(row: Row, p: Pass, shift: int) -> list[int]:
+def describe(row: Row, p: Pass, quota: int | None, shift: int) -> list[int]:
     """A row of the plan that `denoise` unpacks."""
     block, prompt = row.block, row.block.prompt
     first = max(block.start, prompt)
-    initial = sum(slot - prompt not in row.request.fixed for slot in range(first, block.stop))
     forced = int(shift and row.opening)
-    return [row.slot, p.start, p.stop, p.read, first, block.stop, prompt, forced, row.step, initial, *p.hide]
+    return [row.slot, p.start, p.stop, p.read, first, block.stop, prompt, forced, row.step, row.initial, quota or 0, *p.hide]

@@ -150,6 +150,7 @@ def generate(
         stats.row_tokens.append(length)
         stats.row_forwards.append(results[i].forwards)
         stats.row_positions.append(results[i].positions)
+        stats.row_layer_tokens.append(results[i].layer_tokens)
     stats.peak_memory = peak_memory(model.device)
     if model.tokenizer is not None:
         out.texts = [

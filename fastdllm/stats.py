@@ -16,13 +16,15 @@ import torch
 
 @dataclass
 class Stats:
-    """forwards: model calls of the whole batch. row_forwards, row_positions, row_tokens: per sample. seconds: decoding
+    """forwards: model calls of the whole batch. row_forwards, row_positions (recomputed), row_layer_tokens
+    (positions times the layers that ran for them), row_tokens: per sample. seconds: decoding
     only. peak_memory: bytes allocated on the CUDA device, None elsewhere."""
 
     forwards: int = 0
     seconds: float = 0.0
     row_forwards: list[int] = field(default_factory=list)
     row_positions: list[int] = field(default_factory=list)
+    row_layer_tokens: list[int] = field(default_factory=list)
     row_tokens: list[int] = field(default_factory=list)
     peak_memory: int | None = None
 
@@ -53,6 +55,7 @@ class Stats:
         self.seconds += other.seconds
         self.row_forwards += other.row_forwards
         self.row_positions += other.row_positions
+        self.row_layer_tokens += other.row_layer_tokens
         self.row_tokens += other.row_tokens
         peaks = [p for p in (self.peak_memory, other.peak_memory) if p is not None]
         self.peak_memory = max(peaks) if peaks else None
@@ -68,6 +71,7 @@ class Stats:
             "seconds": self.seconds,
             "tokens_per_second": self.tokens_per_second,
             "positions": sum(self.row_positions),
+            "layer_tokens": sum(self.row_layer_tokens),
             "peak_memory": self.peak_memory,
         }
 

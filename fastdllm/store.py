@@ -6,7 +6,9 @@ Keys are stored after RoPE: a rotated key depends on its token and its position 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +52,14 @@ class Canvas:
     x: Tensor
     masked: Tensor
     store: KVStore
+    _states: dict[Hashable, Any] = field(default_factory=dict)
+
+    def state(self, owner: Hashable, make: Callable[[int], Any]) -> Any:
+        """Static tensors of a decoder or of layer reuse, made once for this canvas by `make(rows)`: captured graphs keep
+        pointing at them."""
+        if owner not in self._states:
+            self._states[owner] = make(self.x.shape[0])
+        return self._states[owner]
 
 
 @dataclass(frozen=True)

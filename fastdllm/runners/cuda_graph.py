@@ -68,7 +68,7 @@ class Runner(eager.Runner):
         rows = 1 << (len(plan) - 1).bit_length()
         length = self.kept.x.shape[1]
         static |= {"keys": min(length, -(-static["keys"] // KEY_BUCKET) * KEY_BUCKET), "uniform": False}
-        idle = [self.kept.x.shape[0] - 1, 0, static["width"], static["width"], 0, 1, 0, 0, 0, 1, 0, 0]
+        idle = [self.kept.x.shape[0] - 1, 0, static["width"], static["width"], 0, 1, 0, 0, 0, 1, 0, 0, 0]
         host = torch.tensor(plan + [idle] * (rows - len(plan)), dtype=torch.long, pin_memory=True)
         key = (self.key, rows, *static.values(), noise is None)
         if key not in self.graphs:

@@ -29,6 +29,6 @@ class Runner:
         )
 
     def __call__(self, step: Callable[..., Any], plan: list[list[int]], noise: Tensor | None, **static: Any) -> Any:
-        """step(plan [R, 12] int64 on the device, noise, **static)."""
+        """step(plan [R, 13] int64 on the device, noise, **static)."""
         device = step.args[0].device
         return step(torch.tensor(plan, dtype=torch.long, device=device), noise, **static)

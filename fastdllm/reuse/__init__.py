@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer reuse and TRIM: within a block of a block-causal model, do not run some layers for positions that hardly change.
+
+Between two steps of a block most positions keep their token, and what a layer adds to them changes little. On passes that
+are not a multiple of `reuse_k`, the layers of `layer_subset` are not run for reusable positions: the *residual delta* they
+added when they last ran there, h_out - h_in, is added again. What the other layers saw anew still flows through, unlike with
+a reused output, which throws away everything computed before it (`reuse_mode="output"`, kept as an ablation).
+
+TRIM (token-level reuse minimisation) chooses the positions that are recomputed all the same: those whose token changed since
+their last recompute, those that predict an open mask of the current sub-block, then those that drifted most, up to
+`trim_ratio` of the window.
+
+Never in prefill, commit or likelihood; nothing crosses a block, a row or a sub-block's whole pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdllm.store import KVStore, Window
+
+if TYPE_CHECKING:
+    from fastdllm.models import Model
+    from fastdllm.models.transformer import Layer, LayerHook
+
+MODES = ("delta", "output")
+
+
+def subset_layers(subset: str | Sequence[int], layers: int) -> tuple[int, ...]:
+    """The layers that `layer_subset` names: "first", "middle", "last" third of layers 1..layers-1, or indices.
+
+    Layer 0 always runs: it turns tokens into states, so its delta has no meaning for another token.
+    Raises ValueError for an unknown name or an index outside 1..layers-1.
+    """
+    third = max(1, (layers - 1) // 3)
+    starts = {"first": 1, "middle": 1 + (layers - 1 - third) // 2, "last": layers - third}
+    if isinstance(subset, str) and subset in starts:
+        return tuple(range(starts[subset], min(starts[subset] + third, layers)))
+    try:
+        chosen = tuple(sorted({int(i) for i in (subset.split("+") if isinstance(subset, str) else subset)}))
+    except ValueError as error:
+        raise ValueError(
+            f"layer_subset={subset!r} is unknown; allowed are first, middle, last or layer indices such as '2+3+4'"
+        ) from error
+    if any(not 1 <= i < layers for i in chosen):
+        raise ValueError(f"layer_subset={subset!r} must name layers of 1..{layers - 1} (layer 0 always runs)")
+    return chosen
+
+
+@dataclass
+class ReuseState:
+    """What the reused layers last computed, by canvas row and position in the block.
+
+    cached [S, n, D, C]: delta (or output) of each reused layer; entry [S, D, C]: input of the first one; ids [S, D]: token.
+    """
+
+    cached: Tensor
+    entry: Tensor
+    ids: Tensor
+
+
+@dataclass(frozen=True)
+class LayerReuse:
+    """period: every period-th pass recomputes all (reuse_k). layers: the subset. size: block size D. ratio: TRIM's share of
+    the window, None reuses every position. whole_refreshes: a pass over the whole block recomputes all (sub-block cache)."""
+
+    period: int
+    layers: tuple[int, ...]
+    mode: str
+    ratio: float | None
+    size: int
+    whole_refreshes: bool
+
+    def allocate(self, model: Model, rows: int) -> ReuseState:
+        """Empty state for `rows` canvas rows."""
+        width, make = model.spec.width, {"dtype": model.dtype, "device": model.device}
+        return ReuseState(
+            torch.zeros(rows, len(self.layers), self.size, width, **make),
+            torch.zeros(rows, self.size, width, **make),
+            torch.full((rows, self.size), -1, dtype=torch.long, device=model.device),
+        )
+
+    def active(self, width: int, since: int, committed: int, remaining: int) -> int:
+        """How many positions of a denoising pass run through the reused layers; `width` means all.
+
+        since: passes since everything was recomputed (negative: never in this block). committed: tokens the row's last
+        forward wrote. remaining: open masks of its sub-block. All known to the host, so that shapes are.
+        """
+        if since < 0 or since + 1 >= self.period or (self.whole_refreshes and width == self.size):
+            return width
+        if self.ratio is None:
+            return 0
+        return min(width, max(math.ceil(self.ratio * width), committed + remaining))
+
+    def hook(
+        self,
+        state: ReuseState,
+        row: Tensor,
+        pos: Tensor,
+        ids: Tensor,
+        needed: Tensor,
+        active: int,
+        quota: Tensor,
+        scratch: int,
+    ) -> LayerHook:
+        """Runs the layers of one pass.
+
+        row [R]; pos, ids [R, W]; needed [R, W] bool: positions whose output predicts an open mask. active: the shape, the
+        most positions of any row that run through the reused layers; quota [R]: each row's own number (see `active`).
+        scratch: the position that padding writes to.
+        """
+        at, rows, width = pos % self.size, row[:, None], pos.shape[1]
+        chosen: Tensor | None = None
+        mine = (torch.arange(active, device=pos.device) < quota[:, None])[..., None]  # [R, active, 1]
+
+        def run(layer: Layer, index: int, h: Tensor, window: Window, store: KVStore, cos: Tensor, sin: Tensor) -> Tensor:
+            nonlocal chosen
+            if index not in self.layers:
+                return _whole(layer, index, h, window, store, cos, sin)
+            j = self.layers.index(index)
+            if active == width:
+                out = _whole(layer, index, h, window, store, cos, sin)
+                state.cached[rows, j, at] = out - h if self.mode == "delta" else out
+                if j == 0:
+                    state.entry[rows, at], state.ids[rows, at] = h, ids
+                return out
+            cached = state.cached[rows, j, at]
+            out = h + cached if self.mode == "delta" else cached
+            if active == 0:
+                return out
+            if j == 0:
+                chosen = self._choose(h, state, rows, at, ids, needed, active)
+            picked, inputs, kept = at.gather(1, chosen), _take(h, chosen), _take(out, chosen)
+            if j == 0:
+                state.entry[rows, picked] = torch.where(mine, inputs, state.entry[rows, picked])
+                state.ids[rows, picked] = torch.where(mine[..., 0], ids.gather(1, chosen), state.ids[rows, picked])
+            positions = torch.where(mine[..., 0], window.pos.gather(1, chosen), scratch)
+            limit = window.limit.gather(1, chosen)
+            part = Window(window.row, positions, limit, window.keys, window.uniform, window.hide)
+            fresh = torch.where(mine, _whole(layer, index, inputs, part, store, cos, sin), kept)
+            value = fresh - inputs if self.mode == "delta" else fresh
+            state.cached[rows, j, picked] = torch.where(mine, value, _take(cached, chosen))
+            return out.scatter(1, chosen[..., None].expand_as(fresh), fresh)
+
+        return run
+
+    def _choose(
+        self, h: Tensor, state: ReuseState, rows: Tensor, at: Tensor, ids: Tensor, needed: Tensor, active: int
+    ) -> Tensor:
+        """`active` positions [R, active], the ones to recompute first: the mandatory ones, then by drift of the input."""
+        drift = 1 - F.cosine_similarity(h.float(), state.entry[rows, at].float(), dim=-1)  # in [0, 2]
+        mandatory = needed | (ids != state.ids[rows, at])
+        return (drift + 4.0 * mandatory).topk(active, 1).indices
+
+
+def _whole(layer: Layer, index: int, h: Tensor, window: Window, store: KVStore, cos: Tensor, sin: Tensor) -> Tensor:
+    out, residual = layer(h, None, index, window, store, cos, sin)
+    return out + residual
+
+
+def _take(h: Tensor, index: Tensor) -> Tensor:
+    return h.gather(1, index[..., None].expand(-1, -1, h.shape[-1]))

@@ -31,6 +31,7 @@ from fastdllm.models import Model
 from fastdllm.models.dream import FAMILY as DREAM
 from fastdllm.models.fast_dllm_v2 import FAMILY as V2
 from fastdllm.models.llada import FAMILY as LLADA
+from fastdllm.models.quantize import KINDS, quantize
 from fastdllm.models.spec import ModelSpec
 from fastdllm.models.transformer import Transformer
 from fastdllm.store import Window
@@ -49,7 +50,7 @@ SHAPES = {"llada": (LLADA, LLADA_8B), "dream": (DREAM, QWEN2_7B), "v2": (V2, QWE
 TINY = {"llada": "tiny-llada", "dream": "tiny-dream", "v2": "tiny-fast-dllm-v2"}
 
 
-def random_model(name: str, device: torch.device) -> Model:
+def random_model(name: str, device: torch.device, kind: str | None) -> Model:
     """The published shape with random bf16 weights, made on the device."""
     family, config = SHAPES[name]
     spec = family.spec(config, {})
@@ -57,7 +58,10 @@ def random_model(name: str, device: torch.device) -> Model:
     torch.manual_seed(0)
     for key, p in network.named_parameters():
         p.data.fill_(1.0) if key.endswith("norm") else p.data.normal_(0.0, 0.02)
-    return Model(network.requires_grad_(False).eval(), spec, None, f"{name} (random)")
+    network.requires_grad_(False).eval()
+    if kind:
+        quantize(network, kind)
+    return Model(network, spec, None, f"{name} (random)")
 
 
 def synchronise(device: torch.device) -> None:
@@ -240,6 +244,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["llada", "dream", "v2"], choices=list(SHAPES))
     parser.add_argument("--folder", help="a real checkpoint in place of random weights")
+    parser.add_argument("--quantize", choices=KINDS, help="8-bit weights")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 32, 64])
     parser.add_argument("--prompts", nargs="+", type=int, default=[1000, 128], help="the first one also shapes the forwards")
     parser.add_argument("--gen", type=int, default=256)
@@ -259,9 +264,9 @@ def main() -> None:
     }  # fmt: skip
     for name in [args.folder] if args.folder else args.models:
         if args.folder or args.cpu:
-            model = fastdllm.load(args.folder or TINY[name], device=device)
+            model = fastdllm.load(args.folder or TINY[name], device=device, quantize=args.quantize)
         else:
-            model = random_model(name, device)
+            model = random_model(name, device, args.quantize)
         prompt = min(args.prompts[0], model.spec.max_length - args.gen)
         entry = report[name] = {"forward": forwards(model, peak, prompt, args.gen, args.repeats)}
         caches = ["block", "sub_block"] if model.spec.block_causal else ["prefix", "dual"]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdllm import registry
+from fastdllm.models.quantize import quantize as quantize_network
 from fastdllm.models.spec import Family, ModelSpec
 from fastdllm.models.transformer import Transformer
 from fastdllm.models.weights import load_weights
@@ -99,13 +100,14 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
+    quantize: str | None = None,
     trust_remote_code: bool = False,
 ) -> Model:
     """Load a published LLaDA, Dream or Fast-dLLM v2 checkpoint.
 
     name: a shipped name ("tiny-llada"), a local folder or a hub id. device: default is CUDA if there is one, else the CPU.
     dtype: "float32", "bfloat16", "float16" or the torch dtype; default bfloat16 on CUDA, float32 elsewhere.
-    trust_remote_code: accepted for the call's familiar shape; the hub's code is never run.
+    quantize: "fp8" (Hopper and later) or "int8" weights, None for none. trust_remote_code: accepted for the call's familiar shape; the hub's code is never run.
     Raises FileNotFoundError or ValueError naming what is missing or wrong.
     """
     if trust_remote_code:
@@ -135,4 +137,7 @@ def load(
         spec = family.spec(config, ids)
     except KeyError as error:
         raise ValueError(f"{folder}: config.json lacks the field {error}") from error
-    return Model(load_weights(folder, family, spec, dtype, device), spec, tokenizer, name)
+    network = load_weights(folder, family, spec, dtype, device)
+    if quantize is not None:
+        quantize_network(network, quantize)
+    return Model(network, spec, tokenizer, name)

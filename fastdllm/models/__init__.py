@@ -107,7 +107,8 @@ def load(
 
     name: a shipped name ("tiny-llada"), a local folder or a hub id. device: default is CUDA if there is one, else the CPU.
     dtype: "float32", "bfloat16", "float16" or the torch dtype; default bfloat16 on CUDA, float32 elsewhere.
-    quantize: "fp8" (Hopper and later) or "int8" weights, None for none. trust_remote_code: accepted for the call's familiar shape; the hub's code is never run.
+    quantize: "fp8" (Hopper and later) or "int8" weights, None for none. trust_remote_code: accepted for the call's familiar
+    shape; the hub's code is never run.
     Raises FileNotFoundError or ValueError naming what is missing or wrong.
     """
     if trust_remote_code:

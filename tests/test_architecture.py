@@ -104,6 +104,8 @@ def test_kernels_import_torch_and_triton_only() -> None:
         ("transformers", ("fastdllm/models/tokenizer.py", "fastdllm/training/")),
         ("triton", ("fastdllm/kernels/",)),
         ("peft", ("fastdllm/training/",)),
+        ("gradio", ("fastdllm/ui/page.py",)),
+        ("rich", ("fastdllm/ui/screen.py",)),
     ],
 )
 def test_heavy_libraries_stay_in_their_place(library: str, homes: tuple[str, ...]) -> None:

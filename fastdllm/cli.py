@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The console command `fastdllm`: one name for what the folders llada/, dream/, v2/ and scripts/ offer in a checkout."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+Command = Callable[[Sequence[str]], int]
+USAGE = """usage: fastdllm COMMAND [OPTIONS]
+
+Fast inference and evaluation of diffusion language models (LLaDA, Dream, Fast-dLLM v2).
+
+  chat    talk to a model in the terminal and see its answers being filled in
+  app     the same in the browser: every token with its step and confidence, two settings side by side
+  eval    run lm-eval tasks: accuracy, forwards and tokens per second
+  score   run the tests of generated HumanEval and MBPP programs, confined
+
+fastdllm COMMAND --help explains a command. Start with:  fastdllm chat
+"""
+
+
+def chat(arguments: Sequence[str]) -> int:
+    from fastdllm.ui.terminal import main
+
+    return main(arguments, prog="fastdllm chat")
+
+
+def app(arguments: Sequence[str]) -> int:
+    from fastdllm.ui.page import main
+
+    return main(arguments, prog="fastdllm app")
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    from fastdllm.harness import main
+
+    return main(arguments, prog="fastdllm eval")
+
+
+def score(arguments: Sequence[str]) -> int:
+    from fastdllm.scoring.score import main
+
+    return main(arguments)
+
+
+COMMANDS: dict[str, Command] = {"chat": chat, "app": app, "eval": evaluate, "score": score}
+NEEDS = {"gradio": "ui", "rich": "ui", "transformers": "ui", "tokenizers": "ui", "lm_eval": "eval", "tqdm": "eval"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code, 2 for an unknown one, 1 when a library it needs is missing."""
+    name, *rest = list(sys.argv[1:] if arguments is None else arguments) or [""]
+    if name in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    if name not in COMMANDS:
+        print(f"fastdllm: unknown command {name!r}\n\n{USAGE}" if name else USAGE, end="", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[name](rest)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in NEEDS:
+            raise
+        print(f"fastdllm {name} needs {missing}: pip install 'fastdllm[{NEEDS[missing]}]'", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One answer as it came to be: which token was written where, in which forward and how sure the model was.
+
+The terminal chat, the web page, the notebooks and `scripts/plot_trace.py` all show this, live (`watch`) or from a file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastdllm.config import DecodeConfig
+from fastdllm.engine import Step
+from fastdllm.generation import Prompts, encode, stream
+from fastdllm.models import Model
+from fastdllm.stats import Stats
+
+FORMAT, VERSION = "fastdllm-trace", 1
+
+
+@dataclass(frozen=True)
+class Change:
+    """A token written at a position of the answer (the mask id: taken back). confidence: probability in [0, 1], or the
+    decoder's own measure; None where the position was not scored in that forward."""
+
+    position: int
+    token: int
+    confidence: float | None
+
+
+@dataclass(frozen=True)
+class TraceStep:
+    """One forward: the block [start, stop) in positions of the answer, its seconds, and what it changed there."""
+
+    start: int
+    stop: int
+    seconds: float
+    changes: tuple[Change, ...]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The answer [N] after some forward: ids (mask id where open), the forward that wrote each token (1 is the first, 0 a
+    constraint) and the confidence it was written with; None where open or unknown."""
+
+    ids: list[int]
+    written: list[int | None]
+    confidence: list[float | None]
+
+    @property
+    def filled(self) -> int:
+        return sum(step is not None for step in self.written)
+
+
+@dataclass
+class Trace:
+    """The history of one answer of `length` positions. fixed: constraints, token by position. texts: what the tokens
+    that occur look like. `finished` is False for an answer that was stopped."""
+
+    model: str
+    config: dict[str, Any]
+    prompt_length: int
+    length: int
+    mask_id: int
+    stop_ids: tuple[int, ...]
+    fixed: dict[int, int] = field(default_factory=dict)
+    steps: list[TraceStep] = field(default_factory=list)
+    texts: dict[int, str] = field(default_factory=dict)
+    finished: bool = False
+    positions: int = 0
+
+    def add(self, step: Step, row: int = 0, spell: Callable[[int], str] = str) -> None:
+        """Take in a step of `fastdllm.stream` that served request `row`; one that did not is passed over.
+
+        spell: a token id -> its text.
+        """
+        if row not in step.rows:
+            return
+        i, now = step.rows.index(row), self.at()
+        # The first block of a v2 answer may begin inside the prompt; a step's ids begin at the first position of the answer.
+        start = max(step.starts[i], self.prompt_length) - self.prompt_length
+        stop = step.stops[i] - self.prompt_length
+        ids, confidence = step.ids[i].tolist(), step.confidence[i].tolist()
+        changes = tuple(
+            Change(p, ids[p - start], None if confidence[p - start] != confidence[p - start] else confidence[p - start])
+            for p in range(start, stop)
+            if ids[p - start] != now.ids[p]
+        )
+        for token in {change.token for change in changes} - self.texts.keys():
+            self.texts[token] = spell(token)
+        self.steps.append(TraceStep(start, stop, step.seconds, changes))
+        if row in step.done:
+            self.finished, self.positions = True, step.done[row].positions
+
+    def at(self, step: int | None = None) -> Snapshot:
+        """The answer after `step` forwards; default: now."""
+        ids: list[int] = [self.mask_id] * self.length
+        written: list[int | None] = [None] * self.length
+        confidence: list[float | None] = [None] * self.length
+        for position, token in self.fixed.items():
+            ids[position], written[position] = token, 0
+        for number, done in enumerate(self.steps[:step], start=1):
+            for change in done.changes:
+                open_again = change.token == self.mask_id
+                ids[change.position] = change.token
+                written[change.position] = None if open_again else number
+                confidence[change.position] = None if open_again else change.confidence
+        return Snapshot(ids, written, confidence)
+
+    def answer(self, step: int | None = None) -> list[int]:
+        """The ids before the first stop token, open positions (mask ids) included."""
+        ids = self.at(step).ids
+        ends = [i for i, token in enumerate(ids) if token in self.stop_ids]
+        return ids[: ends[0]] if ends else ids
+
+    def filled(self) -> list[int]:
+        """Positions that hold a token after 0, 1, 2, ... forwards: the acceptance curve."""
+        taken, curve = set(self.fixed), [len(self.fixed)]
+        for step in self.steps:
+            for change in step.changes:
+                (taken.discard if change.token == self.mask_id else taken.add)(change.position)
+            curve.append(len(taken))
+        return curve
+
+    def seconds(self, step: int | None = None) -> float:
+        return sum(done.seconds for done in self.steps[:step])
+
+    def tokens(self, step: int | None = None) -> int:
+        """Tokens written before the first stop token."""
+        return sum(token != self.mask_id for token in self.answer(step))
+
+    def stats(self) -> Stats:
+        return Stats(
+            forwards=len(self.steps),
+            seconds=self.seconds(),
+            row_forwards=[len(self.steps)],
+            row_positions=[self.positions],
+            row_tokens=[self.tokens()],
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the trace as JSON: the fields above, each change as [position, token, confidence]."""
+        data = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        data["steps"] = [
+            {
+                "start": step.start,
+                "stop": step.stop,
+                "seconds": step.seconds,
+                "changes": [[c.position, c.token, c.confidence] for c in step.changes],
+            }
+            for step in self.steps
+        ]
+        Path(path).write_text(json.dumps(data, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """Read a file that `save` wrote; ValueError for any other."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            kind = data.pop("format"), data.pop("version")
+            if kind != (FORMAT, VERSION):
+                raise ValueError(f"its format is {kind[0]} version {kind[1]}, expected {FORMAT} version {VERSION}")
+            data["steps"] = [
+                TraceStep(s["start"], s["stop"], s["seconds"], tuple(Change(*c) for c in s["changes"]))
+                for s in data["steps"]
+            ]
+            for name in ("fixed", "texts"):
+                data[name] = {int(k): v for k, v in data[name].items()}
+            data["stop_ids"] = tuple(data["stop_ids"])
+            return cls(**data)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a saved trace: {error}") from error
+
+
+def watch(
+    model: Model,
+    prompt: Prompts,
+    config: DecodeConfig | None = None,
+    *,
+    constraints: dict[int, int] | None = None,
+    **options: Any,
+) -> Iterator[Trace]:
+    """Answer one prompt and yield its trace before the first forward and after each one (the same object, growing).
+
+    Arguments as `fastdllm.generate`, for a single prompt. Closing the iterator stops the computation.
+    """
+    config = (config or DecodeConfig()).replace(**options)
+    ids: list[Tensor] = encode(model, prompt)
+    if len(ids) != 1:
+        raise ValueError(f"watch follows one prompt, not {len(ids)}")
+    stop_ids = model.spec.stop_ids if config.stop_ids is None else config.stop_ids
+    fixed = dict(constraints or {})
+    trace = Trace(model.name, config.given(), len(ids[0]), config.gen_length, model.spec.mask_id, stop_ids, fixed)
+    trace.texts = {token: spell(model, token) for token in fixed.values()}
+    with closing(stream(model, ids, config, constraints=fixed)) as steps:
+        yield trace
+        for step in steps:
+            trace.add(step, spell=lambda token: spell(model, token))
+            yield trace
+
+
+def spell(model: Model, token: int) -> str:
+    """The text of one token; its number where the model has no tokenizer. Part of a character decodes to U+FFFD."""
+    return model.tokenizer.decode([token]) if model.tokenizer is not None else str(token)

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A conversation as messages, rendered anew for every turn.
+
+Keeping token ids from one turn to the next is how the published chat lets the remains of an answer (what stands after its
+end token) into the next prompt. Here only texts are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastdllm.generation import encode_text
+
+if TYPE_CHECKING:
+    from fastdllm.models import Model
+
+Message = dict[str, str]
+PROBE = "a system text to look for"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What one turn sends: ids [P] int64, the user's message as sent, how many earlier messages no longer fit, and notices
+    for the user."""
+
+    ids: Tensor
+    message: str
+    dropped: int = 0
+    notices: tuple[str, ...] = ()
+
+
+@dataclass
+class Conversation:
+    """messages: alternating user and assistant turns that are over; system: instructions in front of them."""
+
+    messages: list[Message] = field(default_factory=list)
+    system: str = ""
+
+    def prompt(self, model: Model, text: str, gen_length: int) -> Prompt:
+        """The prompt of a turn that asks `text`. Nothing changes until `add`.
+
+        The oldest turns are left out until an answer of `gen_length` fits. ValueError for an empty message, and for one
+        that does not fit alone.
+        """
+        text = clean(text)
+        if not text.strip():
+            raise ValueError("the message is empty")
+        room = model.spec.max_length - gen_length
+        ids = torch.empty(0, dtype=torch.long)
+        for dropped in range(0, len(self.messages) + 1, 2):
+            turns = [*self.messages[dropped:], {"role": "user", "content": text}]
+            ids = encode_messages(model, with_system(model, turns, self.system))
+            if len(ids) <= room:
+                return Prompt(ids, text, dropped, self._notices(model, dropped))
+        raise ValueError(
+            f"the message is too long: {len(ids)} tokens, and beside an answer of {gen_length} only {max(room, 0)} fit the "
+            f"model's context of {model.spec.max_length}"
+        )
+
+    def _notices(self, model: Model, dropped: int) -> tuple[str, ...]:
+        notices = []
+        if dropped:
+            what = "message" if dropped == 1 else "messages"
+            notices.append(f"context full: the oldest {dropped} {what} of this conversation are no longer sent")
+        if self.system and not takes_system(model):
+            notices.append("this model's chat template has no system role: the system text is put before the first message")
+        if model.tokenizer.chat_template is None:
+            notices.append("this checkpoint has no chat template (a base model?): it continues the plain text")
+        return tuple(notices)
+
+    def add(self, prompt: Prompt, answer: str) -> None:
+        """A turn is over: remember it, forget what no longer fits."""
+        del self.messages[: prompt.dropped]
+        self.messages += [{"role": "user", "content": prompt.message}, {"role": "assistant", "content": answer}]
+
+
+def clean(text: str) -> str:
+    """Text that every tokenizer takes: half of a surrogate pair, which is no character, becomes a question mark."""
+    return text.encode("utf-8", errors="replace").decode("utf-8").rstrip("\n")
+
+
+def render(model: Model, messages: list[Message]) -> str:
+    """The chat template's text, with the start of the answer; plain paragraphs for a model without a template."""
+    if model.tokenizer.chat_template is None:
+        return "\n\n".join(message["content"] for message in messages)
+    return model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def takes_system(model: Model) -> bool:
+    """Whether the template shows a system message: some refuse one, some leave it out without a word."""
+    try:
+        return PROBE in render(model, [{"role": "system", "content": PROBE}, {"role": "user", "content": "x"}])
+    except Exception:  # a template may raise anything of its own
+        return False
+
+
+def with_system(model: Model, turns: list[Message], system: str) -> list[Message]:
+    """The turns with the system text as their first message, or inside it where the template has no such role."""
+    if not system:
+        return turns
+    if takes_system(model):
+        return [{"role": "system", "content": system}, *turns]
+    return [{"role": "user", "content": f"{system}\n\n{turns[0]['content']}"}, *turns[1:]]
+
+
+def encode_messages(model: Model, messages: list[Message]) -> Tensor:
+    """Ids [P] of the rendered messages, in which only the template's own special tokens are special.
+
+    A user who writes the mask token's name means those characters. Each such name is swapped for a character that no
+    message holds, and encoded as plain text where the template left that character.
+    """
+    if model.tokenizer is None:
+        raise ValueError(f"model {model.name!r} has no tokenizer, so it cannot chat")
+    contents = "".join(message["content"] for message in messages)
+    names = [name for name in model.tokenizer.get_added_vocab() if name in contents]
+    if not names:
+        return torch.tensor(encode_text(model, render(model, messages)), dtype=torch.long)
+    unused = (chr(code) for code in range(0xF0000, 0xFFFFD) if chr(code) not in contents)
+    stand_ins = dict(zip(unused, sorted(names, key=len, reverse=True), strict=False))
+    for stand_in, name in stand_ins.items():
+        messages = [{**message, "content": message["content"].replace(name, stand_in)} for message in messages]
+    ids, start, text = [], 0, render(model, messages)
+    for at, character in enumerate(text):
+        if character in stand_ins:
+            ids += encode_text(model, text[start:at]) + encode_literally(model, stand_ins[character])
+            start = at + 1
+    return torch.tensor(ids + encode_text(model, text[start:]), dtype=torch.long)
+
+
+def encode_literally(model: Model, text: str) -> list[int]:
+    """Ids of a text in which nothing is special: cut inside each special token's name, none is left to recognise."""
+    names = [name for name in model.tokenizer.get_added_vocab() if name in text and len(name) > 1]
+    if not names:
+        return encode_text(model, text)
+    at = text.index(names[0]) + 1
+    return encode_literally(model, text[:at]) + encode_literally(model, text[at:])

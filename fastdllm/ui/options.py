@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of the chat and of the web page: the command line's names, the published ones among them, as a `DecodeConfig`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from fastdllm import registry
+from fastdllm.build import assemble
+from fastdllm.config import DecodeConfig
+from fastdllm.models import Model, tiny_names
+
+ALIASES = {"max_new_tokens": "gen_length", "block_size": "block_length", "bd_size": "block_length"}
+TINY_NOTE = (
+    "a small model made to show the method: it only solves grade-school word problems, often wrongly, and learnt from "
+    "single questions (start a new conversation before each)"
+)
+SAMPLE_QUESTION = "A baker makes 12 trays of 8 rolls each and sells 50 rolls. How many rolls are left?"
+
+
+def add_model_options(parser: argparse.ArgumentParser, default: str) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        "--model_path",
+        default=default,
+        metavar="NAME",
+        help=f"shipped name ({', '.join(tiny_names())}), local folder or hub id (default {default})",
+    )
+    group.add_argument("--revision", help="branch, tag or commit on the hub")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    group.add_argument("--dtype", help="float32, bfloat16, float16 (default: bfloat16 on cuda, float32 elsewhere)")
+
+
+def add_decode_options(parser: argparse.ArgumentParser, gen_length: int) -> None:
+    group = parser.add_argument_group("decoding")
+    group.add_argument(
+        "--max-new-tokens",
+        "--max_new_tokens",
+        "--gen_length",
+        "--gen-length",
+        dest="gen_length",
+        type=int,
+        default=gen_length,
+        metavar="N",
+        help=f"length of an answer (default {gen_length})",
+    )
+    group.add_argument(
+        "--block-length",
+        "--block_length",
+        "--block_size",
+        "--block-size",
+        dest="block_length",
+        type=int,
+        metavar="N",
+        help="positions decoded together (default 32)",
+    )
+    group.add_argument(
+        "--cache",
+        help="what is kept between forwards: none, prefix, dual (LLaDA, Dream; default dual), block, sub_block (v2; default block)",
+    )
+    group.add_argument(
+        "--decoder", help=f"what a forward commits: {', '.join(registry.names('decoders'))} (default threshold)"
+    )
+    group.add_argument("--threshold", type=float, metavar="P", help="commit tokens of at least this probability (0.9)")
+    group.add_argument("--factor", type=float, metavar="F", help="the factor rule instead of the threshold (paper: 1.0)")
+    group.add_argument(
+        "--steps", type=int, metavar="N", help="a fixed number of forwards for the whole answer (quota decoder)"
+    )
+    group.add_argument(
+        "--temperature", type=float, metavar="T", help="0 (default) takes the most likely token, above 0 draws"
+    )
+    group.add_argument(
+        "--top-p", "--top_p", dest="top_p", type=float, metavar="P", help="draw from the most likely tokens only"
+    )
+    group.add_argument("--seed", type=int, metavar="N", help="of the draws (default 0)")
+    group.add_argument("--use_cache", action="store_true", help="published name of --cache prefix")
+    group.add_argument(
+        "--if_cache_position", action="store_true", help="published: with --use_cache, the same as --cache dual"
+    )
+
+
+def config_of(args: argparse.Namespace) -> DecodeConfig:
+    """The command line as a config; ValueError where options contradict each other."""
+    names = (
+        "gen_length",
+        "block_length",
+        "cache",
+        "decoder",
+        "threshold",
+        "factor",
+        "steps",
+        "temperature",
+        "top_p",
+        "seed",
+    )
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.if_cache_position and not args.use_cache:
+        raise ValueError("--if_cache_position needs --use_cache")
+    if args.use_cache and args.cache:
+        raise ValueError(f"--use_cache is the published name of --cache prefix; it is given beside --cache {args.cache}")
+    if args.use_cache:
+        given["cache"] = "dual" if args.if_cache_position else "prefix"
+    # Adaptive decoders ignore steps; who asks for a number of steps and for no decoder means the one that keeps to it.
+    if "steps" in given and not given.keys() & {"decoder", "threshold", "factor"}:
+        given["decoder"] = "quota"
+    return DecodeConfig(**given)
+
+
+def change(config: DecodeConfig, changes: Mapping[str, Any]) -> DecodeConfig:
+    """The config with some options changed by name.
+
+    Naming a decoder's own option (`threshold`, `factor`) selects that decoder; options of the one before are left out.
+    """
+    changes = {ALIASES.get(name, name): value for name, value in ((k.replace("-", "_"), v) for k, v in changes.items())}
+    selected = [name for name in changes if name in registry.names("decoders")]
+    if selected and "decoder" not in changes:
+        changes["decoder"] = selected[0]
+    elif "steps" in changes and "decoder" not in changes:
+        changes["decoder"] = "quota"
+    decoder, cache = (changes.get(kind, getattr(config, kind)) for kind in ("decoder", "cache"))
+    known = registry.options("decoders", decoder) | (registry.options("caches", cache) if cache else {})
+    kept = {k: v for k, v in config.given().items() if k not in config.options or k in known}
+    return DecodeConfig(**{**kept, **changes})
+
+
+def check(model: Model, config: DecodeConfig) -> None:
+    """Raise ValueError when the model and the config do not fit: better at the setting than at the next answer."""
+    if config.gen_length >= model.spec.max_length:
+        raise ValueError(
+            f"gen_length={config.gen_length} leaves no room for a question in the model's context of {model.spec.max_length}"
+        )
+    assemble(model, config)
+
+
+def describe(model: Model, config: DecodeConfig) -> str:
+    """The settings in one line, the family's defaults filled in."""
+    cache = config.cache or model.spec.defaults["cache"]
+    block = config.block_length or model.spec.defaults.get("block_length", 32)
+    rule = ", ".join(f"{k}={v}" for k, v in config.options.items()) or (
+        f"steps={config.steps}" if config.steps else "default"
+    )
+    return f"cache {cache} · decoder {config.decoder} ({rule}) · {config.gen_length} new tokens in blocks of {block}"
+
+
+def describe_model(model: Model) -> str:
+    parameters = sum(p.numel() for p in model.network.parameters()) / 1e6
+    size = f"{parameters / 1e3:.1f} billion" if parameters >= 1e3 else f"{parameters:.1f} million"
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"{model.name} · {size} parameters · {dtype} on {model.device} · {model.spec.max_length} positions of context"

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chat with LLaDA in the terminal: python llada/chat.py, or python -m llada.chat."""
+
+import sys
+
+from fastdllm.ui.terminal import main
+
+if __name__ == "__main__":
+    sys.exit(main(default_model="tiny-llada"))

@@ -53,11 +53,10 @@ def run_program(program: str, limits: Limits | None = None) -> Verdict:
     limits = limits or Limits()
     with tempfile.TemporaryDirectory(prefix="score-", ignore_cleanup_errors=True) as folder:
         supervisor = subprocess.Popen(
-            [sys.executable, "-I", "-B", "-c", _START, str(Path(__file__).resolve().parents[1])],
+            [sys.executable, "-I", "-B", "-c", _START, str(Path(__file__).resolve().parents[1]), folder],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            cwd=folder,
             env={"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
             start_new_session=True,
         )

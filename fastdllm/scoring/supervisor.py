@@ -32,7 +32,8 @@ _FAILED = b"!"
 
 
 def main() -> None:
-    """Read a job (JSON) from standard input, run it, write the verdict (JSON) to standard output."""
+    """Run the job (JSON) from standard input in the empty folder named last; the verdict (JSON) to standard output."""
+    os.chdir(sys.argv[2])
     job: dict[str, Any] = json.load(sys.stdin)
     job["number"] = os.getpid()  # no other running program has it
     isolation = _isolate(job["namespaces"])

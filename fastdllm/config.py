@@ -88,15 +88,9 @@ class DecodeConfig:
         self._check()
 
     def _check(self) -> None:
-        at_least = {
-            "gen_length": 1,
-            "block_length": 1,
-            "small_block_size": 1,
-            "steps": 1,
-            "batch_size": 1,
-            "top_k": 0,
-        }
-        at_least |= {"temperature": 0, "alg_temp": 0, "cfg_scale": 0}
+        at_least = dict.fromkeys(
+            ("gen_length", "block_length", "small_block_size", "steps", "batch_size", "reuse_k"), 1
+        ) | dict.fromkeys(("top_k", "temperature", "alg_temp", "cfg_scale"), 0)
         for name, low in at_least.items():
             value = getattr(self, name)
             if value is not None and value < low:

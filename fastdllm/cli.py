@@ -41,7 +41,7 @@ def evaluate(arguments: Sequence[str]) -> int:
 def score(arguments: Sequence[str]) -> int:
     from fastdllm.scoring.score import main
 
-    return main(arguments)
+    return main(arguments, prog="fastdllm score")
 
 
 COMMANDS: dict[str, Command] = {"chat": chat, "app": app, "eval": evaluate, "score": score}

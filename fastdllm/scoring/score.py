@@ -95,9 +95,9 @@ def _run_all(programs: list[str], limits: Limits, workers: int, progress: bool) 
     return [verdicts[i] for i in range(len(programs))]
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="score_code.py",
+        prog=prog,
         description="Score generated programs (HumanEval, MBPP): extract the code, run its tests confined, pass@k.",
     )
     defaults = Limits()
@@ -112,9 +112,9 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "score_code.py") -> int:
     """The command line; returns the exit code: 0 scored, 2 refused."""
-    options = parser().parse_args(arguments)
+    options = parser(prog).parse_args(arguments)
     if not options.allow_code_execution:
         print(
             "This runs programs that a model wrote. Give --allow-code-execution if that is what you want.", file=sys.stderr
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         results = score_file(options.file, limits, options.k, options.workers, options.problems, progress=True)
     except (OSError, ValueError) as error:
-        print(f"score_code.py: {error}", file=sys.stderr)
+        print(f"{prog}: {error}", file=sys.stderr)
         return 2
     for name, consequence in _PROTECTIONS.items():
         if not results["isolation"][name]:

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What layer reuse and TRIM save and cost on a trained model: accuracy against layer-token products and tokens/s.
+
+    python scripts/reuse_study.py                     # tiny-fast-dllm-v2, 500 held-out problems, all settings
+    python scripts/reuse_study.py --limit 100 --threshold 0.9 --caches block
+
+Sweeps reuse_k, layer_subset, reuse_mode and trim_ratio under each cache at one threshold, each setting on the same problems,
+and compares each with k=1 problem by problem (the interval is a paired bootstrap). Finished settings are kept in the output
+folder and not run again. Writes study.json, study.md and study.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import fastdllm
+from fastdllm.tasks import TASKS_DIR
+
+PLAIN: dict[str, Any] = {}
+
+
+def settings(layers: int) -> list[dict[str, Any]]:
+    """k=1 first; then thirds of the depth and all of it but layer 0, where trim_ratio None reuses every position and mode "output" is the ablation."""
+    grid = [PLAIN]
+    for subset in ("first", "middle", "last"):
+        for k, ratio in ((2, None), (2, 0.25), (3, None), (32, 0.0), (32, 0.25)):
+            grid.append({"reuse_k": k, "layer_subset": subset, "trim_ratio": ratio})
+        grid.append({"reuse_k": 2, "layer_subset": subset, "reuse_mode": "output"})
+    for k, ratio in ((2, 0.0), (2, 0.25), (32, 0.25), (32, 0.5)):
+        grid.append({"reuse_k": k, "layer_subset": "+".join(map(str, range(1, layers))), "trim_ratio": ratio})
+    return grid
+
+
+def name(setting: dict[str, Any]) -> str:
+    if not setting:
+        return "k=1"
+    trim = setting.get("trim_ratio")
+    parts = [f"k={setting['reuse_k']}", setting["layer_subset"], setting.get("reuse_mode", "delta")]
+    return " ".join(parts) + (f" trim={trim}" if trim is not None else "")
+
+
+def correct(text: str, gold: str) -> bool:
+    """Exact match of what follows the last `####`, as the task's strict filter."""
+    answer = text.rpartition("####")[2].strip().replace(",", "") if "####" in text else ""
+    return answer == gold.rpartition("####")[2].strip().replace(",", "")
+
+
+def measure(model: Any, problems: list[dict[str, str]], options: dict[str, Any], batch_size: int) -> dict[str, Any]:
+    prompts = [[{"role": "user", "content": p["question"]}] for p in problems]
+    out = fastdllm.generate(model, prompts, batch_size=batch_size, **options)
+    right = [correct(t, p["answer"]) for t, p in zip(out.texts, problems, strict=True)]
+    return {**out.stats.summary(), "right": right, "accuracy": sum(right) / len(right)}
+
+
+def interval(right: list[bool], reference: list[bool], draws: int = 2000) -> tuple[float, float]:
+    """95 % interval of the accuracy difference in points, by a bootstrap over the same problems."""
+    rng, difference = random.Random(0), [a - b for a, b in zip(right, reference, strict=True)]
+    means = sorted(100 * sum(rng.choices(difference, k=len(difference))) / len(difference) for _ in range(draws))
+    return means[int(0.025 * draws)], means[int(0.975 * draws)]
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    for axis, (key, label) in zip(
+        axes, (("share", "layer-token products, k=1 is 1"), ("tokens_per_second", "tokens/s")), strict=True
+    ):
+        for cache, marker in (("block", "o"), ("sub_block", "s")):
+            for mode, colour in (("delta", "#1f77b4"), ("output", "#d62728")):
+                mine = [r for r in rows if r["cache"] == cache and r["mode"] == mode]
+                if mine:
+                    x, y = [r[key] for r in mine], [100 * r["accuracy"] for r in mine]
+                    axis.scatter(x, y, marker=marker, color=colour, alpha=0.75, label=f"{cache}, {mode}")
+        for r in (r for r in rows if r["name"] == "k=1"):
+            axis.axhline(100 * r["accuracy"], color="0.8", zorder=0)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.2)
+    axes[0].set_ylabel("exact match, %")
+    axes[1].legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny-fast-dllm-v2")
+    parser.add_argument("--split", default="test", choices=["test", "validation"])
+    parser.add_argument("--limit", type=int, default=500)
+    parser.add_argument("--threshold", type=float, default=0.9)
+    parser.add_argument("--caches", nargs="+", default=["block", "sub_block"])
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--out", type=Path, default=Path("results/reuse"))
+    args = parser.parse_args()
+
+    model = fastdllm.load(args.model)
+    lines = (TASKS_DIR / "gsm_symbolic" / f"{args.split}.jsonl").read_text(encoding="utf-8").splitlines()[: args.limit]
+    problems = [json.loads(line) for line in lines]
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "study.json"
+    done = json.loads(path.read_text()) if path.exists() else {}
+    plan = [(cache, setting) for cache in args.caches for setting in settings(model.spec.layers)]
+    for cache, setting in tqdm(plan, desc="settings"):
+        key = f"{args.model} {args.split} {len(problems)} {args.threshold} {cache} {name(setting)}"
+        if key not in done:
+            options = {"gen_length": 256, "cache": cache, "threshold": args.threshold, **setting}
+            done[key] = {"cache": cache, "name": name(setting), "mode": setting.get("reuse_mode", "delta")}
+            done[key] |= measure(model, problems, options, args.batch_size)
+            path.write_text(json.dumps(done))
+    rows = [done[f"{args.model} {args.split} {len(problems)} {args.threshold} {c} {name(s)}"] for c, s in plan]
+    table = [
+        "| cache | setting | accuracy | vs k=1, points | layer-token products | forwards | tokens/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        base = next(r for r in rows if r["cache"] == row["cache"] and r["name"] == "k=1")
+        low, high = interval(row["right"], base["right"])
+        row["share"] = row["layer_tokens"] / base["layer_tokens"]
+        change = 100 * (row["accuracy"] - base["accuracy"])
+        table.append(
+            f"| {row['cache']} | {row['name']} | {100 * row['accuracy']:.1f} % | {change:+.1f} [{low:+.1f}, {high:+.1f}] | "
+            f"{100 * row['share']:.1f} % | {row['nfe']:.1f} | {row['tokens_per_second']:.0f} |"
+        )
+    (args.out / "study.md").write_text("\n".join(table) + "\n")
+    plot(rows, args.out / "study.png")
+    print("\n".join(table))
+
+
+if __name__ == "__main__":
+    main()

@@ -26,7 +26,10 @@ PLAIN: dict[str, Any] = {}
 
 
 def settings(layers: int) -> list[dict[str, Any]]:
-    """k=1 first; then thirds of the depth and all of it but layer 0, where trim_ratio None reuses every position and mode "output" is the ablation."""
+    """k=1 first; then thirds of the depth, and all of it but layer 0.
+
+    trim_ratio None reuses every position; mode "output" is the ablation.
+    """
     grid = [PLAIN]
     for subset in ("first", "middle", "last"):
         for k, ratio in ((2, None), (2, 0.25), (3, None), (32, 0.0), (32, 0.25)):

@@ -258,7 +258,7 @@ MBPP = {
     "text": "Write a function that adds.",
     "test_setup_code": "import math",
     "test_list": ["assert math.isclose(add(1, 2), 3)", "assert add(0, 0) == 0"],
-    "challenge_test_list": [],
+    "challenge_test_list": ["assert add('a', 'b') == 'c'"],
 }
 
 
@@ -276,7 +276,7 @@ def test_reads_lm_eval_samples_of_both_benchmarks(tmp_path: Path) -> None:
         "doc_id": 1,
         "doc": MBPP,
         "filter": "none",
-        "resps": [["def add(a, b):\n    return a + b\n```\nDone.", "", "pass"]],
+        "resps": [["def add(a, b):\n    return a + b\n[DONE]\n```\nDone.", "", "pass"]],
     }
     path = _samples(tmp_path / "samples.jsonl", humaneval, mbpp, {**mbpp, "filter": "another"})
     results = score_file(path, QUICK, ks=(1, 3))

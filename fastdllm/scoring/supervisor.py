@@ -37,17 +37,18 @@ def main() -> None:
     job: dict[str, Any] = json.load(sys.stdin)
     job["number"] = os.getpid()  # no other running program has it
     isolation = _isolate(job["namespaces"])
-    token = secrets.token_bytes(_TOKEN_BYTES)
     token_read, token_write = os.pipe()
-    os.write(token_write, token)
-    os.close(token_write)
     result_read, result_write = os.pipe()
     started = time.monotonic()
     child = os.fork()
     if child == 0:
+        os.close(token_write)
         _first_process(job, isolation["processes"], token_read, result_write)
     os.close(result_write)
     os.close(token_read)
+    token = secrets.token_bytes(_TOKEN_BYTES)  # after the fork: the program's memory never held it
+    os.write(token_write, token)
+    os.close(token_write)
     result, code = _watch(child, result_read, started + job["seconds"])
     seconds = time.monotonic() - started
     _end_descendants(child)

@@ -10,6 +10,9 @@ its place to the next request.
 The choices are arguments: `geometry` cuts the answer into blocks, `cache` plans which positions a forward recomputes,
 `sampler` scores the logits, `decoder` chooses what to commit, `runner` executes. Alphabet: B rows of the canvas, R rows of
 one forward, W positions of a pass, Q positions of a block, C width of the model, V vocabulary.
+
+A decoder may try several contents of a block at once. These branches are neighbours on the canvas and in the store and run
+in the same forward; branch 0 is the row's content, and the others take it over whenever a block is full.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fastdllm.blocks import Block, Geometry, Pass, Progress
-from fastdllm.store import Canvas, Window
+from fastdllm.store import Canvas, KVStore, Window
 from fastdllm.view import View
 
 if TYPE_CHECKING:
@@ -102,10 +105,10 @@ class Row:
             return None
         return reuse.active(p.stop - p.start, self.since_refresh, self.committed, self.remaining)
 
-    def advance(self, done: Pass, remaining: int, stopped: bool, first_masked: bool) -> None:
+    def advance(self, done: Pass, branches: int, remaining: int, stopped: bool, first_masked: bool) -> None:
         """Take in what a forward did; go on to the next block when this one is full."""
         self.forwards += 1
-        self.positions += done.stop - done.start
+        self.positions += (done.stop - done.start) * branches
         self.step += 1
         self.denoised += not self.opening
         self.outer_step += not self.opening
@@ -193,7 +196,8 @@ def decode(
     spec, device = model.spec, model.device
     plans = [geometry(len(r.prompt), len(r.prompt) + r.length) for r in requests]
     slots = min(batch_size or len(requests), len(requests))
-    canvas = runner.canvas(model, slots * (2 if cfg_scale else 1), max(blocks[-1].reach for blocks in plans))
+    lanes = 2 if cfg_scale else decoder.rows  # rows of the canvas and the store that one request takes
+    canvas = runner.canvas(model, slots * lanes, max(blocks[-1].reach for blocks in plans))
     step_of = partial(
         denoise,
         model,
@@ -202,36 +206,36 @@ def decode(
         sampler,
         torch.tensor(stop_ids, dtype=torch.long, device=device),
         grid=grid,
-        unguided=slots if cfg_scale else 0,
         cfg_scale=cfg_scale,
         block_length=block_length,
         reuse=reuse,
     )
     waiting = list(enumerate(zip(requests, plans, strict=True)))[::-1]
-    free, live = list(range(slots))[::-1], []
+    free, live = list(range(0, slots * lanes, lanes))[::-1], []
     while waiting or live:
         while waiting and free:
             index, (request, blocks) = waiting.pop()
             generator = torch.Generator(device).manual_seed(request.seed) if sampler.random else None
             live.append(Row(index, free.pop(), request, blocks, generator))
-            place(canvas, live[-1], spec.mask_id, spec.pad_id)
+            place(canvas, live[-1], lanes, spec.mask_id, spec.pad_id)
         planned = [(row, row.next_pass(cache)) for row in live]
-        for rows, passes, width, quotas in group([(row, p, row.active(p, reuse)) for row, p in planned]):
+        for rows, passes, width, quotas in group([(row, p, row.active(p, reuse)) for row, p in planned], decoder.rows):
             started = time.perf_counter()
             keys = max(p.read for p in passes)
             uniform = all(p.read == keys and p.hide == (0, 0) and within_block(p, grid) for p in passes)
             plan = [describe(row, p, n, spec.shift) for row, p, n in zip(rows, passes, quotas, strict=True)]
             active = None if quotas[0] is None else max(quotas)
             noise = sampler.draw([row.generator for row in rows], block_length, spec.vocab)
-            out = runner(step_of, plan, noise, width=width, keys=keys, uniform=uniform, active=active)
+            branches = 1 if rows[0].opening else decoder.rows
+            out = runner(step_of, plan, noise, width=width, keys=keys, uniform=uniform, active=active, branches=branches)
             status = out.status.tolist()  # sync: masks left, stopped, first position masked decide the next forward
             step = Step([r.index for r in rows], [r.block.start for r in rows], [r.block.stop for r in rows], 0.0, {})
             for row, p, quota, (remaining, stopped, first_masked) in zip(rows, passes, quotas, status, strict=True):
-                row.layer_tokens += (p.stop - p.start) * spec.layers
+                row.layer_tokens += (p.stop - p.start) * branches * spec.layers
                 if quota is not None:
                     row.layer_tokens -= (width - quota) * len(reuse.layers)
                     row.since_refresh = 0 if quota == width else row.since_refresh + 1
-                row.advance(p, remaining, bool(stopped), bool(first_masked))
+                row.advance(p, branches, remaining, bool(stopped), bool(first_masked))
                 if row.finished:
                     ids = canvas.x[row.slot, : len(row.request.prompt) + row.request.length].clone()
                     step.done[row.index] = Result(ids, row.forwards, row.positions, row.layer_tokens)
@@ -257,7 +261,6 @@ def denoise(
     noise: Tensor | None,
     *,
     grid: int,
-    unguided: int,
     cfg_scale: float,
     block_length: int,
     reuse: LayerReuse | None,
@@ -265,13 +268,17 @@ def denoise(
     keys: int,
     uniform: bool,
     active: int | None,
+    branches: int,
 ) -> Outcome:
     """One forward of R rows over W positions each, then what `decoder` commits in their blocks.
 
-    plan [R, 13] int64 holds the columns of `describe`. Nothing is read on the host and every shape is static, so that a
+    plan [R, 13] int64 holds the columns of `describe`. `branches` run the forward: all of the decoder's, or branch 0 alone
+    where they hold the same (the result counts for all). Nothing is read on the host and every shape is static, so that a
     runner may capture the whole function as one graph.
     """
-    spec, scratch = model.spec, canvas.x.shape[1] - 1
+    spec, scratch, lanes = model.spec, canvas.x.shape[1] - 1, decoder.rows
+    if lanes > 1:
+        plan = fan_out(plan, lanes, len(canvas.x))
     row, start, stop, read, first, last, prompt, forced, step, initial, quota, *hidden_slots = plan.unbind(1)
 
     # 1. The pass: which positions are recomputed, and what each of them sees. Padding goes to the scratch column.
@@ -287,7 +294,10 @@ def denoise(
         needed = canvas.masked[row[:, None], (pos + spec.shift).clamp(max=scratch)] & (pos + spec.shift < last[:, None])
         needed &= pos + spec.shift >= first[:, None]
         hook = reuse.hook(canvas.state(reuse, partial(reuse.allocate, model)), row, pos, ids, needed, active, quota, scratch)
-    hidden = model.network(ids, window, canvas.store, hook)  # [R, W, C]
+    if branches == lanes:
+        hidden = model.network(ids, window, canvas.store, hook)  # [R, W, C]
+    else:
+        hidden = forward_first(model, ids, window, canvas.store, lanes)
 
     # 2. The head, on the block's positions alone: row j of a pass predicts position start + j + shift. A shifted model's
     #    opening pass ends where the block starts or discards the rest (as published): it gives the first token only.
@@ -299,18 +309,28 @@ def denoise(
     logits = model.network.logits(hidden.gather(1, source))  # [R, Q, V]
     if cfg_scale:
         masked_prompt = torch.where(pos < prompt[:, None], spec.mask_id, ids)
-        window = Window(row + unguided, pos, limit, keys, uniform, window.hide)
+        window = Window((row + 1).clamp(max=len(canvas.x) - 1), pos, limit, keys, uniform, window.hide)
         free = model.network.logits(model.network(masked_prompt, window, canvas.store).gather(1, source))
         logits = free + (cfg_scale + 1) * (logits - free)
 
     # 3. Score, decide, write. The decoder returns the block's next ids; a position where it writes the mask stays open.
+    #    What is open in branch 0 is open in all: a branch may take back what another one tried.
     scores = sampler(logits, model.banned, noise)
     slot = torch.where(slot < last[:, None], slot, scratch)
     before, masked = canvas.x[row[:, None], slot], canvas.masked[row[:, None], slot]
     scored = masked & learnt
-    view = View(before, scored, scores.top, scores.conf, step, initial, spec.mask_id, scores.entropy, scores.margin)
-    after = torch.where(scored, decoder.step(view), before)
-    still = masked & (after == spec.mask_id)
+    view = View(before, scored, scores.top, scores.conf, step, initial, spec.mask_id, scores.entropy, scores.margin, row)
+    if decoder.state is not None:
+        view.state = canvas.state((decoder, block_length), partial(decoder.state, block_length, spec.vocab, plan.device))
+    if decoder.adjust is not None:
+        scores = sampler(decoder.adjust(view, logits.float().masked_fill(model.banned, -torch.inf)), model.banned, noise)
+        view.top, view.conf, view.entropy, view.margin = scores.top, scores.conf, scores.entropy, scores.margin
+    unfilled = masked if lanes == 1 else first_of(masked, lanes)
+    after = torch.where(unfilled & learnt, decoder.step(view), before)
+    still = unfilled & (after == spec.mask_id)
+    if lanes > 1:
+        full = ~first_of(still, lanes).any(1, keepdim=True)
+        after, still = torch.where(full, first_of(after, lanes), after), still & ~full
     canvas.x[row[:, None], slot] = after
     canvas.masked[row[:, None], slot] = still
 
@@ -318,38 +338,65 @@ def denoise(
     ends = torch.isin(after, stops) & ~still & (slot < last[:, None]) & (slot >= prompt[:, None])
     stopped = (ends & (still.cumsum(1) == 0)).any(1)
     status = torch.stack([still.sum(1), stopped.long(), still[:, 0].long()], 1)
-    return Outcome(status, after, scores.conf.masked_fill(~scored, torch.nan), masked & ~still)
+    conf = scores.conf.masked_fill(~scored, torch.nan)
+    return Outcome(status[::lanes], after[::lanes], conf[::lanes], (masked & ~still)[::lanes])
 
 
-def place(canvas: Canvas, row: Row, mask_id: int, pad_id: int) -> None:
-    """Write a request into its row: prompt, masks up to the end of its last block, fixed tokens, padding."""
+def fan_out(plan: Tensor, lanes: int, rows: int) -> Tensor:
+    """The plan of every branch, [R * lanes, 13]: the row's own, on neighbouring rows of the canvas. A row that pads a graph
+    stands last on the canvas and has no neighbours; its branches all use it."""
+    row = (plan[:, :1] + torch.arange(lanes, device=plan.device)).clamp(max=rows - 1)
+    return torch.cat([row.reshape(-1, 1), first_of(plan[:, 1:], lanes, 1)], 1)
+
+
+def first_of(x: Tensor, lanes: int, every: int | None = None) -> Tensor:
+    """x [R * every, ...] -> [R * lanes, ...]: each row's first branch, repeated for its `lanes` branches (every: default
+    lanes)."""
+    x = x[:: every or lanes]
+    return x[:, None].expand(-1, lanes, *x.shape[1:]).flatten(0, 1)
+
+
+def forward_first(model: Model, ids: Tensor, window: Window, store: KVStore, lanes: int) -> Tensor:
+    """A forward of branches that all hold the same: the first runs, the others get its result and its keys and values."""
+    hide = None if window.hide is None else window.hide[::lanes]
+    row, pos = window.row[::lanes], window.pos[::lanes]
+    hidden = model.network(ids[::lanes], Window(row, pos, window.limit[::lanes], window.keys, window.uniform, hide), store)
+    for branch in range(1, lanes):
+        for kv in (store.k, store.v):
+            kv[:, window.row[branch::lanes, None], :, pos] = kv[:, row[:, None], :, pos]
+    return first_of(hidden, lanes, 1)
+
+
+def place(canvas: Canvas, row: Row, lanes: int, mask_id: int, pad_id: int) -> None:
+    """Write a request into its rows: prompt, masks up to the end of its last block, fixed tokens, padding."""
     prompt, total = len(row.request.prompt), len(row.request.prompt) + row.request.length
-    x, masked = canvas.x[row.slot], canvas.masked[row.slot]
+    x, masked = canvas.x[row.slot : row.slot + lanes], canvas.masked[row.slot : row.slot + lanes]
     x.fill_(pad_id)
-    x[:prompt] = row.request.prompt
-    x[prompt : row.blocks[-1].reach] = mask_id
+    x[:, :prompt] = row.request.prompt
+    x[:, prompt : row.blocks[-1].reach] = mask_id
     masked.fill_(False)
-    masked[prompt:total] = True
+    masked[:, prompt:total] = True
     for offset, token in row.request.fixed.items():
-        x[prompt + offset], masked[prompt + offset] = token, False
+        x[:, prompt + offset], masked[:, prompt + offset] = token, False
 
 
 def group(
-    planned: list[tuple[Row, Pass, int | None]],
+    planned: list[tuple[Row, Pass, int | None]], lanes: int
 ) -> Iterator[tuple[list[Row], list[Pass], int, list[int | None]]]:
     """Rows that can share a forward: (rows, their passes, width, their quotas), wide passes first.
 
     A row's quota counts the positions that run through reused layers, None where reuse has no part. Rows that recompute all
-    and rows that reuse do not mix, so that a forward either fills the reused layers' state or draws on it.
+    and rows that reuse do not mix, so that a forward either fills the reused layers' state or draws on it. With `lanes`
+    branches, opening passes are apart too: they run for one branch of each row.
     """
-    buckets: dict[tuple[int, int], list[tuple[Row, Pass, int | None]]] = {}
+    buckets: dict[tuple[int, int, bool], list[tuple[Row, Pass, int | None]]] = {}
     for row, p, quota in planned:
         width = p.stop - p.start
         bucket = width if width <= NARROW else -(-width // NARROW) * NARROW
         kind = 0 if quota is None else 1 if quota == width else 2
-        buckets.setdefault((bucket, kind), []).append((row, p, quota))
+        buckets.setdefault((bucket, kind, lanes > 1 and row.opening), []).append((row, p, quota))
     for bucket in sorted(buckets, reverse=True):
-        members, most = buckets[bucket], max(1, PASS_TOKENS // bucket[0])
+        members, most = buckets[bucket], max(1, PASS_TOKENS // (bucket[0] * lanes))
         for i in range(0, len(members), most):
             rows, passes, quotas = (list(column) for column in zip(*members[i : i + most], strict=True))
             yield rows, passes, max(p.stop - p.start for p in passes), quotas

@@ -15,7 +15,8 @@ class View:
 
     ids [R, Q] int64 with the mask id where masked; masked [R, Q] bool: positions that may be committed now; top [R, Q]
     int64: the token each position would take; conf [R, Q] fp32: its confidence; step [R]: forwards spent on the block;
-    initial [R]: masks when it opened; entropy, margin [R, Q] fp32 when the decoder `needs` them.
+    initial [R]: masks when it opened; entropy, margin [R, Q] fp32 when the decoder `needs` them; row [R]: where each row's
+    share of the decoder's `state` lies.
     """
 
     ids: Tensor
@@ -27,6 +28,8 @@ class View:
     mask_id: int
     entropy: Tensor | None = None
     margin: Tensor | None = None
+    row: Tensor | None = None
+    state: dict[str, Tensor] | None = None
 
     def scores(self) -> Tensor:
         """Confidence [R, Q], -inf where nothing may be committed."""

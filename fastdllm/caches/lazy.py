@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dual cache with a lazily refreshed prompt: the prompt's keys change little from block to block, so most openings skip them.
+"""Dual cache with a lazily refreshed prompt: the prompt's keys change little from block to block, so most openings skip it.
 
 The idea is dLLM-Cache's (arXiv 2506.06295), which refreshes the prompt by steps; counted in blocks, a forward still depends
 on the block's content alone.

@@ -11,6 +11,7 @@ masked position.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 from torch import Tensor
@@ -20,11 +21,21 @@ from fastdllm.view import View
 
 class DecoderRule:
     """`needs`: extra statistics of the head, of {"entropy", "margin"}. `probability`: the rule compares the confidence
-    with a probability, so that another confidence makes no sense."""
+    with a probability, so that another confidence makes no sense. `rows`: branches of each row that run in the same
+    forward; branch 0 is the row's content, the others are tries. `lossless`: the tokens are those of one token per step.
+    """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     probability: ClassVar[bool] = True
+    rows: int = 1
+    lossless: ClassVar[bool] = False
+
+    # Optional. state(width, vocab, device, rows) -> tensors kept from step to step, first dimension `rows` (index them with
+    # `view.row`); they are made once, so a rule resets a row's share where `view.step` is 0.
+    state: ClassVar[Callable[..., dict[str, Tensor]] | None] = None
+    # Optional. adjust(view, logits [R, Q, V] fp32) -> the logits to score instead; `view` holds the scores of `logits`.
+    adjust: ClassVar[Callable[..., Tensor] | None] = None
 
     def step(self, view: View) -> Tensor:
-        """The next ids [R, Q]."""
+        """The next ids [R, Q]. Branches of a row are neighbours: with `rows` = n, row r has r * n to r * n + n - 1."""
         raise NotImplementedError

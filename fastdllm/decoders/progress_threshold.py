@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Threshold that falls as the block fills (Streaming-dLLM, arXiv 2601.17917): the more context, the less a token is asked."""
+"""Threshold that falls as the block fills (Streaming-dLLM, arXiv 2601.17917): more context asks less of a token."""
 
 from dataclasses import dataclass
 

@@ -4,8 +4,8 @@
     python scripts/profile_step.py --model llada --out results/profile          # published shape, random bf16 weights
     python scripts/profile_step.py --model llada --quantize fp8
 
-Writes trace.json (open it in chrome://tracing or Perfetto) and prints a table: kernel, calls, time of one step, share; above it
-the time to read the weights once at the copy bandwidth measured in the same run.
+Writes trace.json (open it in chrome://tracing or Perfetto) and prints a table: kernel, calls, time of one step, share; above
+it, the time to read the weights once at the copy bandwidth measured in the same run.
 """
 
 from __future__ import annotations

@@ -114,9 +114,10 @@ class Trace:
         return Snapshot(ids, written, confidence)
 
     def answer(self, step: int | None = None) -> list[int]:
-        """The ids before the first stop token, open positions (mask ids) included."""
-        ids = self.at(step).ids
-        ends = [i for i, token in enumerate(ids) if token in self.stop_ids]
+        """The ids before the end, open positions (mask ids) included. The end is the first stop token behind the last
+        constraint: what was asked for belongs to the answer."""
+        ids, asked = self.at(step).ids, max(self.fixed, default=-1)
+        ends = [i for i, token in enumerate(ids) if token in self.stop_ids and i > asked]
         return ids[: ends[0]] if ends else ids
 
     def filled(self) -> list[int]:
@@ -132,8 +133,8 @@ class Trace:
         return sum(done.seconds for done in self.steps[:step])
 
     def tokens(self, step: int | None = None) -> int:
-        """Tokens written before the first stop token."""
-        return sum(token != self.mask_id for token in self.answer(step))
+        """Tokens written before the end, stop tokens before a constraint left out."""
+        return sum(token != self.mask_id and token not in self.stop_ids for token in self.answer(step))
 
     def stats(self) -> Stats:
         return Stats(
@@ -196,6 +197,8 @@ def watch(
         raise ValueError(f"watch follows one prompt, not {len(ids)}")
     stop_ids = model.spec.stop_ids if config.stop_ids is None else config.stop_ids
     fixed = dict(constraints or {})
+    if fixed:
+        config = config.replace(stop_ids=())  # a stop token may stand before a constraint
     trace = Trace(model.name, config.given(), len(ids[0]), config.gen_length, model.spec.mask_id, stop_ids, fixed)
     trace.texts = {token: spell(model, token) for token in fixed.values()}
     with closing(stream(model, ids, config, constraints=fixed)) as steps:

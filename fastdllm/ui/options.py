@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,23 +60,27 @@ def add_decode_options(parser: argparse.ArgumentParser, gen_length: int) -> None
     )
     group.add_argument(
         "--cache",
-        help="what is kept between forwards: none, prefix, dual (LLaDA, Dream; default dual), block, sub_block (v2; default block)",
+        help=f"what is kept between forwards: {', '.join(registry.names('caches'))} (default: dual; v2: block)",
     )
     group.add_argument(
         "--decoder", help=f"what a forward commits: {', '.join(registry.names('decoders'))} (default threshold)"
     )
     group.add_argument("--threshold", type=float, metavar="P", help="commit tokens of at least this probability (0.9)")
     group.add_argument("--factor", type=float, metavar="F", help="the factor rule instead of the threshold (paper: 1.0)")
+    group.add_argument("--steps", type=int, metavar="N", help="a fixed number of forwards for the answer (decoder quota)")
+    group.add_argument("--temperature", type=float, metavar="T", help="0 (default): the most likely token; above 0: drawn")
     group.add_argument(
-        "--steps", type=int, metavar="N", help="a fixed number of forwards for the whole answer (quota decoder)"
-    )
-    group.add_argument(
-        "--temperature", type=float, metavar="T", help="0 (default) takes the most likely token, above 0 draws"
-    )
-    group.add_argument(
-        "--top-p", "--top_p", dest="top_p", type=float, metavar="P", help="draw from the most likely tokens only"
+        "--top-p", "--top_p", dest="top_p", type=float, metavar="P", help="draw from the likeliest tokens only"
     )
     group.add_argument("--seed", type=int, metavar="N", help="of the draws (default 0)")
+    group.add_argument(
+        "--set",
+        dest="others",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other option of fastdllm.DecodeConfig, a decoder's or a cache's own among them; may be repeated",
+    )
     group.add_argument("--use_cache", action="store_true", help="published name of --cache prefix")
     group.add_argument(
         "--if_cache_position", action="store_true", help="published: with --use_cache, the same as --cache dual"
@@ -97,6 +102,11 @@ def config_of(args: argparse.Namespace) -> DecodeConfig:
         "seed",
     )
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    for item in args.others:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"--set {item!r} must be NAME=VALUE")
+        given[name] = value
     if args.if_cache_position and not args.use_cache:
         raise ValueError("--if_cache_position needs --use_cache")
     if args.use_cache and args.cache:
@@ -139,10 +149,14 @@ def describe(model: Model, config: DecodeConfig) -> str:
     """The settings in one line, the family's defaults filled in."""
     cache = config.cache or model.spec.defaults["cache"]
     block = config.block_length or model.spec.defaults.get("block_length", 32)
-    rule = ", ".join(f"{k}={v}" for k, v in config.options.items()) or (
-        f"steps={config.steps}" if config.steps else "default"
-    )
-    return f"cache {cache} · decoder {config.decoder} ({rule}) · {config.gen_length} new tokens in blocks of {block}"
+    rule = assemble(model, config)["decoder"]
+    values = [
+        f"{f.name} {value}" for f in dataclasses.fields(rule) if isinstance(value := getattr(rule, f.name), float | str)
+    ]
+    if config.decoder == "quota":
+        values = [f"{config.steps or config.gen_length} steps"]
+    rule_text = f"{config.decoder} ({', '.join(values)})" if values else config.decoder
+    return f"cache {cache} · decoder {rule_text} · {config.gen_length} new tokens in blocks of {block}"
 
 
 def describe_model(model: Model) -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastdllm.trace import Trace
 
 MASK = "░"
+STYLES = {"old": "default", "new": "bold green", "mask": "bright_black"}
 CONTROL_PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {127: "␡"}
 # Characters that turn the writing direction can reorder what the terminal shows around them.
 CONTROL_PICTURES |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\ufffd")
@@ -87,8 +88,6 @@ class PlainScreen:
 class RichScreen:
     """A terminal: the answer is redrawn after every forward, with its masks, and filled in place."""
 
-    STYLES = {"old": "default", "new": "bold green", "mask": "bright_black"}
-
     def __init__(self) -> None:
         from rich.console import Console
 
@@ -105,7 +104,7 @@ class RichScreen:
         from rich.text import Text
 
         def text(trace: Trace) -> Text:
-            return Text.assemble(*((part, self.STYLES[kind]) for kind, part in spans(model, trace)))
+            return Text.assemble(*((part, STYLES[kind]) for kind, part in spans(model, trace)))
 
         def tail(full: Text) -> Text:
             # What has left the screen can't be redrawn, so a long answer shows its end until it is finished.

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 
 import fastdllm
 from fastdllm.trace import watch
@@ -21,8 +21,8 @@ def parser(default_model: str, prog: str | None = None) -> argparse.ArgumentPars
     out = argparse.ArgumentParser(
         prog=prog,
         description="Chat with a diffusion language model in the terminal and see its answers being filled in.",
-        epilog="In the chat: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves. Questions can be piped in, one a "
-        "line. Names with underscores are those of the published scripts.",
+        epilog="In the chat: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves. Questions can be piped in, "
+        "one a line. Names with underscores are those of the published scripts.",
     )
     options.add_model_options(out, default_model)
     options.add_decode_options(out, GEN_LENGTH)
@@ -107,10 +107,8 @@ def main(arguments: Sequence[str] | None = None, default_model: str = "tiny-llad
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")
     if sys.stdin.isatty():
-        try:
+        with suppress(ImportError):
             import readline  # noqa: F401  (editing, history, and lines above the terminal's 4096 characters)
-        except ImportError:
-            pass
     screen = make_screen()
     session = Session(lambda name: fastdllm.load(name, args.device, args.dtype, args.revision), config, screen.say)
     session.conversation.system = args.system

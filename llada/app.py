@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaDA in the browser: python llada/app.py, then open the address it prints."""
+
+import sys
+
+from fastdllm.ui.page import main
+
+if __name__ == "__main__":
+    sys.exit(main(default_model="tiny-llada"))

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fast-dLLM v2 in the browser: python v2/app.py, then open the address it prints."""
+
+import sys
+
+from fastdllm.ui.page import main
+
+if __name__ == "__main__":
+    sys.exit(main(default_model="tiny-fast-dllm-v2"))

@@ -77,15 +77,16 @@ def fit(sample: Sample, context: int, where: str) -> Sample:
     return cut
 
 
-def pad_to_block(sample: Sample, block: int, mask_id: int) -> Sample:
-    """The sample filled up with masks to whole blocks. The masks are no targets; full blocks get none.
+def pad_to_block(sample: Sample, block: int, fill: int, label: int = IGNORE) -> Sample:
+    """The sample filled up to whole blocks with the token `fill`; full blocks get none.
 
-    They stand for what a decoder sees behind the end of a text: the rest of the last block is still masked then.
+    Published: masks that are no targets, for what a decoder sees behind the end of a text. They leave open what the
+    model writes there. Filling with the end token, as `label` too, teaches it to repeat the end.
     """
     extra = -len(sample.ids) % block
     return Sample(
-        np.pad(sample.ids, (0, extra), constant_values=mask_id),
-        np.pad(sample.labels, (0, extra), constant_values=IGNORE),
+        np.pad(sample.ids, (0, extra), constant_values=fill),
+        np.pad(sample.labels, (0, extra), constant_values=label),
     )
 
 

@@ -148,12 +148,16 @@ def test_tools_need_a_template_that_shows_them(tokenizer: PreTrainedTokenizerFas
 
 @pytest.mark.parametrize(("length", "padded"), [(1, 8), (7, 8), (8, 8), (9, 16), (16, 16)])
 def test_padding_fills_the_last_block_and_no_more(length: int, padded: int) -> None:
-    filled = pad_to_block(sample(length), 8, mask_id=77)
+    filled = pad_to_block(sample(length), 8, fill=77)
     assert len(filled.ids) == len(filled.labels) == padded
     assert (filled.ids[length:] == 77).all()
     assert (filled.labels[length:] == IGNORE).all()
     assert np.array_equal(filled.ids[:length], sample(length).ids)
     assert filled.ids.dtype == filled.labels.dtype == np.int32
+
+
+def test_padding_can_be_a_target() -> None:
+    assert pad_to_block(sample(5), 8, fill=2, label=2).labels.tolist() == [IGNORE, 1, 2, 3, 4, 2, 2, 2]
 
 
 def test_long_samples_are_cut_and_those_without_a_response_refused() -> None:

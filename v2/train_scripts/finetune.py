@@ -21,8 +21,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, PreTrainedTokenizerFast, TrainingArguments, set_seed
 
-from fastdllm.training.checkpoint import load_for_training, save_tokenizer
+from fastdllm.training.checkpoint import MASK_TOKEN, load_for_training, save_tokenizer
 from fastdllm.training.collator import Collator, Rows
+from fastdllm.training.objective import IGNORE
 from fastdllm.training.records import Conversation, Record, keep_good, read_records, to_conversation
 from fastdllm.training.samples import FAST_DLLM_V2_TEMPLATE, Sample, encode, fit, pack, pad_to_block
 from fastdllm.training.trainer import BlockDiffusionTrainer
@@ -66,8 +67,11 @@ class DataArguments:
     document_mask: bool = field(
         default=True, metadata={"help": "samples packed into one row do not see each other (published: they do)"}
     )
-    pad_to_block: bool = field(
-        default=True, metadata={"help": "fill each sample's last block with masks that are no targets"}
+    pad_with: Literal["mask", "end", "none"] = field(
+        default="mask",
+        metadata={
+            "help": "what fills each sample's last block: masks that are no targets (paper), end tokens that are, or nothing"
+        },
     )
     on_bad_record: Literal["skip", "error"] = field(
         default="skip", metadata={"help": "a record without anything to train on is reported and left out, or fatal"}
@@ -116,9 +120,12 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, FinetuneArgum
 
 
 def load_samples(
-    path: str, tokenizer: PreTrainedTokenizerFast, data: DataArguments, block: int, mask_id: int, quiet: bool
+    path: str, tokenizer: PreTrainedTokenizerFast, data: DataArguments, block: int, quiet: bool
 ) -> list[list[Sample]]:
     """Read, tokenise, cut, pad and pack; prints what was left out and what was kept."""
+
+    mask_id, end_id = tokenizer.convert_tokens_to_ids(MASK_TOKEN), tokenizer.eos_token_id
+    padding = {"mask": (mask_id, IGNORE), "end": (end_id, end_id), "none": None}[data.pad_with]
 
     def report(message: str) -> None:
         if not quiet:
@@ -127,7 +134,7 @@ def load_samples(
     def to_sample(record: Record) -> Sample:
         conversation: Conversation = to_conversation(record)
         sample = fit(encode(conversation, tokenizer), data.context_length, record.where)
-        return pad_to_block(sample, block, mask_id) if data.pad_to_block else sample
+        return pad_to_block(sample, block, *padding) if padding else sample
 
     records = tqdm(read_records(Path(path)), desc=f"reading {path}", unit=" records", disable=quiet)
     samples = list(keep_good(records, to_sample, data.on_bad_record, report))
@@ -169,8 +176,8 @@ def main(argv: list[str]) -> None:
         tokenizer.chat_template = FAST_DLLM_V2_TEMPLATE
 
     quiet = training.process_index != 0
-    rows = load_samples(data.dataset_path, tokenizer, data, block, mask_id, quiet)
-    held_out = data.eval_dataset_path and load_samples(data.eval_dataset_path, tokenizer, data, block, mask_id, quiet)
+    rows = load_samples(data.dataset_path, tokenizer, data, block, quiet)
+    held_out = data.eval_dataset_path and load_samples(data.eval_dataset_path, tokenizer, data, block, quiet)
     if options.lora:
         model = get_peft_model(model, lora_config(options))
 

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How likely a text is to a masked diffusion model.
+
+Such a model has no left-to-right probability to read off. For bidirectional models the published measure (LLaDA, arXiv
+2502.09992, and its get_log_likelihood.py) is the expectation, over l uniform in 1..L and a uniform choice of l of the L
+target tokens, of L / l times the log-probabilities of these l tokens given the rest: a lower bound of the likelihood,
+estimated by Monte Carlo. Where all 2^L - 1 choices are no more than the samples asked for, they are summed instead, which is exact; one token takes
+one forward.
+
+Block-causal models (Fast-dLLM v2) see nothing after a token's block. For them the chain rule from left to right is exact:
+token t is scored with everything before it written and itself and the rest of its block masked, as when the model decodes
+one token a step from the left. `first_token` is the published measure, which scores the first target token alone.
+
+Every measure is a list of `Probe`s: a canvas with masks, and the tokens asked for. Rows: R; canvas: T; vocabulary: V.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+
+import torch
+from torch import Tensor
+
+from fastdllm.models import Model
+from fastdllm.store import KVStore, Window
+
+METHODS = {"monte_carlo": False, "chain": None, "first_token": True}  # name -> block-causal models only, None: any model
+HEAD_ROWS = 256  # positions whose logits are held at once: [256, 152064] in fp32 is 150 MB
+
+
+@dataclass(frozen=True)
+class Score:
+    """log_likelihood in nats; greedy: whether greedy decoding gives the target (False when it was not asked for)."""
+
+    log_likelihood: float
+    greedy: bool
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A canvas ids [T], of which `prompt` positions are the prompt; tokens [n] asked for at the positions at [n]."""
+
+    ids: Tensor
+    prompt: int
+    at: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Of the n tokens of a probe: log-probability [n]; most likely token [n] and its probability [n] (never a banned id)."""
+
+    log_prob: Tensor
+    top: Tensor
+    conf: Tensor
+
+
+def log_likelihoods(
+    model: Model,
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    *,
+    method: str | None = None,
+    mc_num: int = 128,
+    seed: int = 0,
+    batch_size: int = 8,
+    check_greedy: bool = True,
+    cfg_scale: float = 0.0,
+) -> list[Score]:
+    """Score each (context [P], target [L]) of token ids; an empty target gives (0.0, True).
+
+    method: "monte_carlo" (bidirectional models, default there), "chain" (default for block-causal models), "first_token"
+    (block-causal only). mc_num: samples of Monte Carlo, drawn from `seed` for each pair anew, so that a pair's score depends
+    on no other. batch_size: canvases in one forward. check_greedy: under monte_carlo greedy decoding means committing the
+    most confident token of the masked target until none is masked (as published), which takes up to L forwards.
+    cfg_scale: classifier-free guidance as in `DecodeConfig`, 0 is off. Raises ValueError for options that make no sense and
+    for a pair that exceeds the model's context.
+    """
+    block_causal = bool(model.spec.block_causal)
+    method = method or ("chain" if block_causal else "monte_carlo")
+    if METHODS.get(method, not block_causal) not in (None, block_causal):
+        allowed = ", ".join(name for name, kind in METHODS.items() if kind in (None, block_causal))
+        raise ValueError(f"likelihood={method!r} does not fit the family {model.spec.family!r}; allowed are {allowed}")
+    for name, value, low in (("mc_num", mc_num, 1), ("batch_size", batch_size, 1), ("cfg_scale", cfg_scale, 0)):
+        if value < low:
+            raise ValueError(f"{name}={value} must be at least {low}")
+    pairs = [(context.cpu().long(), target.cpu().long()) for context, target in pairs]  # sync: inputs, once
+    for context, target in pairs:
+        _check_lengths(model, len(context), len(target))
+    # Long canvases first, side by side with their like: little padding, and memory trouble shows at once.
+    order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+    plans = {
+        "monte_carlo": lambda c, t: _masked(model, c, t, mc_num, seed),
+        "chain": lambda c, t: _left_to_right(model, c, t),
+        "first_token": lambda c, t: _first_token(model, c, t),
+    }
+    probes = chain.from_iterable(
+        ((i, weight, probe) for weight, probe in plans[method](*pairs[i])) for i in order if len(pairs[i][1])
+    )
+    totals, greedy = [0.0] * len(pairs), [True] * len(pairs)
+    # A probe that is exact by itself (one token, or a step of the chain) also says whether greedy decoding takes it.
+    for (i, weight, probe), reading in read(model, probes, batch_size, cfg_scale):
+        totals[i] += weight * float(reading.log_prob.double().sum())
+        greedy[i] = greedy[i] and bool((reading.top == probe.tokens).all())
+    if method == "monte_carlo":
+        asked = [i for i in order if len(pairs[i][1]) > 1]
+        found = _greedy(model, [pairs[i] for i in asked], batch_size, cfg_scale) if check_greedy else [False] * len(asked)
+        for i, agrees in zip(asked, found, strict=True):
+            greedy[i] = agrees
+    return [Score(total, g) for total, g in zip(totals, greedy, strict=True)]
+
+
+def _check_lengths(model: Model, context: int, target: int) -> None:
+    spec = model.spec
+    if context + target > spec.max_length:
+        raise ValueError(
+            f"context and target have {context + target} tokens, more than the model's context of {spec.max_length}"
+        )
+    if target and context < spec.shift:
+        raise ValueError(f"the family {spec.family!r} predicts a token from the one before it: the context may not be empty")
+
+
+def draw_masks(length: int, mc_num: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Masks [N, length] bool and the weight [N] of each one's log-probabilities in the likelihood.
+
+    All of them where that is no more than `mc_num`; else `mc_num` draws whose numbers of masked tokens are spread evenly
+    over 1..length from a random start (as published: the same expectation as independent draws, less noise).
+    """
+    if length < 31 and 2**length - 1 <= mc_num:
+        bits = torch.arange(1, 2**length)
+        masks = (bits[:, None] >> torch.arange(length)) % 2 == 1
+        weights = [1 / (count * math.comb(length, count)) for count in masks.sum(1).tolist()]
+        return masks, torch.tensor(weights, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randint(1, length + 1, (), generator=generator)
+    counts = (start + torch.arange(mc_num) * length // mc_num - 1) % length + 1
+    ranks = torch.rand(mc_num, length, generator=generator).argsort(1).argsort(1)
+    return ranks < counts[:, None], length / counts.double() / mc_num
+
+
+def _masked(model: Model, context: Tensor, target: Tensor, mc_num: int, seed: int) -> Iterator[tuple[float, Probe]]:
+    masks, weights = draw_masks(len(target), mc_num, seed)
+    canvas = torch.cat([context, target])
+    for mask, weight in zip(masks, weights.tolist(), strict=True):
+        at = mask.nonzero()[:, 0] + len(context)
+        yield weight, Probe(canvas.index_fill(0, at, model.spec.mask_id), len(context), at, canvas[at])
+
+
+def _left_to_right(model: Model, context: Tensor, target: Tensor) -> Iterator[tuple[float, Probe]]:
+    canvas, block = torch.cat([context, target]), model.spec.block_causal
+    for at in range(len(context), len(canvas)):
+        end = (at // block + 1) * block if block else len(canvas)
+        ids = torch.full((end,), model.spec.mask_id)
+        ids[:at] = canvas[:at]
+        yield 1.0, Probe(ids, len(context), torch.tensor([at]), canvas[at : at + 1])
+
+
+def _first_token(model: Model, context: Tensor, target: Tensor) -> Iterator[tuple[float, Probe]]:
+    """The rest of the target stays visible and a stop token follows it, up to the end of the first token's block."""
+    spec, at = model.spec, len(context)
+    ids = torch.full(((at // spec.block_causal + 1) * spec.block_causal,), spec.mask_id)
+    known = torch.cat([context, target, torch.tensor(spec.stop_ids[:1])])[: len(ids)]
+    ids[: len(known)] = known
+    ids[at] = spec.mask_id
+    yield 1.0, Probe(ids, at, torch.tensor([at]), target[:1])
+
+
+def _greedy(model: Model, pairs: list[tuple[Tensor, Tensor]], batch_size: int, cfg_scale: float) -> list[bool]:
+    """Whether committing the most confident token, one a forward, writes each target; a pair is out at its first miss."""
+    canvases = [torch.cat([c, torch.full_like(t, model.spec.mask_id)]) for c, t in pairs]
+    left = [set(range(len(c), len(c) + len(t))) for c, t in pairs]
+    agrees, pending = [True] * len(pairs), list(range(len(pairs)))
+    while pending:
+        probes = []
+        for i in pending:
+            at = torch.tensor(sorted(left[i]))
+            probes.append((i, 0.0, Probe(canvases[i], len(pairs[i][0]), at, torch.cat(pairs[i])[at])))
+        for (i, _, probe), reading in read(model, probes, batch_size, cfg_scale):
+            best = int(reading.conf.argmax())
+            agrees[i] = bool(reading.top[best] == probe.tokens[best])
+            canvases[i][probe.at[best]] = probe.tokens[best]
+            left[i].remove(int(probe.at[best]))
+        pending = [i for i in pending if agrees[i] and left[i]]
+    return agrees
+
+
+Asked = tuple[int, float, Probe]
+
+
+@torch.inference_mode()
+def read(model: Model, probes: Iterable[Asked], batch_size: int, cfg_scale: float = 0.0) -> Iterator[tuple[Asked, Reading]]:
+    """What the model says of each probe, `batch_size` canvases to a forward, in order."""
+    probes, store = iter(probes), None
+    while batch := list(islice(probes, batch_size)):
+        length = max(len(probe.ids) for _, _, probe in batch)
+        if store is None or store.k.shape[3] <= length:
+            store = model.network.new_store(batch_size, length + 1)
+        yield from zip(batch, _forward(model, [probe for _, _, probe in batch], length, store, cfg_scale), strict=True)
+
+
+def _forward(model: Model, probes: list[Probe], length: int, store: KVStore, cfg_scale: float) -> list[Reading]:
+    spec, device = model.spec, model.device
+    lengths = torch.tensor([len(p.ids) for p in probes])
+    column = torch.arange(length)
+    ids = torch.full((len(probes), length), spec.pad_id)
+    for row, probe in enumerate(probes):
+        ids[row, : len(probe.ids)] = probe.ids
+    scratch = store.k.shape[3] - 1  # no query sees the last slot; padding is written there
+    pos = torch.where(column < lengths[:, None], column, scratch)
+    limit = lengths[:, None].expand_as(pos)
+    if spec.block_causal:
+        limit = torch.minimum(limit, (pos // spec.block_causal + 1) * spec.block_causal)
+    uniform = not spec.block_causal and bool((lengths == length).all())
+    hide = None if uniform else torch.zeros(len(probes), 2, dtype=torch.long, device=device)
+    rows = torch.arange(len(probes), device=device)
+    window = Window(rows, pos.to(device), limit.contiguous().to(device), length, uniform, hide)
+    hidden = [model.network(ids.to(device), window, store)]
+    if cfg_scale:
+        prompt = torch.tensor([p.prompt for p in probes])
+        hidden.append(model.network(ids.masked_fill(column < prompt[:, None], spec.mask_id).to(device), window, store))
+    source = torch.cat([row * length + p.at - spec.shift for row, p in enumerate(probes)]).to(device)
+    tokens = torch.cat([p.tokens for p in probes]).to(device)
+    parts = []
+    for where, wanted in zip(source.split(HEAD_ROWS), tokens.split(HEAD_ROWS), strict=True):
+        logits = [model.network.logits(h.flatten(0, 1)[where]).float() for h in hidden]  # [n, V]
+        parts.append(_read_logits(logits[0] if not cfg_scale else _guide(*logits, cfg_scale), wanted, model.banned))
+    log_prob, top, conf = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+    counts = [len(p.at) for p in probes]
+    return [Reading(*of) for of in zip(log_prob.split(counts), top.split(counts), conf.split(counts), strict=True)]
+
+
+def _guide(given: Tensor, free: Tensor, scale: float) -> Tensor:
+    return free + (scale + 1) * (given - free)
+
+
+def _read_logits(logits: Tensor, tokens: Tensor, banned: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """logits [n, V] fp32, tokens [n] -> log-probabilities over the whole vocabulary, best token that is not banned, its
+    probability; all [n]."""
+    total = logits.logsumexp(-1)
+    best, top = logits.masked_fill(banned, -torch.inf).max(-1)
+    return logits.gather(1, tokens[:, None])[:, 0] - total, top, (best - total).exp()

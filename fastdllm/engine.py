@@ -279,7 +279,9 @@ def denoise(
     spec, scratch, lanes = model.spec, canvas.x.shape[1] - 1, decoder.rows
     if lanes > 1:
         plan = fan_out(plan, lanes, len(canvas.x))
-    row, start, stop, read, first, last, prompt, forced, step, initial, quota, *hidden_slots = plan.unbind(1)
+    row, start, stop, read, first, last, prompt, forced, step, initial, quota, *hidden_slots = (
+        plan.t().contiguous().unbind(0)
+    )
 
     # 1. The pass: which positions are recomputed, and what each of them sees. Padding goes to the scratch column.
     pos = start[:, None] + torch.arange(width, device=plan.device)

@@ -18,6 +18,7 @@ from fastdllm import kernels
 from fastdllm.models.spec import ModelSpec
 from fastdllm.store import KVStore, Window
 
+SLACK = 1024  # positions beyond the context that a store may hold: rounding, masks up to the grid, the scratch column
 LayerHook = Callable[["Layer", int, Tensor, Window, KVStore, Tensor, Tensor], Tensor]
 
 
@@ -72,14 +73,17 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
         self._rope: tuple[Tensor, Tensor] | None = None
 
-    def rope(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos, sin [>= length, D] in fp32 (half-split layout), grown on demand on the weights' device."""
+    def rope(self) -> tuple[Tensor, Tensor]:
+        """cos, sin [max_length + SLACK, D] in fp32 (half-split layout) on the weights' device.
+
+        Made once and for the whole context: captured graphs point at the table.
+        """
         device = self.norm.device
-        if self._rope is None or self._rope[0].shape[0] < length or self._rope[0].device != device:
+        if self._rope is None or self._rope[0].device != device:
             dim = self.spec.head_dim
             # Exponents in fp32 on the CPU, as transformers computes them: another device may round pow() differently.
             inverse = 1.0 / (self.spec.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
-            angle = torch.arange(length, dtype=torch.float32)[:, None] * inverse
+            angle = torch.arange(self.spec.max_length + SLACK, dtype=torch.float32)[:, None] * inverse
             angle = torch.cat([angle, angle], -1)
             self._rope = (angle.cos().to(device), angle.sin().to(device))
         return self._rope
@@ -90,7 +94,7 @@ class Transformer(nn.Module):
         ids [R, W] int64. `hook`, if given, runs each layer in the network's place (layer reuse, token selection): it gets
         (layer, index, h, window, store, cos, sin) and returns the layer's output [R, W, C].
         """
-        cos, sin = self.rope(store.k.shape[3])
+        cos, sin = self.rope()
         h, residual = self.embed(ids), None
         for index, layer in enumerate(self.layers):
             if hook is None:

@@ -55,8 +55,8 @@ class Runner(eager.Runner):
         """Room for `rows` sequences of `length` positions and a scratch row, which warm-up and padding write to."""
         kept = self.kept
         if kept is None or kept.x.shape[0] < rows + 1 or kept.x.shape[1] < length + 1:
-            self.graphs.clear()
-            self.kept = None
+            self.graphs.clear()  # before the canvas they point to; their memory pool goes with the last of them
+            self.kept, self.pool = None, None
             length = -(-(length + 1) // LENGTH_BUCKET) * LENGTH_BUCKET - 1
             self.kept = super().canvas(model, rows + 1, length)
         return self.kept

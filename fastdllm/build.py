@@ -112,7 +112,7 @@ def _decoder(model: Model, config: DecodeConfig, geometry: Geometry, size: int, 
     # A shifted model whose blocks open with a refresh gets the first token from it; Dream's schedule then starts at step 1.
     forced = bool(model.spec.shift and not model.spec.block_causal and cache.open(blocks[0]))
     schedule = SCHEDULES[config.schedule or model.spec.defaults["schedule"]]
-    per_block = steps // len(blocks)
+    per_block = steps // len(blocks) if config.steps else size  # a block that is cut short still gets one per token
     counts = torch.full((size + 1, max(size, per_block) + 1), float(size))
     for masks in range(1, size + 1):
         plan = [1, *schedule(masks - 1, per_block, 1)] if forced else schedule(masks, per_block, 0)

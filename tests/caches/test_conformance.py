@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every cache plan owes, over the files of fastdllm/caches: a new one is tested the day it lands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import fastdllm
+from fastdllm import registry
+from fastdllm.blocks import Block, Pass, Progress, grid_aligned, prompt_aligned
+from tests.random_models import MASK, prompts, random_model
+
+CACHES = registry.names("caches")
+SHAPES = [(1, 1), (1, 8), (3, 21), (8, 16), (13, 40), (16, 9)]  # prompt length, answer length
+
+
+def plans(name: str) -> list[tuple[Any, list[Block]]]:
+    """The plan with its default options over every geometry it takes."""
+    kind = registry.find("caches", name)
+    geometries = {False: [prompt_aligned(8), prompt_aligned(64)], True: [grid_aligned(8, 4), grid_aligned(8, 8)]}
+    wanted = geometries[False] + geometries[True] if kind.block_causal is None else geometries[kind.block_causal]
+    return [(kind(), geometry(p, p + n)) for geometry in wanted for p, n in SHAPES]
+
+
+def families(name: str) -> list[str]:
+    kind = registry.find("caches", name)
+    return [f for f in ("llada", "dream", "v2") if kind.block_causal in (None, f == "v2")]
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_passes_stay_in_the_sequence_and_cover_the_block(name: str) -> None:
+    for cache, blocks in plans(name):
+        known = 0  # positions whose keys have been computed at least once
+        for block in blocks:
+            steps = [Progress(0, 0, True), Progress(1, 1, True), Progress(2, 2, False), Progress(9, 9, False)]
+            passes: list[Pass] = [cache.step(block, progress) for progress in steps]
+            for p in passes:
+                assert p.start <= block.start and block.stop <= p.stop, "a step must recompute the whole block"
+            opening = cache.open(block)
+            for p in ([opening] if opening else []) + passes:
+                assert 0 <= p.start < p.stop <= block.reach and p.stop <= p.read <= block.reach
+                assert p.start <= known, "keys before the pass were never computed"
+                known = max(known, p.stop)
+                first, last = p.hide
+                assert first >= last or block.stop <= first < last < block.reach, "the block or the last slot is hidden"
+                assert p.read <= known or p.hide[1] >= known, "a pass reads keys that were never computed"
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_every_number_of_steps_ends_without_masks(name: str) -> None:
+    for family in families(name):
+        model, given = random_model(family), prompts(3, 10)
+        for steps in (5, 9, 16):
+            out = fastdllm.generate(
+                model, given, cache=name, decoder="quota", steps=steps, gen_length=16, small_block_size=4, stop_ids=()
+            )
+            for sequence, prompt in zip(out.sequences, given, strict=True):
+                assert len(sequence) == len(prompt) + 16 and MASK not in sequence[len(prompt) :]
+                assert sequence[: len(prompt)].tolist() == prompt.tolist()
+
+
+def outcome(family: str, **options: Any) -> tuple[list[list[int]], list[int], list[int]]:
+    out = fastdllm.generate(random_model(family), prompts(6, 17), gen_length=29, **options)
+    return [s.tolist() for s in out.sequences], out.stats.row_forwards, out.stats.row_positions
+
+
+NEUTRAL = [
+    ("lazy", {"refresh_blocks": 1}),
+    ("vicinity", {"before": 0, "after": 0}),
+    ("suffix_window", {"suffix": 29}),
+]
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("name, options", NEUTRAL)
+def test_neutral_options_give_the_dual_cache(name: str, options: dict[str, int], family: str) -> None:
+    assert outcome(family, cache=name, **options) == outcome(family, cache="dual")
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_a_vicinity_of_everything_is_a_prefix_cache_that_also_redoes_the_prompt(family: str) -> None:
+    """It opens like the others, and then recomputes all: the tokens of no cache, where every forward does."""
+    everything = outcome(family, cache="vicinity", before=99, after=99)
+    assert everything[1] >= outcome(family, cache="none")[1]
+    if family == "llada":  # a shifted model's opening pass gives one token only, so that its forwards differ
+        assert everything == outcome(family, cache="none")
+
+
+def test_lazy_refresh_recomputes_less_and_changes_only_later_blocks() -> None:
+    lazy, dual = outcome("llada", cache="lazy", refresh_blocks=9), outcome("llada", cache="dual")
+    for one, other, prompt in zip(lazy[0], dual[0], (6, 17), strict=True):
+        assert one[: prompt + 8] == other[: prompt + 8]
+    assert sum(lazy[2]) / sum(lazy[1]) < sum(dual[2]) / sum(dual[1])
+
+
+def test_a_hidden_suffix_is_not_seen() -> None:
+    near, far = outcome("llada", cache="suffix_window", suffix=0), outcome("llada", cache="dual")
+    assert near[0] != far[0]
+
+
+BAD = [("lazy", "refresh_blocks", 0), ("vicinity", "before", -1), ("vicinity", "after", -1), ("suffix_window", "suffix", -1)]
+
+
+@pytest.mark.parametrize("name, option, value", BAD)
+def test_bad_options_are_named(name: str, option: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{option}="):
+        registry.find("caches", name)(**{option: value})

@@ -41,7 +41,10 @@ KEPT = {
     "star import": ("from math import *\ndef f():\n    return floor(1.5)", 1),
     "filled by a call": ("T = {}\ndef g():\n    T[1] = 2\ng()\ndef f():\n    return T", {1: 2}),
     "global set by a call": ("def g():\n    global N\n    N = 5\ng()\ndef f():\n    return N", 5),
-    "decorated": ("import functools\n@functools.lru_cache(\n    None\n)\n# why\ndef f():\n    return 7", 7),
+    "decorated": (
+        "def by(n):\n    return lambda g: lambda: n * g()\n@by(\n    2\n)\n# why\n@by(3)\ndef f():\n    return 7",
+        42,
+    ),
     "one line": ("import math; K = 2; M = '''a\nb'''\ndef f():\n    return math.floor(1.5), K, M", (1, 2, "a\nb")),
     "class": ("class B:\n    x = 1\nclass A(B):\n    pass\ndef f():\n    return A().x", 1),
     "lambda": ("g = lambda: 4\nf = lambda: g()", 4),
@@ -87,6 +90,7 @@ def test_keeps_what_the_entry_point_needs(name: str) -> None:
         "K = 1\ndef f(): return K\n```\nThis function does it.",
         "First:\n```\npip install x\n```\nthen\n```python\nK = 1\ndef f(): return K\n```\n```python\nprint(f())\n```",
         "```python\nK = 1\n```\nand, with that:\n```python\ndef f(): return K\n```",
+        "```python\nL.append(5)\n```\n```python\nL = []\nL.append(1)\ndef f(): return L[0]\n```",
         "```python\nf\n```\nAn answer outside of the fence:\n\nK = 1\ndef f(): return K\n",
         "<answer>\nK = 1\ndef f(): return K\n</answer>",
         "def f(): return 2\nNo, wait. Better:\n```python\nK = 1\ndef f(): return K\n```",
@@ -108,6 +112,27 @@ def test_an_answer_cut_off_keeps_what_is_whole() -> None:
     module: dict[str, object] = {}
     exec(extract("def f():\n    return 1\n\ndef g():\n    return [1, (2", ["f"]) or "", module)
     assert module["f"]() == 1
+    exec(extract("Well (\ndef f():\n    x = 2\n    return x\n    y = [1, (2", ["f"]) or "", module)
+    assert module["f"]() == 2
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        "n = int(input())",  # the solution has an n of its own
+        "T2 = input()",
+        "print(len(input()))",
+        "assert T.clear() is None",
+        "if __name__ == '__main__':\n    T = input()",
+        "def main():\n    T = input()\n    T.clear()\nmain()",
+        "def main(T):\n    T.clear()\nmain(input())",
+        "sys.stdin.read()\nfor line in sys.stdin:\n    sys.stdout.write(line)",
+        "def test_f():\n    assert f() == {}\ntest_f()",
+    ],
+)
+def test_drops_what_no_test_needs(noise: str) -> None:
+    solution = "import sys\nT = {}\ndef f(n=1):\n    T[n] = n, sys\n    return T\n"
+    assert extract(f"{solution}{noise}\n", ["f"]) == solution
 
 
 @pytest.mark.parametrize(
@@ -131,8 +156,10 @@ def test_canonical_solutions_pass_in_every_form_of_answer() -> None:
     for doc in docs:
         problem = Problem.read(doc["task_id"], doc)
         body = doc["canonical_solution"]
-        chat = f"Sure, here it is:\n\n```python\n{doc['prompt']}{body}```\n\nFor example:\n```\n>>> 1\n```\n"
-        assert problem.program(body) == problem.program(body + "\nThat's (all")
+        code = f"from __future__ import annotations\n{doc['prompt']}{body}"
+        chat = f"Sure, here it is:\n\n```python\n{code}```\n\nFor example:\n```\n>>> 1\n```\n"
+        rambling = f"{body}\nThat's (all\n\ndef {doc['entry_point']}(*again):\n    pass\n"
+        assert problem.program(body) == problem.program(rambling)
         for answer in (body, chat):
             exec(compile(problem.program(answer), doc["task_id"], "exec"), {"__name__": "solution"})
 

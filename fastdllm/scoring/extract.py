@@ -16,7 +16,6 @@ from collections.abc import Iterable
 from fastdllm.scoring.statements import Statement, describe
 
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[^\n`]*\n(.*?)(?:^[ \t]*\1[`~]*[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
-_FENCE_LINE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})", re.MULTILINE)
 _CONTINUES = re.compile(r"[\s#)\]}]|(?:else|elif|except|finally)\b|\Z")
 _UNFINISHED = re.compile(r"never closed|unterminated triple-quoted|expected an indented block|expected 'except'|EOF")
 _REACH = 1024  # statements that one open bracket or string may run over
@@ -31,9 +30,8 @@ def extract(answer: str, roots: Iterable[str]) -> str | None:
     answer = answer.replace("\r\n", "\n").replace("\r", "\n")
     wanted = frozenset(roots)
     fenced = [statements(match[2]) for match in _FENCE.finditer(answer)]
-    before = _FENCE_LINE.split(answer, maxsplit=1)[0]
-    for read in (lambda: fenced, lambda: [statements(before)], lambda: [statements(answer)]):
-        found = [(len(wanted & _names(block)), _size(block), block) for block in read()]
+    for blocks in (fenced, [statements(answer)]):
+        found = [(len(wanted & _names(block)), _size(block), block) for block in blocks]
         defined, _, main = max(found, key=lambda one: one[:2], default=(0, 0, []))
         if defined:
             return needed(main, [block for block in fenced if block is not main], wanted)

@@ -62,7 +62,13 @@ class Problem:
         body = _FENCE_LINE.split(answer, maxsplit=1)[0]
         # The tests may call a helper that the prompt gave and the solution does not use.
         wanted = self.roots | called(self.tests)
-        code = needed(statements(self.prompt + body), [], wanted)
+        # What is defined again later is another answer of a model that did not stop.
+        found, defined = [], set()
+        for one in statements(self.prompt + body):
+            if not one.binds & self.roots & defined:
+                found.append(one)
+                defined |= one.binds
+        code = needed(found, [], wanted)
         # A body that does not parse leaves the prompt alone, whose docstring is a valid function.
         return None if code.strip() == needed(statements(self.prompt), [], wanted).strip() else code
 

@@ -191,7 +191,7 @@ def watch(
 
     Arguments as `fastdllm.generate`, for a single prompt. Closing the iterator stops the computation.
     """
-    config = (config or DecodeConfig()).replace(**options)
+    config = config.replace(**options) if config is not None else DecodeConfig(**options)
     ids: list[Tensor] = encode(model, prompt)
     if len(ids) != 1:
         raise ValueError(f"watch follows one prompt, not {len(ids)}")
@@ -199,7 +199,8 @@ def watch(
     fixed = dict(constraints or {})
     if fixed:
         config = config.replace(stop_ids=())  # a stop token may stand before a constraint
-    trace = Trace(model.name, config.given(), len(ids[0]), config.gen_length, model.spec.mask_id, stop_ids, fixed)
+    options = {name: list(v) if isinstance(v, tuple) else v for name, v in config.given().items() if v is not None}
+    trace = Trace(model.name, options, len(ids[0]), config.gen_length, model.spec.mask_id, stop_ids, fixed)
     trace.texts = {token: spell(model, token) for token in fixed.values()}
     with closing(stream(model, ids, config, constraints=fixed)) as steps:
         yield trace

@@ -229,12 +229,13 @@ def compare(models: Models, stop: Stop, message: str, common: Common, choices: S
     try:
         configs = [config_of(common, choice) for choice in choices]
         model = models.get(common.model)
+        for config in configs:
+            options.check(model, config)
         prompts = [Conversation().prompt(model, message or "", config.gen_length) for config in configs]
         fixed = parse_constraints(model, common.constraints or "", configs[0].gen_length)
         with ExitStack() as stack:
             runs = []
             for config, prompt in zip(configs, prompts, strict=True):
-                options.check(model, config)
                 runs.append(stack.enter_context(closing(watch(model, prompt.ids, config, constraints=fixed))))
             duel = replace(duel, traces=tuple(next(run) for run in runs), running=True)
             yield duel

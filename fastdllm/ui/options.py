@@ -15,10 +15,12 @@ from fastdllm.models import Model, tiny_names
 
 ALIASES = {"max_new_tokens": "gen_length", "block_size": "block_length", "bd_size": "block_length"}
 TINY_NOTE = (
-    "a small model made to show the method: it only solves grade-school word problems, often wrongly, and learnt from "
-    "single questions (start a new conversation before each)"
+    "a small model that shows the method: it solves word problems of the kinds it was trained on, like the examples, and "
+    "nothing else; it learnt from single questions, so start a new conversation before each"
 )
-SAMPLE_QUESTION = "A baker makes 12 trays of 8 rolls each and sells 50 rolls. How many rolls are left?"
+SAMPLE_QUESTION = (
+    "A student has 23 pencils. His sister has 7 fewer pencils than he has. How many pencils do they have together?"
+)
 
 
 def add_model_options(parser: argparse.ArgumentParser, default: str) -> None:

@@ -25,7 +25,10 @@ from fastdllm.ui.handlers import Choice, Common, Models, Stop
 
 EXAMPLES = (
     options.SAMPLE_QUESTION,
-    "Lena has 24 stickers. She gives 9 to her brother and buys 15 more. How many stickers does she have now?",
+    "Elizabeth scored 300 points in one game of archery. Karen scored 28 more than 50% as many as Elizabeth. "
+    "How many points did Elizabeth and Karen have in total?",
+    "Bobby finished half of a 404 piece puzzle, and then started and finished another 730 piece puzzle within an hour. "
+    "How many puzzle pieces did Bobby place during that hour?",
 )
 MASTHEAD = '<div class="masthead"><h1>fastdllm</h1><p>A diffusion model writes by filling masks. Watch it.</p></div>'
 QUEUE = 16  # visitors that may wait for the one who decodes
@@ -67,7 +70,7 @@ def common_controls(model: gr.Dropdown) -> list[gr.components.Component]:
         words = gr.Textbox(
             "", label="Words at positions", placeholder="5:apples, 12:left", info="position:word; they stand from the start"
         )
-        pace = gr.Slider(0, 1, 0.15, step=0.05, label="Slow motion", info="Seconds of pause a forward, not in the clocks")
+        pace = gr.Slider(0, 1, 0.2, step=0.05, label="Slow motion", info="Seconds of pause a forward, not in the clocks")
     return [model, length, block, temperature, seed, words, pace]
 
 
@@ -131,7 +134,7 @@ def build(models: Models, default_model: str) -> gr.Blocks:
             model = gr.Dropdown(
                 names,
                 value=default_model,
-                label="Model (name, folder or hub id)",
+                label="Model",
                 allow_custom_value=True,
                 min_width=200,
             )
@@ -165,15 +168,14 @@ def chat_tab(models: Models, stop: gr.State, common: list[gr.components.Componen
                 elem_id="chat",
             )
             notice = gr.HTML(elem_id="notice")
-            box = gr.Textbox(
-                show_label=False, placeholder="A word problem with numbers", lines=2, max_lines=8, elem_id="message"
-            )
+            box = gr.Textbox(show_label=False, placeholder="Write a question", lines=2, max_lines=8, elem_id="message")
             with gr.Row():
                 send = gr.Button("Ask", variant="primary", elem_id="ask", min_width=80)
                 halt = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=80)
                 clear = gr.Button("New", elem_id="clear", min_width=80)
             gr.Examples([[text] for text in EXAMPLES], inputs=box, label="Examples", api_visibility="private")
-            choice = choice_controls("threshold")
+            with gr.Accordion("Cache and decoder", open=False):
+                choice = choice_controls("threshold")
         with gr.Column(scale=6, min_width=320):
             canvas = gr.HTML(answer_html(None), elem_id="canvas")
             gr.HTML(legend_html())
@@ -235,10 +237,20 @@ def launch_options() -> dict[str, Any]:
     """Look and behaviour that gradio 6 takes at launch. System fonts only: the page needs no network."""
     sans, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
     style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
-    theme = gr.themes.Soft(primary_hue="blue", neutral_hue="slate", font=sans, font_mono=mono)
-    for dark in ("", "_dark"):
-        plain = {"background_fill": "transparent", "text_color": "*neutral_500" if not dark else "*neutral_300"}
-        theme.set(**{f"block_title_{name}{dark}": value for name, value in plain.items()}, block_title_padding="0")
+    theme = gr.themes.Soft(primary_hue="blue", neutral_hue="slate", font=sans, font_mono=mono).set(
+        body_background_fill="*neutral_50",
+        block_border_width="1px",
+        block_border_color="*neutral_200",
+        block_border_color_dark="*neutral_700",
+        block_title_background_fill="transparent",
+        block_title_background_fill_dark="transparent",
+        block_title_text_color="*neutral_600",
+        block_title_text_color_dark="*neutral_300",
+        block_title_padding="0",
+        input_border_width="1px",
+        input_border_color="*neutral_300",
+        input_border_color_dark="*neutral_600",
+    )
     return {
         "theme": theme,
         "head": f"<style>{style}</style>",
@@ -267,5 +279,6 @@ def main(arguments: Sequence[str] | None = None, default_model: str = "tiny-llad
     args = parser(default_model, prog).parse_args(arguments)
     models = Models(lambda name: fastdllm.load(name, args.device, args.dtype, args.revision))
     page = build(models, args.model).queue(default_concurrency_limit=1, max_size=QUEUE)
+    print(f"fastdllm: {args.model} in the browser; Ctrl-C ends it", flush=True)
     page.launch(server_name=args.host, server_port=args.port, share=args.share, **launch_options())
     return 0

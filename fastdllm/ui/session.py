@@ -50,7 +50,6 @@ def load_model(session: Session, name: str) -> None:
         model = session.load(name)
         if model.tokenizer is None:
             raise ValueError("the folder holds no tokenizer, so there is nothing to chat with")
-        options.check(model, session.config)
     except Exception as error:  # whatever a folder or a hub may hold, the chat goes on
         session.say(f"could not load {name!r}: {error}", style="red")
         session.say("/model NAME loads another one", style="dim")
@@ -61,7 +60,10 @@ def load_model(session: Session, name: str) -> None:
     if name.startswith("tiny-"):
         session.say(f"{name} is {options.TINY_NOTE}")
         session.say(f"try: {options.SAMPLE_QUESTION}")
-    session.say(options.describe(model, session.config), style="dim")
+    try:
+        session.say(options.describe(model, session.config), style="dim")
+    except ValueError as error:
+        session.say(f"{error}; /set changes it", style="red")
 
 
 def reset(session: Session, rest: str) -> None:

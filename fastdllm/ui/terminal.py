@@ -117,6 +117,10 @@ def main(arguments: Sequence[str] | None = None, default_model: str = "tiny-llad
     except KeyboardInterrupt:
         return 130
     if session.model is not None:
+        try:
+            options.check(session.model, config)
+        except ValueError as error:
+            arguments_parser.error(str(error))
         session.say("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves", style="dim")
     chat(session, screen)
     return 0 if session.model is not None else 1

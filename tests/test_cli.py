@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The console command: every part explains itself, and none needs another part's libraries."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastdllm import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["help"]])
+def test_the_overview_names_every_command(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    code = cli.main(arguments)
+    out = capsys.readouterr()
+    assert code == (0 if arguments else 2)
+    assert all(f"\n  {name} " in out.out + out.err for name in cli.COMMANDS)
+
+
+def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["chart"]) == 2
+    assert "unknown command 'chart'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["chat", "app", "score"])
+def test_each_command_has_a_help_page(name: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([name, "--help"])
+    page = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert page.startswith("usage: ") and len(page.splitlines()) > 10
+
+
+def test_a_missing_library_is_named_with_the_extra_that_brings_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def missing(_: object) -> int:
+        raise ModuleNotFoundError("No module named 'gradio'", name="gradio.themes")
+
+    monkeypatch.setitem(cli.COMMANDS, "app", missing)
+    assert cli.main(["app"]) == 1
+    assert "fastdllm app needs gradio: pip install 'fastdllm[ui]'" in capsys.readouterr().err
+
+
+def test_the_command_needs_no_optional_library_to_start() -> None:
+    code = (
+        "import sys\n"
+        "class Blocked:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('gradio', 'rich', 'lm_eval', 'transformers', 'tqdm', 'torch'):\n"
+        "            raise ModuleNotFoundError(name + ' is blocked', name=name)\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+        "sys.modules['fastdllm'] = type(sys)('fastdllm')\n"
+        f"sys.modules['fastdllm'].__path__ = [{str(ROOT / 'fastdllm')!r}]\n"
+        "from fastdllm.cli import main\n"
+        "sys.exit(main(['--help']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr

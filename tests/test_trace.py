@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trace says what happened: it agrees with the output, with its own curve, and with itself after saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fastdllm
+from fastdllm.engine import Step
+from fastdllm.trace import Change, Trace, watch
+
+MESSAGES = [[{"role": "user", "content": "Tom has 12 apples and buys 5 more. How many has he now?"}]]
+MASK, STOP = 1, 2
+
+
+@pytest.fixture(scope="module")
+def model() -> fastdllm.Model:
+    return fastdllm.load("tiny-llada", device="cpu")
+
+
+@pytest.mark.parametrize("options", [{}, {"cache": "none", "decoder": "quota", "steps": 16}, {"factor": 1.0}])
+def test_watching_gives_what_generate_gives(model: fastdllm.Model, options: dict) -> None:
+    for trace in watch(model, MESSAGES, gen_length=48, block_length=16, **options):
+        seen = trace.at()
+        assert seen.filled == trace.filled()[-1] == sum(token != MASK for token in seen.ids)
+    out = fastdllm.generate(model, MESSAGES, gen_length=48, block_length=16, **options)
+    assert trace.finished
+    assert trace.answer() == out.sequences[0][trace.prompt_length :].tolist()[: out.stats.tokens]
+    stats = trace.stats()
+    assert (stats.tokens, stats.forwards, stats.row_positions) == (
+        out.stats.tokens,
+        out.stats.forwards,
+        out.stats.row_positions,
+    )
+
+
+def test_the_first_frame_comes_before_the_first_forward_and_closing_ends_it(model: fastdllm.Model) -> None:
+    run = watch(model, MESSAGES, gen_length=32)
+    trace = next(run)
+    assert trace.steps == [] and trace.at().filled == 0
+    next(run)
+    run.close()
+    assert len(trace.steps) == 1 and not trace.finished
+
+
+def test_snapshots_grow_to_the_last_one(model: fastdllm.Model) -> None:
+    *_, trace = watch(model, MESSAGES, gen_length=32, decoder="quota", steps=32, stop_ids=())
+    for step in range(len(trace.steps) + 1):
+        now = trace.at(step)
+        assert now.filled == trace.filled()[step] == step
+        assert all(written is None or written <= step for written in now.written)
+    assert sorted(trace.at().written) == list(range(1, 33))
+
+
+def test_saving_and_loading_keeps_everything(model: fastdllm.Model, tmp_path: Path) -> None:
+    *_, trace = watch(model, MESSAGES, gen_length=32, constraints={3: 40})
+    trace.save(tmp_path / "trace.json")
+    assert Trace.load(tmp_path / "trace.json") == trace
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"format": "other", "version": 1}', '{"format": "fastdllm-trace", "version": 1}']
+)
+def test_what_is_no_trace_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"other\.json is not a saved trace"):
+        Trace.load(path)
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_a_constraint_is_part_of_the_answer_in_every_cache(model: fastdllm.Model, cache: str) -> None:
+    # Position 30 lies behind where the model ends its answer; the answer must reach it all the same.
+    *_, trace = watch(model, MESSAGES, gen_length=48, block_length=16, cache=cache, constraints={0: 40, 30: 50})
+    assert trace.answer()[0] == 40 and trace.answer()[30] == 50
+    assert trace.at().written[30] == 0
+    assert MASK not in trace.answer()
+
+
+def blank(length: int = 4) -> Trace:
+    return Trace("m", {}, prompt_length=2, length=length, mask_id=MASK, stop_ids=(STOP,))
+
+
+def step(ids: list[int], start: int = 2, done: bool = False) -> Step:
+    result = {0: SimpleNamespace(positions=8)} if done else {}
+    confidence = torch.full((1, len(ids)), 0.5)
+    return Step([0], [start], [start + len(ids)], 0.1, result, torch.tensor([ids]), confidence, torch.zeros(1, len(ids)))
+
+
+def test_tokens_taken_back_and_rewritten_are_followed() -> None:
+    trace = blank()
+    trace.add(step([7, MASK, 8, MASK]))
+    trace.add(step([MASK, 9, 8, MASK]))
+    trace.add(step([5, 6, 8, MASK]))
+    assert trace.filled() == [0, 2, 2, 3]
+    assert trace.at(1).ids == [7, MASK, 8, MASK]
+    assert trace.at(2).ids == [MASK, 9, 8, MASK] and trace.at(2).written == [None, 2, 1, None]
+    assert trace.at().ids == [5, 6, 8, MASK] and trace.at().written == [3, 3, 1, None]
+
+
+def test_a_block_that_begins_inside_the_prompt_is_aligned_to_the_answer() -> None:
+    trace = blank()
+    block = step([7, 8], start=0)
+    block.stops = [4]
+    trace.add(block)
+    assert trace.steps[0].changes == (Change(0, 7, 0.5), Change(1, 8, 0.5))
+
+
+def test_steps_of_other_rows_are_passed_over() -> None:
+    trace = blank()
+    trace.add(step([7, 8, 9, 3]), row=1)
+    assert trace.steps == []
+
+
+def test_tokens_are_counted_up_to_the_end() -> None:
+    trace = blank()
+    trace.add(step([7, STOP, 8, STOP], done=True))
+    assert trace.answer() == [7] and trace.tokens() == 1 and trace.stats().tokens_per_forward == 1
+
+
+def test_only_one_prompt_can_be_watched(model: fastdllm.Model) -> None:
+    with pytest.raises(ValueError, match="one prompt, not 2"):
+        next(watch(model, ["a", "b"]))

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The terminal chat as people use it: piped, on a terminal, interrupted, with wrong input. It always stays alive."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import fastdllm
+from fastdllm import DecodeConfig, Model
+from fastdllm.trace import Trace
+from fastdllm.ui import terminal
+from fastdllm.ui.screen import PlainScreen, answer_text, printable, spans
+from fastdllm.ui.session import COMMANDS, Session
+
+ROOT = Path(__file__).resolve().parents[2]
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "xterm-256color"}
+Chat = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def chat(model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Chat:
+    """Run the chat on piped lines; gives the exit code and what was written."""
+
+    def load(name: str, *_: object) -> Model:
+        if name != "tiny-llada":
+            raise FileNotFoundError(f"model {name!r} is not here")
+        return model
+
+    def run(*lines: str, arguments: tuple[str, ...] = ()) -> tuple[int, str]:
+        monkeypatch.setattr(fastdllm, "load", load)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode("utf-8", "surrogatepass"))))
+        code = terminal.main(["--max-new-tokens", "64", *arguments])
+        return code, capsys.readouterr().out
+
+    return run
+
+
+def test_a_piped_question_is_answered_with_its_figures(chat: Chat, question: str) -> None:
+    code, out = chat(question)
+    assert code == 0
+    assert "39" in out.split(question)[-1], "the sample question of the tiny model"
+    assert "tokens/forward" in out and "tokens/s" in out
+    assert "tiny-llada is a small model" in out
+
+
+def test_an_empty_input_leaves_with_zero(chat: Chat) -> None:
+    assert chat("")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("/foo", "unknown command /foo"),
+        ("/hel", "did you mean /help?"),
+        ("/set threshold 7", "threshold=7.0 must lie in [0, 1]"),
+        ("/set treshold 0.8", "did you mean 'threshold'?"),
+        ("/set threshold", "usage: /set NAME VALUE"),
+        ("/set cache block", "cache='block' does not fit the family 'llada'"),
+        ("/set gen_length 600", "leaves no room for a question"),
+        ("/set decoder nonsense", "decoder='nonsense' is unknown"),
+        ("/model nowhere", "could not load 'nowhere'"),
+        ("   ", ""),
+        ("y" * 100_000, "the message is too long"),
+        ("Emoji 😀 and \x1b[31m control \x07 characters \x00", "␛[31m"),
+        ("half a pair \ud83d and <|mask|> <|eos|>", "tokens/forward"),
+        ("//help is a message", "tokens/forward"),
+    ],
+)
+def test_every_bad_line_is_answered_and_the_chat_goes_on(chat: Chat, line: str, expected: str) -> None:
+    code, out = chat(line, "/set seed 5", "/exit", "/stats")
+    assert code == 0
+    assert expected in out
+    assert "\x1b[31m" not in out and "\x07" not in out, "a message must not steer the terminal"
+    after = out.split("> /set seed 5")[1]
+    assert "cache dual" in after and "> /stats" not in after, "the settings line of /set, and nothing after /exit"
+
+
+def test_commands_do_what_help_says(chat: Chat, question: str) -> None:
+    code, out = chat(
+        question, "/system Be brief.", question, "/reset", "/stats", "/set", "/set factor 1.5", "/set cache=none", "/help"
+    )
+    assert code == 0
+    assert "no system role" in out and "new conversation" in out and "2 answers" in out
+    assert "decoder factor" in out and "factor 1.5" in out and "cache none" in out
+    assert all(f"/{name}" in out for name in COMMANDS)
+
+
+def test_history_goes_into_the_next_turn_until_reset(model: Model, monkeypatch: pytest.MonkeyPatch, question: str) -> None:
+    screen = PlainScreen(io.StringIO())
+    session = Session(lambda _: model, DecodeConfig(gen_length=64), screen.say, model)
+    sent, watch = [], terminal.watch
+    monkeypatch.setattr(terminal, "watch", lambda m, ids, c: sent.append(m.tokenizer.decode(ids)) or watch(m, ids, c))
+    terminal.answer(session, screen, question)
+    terminal.answer(session, screen, "And then?")
+    answer = session.conversation.messages[1]["content"]
+    assert sent[1] == f"<|user|>{question}<|assistant|>{answer}<|eos|><|user|>And then?<|assistant|>"
+    COMMANDS["reset"](session, "")
+    terminal.answer(session, screen, "Anew?")
+    assert sent[2] == "<|user|>Anew?<|assistant|>"
+
+
+def test_an_interrupt_stops_the_answer_and_forgets_the_turn(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+
+    def interrupted(*_: object) -> object:
+        try:
+            yield Trace("m", {}, 1, 4, 1, (2,))
+            raise KeyboardInterrupt
+        finally:
+            closed.append(True)
+
+    monkeypatch.setattr(terminal, "watch", interrupted)
+    out = io.StringIO()
+    session = Session(lambda _: model, DecodeConfig(gen_length=64), PlainScreen(out).say, model)
+    terminal.answer(session, PlainScreen(out), "Why?")
+    assert closed and session.conversation.messages == []
+    assert "stopped" in out.getvalue()
+
+
+def test_a_failing_answer_leaves_the_chat_alive(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> object:
+        yield Trace("m", {}, 1, 4, 1, (2,))
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(terminal, "watch", failing)
+    out = io.StringIO()
+    session = Session(lambda _: model, DecodeConfig(gen_length=64), PlainScreen(out).say, model)
+    terminal.answer(session, PlainScreen(out), "Why?")
+    assert "out of memory" in out.getvalue() and session.conversation.messages == []
+
+
+def test_a_model_that_does_not_load_is_named_and_another_can_be_loaded(chat: Chat, question: str) -> None:
+    code, out = chat(question, arguments=("--model", "nowhere"))
+    assert code == 1 and "could not load 'nowhere'" in out and "no model is loaded" in out
+    code, out = chat("/model tiny-llada", question, arguments=("--model", "nowhere"))
+    assert code == 0 and "tokens/forward" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--gen_length", "64", "--steps", "64", "--block_size", "32"), "cache dual · decoder quota (64 steps) · 64"),
+        (("--use_cache",), "cache prefix · decoder threshold (threshold 0.9)"),
+        (("--use_cache", "--if_cache_position", "--threshold", "0.8"), "cache dual · decoder threshold (threshold 0.8)"),
+        (("--factor", "1.5", "--cache", "none"), "cache none · decoder factor (factor 1.5"),
+        (("--set", "confidence=margin", "--steps", "8"), "decoder quota (8 steps)"),
+    ],
+)
+def test_published_and_clear_flags_mean_what_they_say(chat: Chat, arguments: tuple[str, ...], expected: str) -> None:
+    code, out = chat("", arguments=arguments)
+    assert code == 0 and expected in out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--use_cache", "--cache", "dual"), ("--if_cache_position",), ("--threshold", "2"), ("--set", "x"), ("--nonsense",)],
+)
+def test_contradicting_flags_are_refused(chat: Chat, arguments: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        chat("", arguments=arguments)
+    assert stopped.value.code == 2
+
+
+def test_spans_show_old_new_and_masked_tokens(model: Model) -> None:
+    from fastdllm.trace import watch
+
+    seen = set()
+    for trace in watch(model, "3 + 4 =", gen_length=32, block_length=16, decoder="quota", steps=32, stop_ids=()):
+        shown = spans(model, trace)
+        seen |= {style for style, _ in shown}
+        masks = sum(len(text) for style, text in shown if style == "mask")
+        reached = trace.steps[-1].stop if trace.steps else 0
+        assert masks == trace.at().ids[:reached].count(trace.mask_id)
+    assert seen == {"old", "new", "mask"}
+    assert answer_text(model, trace) == "".join(text for _, text in shown)
+
+
+def test_printable_shows_control_characters_and_keeps_the_rest() -> None:
+    assert printable("a\x1b[2J\x07\n\té😀\u202e\x9b") == "a␛[2J␇\n\té😀\ufffd\ufffd"
+
+
+def until(read: Callable[[], str], text: str, seconds: float = 60) -> str:
+    seen, end = "", time.monotonic() + seconds
+    while text not in seen:
+        assert time.monotonic() < end, f"no {text!r} in {seen!r}"
+        seen += read()
+    return seen
+
+
+@pytest.mark.slow
+def test_on_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves_with_zero() -> None:
+    ours, theirs = pty.openpty()
+    # 384 one-token forwards without a cache give the interrupt something to stop.
+    flags = ["--gen_length", "384", "--steps", "384", "--cache", "none", "--set", "stop_ids=9"]
+    command = [sys.executable, str(ROOT / "llada" / "chat.py"), *flags]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=ENV, start_new_session=True)
+    os.close(theirs)
+
+    def read() -> str:
+        return os.read(ours, 65536).decode("utf-8", "replace")
+
+    try:
+        until(read, "/help lists the commands")
+        os.write(ours, b"How many apples are there?\n")
+        until(read, "░")
+        process.send_signal(signal.SIGINT)
+        until(read, "this turn is not remembered")
+        os.write(ours, b"/stats\n")
+        until(read, "1 answer ")
+        os.write(ours, b"\x04")
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        os.close(ours)

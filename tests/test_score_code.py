@@ -20,7 +20,7 @@ from fastdllm.scoring.sandbox import Limits, run_program
 from fastdllm.scoring.score import main, pass_at_k, score_file
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = Limits(seconds=2.0)
+LIMITS = Limits(seconds=20.0)
 parse = ast.parse
 
 # A solution that needs its neighbour: dropping the neighbour, or rewriting it, breaks `f() == expected`.
@@ -208,7 +208,8 @@ def test_the_scorer_passes_164_of_164(tmp_path: Path) -> None:
     ],
 )
 def test_programs_are_contained(program: str, status: str, message: str, namespaces: bool) -> None:
-    verdict = run_program(program, Limits(seconds=2.0, file_bytes=1 << 20, namespaces=namespaces))
+    seconds = 1.0 if status == "timed out" else 20.0
+    verdict = run_program(program, Limits(seconds=seconds, file_bytes=1 << 20, namespaces=namespaces))
     assert verdict.status == status, verdict
     assert message in verdict.message
 
@@ -238,7 +239,7 @@ def test_a_fork_bomb_is_bounded_and_leaves_nothing(
         f"        if os.fork() == 0:\n            {detach}time.sleep(60)\n"
         "        forks += 1\nexcept OSError as error:\n    raise ValueError(forks)"
     )
-    verdict = run_program(program, Limits(seconds=5.0, processes=12, namespaces=namespaces))
+    verdict = run_program(program, Limits(seconds=20.0, processes=12, namespaces=namespaces))
     assert verdict.isolation["process_count"], "this system cannot limit processes; the bomb below would be unsafe"
     assert verdict.status == "failed", verdict
     assert int(verdict.message.split()[1]) <= 12
@@ -256,10 +257,10 @@ def test_files_and_network_are_out_of_reach_where_the_kernel_allows(tmp_path: Pa
         pytest.skip("this system gives no namespaces to this user")
     tmp_path.chmod(0o777)
     target = tmp_path / "written"
-    verdict = run_program(f"open({str(target)!r}, 'w')", QUICK)
+    verdict = run_program(f"open({str(target)!r}, 'w')", LIMITS)
     assert verdict.status == "failed" and "Read-only" in verdict.message
     assert not target.exists()
-    verdict = run_program("import socket\nsocket.create_connection(('127.0.0.1', 9), timeout=1)", QUICK)
+    verdict = run_program("import socket\nsocket.create_connection(('127.0.0.1', 9), timeout=1)", LIMITS)
     assert verdict.status == "failed" and "unreachable" in verdict.message
 
 
@@ -306,12 +307,12 @@ def test_reads_lm_eval_samples_of_both_benchmarks(tmp_path: Path) -> None:
         "resps": [["def add(a, b):\n    return a + b\n[DONE]\n```\nDone.", "", "pass"]],
     }
     path = _samples(tmp_path / "samples.jsonl", humaneval, mbpp, {**mbpp, "filter": "another"})
-    results = score_file(path, QUICK, ks=(1, 3))
+    results = score_file(path, LIMITS, ks=(1, 3))
     assert [one["status"] for one in results["results"]] == ["passed", "failed", "passed", "passed", "failed", "failed"]
     assert results["pass@1"] == pytest.approx((2 / 3 + 1 / 3) / 2)
     assert results["pass@3"] == 1.0
     with pytest.raises(ValueError, match=r"k=\[4\].*between 1 and 3"):
-        score_file(path, QUICK, ks=(4,))
+        score_file(path, LIMITS, ks=(4,))
 
 
 @pytest.mark.parametrize(

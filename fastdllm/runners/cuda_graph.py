@@ -26,9 +26,11 @@ LENGTH_BUCKET = 512  # canvas lengths are rounded up to this, so that later prom
 
 @dataclass
 class Graph:
-    """A captured step with its static inputs and outputs. `step` keeps alive what the graph's kernels point to."""
+    """A captured step with its static inputs and outputs. The plan reaches the device from pinned memory (`host`). `step`
+    keeps alive what the graph's kernels point to."""
 
     graph: torch.cuda.CUDAGraph
+    host: Tensor
     plan: Tensor
     noise: Tensor | None
     out: Any
@@ -69,12 +71,14 @@ class Runner(eager.Runner):
         length = self.kept.x.shape[1]
         static |= {"keys": min(length, -(-static["keys"] // KEY_BUCKET) * KEY_BUCKET), "uniform": False}
         idle = [self.kept.x.shape[0] - 1, 0, static["width"], static["width"], 0, 1, 0, 0, 0, 1, 0, 0, 0]
-        host = torch.tensor(plan + [idle] * (rows - len(plan)), dtype=torch.long, pin_memory=True)
         key = (self.key, rows, *static.values(), noise is None)
         if key not in self.graphs:
             self.graphs[key] = self._capture(step, idle, rows, noise, static)
         graph = self.graphs[key]
-        graph.plan.copy_(host, non_blocking=True)
+        graph.host.copy_(
+            torch.tensor(plan + [idle] * (rows - len(plan)))
+        )  # the last copy from it is done: the host read since
+        graph.plan.copy_(graph.host, non_blocking=True)
         if noise is not None:
             graph.noise[: len(plan)].copy_(noise)
         graph.graph.replay()
@@ -96,4 +100,4 @@ class Runner(eager.Runner):
         with torch.cuda.graph(graph, pool=self.pool):
             out = step(plan, noise, **static)
         self.pool = self.pool or graph.pool()
-        return Graph(graph, plan, noise, out, step)
+        return Graph(graph, torch.empty(plan.shape, dtype=torch.long, pin_memory=True), plan, noise, out, step)

@@ -48,10 +48,20 @@ def assemble(model: Model, config: DecodeConfig) -> dict[str, Any]:
         "runner": runner.bind((_fingerprint(decoder), sampler, stop_ids, grid, config.cfg_scale, size, reuse)),
         "stop_ids": stop_ids,
         "grid": grid,
+        "lead": _lead(config, spec),
         "reuse": reuse,
         "cfg_scale": config.cfg_scale,
         "batch_size": config.batch_size,
     }
+
+
+def _lead(config: DecodeConfig, spec: ModelSpec) -> int:
+    """Positions recomputed before each block, so that the decoder's rule decides about the block's first token too."""
+    if config.first_token == "forced":
+        return 0
+    if not spec.shift or spec.block_causal:
+        raise ValueError(f"first_token={config.first_token!r} is a choice of Dream alone, not of the family {spec.family!r}")
+    return spec.shift
 
 
 def _check_branches(config: DecodeConfig, name: str, cache: Any, decoder: Any, sampler: Sampler, reuse: Any) -> None:
@@ -110,7 +120,9 @@ def _decoder(model: Model, config: DecodeConfig, geometry: Geometry, size: int, 
     if steps < len(blocks):
         raise ValueError(f"steps={steps} must be at least the number of blocks, {len(blocks)}")
     # A shifted model whose blocks open with a refresh gets the first token from it; Dream's schedule then starts at step 1.
-    forced = bool(model.spec.shift and not model.spec.block_causal and cache.open(blocks[0]))
+    forced = bool(
+        model.spec.shift and not model.spec.block_causal and config.first_token == "forced" and cache.open(blocks[0])
+    )
     schedule = SCHEDULES[config.schedule or model.spec.defaults["schedule"]]
     per_block = steps // len(blocks) if config.steps else size  # a block that is cut short still gets one per token
     counts = torch.full((size + 1, max(size, per_block) + 1), float(size))

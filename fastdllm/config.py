@@ -36,8 +36,9 @@ class DecodeConfig:
     "timesteps" (Dream). confidence, temperature, top_p, top_k, alg_temp: see `sampling.Sampler`. cfg_scale: classifier-
     free guidance, cache "none" only (LLaDA's `generate.py`; 0 is off). seed: row i draws from seed + i. stop_ids:
     default the model's; () never stops early. batch_size: prompts on the canvas at once, default all. runner: default
-    "cuda_graph" on CUDA, else "eager". reuse_k, layer_subset, reuse_mode, trim_ratio: layer reuse and TRIM of v2, see
-    `fastdllm/reuse`; reuse_k=1 is none.
+    "cuda_graph" on CUDA, else "eager". first_token: of Dream's blocks; "forced" commits it from the opening pass, as
+    published, "rule" leaves it to the decoder. reuse_k, layer_subset, reuse_mode, trim_ratio: layer reuse and TRIM of
+    v2, see `fastdllm/reuse`; reuse_k=1 is none.
     """
 
     gen_length: int = 256
@@ -57,6 +58,7 @@ class DecodeConfig:
     stop_ids: tuple[int, ...] | None = None
     batch_size: int | None = None
     runner: str | None = None
+    first_token: str = "forced"
     reuse_k: int = 1
     layer_subset: str | None = None
     reuse_mode: str = "delta"
@@ -99,6 +101,7 @@ class DecodeConfig:
             "confidence": CONFIDENCES,
             "schedule": tuple(SCHEDULES),
             "runner": registry.names("runners"),
+            "first_token": ("forced", "rule"),
             "reuse_mode": ("delta", "output"),
         }
         for name, values in allowed.items():

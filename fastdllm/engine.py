@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -93,11 +93,12 @@ class Row:
         prompt, fixed = self.block.prompt, self.request.fixed
         return sum(slot - prompt not in fixed for slot in range(max(self.block.start, prompt), self.block.stop))
 
-    def next_pass(self, cache: CachePlan) -> Pass:
-        """What this row's next forward recomputes."""
+    def next_pass(self, cache: CachePlan, lead: int) -> Pass:
+        """What this row's next forward recomputes: the cache's plan, and at least `lead` positions before the block."""
         opening = cache.open(self.block) if self.opening else None
         self.opening = opening is not None
-        return opening or cache.step(self.block, Progress(self.denoised, self.outer_step, self.first_masked))
+        p = opening or cache.step(self.block, Progress(self.denoised, self.outer_step, self.first_masked))
+        return replace(p, start=min(p.start, self.block.start - lead)) if lead else p
 
     def active(self, p: Pass, reuse: LayerReuse | None) -> int | None:
         """How many positions of this pass run through reused layers; None in an opening pass and without reuse."""
@@ -180,6 +181,7 @@ def decode(
     runner: Any,
     stop_ids: tuple[int, ...],
     grid: int = 0,
+    lead: int = 0,
     cfg_scale: float = 0.0,
     reuse: LayerReuse | None = None,
     batch_size: int | None = None,
@@ -188,7 +190,9 @@ def decode(
     """Decode every request; yields one `Step` per forward.
 
     `block_length` is Q, the widest block (v2: the sub-block). `grid` is the block size of a block-causal model, 0 for a
-    bidirectional one. `stop_ids` end a row as soon as one is committed with no mask before it; () decodes to the end.
+    bidirectional one. `lead` positions before a block are recomputed with it: a shifted model then learns the block's first
+    token there, at any step, and its opening pass is a step like any other. `stop_ids` end a row as soon as one is committed
+    with no mask before it; () decodes to the end.
     `cfg_scale` w > 0 guides: logits u + (w + 1)(c - u), with u from a forward whose prompt is masked. `reuse` runs
     some layers for some positions only. At most `batch_size` requests are on the canvas at once (default: all). Closing the
     generator stops the computation.
@@ -218,12 +222,12 @@ def decode(
             generator = torch.Generator(device).manual_seed(request.seed) if sampler.random else None
             live.append(Row(index, free.pop(), request, blocks, generator))
             place(canvas, live[-1], lanes, spec.mask_id, spec.pad_id)
-        planned = [(row, row.next_pass(cache)) for row in live]
+        planned = [(row, row.next_pass(cache, lead)) for row in live]
         for rows, passes, width, quotas in group([(row, p, row.active(p, reuse)) for row, p in planned], decoder.rows):
             started = time.perf_counter()
             keys = max(p.read for p in passes)
             uniform = all(p.read == keys and p.hide == (0, 0) and within_block(p, grid) for p in passes)
-            plan = [describe(row, p, n, spec.shift) for row, p, n in zip(rows, passes, quotas, strict=True)]
+            plan = [describe(row, p, n, spec.shift - lead) for row, p, n in zip(rows, passes, quotas, strict=True)]
             active = None if quotas[0] is None else max(quotas)
             noise = sampler.draw([row.generator for row in rows], block_length, spec.vocab)
             branches = 1 if rows[0].opening else decoder.rows
@@ -410,7 +414,7 @@ def within_block(p: Pass, grid: int) -> bool:
 
 
 def describe(row: Row, p: Pass, quota: int | None, shift: int) -> list[int]:
-    """A row of the plan that `denoise` unpacks."""
+    """A row of the plan that `denoise` unpacks. With a shift, an opening pass gives the first token only."""
     block, prompt = row.block, row.block.prompt
     first = max(block.start, prompt)
     forced = int(shift and row.opening)

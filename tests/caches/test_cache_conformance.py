@@ -79,13 +79,26 @@ def test_neutral_options_give_the_dual_cache(name: str, options: dict[str, int],
     assert outcome(family, cache=name, **options) == outcome(family, cache="dual")
 
 
+@pytest.mark.parametrize("decoder", ["threshold", "quota"])
 @pytest.mark.parametrize("family", ["llada", "dream"])
-def test_a_vicinity_of_everything_is_a_prefix_cache_that_also_redoes_the_prompt(family: str) -> None:
-    """It opens like the others, and then recomputes all: the tokens of no cache, where every forward does."""
-    everything = outcome(family, cache="vicinity", before=99, after=99)
-    assert everything[1] >= outcome(family, cache="none")[1]
-    if family == "llada":  # a shifted model's opening pass gives one token only, so that its forwards differ
-        assert everything == outcome(family, cache="none")
+def test_a_vicinity_of_everything_is_no_cache(family: str, decoder: str) -> None:
+    """Dream's opening pass forces the first token, unless the rule decides about it like about any other."""
+    first = {"first_token": "rule"} if family == "dream" else {}
+    everything = outcome(family, cache="vicinity", before=99, after=99, decoder=decoder, **first)
+    assert everything == outcome(family, cache="none", decoder=decoder)
+
+
+@pytest.mark.parametrize("cache", ["dual", "prefix", "lazy"])
+def test_without_the_forced_token_dream_needs_no_more_forwards_than_tokens(cache: str) -> None:
+    forced = outcome("dream", cache=cache, decoder="quota")
+    rule = outcome("dream", cache=cache, decoder="quota", first_token="rule")
+    assert rule[0] != forced[0] and max(rule[1]) <= 29
+
+
+def test_first_token_is_a_choice_of_dream_alone() -> None:
+    for family in ("llada", "v2"):
+        with pytest.raises(ValueError, match="first_token="):
+            outcome(family, first_token="rule")
 
 
 def test_lazy_refresh_recomputes_less_and_changes_only_later_blocks() -> None:

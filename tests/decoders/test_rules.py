@@ -122,6 +122,7 @@ NEUTRAL = [
     ("hierarchical", {"threshold": 0.9, "low": 0.9}),
     ("progress_threshold", {"alpha": 0}),
     ("lopa", {"branches": 1}),
+    ("credit", {"alpha": 0}),
 ]
 
 
@@ -143,7 +144,24 @@ def test_draft_verify_accepts_what_one_token_per_step_would_write() -> None:
     assert after.tolist() == [[5, m, 9, m], [5, m, 9, 8], [5, 6, 9, 8]]
 
 
+def test_credit_grows_for_what_stays_on_top_and_starts_anew_with_the_block() -> None:
+    rule = registry.find("decoders", "credit")(alpha=1.0, gamma=1.0, beta=0.5)
+    state = rule.state(2, 4, torch.device("cpu"), 3)
+    ids, masked = torch.tensor([[MASK, 7]]), torch.tensor([[True, False]])
+    logits = torch.tensor([[[0.0, 2.0, 1.0, 0.0], [9.0, 0.0, 0.0, 0.0]]])
+    for step, credit in ((0, 0.8), (1, 0.5 * 0.8 + 0.8), (0, 0.8)):
+        view = View(ids, masked, logits.argmax(-1), torch.full((1, 2), 0.8), torch.tensor([step]), torch.tensor([2]), MASK)
+        view.row, view.state = torch.tensor([1]), state
+        gain = rule.adjust(view, logits) - logits
+        assert gain[0, 0].tolist() == pytest.approx([0, torch.tensor(1 + credit).log().item(), 0, 0], abs=1e-6)
+        assert not gain[0, 1].any(), "a position that is not masked gains nothing"
+    assert not state["credit"][[0, 2]].any(), "another row's share was written"
+
+
 BAD = [
+    ("credit", "rule", "nothing"),
+    ("credit", "beta", 2),
+    ("credit", "threshold", 2),
     ("frechet", "delta", 2),
     ("entropy_bound", "gamma", -1),
     ("local_leap", "relaxed", 1.5),
@@ -157,5 +175,6 @@ BAD = [
 
 @pytest.mark.parametrize("name, option, value", BAD)
 def test_bad_options_are_named(name: str, option: str, value: float) -> None:
+    given = "level" if (name, option) == ("credit", "threshold") else option  # the wrapped rule names its own
     with pytest.raises(ValueError, match=f"{option}="):
-        registry.find("decoders", name)(**{option: value})
+        registry.find("decoders", name)(**{given: value})

@@ -4,8 +4,8 @@
 Such a model has no left-to-right probability to read off. For bidirectional models the published measure (LLaDA, arXiv
 2502.09992, and its get_log_likelihood.py) is the expectation, over l uniform in 1..L and a uniform choice of l of the L
 target tokens, of L / l times the log-probabilities of these l tokens given the rest: a lower bound of the likelihood,
-estimated by Monte Carlo. Where all 2^L - 1 choices are no more than the samples asked for, they are summed instead, which is exact; one token takes
-one forward.
+estimated by Monte Carlo. Where all 2^L - 1 choices are no more than the samples asked for, they are summed instead, which
+is exact; one token takes one forward.
 
 Block-causal models (Fast-dLLM v2) see nothing after a token's block. For them the chain rule from left to right is exact:
 token t is scored with everything before it written and itself and the rest of its block masked, as when the model decodes

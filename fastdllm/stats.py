@@ -75,6 +75,13 @@ class Stats:
             "peak_memory": self.peak_memory,
         }
 
+    def line(self) -> str:
+        """The figures in one line, for logs."""
+        return (
+            f"{self.samples} answers, {self.tokens} tokens in {self.seconds:.1f} s: {self.tokens_per_second:.1f} tokens/s, "
+            f"{self.nfe:.1f} forwards per sample, {self.tokens_per_forward:.2f} tokens per forward"
+        )
+
     def to_json(self) -> str:
         return json.dumps({**asdict(self), **self.summary()})
 

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers to many prompts, each kept on disk as soon as it is finished, so that an interrupted evaluation can go on.
+
+An answer is found by a hash of everything that determined it (prompt ids, every setting, the model's own weights), never
+by its place in a list: after any change it is generated anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdllm.build import assemble
+from fastdllm.config import DecodeConfig
+from fastdllm.engine import Request, decode
+from fastdllm.generation import answer_length
+from fastdllm.models import Model
+from fastdllm.stats import Stats, peak_memory
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One answer that is wanted: prompt ids, the strings that end it, the settings, and the key that names it on disk."""
+
+    prompt: list[int]
+    until: tuple[str, ...]
+    config: DecodeConfig
+    key: str
+
+
+def answer(model: Model, asks: list[Ask], batch_size: int, stats: Stats) -> Iterator[tuple[int, Tensor]]:
+    """(index, ids up to the stop token [N] on the CPU) of asks with equal settings, each as soon as it is finished.
+
+    What it cost is added to `stats`. Each ask draws from a seed of its own, made from its key.
+    """
+    config = asks[0].config.replace(batch_size=batch_size)
+    plan = assemble(model, config)
+    requests = [
+        Request(torch.tensor(a.prompt, device=model.device), config.gen_length, (config.seed + int(a.key[:12], 16)) % 2**63)
+        for a in asks
+    ]
+    for step in decode(model, requests, **plan):
+        stats.forwards += 1
+        stats.seconds += step.seconds
+        for at, result in step.done.items():
+            ids = result.ids[len(asks[at].prompt) :].cpu()  # sync: a finished answer
+            length = answer_length(ids, plan["stop_ids"])
+            stats.row_tokens.append(length)
+            stats.row_forwards.append(result.forwards)
+            stats.row_positions.append(result.positions)
+            stats.row_layer_tokens.append(result.layer_tokens)
+            yield at, ids[:length]
+    stats.add(Stats(peak_memory=peak_memory(model.device)))
+
+
+def answer_key(*parts: Any) -> str:
+    """A hash of JSON-like values, the same in every process and on every machine."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def fingerprint(model: Model) -> str:
+    """A hash of the model's shapes, number format and a sample of each weight: tells apart two checkpoints of one name."""
+    digest = hashlib.sha256(repr((model.spec, model.dtype)).encode())
+    for name, tensor in model.network.state_dict().items():
+        part = tensor.flatten()[:: max(1, tensor.numel() // 64)][:64]
+        digest.update(name.encode() + part.float().cpu().numpy().tobytes())  # sync: once, after loading
+    return digest.hexdigest()
+
+
+class AnswerStore:
+    """Key -> token ids of an answer, over all files of a folder; this process appends to its own.
+
+    A line is written in one call and flushed, so a process that dies leaves at most one torn line, at the end; torn lines
+    are ignored and counted in `torn`.
+    """
+
+    def __init__(self, folder: str | Path, rank: int = 0) -> None:
+        self._known: dict[str, list[int]] = {}
+        self.torn = 0
+        folder = Path(folder).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / f"answers_{rank}.jsonl"
+        for path in sorted(folder.glob("answers_*.jsonl")):
+            self._read(path)
+
+    def _read(self, path: Path) -> None:
+        for line in path.read_bytes().splitlines():
+            try:
+                entry = json.loads(line)
+                self._known[entry["key"]] = [int(token) for token in entry["ids"]]
+            except (ValueError, TypeError, KeyError):
+                self.torn += 1
+
+    def get(self, key: str) -> Tensor | None:
+        """The answer's ids [N], None where it is not known."""
+        ids = self._known.get(key)
+        return None if ids is None else torch.tensor(ids, dtype=torch.long)
+
+    def add(self, key: str, ids: Tensor, text: str) -> None:
+        """Keep an answer; `text` is for human readers of the file."""
+        self._known[key] = ids.tolist()
+        line = json.dumps({"key": key, "ids": self._known[key], "text": text}, ensure_ascii=False) + "\n"
+        with self._path.open("ab") as file:
+            # After a torn line the next one starts on a line of its own.
+            start = b"\n" if file.tell() and not self._ends_with_newline() else b""
+            file.write(start + line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _ends_with_newline(self) -> bool:
+        with self._path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) == b"\n"

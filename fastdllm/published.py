@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The option names of the published evaluation scripts, translated into this project's.
+
+LLaDA's, Dream's and Fast-dLLM v2's scripts name the same things differently (gen_length, max_new_tokens), and say with
+several switches what is one choice here (use_cache and dual_cache are `cache`; alg is `decoder` and `confidence`). Published
+commands keep working, both spellings are accepted, and contradictions are errors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastdllm import registry
+from fastdllm.config import DecodeConfig, coerce
+
+ALIASES = {
+    "model_path": "pretrained",
+    "model": "pretrained",
+    "max_new_tokens": "gen_length",
+    "max_gen_toks": "gen_length",
+    "max_tokens": "gen_length",
+    "max_completion_tokens": "gen_length",
+    "diffusion_steps": "steps",
+    "bd_size": "block_length",
+    "block_size": "block_length",
+    "cfg": "cfg_scale",
+}
+CONFIDENCE = {
+    "remasking": {"low_confidence": "probability", "random": "random"},
+    "alg": {"entropy": "entropy", "maskgit_plus": "probability", "topk_margin": "margin", "origin": "random"},
+}
+SWITCHES = {"use_cache": bool, "dual_cache": bool, "use_block_cache": bool, "remasking": str, "alg": str}
+
+
+@dataclass(frozen=True)
+class HarnessOptions:
+    """What an evaluation needs beside `DecodeConfig`.
+
+    pretrained, dtype, revision, quantize, trust_remote_code: see `fastdllm.load`. save_dir: folder that keeps finished
+    answers. show_speed: log what decoding cost. mc_num, is_check_greedy, likelihood: see `likelihood.log_likelihoods`.
+    escape_until: read backslash-n and backslash-t in stop strings as line break and tab. add_bos_token: put the
+    beginning-of-text token before prompts that lack it.
+    """
+
+    pretrained: str
+    dtype: str | None = None
+    revision: str | None = None
+    quantize: str | None = None
+    trust_remote_code: bool = False
+    save_dir: str | None = None
+    show_speed: bool = False
+    mc_num: int = 128
+    is_check_greedy: bool = True
+    likelihood: str | None = None
+    escape_until: bool = False
+    add_bos_token: bool = False
+
+
+def rename(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` under this project's names, without what is None. ValueError where two names of one option disagree."""
+    out: dict[str, Any] = {}
+    source: dict[str, str] = {}
+    for name, value in given.items():
+        own = ALIASES.get(name, name)
+        if value is None:
+            continue
+        if own in out and out[own] != value:
+            raise ValueError(f"{source[own]}={out[own]!r} and {name}={value!r} are the same option; give one of them")
+        out[own], source[own] = value, name
+    return out
+
+
+def split(given: Mapping[str, Any], extra: type = HarnessOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(fields of `extra`, the rest) of renamed options, the former coerced to their declared types.
+
+    ValueError for a name that is known nowhere, with the nearest known one.
+    """
+    hints = typing.get_type_hints(extra)
+    fields = [f.name for f in dataclasses.fields(extra)]
+    known = {*fields, *ALIASES, *SWITCHES, *_decode_options()}
+    for name, value in given.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"unknown option {name}={value!r}; {hint}known are {', '.join(sorted(known))}")
+    # lm-eval guesses types: a model folder called 2026 arrives as a number.
+    own = {k: coerce(k, str(v) if hints[k] is str else v, hints[k]) for k, v in given.items() if k in fields}
+    return own, {k: v for k, v in given.items() if k not in fields}
+
+
+def _decode_options() -> set[str]:
+    names = {f.name for f in dataclasses.fields(DecodeConfig)} - {"options"}
+    for kind in ("decoders", "caches"):
+        names.update(*(registry.options(kind, name) for name in registry.names(kind)))
+    return names
+
+
+def decode_options(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Renamed options, the published switches among them, as `DecodeConfig` takes them.
+
+    `defaults` (in the same spelling) fill what `given` leaves open. ValueError where switches contradict each other.
+    """
+    given = {k: coerce(k, v, SWITCHES[k]) if k in SWITCHES else v for k, v in given.items()}
+    out = {k: v for k, v in given.items() if k not in SWITCHES}
+    cache = _cache(given)
+    if cache is not None:
+        if "cache" in out:
+            raise ValueError(f"cache={out['cache']!r} and use_cache, dual_cache or use_block_cache; give one of them")
+        out["cache"] = cache
+    for switch, names in CONFIDENCE.items():
+        value = given.get(switch)
+        if value is None:
+            continue
+        if switch == "alg" and value == "confidence_threshold":
+            if out.setdefault("decoder", "threshold") != "threshold":
+                raise ValueError(f"alg={value!r} is decoder='threshold', not {out['decoder']!r}")
+            continue
+        if value not in names:
+            allowed = [*names, "confidence_threshold"] if switch == "alg" else names
+            raise ValueError(f"{switch}={value!r} is unknown; allowed are {', '.join(allowed)}")
+        if out.setdefault("confidence", names[value]) != names[value]:
+            raise ValueError(f"{switch}={value!r} is confidence={names[value]!r}, not {out['confidence']!r}")
+        if switch == "alg" and out.setdefault("decoder", "quota") != "quota":
+            raise ValueError(f"alg={value!r} is decoder='quota', not {out['decoder']!r}; leave alg out")
+    selected = [name for name in registry.names("decoders") if name in out]
+    decoder = out.get("decoder") or (selected or [defaults.get("decoder", "threshold")])[0]
+    for name, value in defaults.items():
+        if name == "decoder" and selected:
+            continue
+        # A default confidence is meant for fixed schedules: thresholds and the like compare probabilities.
+        if name == "confidence" and registry.find("decoders", decoder).probability:
+            continue
+        out.setdefault(name, value)
+    return out
+
+
+def _cache(given: Mapping[str, Any]) -> str | None:
+    """What the published cache switches say, None when none of them is given."""
+    use, dual, block = (given.get(name) for name in ("use_cache", "dual_cache", "use_block_cache"))
+    if block is not None:
+        if use is not None or dual is not None:
+            raise ValueError(
+                "use_block_cache is Fast-dLLM v2's, use_cache and dual_cache are LLaDA's and Dream's; give one kind"
+            )
+        return "sub_block" if block else "block"
+    if dual:
+        if use is False:
+            raise ValueError("dual_cache=True contradicts use_cache=False")
+        return "dual"
+    return None if use is None and dual is None else "prefix" if use else "none"

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastdllm import registry
+from fastdllm.presets import expand
 from fastdllm.sampling import CONFIDENCES
 from fastdllm.schedules import SCHEDULES
 
@@ -29,18 +30,20 @@ class DecodeConfig:
     name like all others and kept in `options`. An option that carries a decoder's own name selects it: `factor=1.0` means
     `decoder="factor"`.
 
-    gen_length: new positions per prompt (published scripts: 256). block_length: positions decoded together (32 in Fast-
-    dLLM's scripts; bd_size in v2). small_block_size: v2's sub-block (8). steps: denoising steps of the whole answer for
-    fixed-step decoding (`quota`), default one per token; adaptive decoders ignore it. cache: default "dual" for LLaDA
-    and Dream, "block" for v2. decoder: default "threshold" at 0.9. schedule: of `quota`; default "even" (LLaDA, v2),
-    "timesteps" (Dream). confidence, temperature, top_p, top_k, alg_temp: see `sampling.Sampler`. cfg_scale: classifier-
-    free guidance, cache "none" only (LLaDA's `generate.py`; 0 is off). seed: row i draws from seed + i. stop_ids:
-    default the model's; () never stops early. batch_size: prompts on the canvas at once, default all. runner: default
-    "cuda_graph" on CUDA, else "eager". first_token: of Dream's blocks; "forced" commits it from the opening pass, as
-    published, "rule" leaves it to the decoder. reuse_k, layer_subset, reuse_mode, trim_ratio: layer reuse and TRIM of
-    v2, see `fastdllm/reuse`; reuse_k=1 is none.
+    preset: a setting by name (`presets.py`); what is given beside it goes before it, and its cache is left out where the
+    family cannot use it. gen_length: new positions per prompt (published scripts: 256). block_length: positions decoded
+    together (32 in Fast-dLLM's scripts; bd_size in v2). small_block_size: v2's sub-block (8). steps: denoising steps of
+    the whole answer for fixed-step decoding (`quota`), default one per token; adaptive decoders ignore it. cache:
+    default "dual" for LLaDA and Dream, "block" for v2. decoder: default "threshold" at 0.9. schedule: of `quota`;
+    default "even" (LLaDA, v2), "timesteps" (Dream). confidence, temperature, top_p, top_k, alg_temp: see
+    `sampling.Sampler`. cfg_scale: classifier-free guidance, cache "none" only (LLaDA's `generate.py`; 0 is off). seed:
+    row i draws from seed + i. stop_ids: default the model's; () never stops early. batch_size: prompts on the canvas at
+    once, default all. runner: default "cuda_graph" on CUDA, else "eager". first_token: of Dream's blocks; "forced"
+    commits it from the opening pass, as published, "rule" leaves it to the decoder. reuse_k, layer_subset, reuse_mode,
+    trim_ratio: layer reuse and TRIM of v2, see `fastdllm/reuse`; reuse_k=1 is none.
     """
 
+    preset: str | None = None
     gen_length: int = 256
     block_length: int | None = None
     small_block_size: int = 8
@@ -69,6 +72,8 @@ class DecodeConfig:
         hints = typing.get_type_hints(DecodeConfig)
         own = {f.name for f in dataclasses.fields(DecodeConfig)} - {"options"}
         given = {k: v for k, v in given.items() if v is not None}
+        if "preset" in given:
+            given = expand(given)
         if isinstance(given.get("layer_subset"), list | tuple | int):
             chosen = given["layer_subset"]
             given["layer_subset"] = str(chosen) if isinstance(chosen, int) else "+".join(map(str, chosen))
@@ -126,8 +131,9 @@ class DecodeConfig:
             raise ValueError(f"cfg_scale={self.cfg_scale} needs cache='none', not {self.cache!r}")
 
     def replace(self, **changes: Any) -> DecodeConfig:
-        """A copy with some options changed (None resets one to its default)."""
-        return DecodeConfig(**{**self.given(), **changes})
+        """A copy with some options changed (None resets one to its default; a preset replaces decoder and cache)."""
+        chosen = ("decoder", "cache", *self.options) if changes.get("preset") else ()
+        return DecodeConfig(**{**{k: v for k, v in self.given().items() if k not in chosen}, **changes})
 
     def given(self) -> dict[str, Any]:
         """Every option by name, as the constructor takes them."""

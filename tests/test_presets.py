@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Presets: usable by name, for every family, and overridden by what is given beside them."""
+
+from __future__ import annotations
+
+import pytest
+
+import fastdllm
+from fastdllm.presets import PRESETS
+from tests.random_models import FAMILIES, MASK, prompts, random_model
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_takes_every_preset(preset: str, family: str) -> None:
+    given = prompts(5, 12)
+    out = fastdllm.generate(random_model(family), given, preset=preset, gen_length=16, stop_ids=())
+    for sequence, prompt in zip(out.sequences, given, strict=True):
+        assert len(sequence) == len(prompt) + 16 and MASK not in sequence[len(prompt) :]
+
+
+def test_what_is_given_goes_before_the_preset() -> None:
+    config = fastdllm.DecodeConfig(preset="paper", cache="dual", threshold=0.8)
+    assert (config.decoder, config.cache, config.options) == ("threshold", "dual", {"threshold": 0.8})
+    for preset in PRESETS:
+        config = fastdllm.DecodeConfig(preset=preset, decoder="factor", cache="vicinity")
+        assert (config.decoder, config.cache, config.options) == ("factor", "vicinity", {})
+
+
+def test_a_preset_replaces_the_decoder_and_the_cache_of_a_config() -> None:
+    config = fastdllm.DecodeConfig(factor=1.5, cache="vicinity", before=3, gen_length=64)
+    exact = config.replace(preset="exact")
+    assert exact == fastdllm.DecodeConfig(preset="exact", gen_length=64)
+    assert exact.replace(gen_length=32).decoder == "draft_verify"
+
+
+def test_an_unknown_preset_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=f"preset='quick'.*{', '.join(PRESETS)}"):
+        fastdllm.DecodeConfig(preset="quick")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exact_gives_the_tokens_of_one_token_per_step(family: str) -> None:
+    for seed in range(2):
+        model, given = random_model(family, seed), prompts(5, 12)
+        options = {"gen_length": 16, "block_length": 8}
+        exact = fastdllm.generate(model, given, preset="exact", **options)
+        one = fastdllm.generate(model, given, decoder="quota", **options)
+        assert [s.tolist() for s in exact.sequences] == [s.tolist() for s in one.sequences]

@@ -27,7 +27,6 @@ def spec(config: Mapping[str, Any], ids: Mapping[str, int]) -> ModelSpec:
             "block_length": size,
             "strict": True,
             "schedule": "even",
-            "sampler": "categorical",
         },
     )
 

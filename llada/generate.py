@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three functions of Fast-dLLM's `llada/generate.py`, over the core.
+
+Greedy tokens equal the published functions' for equal arguments, with the same forwards or fewer. What differs: prompts may
+come in batches and hold the mask id, lengths and steps need not divide, the mask is never predicted, and every cache takes
+every number of steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastdllm
+
+REMASKING = {"low_confidence": "probability", "random": "random"}
+PUBLISHED_MASK = 126336  # the default below: "the model's own", also for a checkpoint that numbers it otherwise
+
+
+def _generate(cache: str, model: fastdllm.Model, prompt: Tensor, options: dict[str, Any]) -> tuple[Tensor, int]:
+    steps, gen_length, threshold, factor = (options[k] for k in ("steps", "gen_length", "threshold", "factor"))
+    if options["remasking"] not in REMASKING:
+        raise ValueError(f"remasking={options['remasking']!r} is unknown; allowed are {', '.join(REMASKING)}")
+    if options["mask_id"] not in (PUBLISHED_MASK, model.spec.mask_id):
+        raise ValueError(f"mask_id={options['mask_id']} is not the model's, {model.spec.mask_id}")
+    if factor is not None:
+        decoder = {"decoder": "factor", "factor": factor, "factor_rule": "published"}
+    elif threshold is not None:
+        decoder = {"decoder": "threshold", "threshold": threshold}
+    else:
+        decoder = {"decoder": "quota", "schedule": "even", "steps": min(steps, gen_length)}
+    out = fastdllm.generate(
+        model,
+        prompt,
+        cache=cache,
+        gen_length=gen_length,
+        block_length=options["block_length"],
+        temperature=options["temperature"],
+        confidence=REMASKING[options["remasking"]],
+        stop_ids=(),
+        **decoder,
+    )
+    return torch.stack(out.sequences).to(model.device), max(out.stats.row_forwards)
+
+
+def generate(
+    model: fastdllm.Model,
+    prompt: Tensor,
+    steps: int = 128,
+    gen_length: int = 128,
+    block_length: int = 128,
+    temperature: float = 0.0,
+    remasking: str = "low_confidence",
+    mask_id: int = PUBLISHED_MASK,
+    threshold: float | None = None,
+    factor: float | None = None,
+) -> tuple[Tensor, int]:
+    """Recompute everything at every step. prompt [B, P] -> (x [B, P + gen_length], forwards of the longest row).
+
+    `steps` splits evenly over the blocks and counts only without `threshold` and `factor`; `factor` goes before `threshold`.
+    `remasking`: "low_confidence" or "random" (without threshold and factor). Raises ValueError for bad arguments.
+    """
+    return _generate("none", model, prompt, {**locals()})
+
+
+def generate_with_prefix_cache(
+    model: fastdllm.Model,
+    prompt: Tensor,
+    steps: int = 128,
+    gen_length: int = 128,
+    block_length: int = 128,
+    temperature: float = 0.0,
+    remasking: str = "low_confidence",
+    mask_id: int = PUBLISHED_MASK,
+    threshold: float | None = None,
+    factor: float | None = None,
+) -> tuple[Tensor, int]:
+    """`generate` that recomputes from the block on and refreshes the rest when a block opens."""
+    return _generate("prefix", model, prompt, {**locals()})
+
+
+def generate_with_dual_cache(
+    model: fastdllm.Model,
+    prompt: Tensor,
+    steps: int = 128,
+    gen_length: int = 128,
+    block_length: int = 128,
+    temperature: float = 0.0,
+    remasking: str = "low_confidence",
+    mask_id: int = PUBLISHED_MASK,
+    threshold: float | None = None,
+    factor: float | None = None,
+) -> tuple[Tensor, int]:
+    """`generate` that recomputes the block alone and refreshes the rest when a block opens."""
+    return _generate("dual", model, prompt, {**locals()})

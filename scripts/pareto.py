@@ -11,13 +11,14 @@ writes the table (CSV, JSON) and the plot of the frontier.
 
 Which of two decoders looks better changes with the prompt, hence two templates: "chat" (the checkpoint's own) and "plain"
 (Question: ... Answer:). An interval is a paired bootstrap over problems; `p` is McNemar's exact test on the problems that
-only one of the two solves.
+only one of the two solves; `same` the share of answers that are the same tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import math
 import platform
@@ -114,6 +115,7 @@ def run(args: argparse.Namespace, path: Path) -> None:
                         "positions": out.stats.row_positions[row],
                         "tokens": out.stats.row_tokens[row],
                         "seconds": seconds,
+                        "answer": hashlib.sha1(out.sequences[row].numpy().tobytes()).hexdigest()[:12],
                     }
                     file.write(json.dumps(line) + "\n")
                 file.flush()
@@ -158,6 +160,7 @@ def summarise(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "low": low,
                 "high": high,
                 "p": mcnemar(int((difference < 0).sum()), int((difference > 0).sum())),
+                "same": np.mean([answers[i]["answer"] == reference[i]["answer"] for i in keys]),
                 "forwards": column["forwards"].mean(),
                 "positions": column["positions"].mean(),
                 "tokens_per_forward": column["tokens"].sum() / column["forwards"].sum(),
@@ -217,12 +220,12 @@ def report(args: argparse.Namespace, path: Path) -> None:
             writer.writeheader()
             writer.writerows({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
         plot(rows, stem.with_suffix(".png"), f"{args.model}, {args.template} prompt, {rows[0]['problems']} problems")
-    print("| setting | accuracy | difference (95 %) | p | forwards | positions | tokens/forward | tokens/s |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| setting | accuracy | difference (95 %) | p | same | forwards | positions | tokens/forward | tokens/s |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for r in rows:
         print(
             f"| {r['setting']} | {100 * r['accuracy']:.1f} | {100 * r['difference']:+.1f} "
-            f"({100 * r['low']:+.1f}, {100 * r['high']:+.1f}) | {r['p']:.2f} | {r['forwards']:.1f} | {r['positions']:.0f} "
+            f"({100 * r['low']:+.1f}, {100 * r['high']:+.1f}) | {r['p']:.2f} | {100 * r['same']:.0f} | {r['forwards']:.1f} | {r['positions']:.0f} "
             f"| {r['tokens_per_forward']:.2f} | {r['tokens_per_second']:.0f} |"
         )
 

@@ -6,5 +6,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 accelerate launch eval_llada.py --tasks "${TASK:-mmlu}" --num_fewshot 5 --model llada_dist \
-    --model_args "model_path=${MODEL:-GSAI-ML/LLaDA-8B-Base},mc_num=1" \
+    --model_args "model_path=${MODEL:-GSAI-ML/LLaDA-8B-Base},mc_num=1,is_check_greedy=False" \
     --output_path results/mmlu --batch_size 8 "$@"

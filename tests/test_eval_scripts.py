@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from fastdllm.config import DecodeConfig
+from fastdllm.published import decode_options, rename, split
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [f"{package}/eval_{task}.sh" for package in ("llada", "dream") for task in ("gsm8k", "humaneval", "mmlu", "gpqa")]
@@ -75,6 +79,38 @@ def test_the_five_published_settings(package: str, run) -> None:
     assert [one.get("use_cache", "no").lower() for one in options] == ["no", "true", "no", "true", "true"]
     assert [one.get("dual_cache", "no").lower() for one in options] == ["no", "no", "no", "no", "true"]
     assert len({value(call, "--output_path") for _, call in calls}) == 5
+
+
+SETTINGS = [
+    ("baseline", "none", "quota"),
+    ("prefix", "prefix", "quota"),
+    ("parallel", "none", "threshold"),
+    ("prefix_parallel", "prefix", "threshold"),
+    ("dual_parallel", "dual", "threshold"),
+    ("factor", "none", "factor"),
+    ("dual_factor", "dual", "factor"),
+]
+OFFERED = [("llada", *setting) for setting in SETTINGS] + [("dream", *setting) for setting in SETTINGS[:5]]
+
+
+@pytest.mark.parametrize(("package", "setting", "cache", "decoder"), OFFERED)
+def test_settings_mean_what_they_are_called(package: str, setting: str, cache: str, decoder: str, run) -> None:
+    _, calls = run(f"{package}/eval_gsm8k.sh", SETTINGS=setting, BLOCK_LENGTH="16")
+    given = dict(pair.split("=", 1) for pair in value(calls[0][1], "--model_args").split(","))
+    _, given = split(rename(given))
+    config = DecodeConfig(**decode_options(given, {"decoder": "quota", "cache": "none"}))
+    assert (config.cache, config.decoder, config.block_length) == (cache, decoder, 16)
+
+
+@pytest.mark.parametrize("package", ["llada", "dream"])
+def test_eval_md_names_options_that_exist(package: str) -> None:
+    table = (ROOT / package / "eval.md").read_text().partition("| published | here |")[2].partition("\n\n")[0]
+    cells = [cell for line in table.splitlines()[1:] for cell in line.split("|")[1:3]]
+    options = [option for cell in cells for quoted in re.findall("`([^`]+)`", cell) for option in quoted.split(",")]
+    assert len(options) > 15
+    for option in options:
+        name, _, given = option.partition("=")
+        split(rename({"pretrained": "1", name: given or "1"}))
 
 
 def test_settings_can_be_chosen_and_a_wrong_one_stops_before_any_run(run) -> None:

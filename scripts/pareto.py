@@ -5,7 +5,7 @@
     python -m scripts.pareto run --model tiny-llada --split test --settings quota+dual threshold=0.9+dual frechet=0.25+lazy
     python -m scripts.pareto report --model tiny-llada --split test --summary docs/frontier
 
-A setting reads decoder[=value][:option=value...]+cache[:option=value...]. `run` appends a line per problem to
+A setting reads decoder[=value][:option=value...]+cache[:option=value...], with any option of DecodeConfig. `run` appends a line per problem to
 results/pareto/MODEL-TEMPLATE-SPLIT.jsonl and leaves out what is there already, so it may be stopped at any time. `report`
 writes the table (CSV, JSON) and the plot of the frontier.
 
@@ -101,9 +101,8 @@ def run(args: argparse.Namespace, path: Path) -> None:
                     model,
                     [prompt(todo[i]["question"], args.template) for i in chunk],
                     gen_length=args.gen_length,
-                    block_length=args.block_length,
                     batch_size=args.batch_size,
-                    **parse(setting),
+                    **{"block_length": args.block_length, **parse(setting)},
                 )
                 seconds = (time.perf_counter() - began) / len(chunk)
                 for row, i in enumerate(chunk):
@@ -225,8 +224,8 @@ def report(args: argparse.Namespace, path: Path) -> None:
     for r in rows:
         print(
             f"| {r['setting']} | {100 * r['accuracy']:.1f} | {100 * r['difference']:+.1f} "
-            f"({100 * r['low']:+.1f}, {100 * r['high']:+.1f}) | {r['p']:.2f} | {100 * r['same']:.0f} | {r['forwards']:.1f} | {r['positions']:.0f} "
-            f"| {r['tokens_per_forward']:.2f} | {r['tokens_per_second']:.0f} |"
+            f"({100 * r['low']:+.1f}, {100 * r['high']:+.1f}) | {r['p']:.2f} | {100 * r['same']:.0f} "
+            f"| {r['forwards']:.1f} | {r['positions']:.0f} | {r['tokens_per_forward']:.2f} | {r['tokens_per_second']:.0f} |"
         )
 
 

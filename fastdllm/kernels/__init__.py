@@ -14,6 +14,7 @@ import os
 from functools import cache
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from fastdllm.kernels.accept import reference as _accept
@@ -54,7 +55,9 @@ def _triton(op: str) -> ModuleType:
 
 
 def _pick(reference: ModuleType, x: Tensor) -> ModuleType:
-    """The module that implements an op for `x`: the reference's own, or its Triton twin."""
+    """The module that implements an op for `x`: the reference's own, or its Triton twin, which has no gradient."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return reference
     if _CHOICE == "triton" or (_CHOICE == "auto" and x.is_cuda and _has_triton()):
         return _triton(reference.__name__.split(".")[-2])
     return reference
@@ -153,11 +156,10 @@ def quantize_weight(w: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return _linear.quantize_weight(w, kind)
 
 
-def linear(x: Tensor, wq: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., C] times the transpose of a quantised weight (`quantize_weight`), plus bias [N]; returns [...,
-    N].
+def linear(x: Tensor, wq: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """x [..., C] times the transpose of wq [N, C], plus bias [N]; returns [..., N].
 
-    Products accumulate in fp32. x keeps its dtype, except in passes of `WIDE_ROWS` rows and more with fp8
-    weights, where it too is quantised, with one scale per token.
+    With `scale` [N] the weight is a quantised one (`quantize_weight`): products accumulate in fp32 and are scaled by output
+    channel. fp8 weights meet fp8 activations, quantised here with one scale per token; int8 weights meet x as it is.
     """
     return _pick(_linear, x).linear(x, wq, scale, bias)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdllm.kernels.accept.reference import RULES
+from fastdllm.kernels.overlap import LAUNCH, begin
 
 
 @triton.jit
@@ -29,6 +30,7 @@ def _accept_kernel(ids, top, conf, masked, value, out, Q, RULE: tl.constexpr, BL
     i_r = tl.program_id(0).to(tl.int64)
     o_q = tl.arange(0, BLOCK_Q)
     p_q = i_r * Q + o_q
+    begin()
     b_masked = tl.load(masked + p_q, mask=o_q < Q, other=0) != 0
     b_conf = tl.load(conf + p_q, mask=o_q < Q, other=0.0)
     b_key = _sort_key(b_conf, b_masked)
@@ -81,5 +83,6 @@ def accept(ids: Tensor, top: Tensor, conf: Tensor, masked: Tensor, rule: str, va
         BLOCK_Q=triton.next_power_of_2(Q),
         BLOCK_J=32,
         num_warps=4,
+        **LAUNCH,
     )
     return out

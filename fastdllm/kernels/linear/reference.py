@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantised linear layers in plain torch: weights have one scale per output channel, wide fp8 activations one per token."""
+"""Linear layers in plain torch; 8-bit weights have one scale per output channel, fp8 activations one per token."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
-# From this many rows on a product is bound by arithmetic, and fp8 activations pay; below, by reading the weight.
-WIDE_ROWS = 128
 KINDS = {"fp8": (FP8, FP8_MAX), "int8": (torch.int8, 127.0)}
 
 
@@ -22,10 +21,11 @@ def quantize_weight(w: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return (scaled if dtype.is_floating_point else scaled.round()).to(dtype), scale
 
 
-def linear(x: Tensor, wq: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, wq: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """See `fastdllm.kernels.linear`."""
-    rows = x.numel() // x.shape[-1]
-    if wq.dtype == FP8 and rows >= WIDE_ROWS:
+    if scale is None:
+        return F.linear(x, wq, bias)
+    if wq.dtype == FP8:
         scaled, token_scale = _scaled(x, FP8_MAX)
         y = scaled.to(FP8).float() @ wq.float().T * token_scale.unsqueeze(-1) * scale
     else:

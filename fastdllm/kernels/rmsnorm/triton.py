@@ -8,12 +8,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdllm.kernels.overlap import LAUNCH, begin
+
 
 @triton.jit
 def _rmsnorm_kernel(x, residual, weight, y, h, eps, C, ADD: tl.constexpr, BLOCK: tl.constexpr):
     i_n = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, BLOCK)
     m_c = o_c < C
+    begin()
     b_x = tl.load(x + i_n * C + o_c, mask=m_c, other=0.0).to(tl.float32)
     if ADD:
         b_x += tl.load(residual + i_n * C + o_c, mask=m_c, other=0.0).to(tl.float32)
@@ -44,5 +47,6 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = Non
         ADD=residual is not None,
         BLOCK=block,
         num_warps=warps,
+        **LAUNCH,
     )
     return y, h

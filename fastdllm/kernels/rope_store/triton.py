@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdllm.kernels.overlap import LAUNCH, begin
+
 # Heads of one position per program: 32 positions of LLaDA's 96 heads make 384 programs, about three a multiprocessor.
 BLOCK_H = 8
 
@@ -47,6 +49,7 @@ def _rope_store_kernel(
     m_d = o_d < HALF
     m_hd = (o_h < H + 2 * K)[:, None] & m_d[None, :]
 
+    begin()
     p_x = qkv + (i_n * (H + 2 * K) + o_h[:, None]) * D + o_d[None, :]
     b_low = tl.load(p_x, mask=m_hd, other=0.0)
     b_high = tl.load(p_x + HALF, mask=m_hd, other=0.0)
@@ -111,5 +114,6 @@ def rope_store(
         BLOCK_H=BLOCK_H,
         BLOCK_D=triton.next_power_of_2(D // 2),
         num_warps=4,
+        **LAUNCH,
     )
     return q

@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lm-eval adapter on the shipped tiny-llada: what it asks the model, what it answers, and what it keeps."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastdllm
+from fastdllm import answers
+from fastdllm.tasks import TASKS_DIR
+
+lm_eval = pytest.importorskip("lm_eval")
+from lm_eval.api.instance import Instance  # noqa: E402 - only after the import above did not skip
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+from fastdllm.harness import DiffusionLM, cut, read_batch_size, register  # noqa: E402
+
+QUESTIONS = [
+    json.loads(line)["question"] for line in (TASKS_DIR / "gsm_symbolic" / "test.jsonl").read_text().splitlines()[:5]
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded_once() -> Any:
+    """Every adapter of this file shares one tiny-llada."""
+    model, load = fastdllm.load("tiny-llada", "cpu"), fastdllm.load
+    patch = pytest.MonkeyPatch()
+    patch.setattr(fastdllm, "load", lambda name, *rest: model if name == "tiny-llada" else load(name, *rest))
+    yield
+    patch.undo()
+
+
+def adapter(batch_size: int | str = 2, device: str = "cpu", **options: Any) -> DiffusionLM:
+    return DiffusionLM(pretrained="tiny-llada", batch_size=batch_size, device=device, **options)
+
+
+def generations(*asked: tuple[str, dict[str, Any]]) -> list[Instance]:
+    return [Instance("generate_until", {}, args, i, ("task", i, 1)) for i, args in enumerate(asked)]
+
+
+def chat(model: DiffusionLM, question: str) -> str:
+    return model.apply_chat_template([{"role": "user", "content": question}])
+
+
+# --- generation --------------------------------------------------------------------------------------------------------
+
+
+def test_answers_come_in_the_order_of_the_requests_and_alike_in_every_batch() -> None:
+    model = adapter(1, gen_length=64, block_length=16)
+    asked = [(chat(model, question), {"until": []}) for question in QUESTIONS]
+    one = [model.generate_until(generations(ask), disable_tqdm=True)[0] for ask in asked]
+    assert len(set(one)) == len(one)
+    for size in (3, "auto"):
+        batched = adapter(size, gen_length=64, block_length=16)
+        assert batched.generate_until(generations(*asked[::-1]), disable_tqdm=True) == one[::-1]
+
+
+def test_a_sampled_answer_depends_on_its_request_alone() -> None:
+    asked = [(chat(adapter(), question), {"do_sample": True, "temperature": 1.5}) for question in QUESTIONS[:3]]
+    run = adapter(gen_length=32)
+    together = run.generate_until(generations(*asked, asked[0]), disable_tqdm=True)
+    assert adapter(gen_length=32).generate_until(generations(asked[1]), disable_tqdm=True) == together[1:2]
+    assert together[0] != together[3], "the same request again is another draw"
+    assert adapter(gen_length=32, seed=1).generate_until(generations(*asked), disable_tqdm=True) != together[:3]
+
+
+@pytest.mark.parametrize("until", ["####", ["####"], ["", "nowhere", "####"], ("####",)])
+def test_stop_strings_cut_the_text(until: Any) -> None:
+    model = adapter(gen_length=96)
+    prompt = chat(model, QUESTIONS[0])
+    whole, stopped = model.generate_until(
+        generations((prompt, {}), (prompt, {"until": list(until) if isinstance(until, tuple) else until})), disable_tqdm=True
+    )
+    assert "####" in whole
+    assert stopped == whole[: whole.index("####")]
+
+
+@pytest.mark.parametrize("until", [[], "", None, [""]])
+def test_without_a_stop_string_the_text_is_whole(until: Any) -> None:
+    model = adapter(gen_length=32)
+    prompt = chat(model, QUESTIONS[0])
+    assert len(set(model.generate_until(generations((prompt, {}), (prompt, {"until": until})), disable_tqdm=True))) == 1
+
+
+def test_stop_strings_may_be_escaped() -> None:
+    plain, escaped = adapter(gen_length=96), adapter(gen_length=96, escape_until=True)
+    request = (chat(plain, QUESTIONS[0]), {"until": ["\\n"]})
+    whole, line = (model.generate_until(generations(request), disable_tqdm=True)[0] for model in (plain, escaped))
+    assert "\n" in whole and line == whole.split("\n")[0]
+
+
+def test_cut_takes_the_first_of_all_stops() -> None:
+    assert cut("one two three", ("three", "two", "")) == "one "
+    assert cut("one", ()) == cut("one", ("two",)) == "one"
+
+
+def lengths(model: DiffusionLM, **kwargs: Any) -> int:
+    return model._configure(kwargs).gen_length
+
+
+def test_who_decides_the_length_of_an_answer() -> None:
+    open_, fixed = adapter(), adapter(max_new_tokens=24)
+    assert lengths(open_) == lengths(open_, until=["x"]) == 256
+    assert lengths(open_, max_gen_toks=40) == 40
+    assert lengths(open_, max_new_tokens=48.0) == 48
+    assert lengths(fixed) == lengths(fixed, max_gen_toks=40) == 24
+    assert lengths(open_, max_gen_toks=40, do_sample=False, temperature=0.5) == 40
+
+
+def test_generation_kwargs_are_honoured_and_model_args_win() -> None:
+    config = adapter(threshold=0.8)._configure({"temperature": 0.5, "top_p": 0.9, "do_sample": True, "threshold": 0.6})
+    assert (config.temperature, config.top_p, config.options["threshold"]) == (0.5, 0.9, 0.8)
+    assert adapter()._configure({"temperature": 0.5, "do_sample": False}).temperature == 0
+    with pytest.raises(ValueError, match="unknown option temprature"):
+        adapter()._configure({"temprature": 1})
+    with pytest.raises(ValueError, match="num_beams"):
+        adapter()._configure({"num_beams": 4})
+    assert adapter()._configure({"num_beams": 1, "do_sample": False})
+
+
+def test_a_long_prompt_loses_its_beginning(caplog: pytest.LogCaptureFixture) -> None:
+    model, told = adapter(gen_length=16), []
+    model.cache_hook.add_partial = lambda *args: told.append(args)
+    logging.getLogger("lm_eval").propagate = True
+    with caplog.at_level(logging.WARNING):
+        text = "far away " * 400 + chat(model, QUESTIONS[0])
+        model.generate_until(generations((text, {})), disable_tqdm=True)
+    assert "is cut on the left to 496: gen_length=16 tokens follow" in caplog.text
+    assert [kind for kind, *_ in told] == ["generate_until"]
+    with pytest.raises(ValueError, match="gen_length=512 tokens leave no room for a prompt in the model's context of 512"):
+        adapter(gen_length=512).generate_until(generations(("hello", {})), disable_tqdm=True)
+
+
+def test_the_template_is_the_models_and_applied_by_lm_eval_alone() -> None:
+    model = adapter(gen_length=16)
+    history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "The answer"}]
+    text = model.apply_chat_template(history, add_generation_prompt=False)
+    assert text.endswith("The answer"), "an opened answer stays open"
+    assert model.tok_encode(model.prompt_of(generations((text, {}))[0])) == model.tok_encode(text)
+    assert model.chat_template(True) == model.tokenizer.chat_template
+    assert model.tokenizer_name == "tiny-llada"
+
+
+# --- log-likelihood ----------------------------------------------------------------------------------------------------
+
+
+def test_log_likelihoods_come_in_order_and_alike_in_every_batch() -> None:
+    pairs = [("Question: 2 + 2?\nAnswer:", " 4"), ("One", " two three four"), ("", "alone"), ("a b", " c")] * 2
+    asked = [Instance("loglikelihood", {}, pair, i, ("task", i, 1)) for i, pair in enumerate(pairs)]
+    runs = [adapter(size, mc_num=5).loglikelihood(asked, disable_tqdm=True) for size in (1, 3, 64)]
+    assert runs[0][:4] == runs[0][4:]
+    for run in runs:
+        assert [value for value, _ in run] == pytest.approx([value for value, _ in runs[0]], abs=1e-3)
+        assert all(isinstance(greedy, bool) for _, greedy in run)
+
+
+def test_rolling_scores_every_token_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, windows = adapter(mc_num=1), []
+    monkeypatch.setattr(
+        model, "_loglikelihood_tokens", lambda asked, *rest: [windows.append(w) or (float(len(w[2])), False) for w in asked]
+    )
+    texts = ["far away " * 400, "short", "one more"]
+    asked = [Instance("loglikelihood_rolling", {}, (text,), i, ("task", i, 1)) for i, text in enumerate(texts)]
+    ids = [model.tok_encode(text) for text in texts]
+    assert model.loglikelihood_rolling(asked, disable_tqdm=True) == [float(len(one)) for one in ids]
+    assert len(windows) > 3 and [t for _, _, target in windows for t in target] == [t for one in ids for t in one]
+    assert all(context and len(context) + len(target) <= model.max_length for _, context, target in windows)
+
+
+def test_rolling_is_the_sum_of_its_windows() -> None:
+    model, text = adapter(mc_num=3), "Ann has 3 apples."
+    asked = [Instance("loglikelihood_rolling", {}, (text,), 0, ("task", 0, 1))]
+    value = model._loglikelihood_tokens([(None, [model.prefix_token_id], model.tok_encode(text))], True)[0][0]
+    assert model.loglikelihood_rolling(asked, disable_tqdm=True) == [pytest.approx(value)]
+
+
+# --- answers on disk ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many answers each call of `decode` was asked for."""
+    calls: list[int] = []
+
+    def counted(model: Any, requests: list, **plan: Any) -> Any:
+        calls.append(len(requests))
+        return decode(model, requests, **plan)
+
+    decode = answers.decode
+    monkeypatch.setattr(answers, "decode", counted)
+    return calls
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, decoded: list[int], monkeypatch: Any) -> None:
+    options = {"gen_length": 32, "save_dir": str(tmp_path), "batch_size": 1}
+    asked = [(chat(adapter(), question), {"until": ["####"]}) for question in QUESTIONS[:4]]
+    expected = adapter(1, gen_length=32).generate_until(generations(*asked), disable_tqdm=True)
+    add = answers.AnswerStore.add
+    with monkeypatch.context() as patch:
+
+        def interrupted(self: answers.AnswerStore, *entry: Any) -> None:
+            if len(self._known) == 2:
+                raise KeyboardInterrupt
+            add(self, *entry)
+
+        patch.setattr(answers.AnswerStore, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            adapter(**options).generate_until(generations(*asked), disable_tqdm=True)
+    (file,) = tmp_path.glob("*.jsonl")
+    with file.open("a") as lines:
+        lines.write('{"key": "abc", "ids": [1, 2')  # the process died while it wrote
+    decoded.clear()
+    again = adapter(**options)
+    assert again.generate_until(generations(*asked), disable_tqdm=True) == expected
+    assert decoded == [2] and again.reused == 2
+    # The torn line is ignored and did not spoil the one after it.
+    last = adapter(**options)
+    assert last._answers.torn == 1
+    assert last.generate_until(generations(*asked), disable_tqdm=True) == expected
+    assert decoded == [2] and last.get_model_info()["speed"]["reused_answers"] == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "fresh"),
+    [
+        ({}, 0),
+        ({"batch_size": 2}, 0),
+        ({"threshold": 0.5}, 1),
+        ({"gen_length": 24}, 1),
+        ({"cache": "none"}, 1),
+        ({"seed": 7}, 1),
+    ],
+)
+def test_an_answer_is_used_again_only_for_equal_settings(
+    change: dict, fresh: int, tmp_path: Path, decoded: list[int]
+) -> None:
+    options = {"gen_length": 16, "save_dir": str(tmp_path)}
+    request = (chat(adapter(), QUESTIONS[0]), {})
+    adapter(**options).generate_until(generations(request), disable_tqdm=True)
+    decoded.clear()
+    adapter(**{**options, **change}).generate_until(generations(request), disable_tqdm=True)
+    assert len(decoded) == fresh
+    changed = (chat(adapter(), QUESTIONS[1]), {})
+    adapter(**options).generate_until(generations(changed), disable_tqdm=True)
+    assert len(decoded) == fresh + 1, "another prompt is another answer"
+
+
+def test_other_weights_are_another_model(tmp_path: Path) -> None:
+    model = fastdllm.load("tiny-llada")
+    before = answers.fingerprint(model)
+    assert answers.fingerprint(model) == before
+    model.network.norm.data[0] += 1
+    assert answers.fingerprint(model) != before
+    model.network.norm.data[0] -= 1
+
+
+# --- construction ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "largest", "size"), [("8", None, 8), (4, None, 4), (None, None, 1), ("auto", None, 8), ("auto:4", 64, 64)]
+)
+def test_batch_sizes(value: Any, largest: int | None, size: int) -> None:
+    assert read_batch_size(value, largest) == size
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": "many"}, "batch_size='many' must be of type int"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"device": "quantum"}, "device='quantum' is unknown; allowed are cpu, cuda"),
+        ({"pretrained": None}, r"pretrained \(or model_path\) is missing"),
+        ({"pretrained": None, "model_path": "nowhere"}, "'nowhere' is neither a folder nor a shipped name"),
+        ({"gen_lenght": 8}, "did you mean 'gen_length'"),
+        ({"steps": 300, "gen_length": 64, "decoder": "quota"}, "steps=300 must be at most gen_length=64"),
+        ({"cache": "sub_block"}, "cache='sub_block' does not fit the family 'llada'; allowed are"),
+        ({"reuse_k": 2, "layer_subset": "middle"}, "reuse_k=2 needs cache='block'"),
+        ({"dtype": "float8"}, "dtype='float8' is unknown"),
+    ],
+)
+def test_bad_construction_says_what_is_wrong(options: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastdllm.models import load
+
+    monkeypatch.setattr(fastdllm, "load", load)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        DiffusionLM(**{"pretrained": "tiny-llada", "device": "cpu", **options})
+
+
+def test_without_a_gpu_the_default_device_is_the_cpu(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    logging.getLogger("lm_eval").propagate = True
+    with caplog.at_level(logging.WARNING):
+        assert adapter(device="cuda:0").device.type == "cpu"
+    assert "no CUDA device: running on the CPU" in caplog.text
+    with pytest.raises(ValueError, match="device='cuda:3': torch sees no CUDA device"):
+        adapter(device="cuda:3")
+
+
+def test_registering_keeps_lm_evals_models_and_the_first_class() -> None:
+    from lm_eval.api.registry import get_model
+
+    register("fastdllm_test", DiffusionLM)
+    register("fastdllm_test", type("Other", (DiffusionLM,), {}))
+    assert get_model("fastdllm_test") is DiffusionLM
+    assert get_model("dummy")
+
+
+# --- whole evaluations -------------------------------------------------------------------------------------------------
+
+
+def evaluate(model: DiffusionLM, task: str, **options: Any) -> dict[str, Any]:
+    tasks = TaskManager(include_path=str(TASKS_DIR), include_defaults=False)
+    options = {"bootstrap_iters": 0, "log_samples": True, **options}
+    return lm_eval.simple_evaluate(model, tasks=[task], task_manager=tasks, **options)
+
+
+def test_generation_task_from_end_to_end(capfd: pytest.CaptureFixture) -> None:
+    model = adapter(4, gen_length=96, show_speed=True)
+    results = evaluate(model, "gsm_symbolic", limit=6, num_fewshot=0, apply_chat_template=True)
+    scores = results["results"]["gsm_symbolic"]
+    samples = [s for s in results["samples"]["gsm_symbolic"] if s["filter"] == "strict-match"]
+    assert scores["exact_match,strict-match"] == sum(s["exact_match"] for s in samples) / 6 > 0
+    for sample in samples:
+        prompt = sample["arguments"][0][0]
+        assert prompt.count("<|user|>") == prompt.count("<|assistant|>") == 1
+    info = results["config"]
+    json.dumps(info["speed"])
+    assert info["speed"]["samples"] == 6 and 0 < info["speed"]["nfe"] < 96
+    assert info["speed"]["tokens_per_forward"] == pytest.approx(info["speed"]["tokens"] / (6 * info["speed"]["nfe"]))
+    assert info["settings"]["gen_length"] == 96 and info["model_device"] == "cpu"
+    assert set(info["versions"]) >= {"fastdllm", "torch", "lm_eval"}
+    assert samples[0]["resps"][0][0] not in capfd.readouterr().out, "answers are not printed"
+
+
+def test_multiple_choice_task_from_end_to_end() -> None:
+    results = evaluate(adapter(8, mc_num=2, is_check_greedy=False), "gsm_symbolic_mc", limit=3, num_fewshot=0)
+    assert 0 <= results["results"]["gsm_symbolic_mc"]["acc,none"] <= 1
+    assert len(results["samples"]["gsm_symbolic_mc"]) == 3

@@ -33,6 +33,15 @@ CASES = [
     ("llada", {"cache": "dual"}),
     ("llada", {"cache": "dual", "factor": 1.0}),
     ("llada", {"cache": "dual", "decoder": "quota", "temperature": 0.7}),
+    ("llada", {"decoder": "frechet"}),
+    ("llada", {"decoder": "entropy_bound", "cache": "lazy"}),
+    ("llada", {"decoder": "hierarchical", "cache": "suffix_window", "suffix": 4}),
+    ("llada", {"decoder": "local_leap", "cache": "vicinity"}),
+    ("llada", {"decoder": "credit"}),
+    ("llada", {"decoder": "draft_verify"}),
+    ("llada", {"decoder": "lopa", "cache": "none"}),
+    ("dream", {"decoder": "draft_verify", "first_token": "rule"}),
+    ("v2", {"decoder": "draft_verify", "depth": 3}),
     ("dream", {"cache": "prefix"}),
     ("dream", {"cache": "dual", "decoder": "quota", "confidence": "entropy"}),
     ("v2", {"cache": "block"}),
@@ -62,7 +71,7 @@ def prompts(*lengths: int) -> list[torch.Tensor]:
 def test_captured_equals_eager(family: str, options: dict[str, Any]) -> None:
     model = tiny(family)
     options = {"gen_length": 40, "block_length": 16, "threshold": 0.6, **options}
-    if "factor" in options or options.get("decoder") == "quota":
+    if "factor" in options or "decoder" in options:
         options.pop("threshold")
     for batch in (prompts(7), prompts(19, 3, 33), prompts(5, 40, 16, 31, 1)):
         eager = fastdllm.generate(model, batch, runner="eager", **options)

@@ -19,6 +19,26 @@ Fast inference and evaluation of diffusion language models (LLaDA, Dream, Fast-d
 fastdllm COMMAND --help explains a command. Start with:  fastdllm chat
 """
 
+EVAL_USAGE = """usage: fastdllm eval --tasks TASK[,TASK...] --model_args pretrained=MODEL[,OPTION=VALUE...] [OPTIONS]
+
+Run lm-eval tasks with a diffusion language model: accuracy, forwards per sample, tokens per forward and per second.
+
+  --tasks        names of lm-eval, or gsm_symbolic, which ships with fastdllm and needs no network
+  --model_args   pretrained=MODEL (a shipped name, a folder or a hub id) and any option of fastdllm.DecodeConfig:
+                 gen_length, block_length, cache, decoder, threshold, factor, steps, temperature, ...
+                 show_speed=True prints the figures at the end
+  --num_fewshot  worked examples in front of each question
+  --limit        only the first N questions of each task
+  --batch_size   questions decoded together
+  --output_path  folder for the results; --log_samples keeps every answer
+
+Examples:
+  fastdllm eval --tasks gsm_symbolic --limit 20 --model_args pretrained=tiny-llada,show_speed=True
+  fastdllm eval --tasks gsm8k --num_fewshot 5 --model_args pretrained=GSAI-ML/LLaDA-8B-Instruct,cache=dual,threshold=0.9
+
+The other options are lm-eval's: fastdllm eval run --help lists them, fastdllm eval ls tasks lists the tasks.
+"""
+
 
 def chat(arguments: Sequence[str]) -> int:
     from fastdllm.ui.terminal import main
@@ -33,9 +53,17 @@ def app(arguments: Sequence[str]) -> int:
 
 
 def evaluate(arguments: Sequence[str]) -> int:
-    from fastdllm.harness import main
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(EVAL_USAGE, end="")
+        return 0
+    from fastdllm.harness import DiffusionLM, main, register
 
-    return main(arguments, prog="fastdllm eval")
+    register("fastdllm", DiffusionLM)
+    runs = arguments[0] == "run" or arguments[0].startswith("-")
+    chosen = any(argument.partition("=")[0] in ("--model", "-M", "--config", "-C") for argument in arguments)
+    sys.argv = ["fastdllm eval", *arguments, *(["--model", "fastdllm"] if runs and not chosen else [])]
+    main()
+    return 0
 
 
 def score(arguments: Sequence[str]) -> int:

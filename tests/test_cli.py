@@ -27,13 +27,34 @@ def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture) -> None:
     assert "unknown command 'chart'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["chat", "app", "score"])
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
 def test_each_command_has_a_help_page(name: str, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([name, "--help"])
+    try:
+        code = cli.main([name, "--help"])
+    except SystemExit as stopped:
+        code = stopped.code
     page = capsys.readouterr().out
-    assert stopped.value.code == 0
+    assert code == 0
     assert page.startswith("usage: ") and len(page.splitlines()) > 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--tasks", "gsm8k"], ["--tasks", "gsm8k", "--model", "fastdllm"]),
+        (["run", "--tasks", "gsm8k", "--model=hf"], ["run", "--tasks", "gsm8k", "--model=hf"]),
+        (["ls", "tasks"], ["ls", "tasks"]),
+    ],
+)
+def test_eval_adds_the_model_where_none_is_named(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: list[str]
+) -> None:
+    harness = pytest.importorskip("fastdllm.harness", reason="evaluation needs lm_eval")
+    seen = []
+    monkeypatch.setattr(harness, "main", lambda: seen.append(sys.argv[1:]))
+    monkeypatch.setattr(sys, "argv", ["fastdllm"])
+    assert cli.main(["eval", *arguments]) == 0
+    assert seen == [expected]
 
 
 def test_a_missing_library_is_named_with_the_extra_that_brings_it(

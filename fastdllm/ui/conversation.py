@@ -66,6 +66,8 @@ class Conversation:
         if dropped:
             what = "message" if dropped == 1 else "messages"
             notices.append(f"context full: the oldest {dropped} {what} of this conversation are no longer sent")
+        if self.messages[dropped:] and model.name.startswith("tiny-"):
+            notices.append("this model learnt from single questions: a new conversation for each gives better answers")
         if self.system and not takes_system(model):
             notices.append("this model's chat template has no system role: the system text is put before the first message")
         if model.tokenizer.chat_template is None:

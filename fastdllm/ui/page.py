@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def show_fields(decoder: str) -> list[dict[str, Any]]:
     return [gr.update(visible=shown) for shown in ("threshold" in known, "factor" in known, decoder == "quota")]
 
 
-def common_controls(model: gr.Dropdown) -> list[gr.components.Component]:
+def common_controls(model: gr.Dropdown, slow_motion: float) -> list[gr.components.Component]:
     """The fields of `Common`, in its order."""
     with gr.Row():
         length = gr.Slider(8, 512, 128, step=8, label="New tokens")
@@ -70,7 +71,9 @@ def common_controls(model: gr.Dropdown) -> list[gr.components.Component]:
         words = gr.Textbox(
             "", label="Words at positions", placeholder="5:apples, 12:left", info="position:word; they stand from the start"
         )
-        pace = gr.Slider(0, 1, 0.2, step=0.05, label="Slow motion", info="Seconds of pause a forward, not in the clocks")
+        pace = gr.Slider(
+            0, 1, slow_motion, step=0.05, label="Slow motion (s)", info="Pause after each forward, not in the clocks"
+        )
     return [model, length, block, temperature, seed, words, pace]
 
 
@@ -89,7 +92,7 @@ def on_ask(models: Models, stop: Stop, conversation: Conversation, message: str,
     for frame in handlers.ask(models, stop, conversation, message, common, choice):
         slider = slider_after(frame.trace, frame.running)
         yield (
-            frame.messages,
+            [{**message, "content": escape(message["content"], quote=False)} for message in frame.messages],
             frame.box,
             frame.canvas,
             frame.curve,
@@ -123,8 +126,8 @@ def on_reset() -> tuple:
     return [], "", answer_html(None), "", "", Conversation(), None, slider_after(None, False), *buttons(False)
 
 
-def build(models: Models, default_model: str) -> gr.Blocks:
-    """The page. Nothing is loaded until somebody opens it."""
+def build(models: Models, default_model: str, slow_motion: float = 0.2) -> gr.Blocks:
+    """The page; slow_motion: seconds to wait after each forward. Nothing is loaded until somebody opens it."""
     with gr.Blocks(title="fastdllm", analytics_enabled=False, fill_width=True) as page:
         with gr.Row(equal_height=True):
             with gr.Column(scale=3, min_width=320):
@@ -141,7 +144,7 @@ def build(models: Models, default_model: str) -> gr.Blocks:
             views = [("Forward", "step"), ("Confidence", "confidence")]
             colour = gr.Radio(views, value="step", label="Colour tokens by", elem_id="colour", min_width=200)
         with gr.Accordion("Settings of the answer", open=False):
-            common = common_controls(model)
+            common = common_controls(model, slow_motion)
         colour.change(None, colour, None, js=SET_COLOUR)
         stop = gr.State(Stop())
         with gr.Tab("Chat"):

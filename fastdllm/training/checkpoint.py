@@ -42,13 +42,12 @@ def load_for_training(
     name: str,
     block: int | None = None,
     dtype: torch.dtype = torch.float32,
-    attention: str | None = None,
+    attention: str = "sdpa",
 ) -> tuple[Fast_dLLM_QwenForCausalLM, PreTrainedTokenizerFast]:
     """Load a Qwen2 or Fast-dLLM v2 checkpoint: a shipped name, a folder or a hub id.
 
     `|<MASK>|` takes the tokenizer's first free id unless it has one; the embedding grows only when no row is left
-    for it, as Qwen2.5's does not. attention: default is flex attention on a GPU and SDPA elsewhere, because flex
-    attention has no backward on a CPU.
+    for it, as Qwen2.5's does not. attention: "sdpa" or "flex_attention", which has no backward on a CPU.
     """
     folder = find_folder(name)
     config = read_config(folder, block)
@@ -62,7 +61,7 @@ def load_for_training(
         folder,
         config=config,
         dtype=dtype,
-        attn_implementation=attention or ("flex_attention" if torch.cuda.is_available() else "sdpa"),
+        attn_implementation=attention,
     )
     if config.mask_token_id >= config.vocab_size:
         model.resize_token_embeddings(config.mask_token_id + 1)

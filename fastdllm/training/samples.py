@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from fastdllm.training.objective import IGNORE
@@ -34,15 +35,20 @@ class Sample(NamedTuple):
 def turns(conversation: Conversation, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, bool]]:
     """The conversation's text in pieces, each with whether it is a response.
 
-    Raises BadRecord for a template that rewrites earlier turns: the model would be trained on prompts it never gets.
+    Raises BadRecord for messages the chat template refuses, and for a template that rewrites earlier turns: the model
+    would be trained on prompts it never gets.
     """
 
-    def render(messages: list[dict[str, object]], prompt: bool) -> str:
-        return tokenizer.apply_chat_template(
-            messages, tools=conversation.tools, tokenize=False, add_generation_prompt=prompt
-        )
-
     where, messages, tools = conversation
+
+    def render(messages: list[dict[str, object]], prompt: bool) -> str:
+        try:
+            return tokenizer.apply_chat_template(
+                messages, tools=conversation.tools, tokenize=False, add_generation_prompt=prompt
+            )
+        except TemplateError as error:
+            raise BadRecord(f"{where}: the chat template refuses it: {error}") from error
+
     if tools and "tools" not in tokenizer.chat_template:
         raise BadRecord(f"{where}: has tools, but the chat template knows none")
     pieces, done = [], ""

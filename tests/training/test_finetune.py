@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -194,6 +195,22 @@ def test_bad_options_are_named(argv: list[str], message: str, capsys: pytest.Cap
     with pytest.raises(SystemExit):
         finetune.main([*options(Path("m"), Path("d"), Path("o")), *argv])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("pad_with", "fill", "label"), [("mask", 259, -100), ("end", 2, 2), ("none", None, None)])
+def test_last_block_is_filled_as_asked(qwen2: Path, data: Path, pad_with: str, fill: int | None, label: int | None) -> None:
+    _, tokenizer = load_for_training(str(qwen2))
+    chosen = finetune.DataArguments(str(data), context_length=512, pad_with=pad_with)
+    filled = [row[0] for row in finetune.load_samples(str(data), tokenizer, chosen, 32, quiet=True)]
+    chosen.pad_with = "none"
+    plain = [row[0] for row in finetune.load_samples(str(data), tokenizer, chosen, 32, quiet=True)]
+    assert any(len(sample.ids) % 32 for sample in plain)
+    for one, other in zip(filled, plain, strict=True):
+        size = len(other.ids)
+        assert np.array_equal(one.ids[:size], other.ids)
+        assert len(one.ids) == (size if fill is None else -(-size // 32) * 32)
+        assert (one.ids[size:] == fill).all()
+        assert (one.labels[size:] == label).all()
 
 
 def test_context_must_hold_whole_blocks(qwen2: Path, data: Path, tmp_path: Path) -> None:

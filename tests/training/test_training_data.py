@@ -141,6 +141,12 @@ def test_templates_that_rewrite_the_past_are_refused(
         encode(Conversation("here", TALK), tokenizer)
 
 
+def test_templates_that_refuse_a_conversation(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no system prompts') }}")
+    with pytest.raises(BadRecord, match=r"here: .*no system prompts"):
+        encode(Conversation("here", TALK), tokenizer)
+
+
 def test_tools_need_a_template_that_shows_them(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(BadRecord, match="tools"):
         encode(Conversation("here", TALK, [{"name": "add"}]), tokenizer)

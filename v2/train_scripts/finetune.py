@@ -168,7 +168,13 @@ def main(argv: list[str]) -> None:
     """Load, train, save."""
     options, data, training = parse(argv)
     set_seed(training.seed)
-    model, tokenizer = load_for_training(options.model_name_or_path, options.bd_size, weights_dtype(options, training))
+    flex = training.device.type == "cuda"
+    model, tokenizer = load_for_training(
+        options.model_name_or_path,
+        options.bd_size,
+        weights_dtype(options, training),
+        "flex_attention" if flex else "sdpa",
+    )
     block, mask_id = model.config.bd_size, model.config.mask_token_id
     if data.context_length < 2 or data.context_length % block:
         raise ValueError(f"context_length={data.context_length} must be a positive multiple of bd_size={block}")
@@ -184,8 +190,8 @@ def main(argv: list[str]) -> None:
     training.remove_unused_columns = False
     # transformers 4 would checkpoint reentrantly, which loses the gradients of adapters on a frozen embedding.
     training.gradient_checkpointing_kwargs = training.gradient_checkpointing_kwargs or {"use_reentrant": False}
-    # Flex attention compiles once a shape, so on a GPU every batch has the same one.
-    width = data.context_length if torch.cuda.is_available() and not training.use_cpu else None
+    # Flex attention compiles once a shape, so there every batch has the same one.
+    width = data.context_length if flex else None
     trainer = BlockDiffusionTrainer(
         model=model,
         args=training,

@@ -18,8 +18,7 @@ if [[ ! -e $data ]]; then
 fi
 
 if ((gpus > 0)); then
-    launch=(accelerate launch --num_machines 1 --num_processes "$gpus" --mixed_precision bf16 --dynamo_backend no)
-    if ((gpus > 1)); then launch+=(--multi_gpu); fi
+    launch=(torchrun --standalone --nproc_per_node "$gpus")
     precision=(--bf16 --gradient_checkpointing)
     # 7B parameters with AdamW do not fit one device: shard optimiser and gradients where DeepSpeed is installed.
     if python -c 'import deepspeed' 2>/dev/null; then precision+=(--deepspeed "$here/configs/zero2.json"); fi

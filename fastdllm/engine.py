@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from fastdllm.blocks import Block, Geometry, Pass, Progress
-from fastdllm.store import Canvas, KVStore, Window
+from fastdllm.branches import fan_out, first_of, forward_first
+from fastdllm.store import Canvas, Window
 from fastdllm.view import View
 
 if TYPE_CHECKING:
@@ -192,10 +193,9 @@ def decode(
     `block_length` is Q, the widest block (v2: the sub-block). `grid` is the block size of a block-causal model, 0 for a
     bidirectional one. `lead` positions before a block are recomputed with it: a shifted model then learns the block's first
     token there, at any step, and its opening pass is a step like any other. `stop_ids` end a row as soon as one is committed
-    with no mask before it; () decodes to the end.
-    `cfg_scale` w > 0 guides: logits u + (w + 1)(c - u), with u from a forward whose prompt is masked. `reuse` runs
-    some layers for some positions only. At most `batch_size` requests are on the canvas at once (default: all). Closing the
-    generator stops the computation.
+    with no mask before it; () decodes to the end. `cfg_scale` w > 0 guides: logits u + (w + 1)(c - u), with u from a forward
+    whose prompt is masked. `reuse` runs some layers for some positions only. At most `batch_size` requests are on the canvas
+    at once (default: all). Closing the generator stops the computation.
     """
     spec, device = model.spec, model.device
     plans = [geometry(len(r.prompt), len(r.prompt) + r.length) for r in requests]
@@ -303,7 +303,7 @@ def denoise(
     if branches == lanes:
         hidden = model.network(ids, window, canvas.store, hook)  # [R, W, C]
     else:
-        hidden = forward_first(model, ids, window, canvas.store, lanes)
+        hidden = forward_first(model.network, ids, window, canvas.store, lanes)
 
     # 2. The head, on the block's positions alone: row j of a pass predicts position start + j + shift. A shifted model's
     #    opening pass ends where the block starts or discards the rest (as published): it gives the first token only.
@@ -346,31 +346,6 @@ def denoise(
     status = torch.stack([still.sum(1), stopped.long(), still[:, 0].long()], 1)
     conf = scores.conf.masked_fill(~scored, torch.nan)
     return Outcome(status[::lanes], after[::lanes], conf[::lanes], (masked & ~still)[::lanes])
-
-
-def fan_out(plan: Tensor, lanes: int, rows: int) -> Tensor:
-    """The plan of every branch, [R * lanes, 13]: the row's own, on neighbouring rows of the canvas. A row that pads a graph
-    stands last on the canvas and has no neighbours; its branches all use it."""
-    row = (plan[:, :1] + torch.arange(lanes, device=plan.device)).clamp(max=rows - 1)
-    return torch.cat([row.reshape(-1, 1), first_of(plan[:, 1:], lanes, 1)], 1)
-
-
-def first_of(x: Tensor, lanes: int, every: int | None = None) -> Tensor:
-    """x [R * every, ...] -> [R * lanes, ...]: each row's first branch, repeated for its `lanes` branches (every: default
-    lanes)."""
-    x = x[:: every or lanes]
-    return x[:, None].expand(-1, lanes, *x.shape[1:]).flatten(0, 1)
-
-
-def forward_first(model: Model, ids: Tensor, window: Window, store: KVStore, lanes: int) -> Tensor:
-    """A forward of branches that all hold the same: the first runs, the others get its result and its keys and values."""
-    hide = None if window.hide is None else window.hide[::lanes]
-    row, pos = window.row[::lanes], window.pos[::lanes]
-    hidden = model.network(ids[::lanes], Window(row, pos, window.limit[::lanes], window.keys, window.uniform, hide), store)
-    for branch in range(1, lanes):
-        for kv in (store.k, store.v):
-            kv[:, window.row[branch::lanes, None], :, pos] = kv[:, row[:, None], :, pos]
-    return first_of(hidden, lanes, 1)
 
 
 def place(canvas: Canvas, row: Row, lanes: int, mask_id: int, pad_id: int) -> None:

@@ -118,16 +118,19 @@ def _decoder(model: Model, config: DecodeConfig, geometry: Geometry, size: int, 
     )
     if config.decoder != "quota":
         return rule(**options)
-    blocks = geometry(1, 1 + config.gen_length)
+    blocks = -(-config.gen_length // size)
     steps = config.steps or config.gen_length
-    if steps < len(blocks):
-        raise ValueError(f"steps={steps} must be at least the number of blocks, {len(blocks)}")
+    if steps < blocks:
+        raise ValueError(f"steps={steps} must be at least the number of blocks, {blocks}")
     # A shifted model whose blocks open with a refresh gets the first token from it; Dream's schedule then starts at step 1.
     forced = bool(
-        model.spec.shift and not model.spec.block_causal and config.first_token == "forced" and cache.open(blocks[0])
+        model.spec.shift
+        and not model.spec.block_causal
+        and config.first_token == "forced"
+        and cache.open(geometry(1, 1 + size)[0])
     )
     schedule = SCHEDULES[config.schedule or model.spec.defaults["schedule"]]
-    per_block = steps // len(blocks) if config.steps else size  # a block that is cut short still gets one per token
+    per_block = steps * size // config.gen_length  # by length: a last block that is cut short takes no steps from the others
     counts = torch.full((size + 1, max(size, per_block) + 1), float(size))
     for masks in range(1, size + 1):
         plan = [1, *schedule(masks - 1, per_block, 1)] if forced else schedule(masks, per_block, 0)

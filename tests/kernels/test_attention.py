@@ -10,7 +10,7 @@ from torch import Tensor
 from fastdllm.kernels.attention import reference
 
 # (W, H, K, D, keys): a single query, ragged tiles, GQA 1, 4 and 7, head sizes that are no power of two.
-SHAPES = [(1, 1, 1, 64, 1), (5, 4, 1, 60, 63), (33, 7, 1, 16, 111), (32, 2, 2, 128, 111), (8, 7, 1, 64, 130)]
+SHAPES = [(1, 1, 1, 64, 1), (5, 4, 1, 60, 63), (33, 2, 1, 16, 111), (32, 2, 2, 128, 111), (8, 7, 1, 64, 130)]
 
 
 def inputs(W: int, H: int, K: int, D: int, keys: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:

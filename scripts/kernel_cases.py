@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What bench_kernels.py times: every op at the published models' shapes, its candidates, its floor and its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastdllm import kernels
+from fastdllm.kernels.accept import reference as accept_reference
+from fastdllm.kernels.attention import reference as attention_reference
+from fastdllm.kernels.attention import triton as attention_triton
+from fastdllm.kernels.confidence import reference as confidence_reference
+from fastdllm.kernels.confidence import triton as confidence_triton
+from fastdllm.kernels.linear import triton as linear_triton
+from fastdllm.kernels.rmsnorm import reference as rmsnorm_reference
+from fastdllm.kernels.rope_store import reference as rope_store_reference
+from fastdllm.kernels.silu_mul import reference as silu_mul_reference
+
+DEVICE = torch.device("cuda")
+KEYS = 1256
+L2_BYTES = 150e6
+KINDS = ("bf16", "fp8", "int8")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The shape of one published model."""
+
+    name: str
+    width: int
+    heads: int
+    kv_heads: int
+    inner: int
+    vocab: int
+    head_dim: int = 128
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Fused linear layers as (output, input) channels."""
+        qkv = (self.heads + 2 * self.kv_heads) * self.head_dim
+        return {
+            "qkv": (qkv, self.width),
+            "o": (self.width, self.heads * self.head_dim),
+            "gate_up": (2 * self.inner, self.width),
+            "down": (self.width, self.inner),
+        }
+
+
+LLADA = Model("llada-8b", 4096, 32, 32, 12288, 126464)
+DREAM = Model("dream-7b", 3584, 28, 4, 18944, 152064)
+
+Run = Callable[[int], object]
+
+
+@dataclass
+class Case:
+    """One op at one shape: `runs[name](i)` computes on input set i of `copies`; `want(i)` is the reference's result."""
+
+    op: str
+    shape: str
+    runs: dict[str, Run]
+    want: Run | None
+    nbytes: float
+    flops: float = 0.0
+    copies: int = 1
+    ratio: float = 1e-2
+    results: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def rand(*shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, device=DEVICE, dtype=torch.float32) * scale).bfloat16()
+
+
+def sets(nbytes: float) -> int:
+    return max(1, min(32, int(L2_BYTES // nbytes) + 1))
+
+
+def attention_case(m: Model, R: int, W: int, sweep: bool, causal_block: int = 0) -> Case:
+    """R rows of W queries over KEYS keys; with `causal_block`, a block-causal prefill."""
+    H, K, D = m.heads, m.kv_heads, m.head_dim
+    nbytes = 2 * 2 * R * K * KEYS * D + 2 * 2 * R * W * H * D
+    n = min(4, sets(nbytes)) if R > 1 else sets(nbytes)
+    store = rand(n, 2, R, K, KEYS + 24, D)
+    q = rand(n, R, W, H, D)
+    row = torch.arange(R, device=DEVICE)
+    limit = torch.full((R, W), KEYS, device=DEVICE)
+    if causal_block:
+        limit = (
+            ((torch.arange(W, device=DEVICE) // causal_block + 1) * causal_block).clamp(max=KEYS).expand(R, W).contiguous()
+        )
+    seen = limit.double().mean().item() / KEYS
+
+    def run(i: int, tile: dict[str, int] | None = None) -> Tensor:
+        args = (q[i], store[i, 0], store[i, 1], row, limit, KEYS)
+        return attention_triton.launch(*args, None, None, **tile) if tile else attention_triton.attention(*args)
+
+    def sdpa(i: int, backend: SDPBackend) -> Tensor:
+        k, v = (store[i, s, :, :, :KEYS] for s in (0, 1))
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q[i].transpose(1, 2), k, v, enable_gqa=K < H).transpose(1, 2)
+
+    runs: dict[str, Run] = {"kernel": run}
+    if not causal_block:
+        runs |= {
+            f"sdpa {b.name.split('_')[0].lower()}": partial(sdpa, backend=b)
+            for b in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+        }
+    if sweep:
+        runs |= {f"tile {' '.join(map(str, t.values()))}": partial(run, tile=t) for t in attention_tiles(R * K, W * H // K)}
+    want = partial(_attention_want, q, store, row, limit)
+    label = f"{m.name} R{R} W{W}" + (f" causal{causal_block}" if causal_block else "")
+    return Case("attention", label, runs, want, nbytes, 4 * R * W * KEYS * H * D * seen, n)
+
+
+def _attention_want(q: Tensor, store: Tensor, row: Tensor, limit: Tensor, i: int) -> Tensor:
+    return attention_reference.attention(q[i], store[i, 0], store[i, 1], row, limit, KEYS)
+
+
+def attention_tiles(tiles: int, packed: int) -> Iterator[dict[str, int]]:
+    """Candidates around the table: tile rows, tile keys, splits, warps, stages."""
+    names = ("BLOCK_M", "BLOCK_N", "SPLITS", "num_warps", "num_stages")
+    if packed > 512:
+        shapes = [
+            (128, 64, 1, 8, 3),
+            (128, 128, 1, 8, 2),
+            (128, 128, 1, 8, 3),
+            (128, 64, 1, 4, 3),
+            (64, 64, 1, 4, 3),
+            (128, 32, 1, 8, 4),
+        ]
+    else:
+        splits = (1, 2, 4) if tiles > 100 else (4, 8, 16)
+        rows = [32] if packed == 32 else [32, 64, 128]
+        shapes = [
+            (m, n, s, 8 if m == 128 else 4, 3) for m in rows for s in splits for n in ((32, 64, 128) if m == 32 else (64,))
+        ]
+        shapes += [(rows[0], 64, s, 2, 3) for s in splits]
+    for shape in shapes:
+        yield dict(zip(names, shape, strict=True))
+
+
+def linear_case(m: Model, name: str, M: int, kind: str, sweep: bool) -> Case:
+    """One linear layer at M rows, its weight in bf16, fp8 or int8."""
+    N, C = m.linears()[name]
+    size = 2 if kind == "bf16" else 1
+    n = sets(N * C * size)
+    plain = [rand(N, C, scale=C**-0.5) for _ in range(n)]
+    x = rand(M, C)
+    weights = [(w, None) if kind == "bf16" else kernels.quantize_weight(w, kind) for w in plain]
+
+    def streamed(i: int, tile: dict[str, int]) -> Tensor:
+        if kind != "fp8":
+            return linear_triton.stream(x, *weights[i], None, **tile)
+        xq, token_scale = linear_triton.quantize_rows(x)
+        return linear_triton.stream(xq, *weights[i], None, token_scale, x.dtype, **tile)
+
+    runs: dict[str, Run] = {"kernel": lambda i: kernels.linear(x, *weights[i])}
+    if kind == "bf16":
+        runs["cublas"] = lambda i: F.linear(x, plain[i])
+    if sweep:
+        runs |= {f"tile {' '.join(map(str, t.values()))}": partial(streamed, tile=t) for t in linear_tiles(M, size)}
+    flops = 2.0 * M * N * C * (0.5 if kind == "fp8" else 1)
+    want = lambda i: x.float() @ plain[i].float().T  # noqa: E731
+    return Case("linear", f"{m.name} {name} M{M} {kind}", runs, want, size * N * C, flops, n, 0.06)
+
+
+def linear_tiles(M: int, size: int) -> Iterator[dict[str, int]]:
+    """Candidates around the table: tile rows, tile channels, tile depth, warps, stages."""
+    names = ("block_m", "block_n", "block_c", "num_warps", "num_stages")
+    if M <= 64:
+        shapes = [(16, 256, 4, 5), (32, 256, 4, 4), (64, 128, 4, 4), (64, 256, 4, 3), (128, 128, 4, 3)]
+        shapes += [(64, 512, 4, 3), (128, 256, 4, 3), (32, 512, 4, 3)] if size == 1 else []
+    else:
+        shapes = [(128, 64, 8, 3), (64, 128, 4, 3)]
+    for shape in shapes:
+        yield dict(zip(names, (min(128, M), *shape), strict=True))
+
+
+def head_case(m: Model, N: int, sweep: bool) -> Case:
+    w, h = rand(m.vocab, m.width, scale=m.width**-0.5), rand(N, m.width)
+    banned = torch.zeros(m.vocab, dtype=torch.bool, device=DEVICE)
+    banned[-100:] = True
+    runs: dict[str, Run] = {
+        "kernel": lambda i: kernels.head_confidence(h, w, banned).lse,
+        "cublas + confidence": lambda i: confidence_triton.confidence(F.linear(h, w), banned).lse,
+        "cublas alone": lambda i: F.linear(h, w),
+    }
+    if sweep and N <= 64:
+        for t in (
+            (64, 128, 4, 4),
+            (128, 128, 4, 3),
+            (128, 64, 4, 4),
+            (64, 64, 4, 6),
+            (128, 64, 8, 4),
+            (64, 256, 4, 3),
+            (256, 64, 8, 4),
+        ):
+            runs[f"fused {' '.join(map(str, t))}"] = lambda i, t=t: (
+                confidence_triton.launch_head(h, w, banned, False, False, *t).lse
+            )
+    want = lambda i: confidence_reference.head_confidence(h, w, banned).lse  # noqa: E731
+    return Case("head_confidence", f"{m.name} N{N}", runs, want, 2 * m.vocab * m.width, 2.0 * N * m.vocab * m.width)
+
+
+def small_cases(m: Model, R: int, W: int) -> Iterator[Case]:
+    """The ops between the matrix products."""
+    N, H, K, D = R * W, m.heads, m.kv_heads, m.head_dim
+    x, r, weight = rand(R, W, m.width), rand(R, W, m.width), rand(m.width)
+    label = f"{m.name} R{R} W{W}"
+    yield Case("rmsnorm", label, {
+        "kernel": lambda i: kernels.rmsnorm(x, weight, 1e-5, r)[0],
+        "torch": lambda i: rmsnorm_reference.rmsnorm(x, weight, 1e-5, r)[0],
+    }, lambda i: rmsnorm_reference.rmsnorm(x, weight, 1e-5, r)[0], 2 * 4 * N * m.width)  # fmt: skip
+    gate_up = rand(R, W, 2 * m.inner)
+    yield Case("silu_mul", label, {
+        "kernel": lambda i: kernels.silu_mul(gate_up),
+        "torch": lambda i: silu_mul_reference.silu_mul(gate_up),
+    }, lambda i: silu_mul_reference.silu_mul(gate_up), 2 * 3 * N * m.inner)  # fmt: skip
+    qkv, k, v = rand(R, W, (H + 2 * K) * D), rand(R, K, KEYS, D), rand(R, K, KEYS, D)
+    cos, sin = torch.randn(2, KEYS, D, device=DEVICE)
+    pos = (torch.arange(W, device=DEVICE) + KEYS - W).expand(R, W).contiguous()
+    args = (qkv, H, K, cos, sin, pos, torch.arange(R, device=DEVICE), k, v)
+    yield Case("rope_store", label, {
+        "kernel": lambda i: kernels.rope_store(*args),
+        "torch": lambda i: rope_store_reference.rope_store(*args),
+    }, lambda i: rope_store_reference.rope_store(*args), 2 * 2 * N * (H + 2 * K) * D)  # fmt: skip
+
+
+def step_cases(m: Model, R: int, Q: int) -> Iterator[Case]:
+    """Confidence of R blocks of Q positions, and the acceptance rule."""
+    logits = rand(R * Q, m.vocab, scale=4)
+    label = f"{m.name} R{R} Q{Q}"
+    yield Case("confidence", label, {
+        "kernel": lambda i: kernels.confidence(logits).lse,
+        "torch": lambda i: confidence_reference.confidence(logits).lse,
+    }, lambda i: confidence_reference.confidence(logits).lse, 2 * R * Q * m.vocab)  # fmt: skip
+    ids, top = torch.randint(0, m.vocab, (2, R, Q), device=DEVICE)
+    conf, masked = torch.rand(R, Q, device=DEVICE), torch.rand(R, Q, device=DEVICE) < 0.7
+    for rule in accept_reference.RULES:
+        value = torch.full((R,), 3.0 if rule == "quota" else 0.9, device=DEVICE)
+        args = (ids, top, conf, masked, rule, value)
+        yield Case("accept", f"{label} {rule}", {
+            "kernel": partial(lambda a, i: kernels.accept(*a), args),
+            "torch": partial(lambda a, i: accept_reference.accept(*a), args),
+        }, partial(lambda a, i: accept_reference.accept(*a), args), 8 * 3 * R * Q, ratio=0.0)  # fmt: skip
+
+
+def layer_case(m: Model, R: int, W: int, kind: str, sweep: bool, layers: int = 8) -> Case:
+    """`layers` transformer layers back to back in one graph: what the kernels and the gaps between them cost together."""
+    C, H, K, D = m.width, m.heads, m.kv_heads, m.head_dim
+    ws = [{k: rand(*s, scale=s[1] ** -0.5) for k, s in m.linears().items()} for _ in range(layers)]
+    if kind != "bf16":
+        ws = [{k: kernels.quantize_weight(t, kind) for k, t in w.items()} for w in ws]
+    linear = kernels.linear if kind == "bf16" else lambda x, w: kernels.linear(x, *w)
+    store, x0, weight = rand(layers, 2, R, K, KEYS + 24, D), rand(R, W, C), rand(C)
+    a0, f0 = rand(R, W, H * D), rand(R, W, m.inner)
+    cos, sin = torch.randn(2, KEYS + 24, D, device=DEVICE)
+    pos = (torch.arange(W, device=DEVICE) + KEYS - W).expand(R, W).contiguous()
+    row, limit = torch.arange(R, device=DEVICE), torch.full((R, W), KEYS, device=DEVICE)
+
+    def forward(i: int, linear: Callable[[Tensor, object], Tensor] = linear) -> Tensor:
+        h, delta = x0, None
+        for w, (k, v) in zip(ws, store, strict=True):
+            y, h = kernels.rmsnorm(h, weight, 1e-5, delta)
+            q = kernels.rope_store(linear(y, w["qkv"]), H, K, cos, sin, pos, row, k, v)
+            a = kernels.attention(q, k, v, row, limit, KEYS)
+            y, h = kernels.rmsnorm(h, weight, 1e-5, linear(a.flatten(2), w["o"]))
+            delta = linear(kernels.silu_mul(linear(y, w["gate_up"])), w["down"])
+        return delta
+
+    def alone(i: int) -> None:
+        for w in ws:
+            for x, name in ((x0, "qkv"), (a0, "o"), (x0, "gate_up"), (f0, "down")):
+                linear(x, w[name])
+
+    def fetching(x: Tensor, w: object, few: int, many: int) -> Tensor:
+        """The streaming kernel, with the start of its weight fetched while the kernel before drains."""
+        wq, scale = (w, None) if kind == "bf16" else w
+        tile = linear_triton.tiling(R * W, len(wq), wq.itemsize) | {"fetch": few if len(wq) > 8192 else many}
+        rows, token_scale = x.flatten(0, 1), None
+        if kind == "fp8":
+            rows, token_scale = linear_triton.quantize_rows(rows)
+        return linear_triton.stream(rows, wq, scale, None, token_scale, x.dtype, **tile).view(R, W, -1)
+
+    runs: dict[str, Run] = {"layers": forward, "linears alone": alone}
+    if kind == "bf16":
+        runs["cublas"] = partial(forward, linear=F.linear)
+    if sweep:
+        for few, many in ((0, 0), (512, 1024), (512, 2048), (1024, 2048), (1024, 4096), (2048, 4096)):
+            runs[f"stream fetch {few} {many}"] = partial(forward, linear=partial(fetching, few=few, many=many))
+    size = 2 if kind == "bf16" else 1
+    nbytes = layers * (sum(size * a * b for a, b in m.linears().values()) + 4 * R * K * KEYS * D)
+    return Case("layers", f"{m.name} x{layers} R{R} W{W} {kind}", runs, None, nbytes)
+
+
+def cases(sweep: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
+    """Ops and their cases as thunks: inputs are made when a case runs, and freed after it."""
+    for m in (LLADA, DREAM):
+        for R, W in ((1, 32), (32, 32), (1, KEYS)):
+            yield "attention", partial(attention_case, m, R, W, sweep)
+        for name in m.linears():
+            for kind in KINDS:
+                yield "linear", partial(linear_case, m, name, 32, kind, sweep)
+        yield "head_confidence", partial(head_case, m, 32, sweep)
+    yield "attention", partial(attention_case, DREAM, 1, KEYS, sweep, 32)
+    yield "attention", partial(attention_case, DREAM, 32, 8, sweep)
+    for M in (64, 128, 256, 1024):
+        for name in ("o", "gate_up"):
+            for kind in KINDS:
+                yield "linear", partial(linear_case, LLADA, name, M, kind, sweep)
+    for R, W in ((1, 32), (1, KEYS)):
+        for case in small_cases(LLADA, R, W):
+            yield case.op, partial(lambda c: c, case)
+    for case in step_cases(LLADA, 1, 32):
+        yield case.op, partial(lambda c: c, case)
+    for m in (LLADA, DREAM):
+        for kind in KINDS:
+            yield "layers", partial(layer_case, m, 1, 32, kind, sweep)

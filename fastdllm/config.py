@@ -120,7 +120,9 @@ class DecodeConfig:
             raise ValueError(
                 f"reuse_k={self.reuse_k} needs layer_subset: first, middle, last or layer indices such as '2+3'"
             )
-        if self.steps is not None and self.decoder == "quota" and self.steps > self.gen_length:
+        # Following timesteps, more steps than tokens are another plan than one token a step, and Dream's users ask for it.
+        spread = self.schedule in ("timesteps", "cosine")
+        if self.steps is not None and self.decoder == "quota" and self.steps > self.gen_length and not spread:
             raise ValueError(f"steps={self.steps} must be at most gen_length={self.gen_length}")
         if registry.find("decoders", self.decoder).probability and self.confidence != "probability":
             raise ValueError(

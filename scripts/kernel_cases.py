@@ -279,21 +279,16 @@ def layer_case(m: Model, R: int, W: int, kind: str, sweep: bool, layers: int = 8
             for x, name in ((x0, "qkv"), (a0, "o"), (x0, "gate_up"), (f0, "down")):
                 linear(x, w[name])
 
-    def fetching(x: Tensor, w: object, few: int, many: int) -> Tensor:
-        """The streaming kernel, with the start of its weight fetched while the kernel before drains."""
-        wq, scale = (w, None) if kind == "bf16" else w
-        tile = linear_triton.tiling(R * W, len(wq), wq.itemsize) | {"fetch": few if len(wq) > 8192 else many}
-        rows, token_scale = x.flatten(0, 1), None
-        if kind == "fp8":
-            rows, token_scale = linear_triton.quantize_rows(rows)
-        return linear_triton.stream(rows, wq, scale, None, token_scale, x.dtype, **tile).view(R, W, -1)
+    def streamed(x: Tensor, w: tuple[Tensor, Tensor]) -> Tensor:
+        rows, token_scale = linear_triton.quantize_rows(x.flatten(0, 1))
+        tile = linear_triton.tiling(R * W, len(w[0]), 1)
+        return linear_triton.stream(rows, *w, None, token_scale, x.dtype, **tile).view(R, W, -1)
 
     runs: dict[str, Run] = {"layers": forward, "linears alone": alone}
     if kind == "bf16":
         runs["cublas"] = partial(forward, linear=F.linear)
-    if sweep:
-        for few, many in ((0, 0), (512, 1024), (512, 2048), (1024, 2048), (1024, 4096), (2048, 4096)):
-            runs[f"stream fetch {few} {many}"] = partial(forward, linear=partial(fetching, few=few, many=many))
+    if sweep and kind == "fp8":
+        runs["streamed"] = partial(forward, linear=streamed)
     size = 2 if kind == "bf16" else 1
     nbytes = layers * (sum(size * a * b for a, b in m.linears().values()) + 4 * R * K * KEYS * D)
     return Case("layers", f"{m.name} x{layers} R{R} W{W} {kind}", runs, None, nbytes)

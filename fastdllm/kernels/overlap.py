@@ -3,7 +3,7 @@
 
 Every kernel of this package calls `begin()` before it reads what an earlier kernel wrote. There it lets the next kernel be
 scheduled and waits until the one before has finished; since all of them wait, so has everything before that. Elsewhere
-(older cards, the interpreter) both are nothing, and kernels follow each other as usual.
+(older cards, the interpreter, FASTDLLM_PDL=0) both are nothing, and kernels follow each other as usual.
 """
 
 from __future__ import annotations
@@ -31,17 +31,3 @@ def begin():
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def fetch_rows(address, BYTES: tl.constexpr):
-    """Bring BYTES bytes (a multiple of 16) from each 16-byte aligned global address into the L2 cache."""
-    if PDL:
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-            "=r,l,r",
-            [address, tl.full(address.shape, BYTES, tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )

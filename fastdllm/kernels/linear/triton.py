@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastdllm.kernels.dot import dot
 from fastdllm.kernels.linear.reference import FP8, FP8_MAX
-from fastdllm.kernels.overlap import LAUNCH, begin, fetch_rows
+from fastdllm.kernels.overlap import LAUNCH, begin
 
 # Most rows of the streaming kernel, with weights in 16 bits and in int8; more go to cuBLAS (int8 as a widened copy).
 STREAM_ROWS = (64, 256)
@@ -39,7 +39,6 @@ def _stream_kernel(
     SCALE: tl.constexpr,
     TOKEN_SCALE: tl.constexpr,
     EVEN: tl.constexpr,
-    FETCH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -50,9 +49,6 @@ def _stream_kernel(
     m_n, m_m = o_n < N, o_m < M
     p_w = w + o_n.to(tl.int64)[:, None] * C
     p_x = x + o_m.to(tl.int64)[None, :] * C
-    if FETCH > 0:
-        b_row = tl.minimum(o_n, N - 1).to(tl.int64) * C * (w.dtype.element_ty.primitive_bitwidth // 8)
-        fetch_rows(w.to(tl.int64) + b_row, FETCH)
     begin()
     # The weight is the left operand: its many rows fill the matrix unit, and it can be widened in registers.
     b_y = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
@@ -145,10 +141,9 @@ def stream(
     block_c: int,
     num_warps: int,
     num_stages: int,
-    fetch: int = 0,
 ) -> Tensor:
     """x [M, C] times w [N, C] transposed, w widened to x's dtype on the way, times scale [N] and token_scale [M], plus bias
-    [N]; written as `dtype`. `fetch` bytes of each row of w are brought into the L2 cache while the kernel before drains."""
+    [N]; written as `dtype`."""
     (M, C), N = x.shape, w.shape[0]
     y = torch.empty((M, N), dtype=dtype or x.dtype, device=x.device)
     _stream_kernel[(triton.cdiv(N, block_n), triton.cdiv(M, block_m))](
@@ -165,7 +160,6 @@ def stream(
         SCALE=scale is not None,
         TOKEN_SCALE=token_scale is not None,
         EVEN=C % block_c == 0,
-        FETCH=fetch,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_C=block_c,

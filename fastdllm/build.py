@@ -116,6 +116,9 @@ def _decoder(model: Model, config: DecodeConfig, geometry: Geometry, size: int, 
         registry.find("decoders", config.decoder),
         _options(config, "decoders", config.decoder, model.spec.defaults),
     )
+    if any(f.name == "delimiters" for f in dataclasses.fields(rule)):
+        newline = model.tokenizer("\n", add_special_tokens=False)["input_ids"] if model.tokenizer else ()
+        options["delimiters"] = tuple(newline)
     if config.decoder != "quota":
         return rule(**options)
     blocks = -(-config.gen_length // size)

@@ -158,6 +158,29 @@ def test_credit_grows_for_what_stays_on_top_and_starts_anew_with_the_block() -> 
     assert not state["credit"][[0, 2]].any(), "another row's share was written"
 
 
+def test_adablock_goes_on_only_when_the_part_is_full() -> None:
+    """Delimiters (id 9) stand at 1, 3 and 5; the surest one within reach that is likely enough ends a part."""
+    rule = registry.find("decoders", "adablock")(delimiters=(9,), level=0.5, ahead=0.5)
+    state, row = rule.state(8, 40, torch.device("cpu"), 1), torch.tensor([0])
+    top = torch.tensor([[1, 9, 2, 9, 3, 9, 4, 5]])
+    conf = torch.tensor([[0.4, 0.3, 0.9, 0.6, 0.9, 0.9, 0.9, 0.9]])
+    ids, written = torch.full((1, 8), MASK), []
+    for step in range(5):
+        view = View(ids, ids == MASK, top, conf, torch.tensor([step]), torch.tensor([8]), MASK, row=row, state=state)
+        after = rule.step(view)
+        written.append(((after != ids)[0]).nonzero()[:, 0].tolist())
+        ids = after
+    assert written == [[2, 3], [0], [1], [4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize("rule, level", [("threshold", 0.8), ("factor", 0.9), ("frechet", 0.3)])
+def test_adablock_without_delimiters_is_its_rule(rule: str, level: float) -> None:
+    view = blocks()
+    adablock = registry.find("decoders", "adablock")((), level, rule)
+    view.row, view.state = torch.arange(ROWS), adablock.state(WIDTH, 40, torch.device("cpu"), ROWS)
+    assert torch.equal(adablock.step(view), registry.find("decoders", rule)(level).step(view))
+
+
 BAD = [
     ("credit", "rule", "nothing"),
     ("credit", "beta", 2),

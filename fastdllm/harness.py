@@ -154,32 +154,35 @@ class DiffusionLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         seen: Counter[str] = Counter()
         asks = [self._ask(request, seen) for request in requests]
+        equal: dict[str, list[int]] = {}  # greedy repeats, such as those that pad a process's share, cost nothing
+        for i, ask in enumerate(asks):
+            equal.setdefault(ask.key, []).append(i)
         answers: dict[int, str] = {}
-        waiting: dict[str, list[int]] = {}
         bar = tqdm(total=len(asks), desc="answers", disable=disable_tqdm or self.rank > 0)
 
-        def finish(i: int, ids: Tensor) -> None:
-            answers[i] = cut(self.tokenizer.decode(ids, skip_special_tokens=True), asks[i].until)
-            self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
-            bar.update()
+        def finish(key: str, ids: Tensor) -> None:
+            for i in equal[key]:
+                answers[i] = cut(self.tokenizer.decode(ids, skip_special_tokens=True), asks[i].until)
+                self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
+                bar.update()
 
-        for i, ask in enumerate(asks):
-            known = self._answers.get(ask.key) if self._answers else None
+        waiting: dict[str, list[Ask]] = {}
+        for key, (first, *_) in equal.items():
+            known = self._answers.get(key) if self._answers else None
             if known is not None:
-                self.reused += 1
-                finish(i, known)
+                self.reused += len(equal[key])
+                finish(key, known)
             else:
-                waiting.setdefault(answer_key(ask.config.given()), []).append(i)
+                waiting.setdefault(answer_key(asks[first].config.given()), []).append(asks[first])
         if self.reused:
             log.info("%d finished answers are taken from %s", self.reused, self.options.save_dir)
         for group in waiting.values():
             # Longest prompts first: trouble with memory shows at once, and neighbours are alike.
-            group.sort(key=lambda i: -len(asks[i].prompt))
-            for at, ids in answer(self.model, [asks[i] for i in group], self.batch_size, self.stats):
-                i = group[at]
+            group.sort(key=lambda ask: -len(ask.prompt))
+            for at, ids in answer(self.model, group, self.batch_size, self.stats):
                 if self._answers:
-                    self._answers.add(asks[i].key, ids, self.tokenizer.decode(ids, skip_special_tokens=True))
-                finish(i, ids)
+                    self._answers.add(group[at].key, ids, self.tokenizer.decode(ids, skip_special_tokens=True))
+                finish(group[at].key, ids)
         bar.close()
         if self.options.show_speed and self.stats.samples:
             log.info("speed: %s", self.stats.line())
@@ -195,8 +198,10 @@ class DiffusionLM(TemplateLM):
         prompt = self._fit(self.tok_encode(self.prompt_of(request)), room, f"gen_length={config.gen_length} tokens")
         settings = {k: v for k, v in config.given().items() if k not in ("batch_size", "runner")}
         key = answer_key(prompt, settings, self._fingerprint, fastdllm.__version__)
-        seen[key] += 1  # the same request again is another draw
-        return Ask(prompt, tuple(until), config, answer_key(key, seen[key]))
+        if config.temperature or config.alg_temp or config.confidence == "random":
+            seen[key] += 1  # the same request again is another draw
+            key = answer_key(key, seen[key])
+        return Ask(prompt, tuple(until), config, key)
 
     # --- log-likelihood ---------------------------------------------------------------------------------------------
 

@@ -37,7 +37,9 @@ class World:
             from accelerate import PartialState
 
             state = PartialState(cpu=device.type == "cpu")
-            self.device, self.rank, self.size = state.device, state.process_index, state.num_processes
+            self.rank, self.size = state.process_index, state.num_processes
+            if device.type != "cpu":
+                self.device = state.device
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """The tensors of all processes, one after the other; one without a dimension counts as one element."""

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Set up, then evaluate the shipped models on GSM-Symbolic under several settings and show what each of them buys.
+#   bash scripts/quickstart.sh [--limit N] [--only NAME ...]
+# Writes results/quickstart.json and results/quickstart.png.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/setup_env.sh
+
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+python scripts/quickstart.py "$@"

@@ -13,7 +13,7 @@ from typing import Any
 from fastdllm import registry
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "exact": {"decoder": "draft_verify", "depth": 4},
+    "exact": {"decoder": "draft_verify", "depth": 4, "cache": "dual"},
     "paper": {"decoder": "threshold", "threshold": 0.9, "cache": "prefix"},
     "balanced": {"decoder": "frechet", "delta": 0.25, "cache": "lazy", "refresh_blocks": 4},
     "fast": {"decoder": "frechet", "delta": -0.5, "cache": "lazy", "refresh_blocks": 4},
@@ -21,10 +21,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def expand(given: dict[str, Any]) -> dict[str, Any]:
-    """`given` with its preset's options beneath; those of a decoder or cache that `given` replaces are left out."""
+    """`given` with its preset's options beneath; those of a decoder or cache that `given` replaces are left out.
+
+    An option that carries a decoder's own name selects it here too, unless it is one of the preset's decoder.
+    """
     if given["preset"] not in PRESETS:
         raise ValueError(f"preset={given['preset']!r} is unknown; allowed are {', '.join(PRESETS)}")
     beneath = PRESETS[given["preset"]]
+    own = registry.options("decoders", beneath["decoder"])
+    selected = [k for k in given if k in registry.names("decoders") and k not in own]
+    if selected and "decoder" not in given:
+        given = {**given, "decoder": selected[0]}
     for kind in ("decoder", "cache"):
         if kind in beneath and given.get(kind, beneath[kind]) != beneath[kind]:
             replaced = registry.options(f"{kind}s", beneath[kind])

@@ -17,6 +17,7 @@ from typing import Any
 
 from fastdllm import registry
 from fastdllm.config import DecodeConfig, coerce
+from fastdllm.presets import expand
 
 ALIASES = {
     "model_path": "pretrained",
@@ -127,6 +128,8 @@ def decode_options(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dic
             raise ValueError(f"{switch}={value!r} is confidence={names[value]!r}, not {out['confidence']!r}")
         if switch == "alg" and out.setdefault("decoder", "quota") != "quota":
             raise ValueError(f"alg={value!r} is decoder='quota', not {out['decoder']!r}; leave alg out")
+    if "preset" in out:
+        out = expand(out)
     selected = [name for name in registry.names("decoders") if name in out]
     decoder = out.get("decoder") or (selected or [defaults.get("decoder", "threshold")])[0]
     for name, value in defaults.items():

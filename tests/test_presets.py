@@ -7,6 +7,8 @@ import pytest
 
 import fastdllm
 from fastdllm.presets import PRESETS
+from fastdllm.published import decode_options
+from fastdllm.ui.options import change
 from tests.random_models import FAMILIES, MASK, prompts, random_model
 
 
@@ -25,6 +27,20 @@ def test_what_is_given_goes_before_the_preset() -> None:
     for preset in PRESETS:
         config = fastdllm.DecodeConfig(preset=preset, decoder="factor", cache="vicinity")
         assert (config.decoder, config.cache, config.options) == ("factor", "vicinity", {})
+
+
+def test_an_option_that_names_a_decoder_goes_before_the_preset() -> None:
+    config = fastdllm.DecodeConfig(preset="exact", factor=0.8)
+    assert (config.decoder, config.options) == ("factor", {"factor": 0.8})
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_harness_and_the_chat_take_presets(preset: str) -> None:
+    """The published defaults of an evaluation (one token a step, no cache) lie beneath the preset."""
+    defaults = {"decoder": "quota", "confidence": "entropy", "cache": "none", "gen_length": 64}
+    want = fastdllm.DecodeConfig(preset=preset, gen_length=64)
+    assert fastdllm.DecodeConfig(**decode_options({"preset": preset}, defaults)) == want
+    assert change(fastdllm.DecodeConfig(factor=1.5, cache="prefix", gen_length=64), {"preset": preset}) == want
 
 
 def test_a_preset_replaces_the_decoder_and_the_cache_of_a_config() -> None:

@@ -127,6 +127,8 @@ def change(config: DecodeConfig, changes: Mapping[str, Any]) -> DecodeConfig:
     Naming a decoder's own option (`threshold`, `factor`) selects that decoder; options of the one before are left out.
     """
     changes = {ALIASES.get(name, name): value for name, value in ((k.replace("-", "_"), v) for k, v in changes.items())}
+    if "preset" in changes:
+        return config.replace(**changes)
     selected = [name for name in changes if name in registry.names("decoders")]
     if selected and "decoder" not in changes:
         changes["decoder"] = selected[0]

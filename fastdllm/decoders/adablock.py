@@ -11,11 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastdllm.decoders import factor, frechet, threshold
 from fastdllm.decoders.base import DecoderRule
+from fastdllm.decoders.credit import RULES
 from fastdllm.view import View
-
-RULES = {"threshold": threshold.Decoder, "factor": factor.Decoder, "frechet": frechet.Decoder}
 
 
 @dataclass(frozen=True)

@@ -134,14 +134,14 @@ def interval(difference: np.ndarray, draws: int = 10_000) -> tuple[float, float]
     return tuple(np.percentile(means, (2.5, 97.5)).tolist())
 
 
-def summarise(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarise(lines: list[dict[str, Any]], paired_with: str) -> list[dict[str, Any]]:
     """One row per setting that has answered every problem of the reference, most forwards first."""
     by: dict[str, dict[int, dict[str, Any]]] = {}
     for line in lines:
         by.setdefault(line["setting"], {})[line["problem"]] = line
-    if REFERENCE not in by:
-        raise SystemExit(f"no lines of {REFERENCE}, which the others are paired with")
-    reference, rows = by[REFERENCE], []
+    if paired_with not in by:
+        raise SystemExit(f"no lines of {paired_with}, which the others are paired with")
+    reference, rows = by[paired_with], []
     for setting, answers in by.items():
         if answers.keys() != reference.keys():
             print(f"{setting}: {len(answers)} of {len(reference)} problems, left out")
@@ -200,16 +200,15 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 def report(args: argparse.Namespace, path: Path) -> None:
     """Table and plot of what has been run so far, beside the lines and, with --summary, at that path too."""
-    rows = summarise(lines_of(path))
+    rows = summarise(lines_of(path), args.reference)
     about = {
         "model": args.model,
         "template": args.template,
         "split": args.split,
-        "reference": REFERENCE,
+        "reference": args.reference,
         "machine": platform.processor() or platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "fastdllm": fastdllm.__version__ if hasattr(fastdllm, "__version__") else None,
     }
     for stem in [path.with_suffix(""), *([args.summary] if args.summary else [])]:
         stem.parent.mkdir(parents=True, exist_ok=True)
@@ -236,6 +235,7 @@ def main() -> None:
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--template", choices=("chat", "plain"), default="chat")
     parser.add_argument("--settings", nargs="+", default=SCREEN)
+    parser.add_argument("--reference", default=REFERENCE, help="the setting that the others are paired with")
     parser.add_argument("--limit", type=int, default=500)
     parser.add_argument("--gen_length", type=int, default=256)
     parser.add_argument("--block_length", type=int, default=32)

@@ -52,13 +52,12 @@ def load_weights(folder: Path, family: Family, spec: ModelSpec, dtype: torch.dty
                         raise ValueError(f"{path.name}: unexpected tensor {name!r} for the family {spec.family!r}")
                     target, row = table[name]
                     tensor = file.get_tensor(name)
-                    part = parameters[target].data[row : row + tensor.shape[0]]
-                    if part.shape != tensor.shape:
+                    expected = _expected(table, parameters, name)
+                    if list(tensor.shape) != expected:
                         raise ValueError(
-                            f"{path.name}: tensor {name!r} has shape {list(tensor.shape)}, config.json asks for "
-                            f"{list(_expected(table, parameters, name))}"
+                            f"{path.name}: tensor {name!r} has shape {list(tensor.shape)}, config.json asks for {expected}"
                         )
-                    part.copy_(tensor)
+                    parameters[target].data[row : row + expected[0]].copy_(tensor)
                     seen.add(name)
         except SafetensorError as error:
             raise ValueError(f"{path}: not a readable safetensors file ({error})") from error

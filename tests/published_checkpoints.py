@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random checkpoints in exactly the published formats: config.json, tensor names, tokenizer files, chat templates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+
+LAYERS, WIDTH, HEADS, KV_HEADS, FFN = 2, 32, 4, 2, 48
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "Tom has 12 apples and 345 pears; it's 7 more.",
+    "naïve café\n\n  x = y\t+ 1",
+]
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLADA_TEMPLATE = (
+    "{% for m in messages %}{{ '<|startoftext|>' if loop.first }}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+SPECIAL = {
+    "llada": ["<|startoftext|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|mdm_mask|>"],
+    "dream": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|beginoftext|>", "<|mask|>"],
+    "v2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "|<MASK>|"],
+}
+
+
+def byte_pairs() -> tuple[dict[str, int], list[str]]:
+    """A byte-level vocabulary with a few merges: vocab.json and the lines of merges.txt."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        CORPUS * 3, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
+    )
+    model = json.loads(tokenizer.to_str())["model"]
+    return model["vocab"], [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
+
+
+def special_ids(family: str) -> dict[str, int]:
+    first = len(byte_pairs()[0])
+    return {t: first + i for i, t in enumerate(SPECIAL[family])}
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+
+
+def write_tokenizer(folder: Path, family: str) -> None:
+    vocab, merges = byte_pairs()
+    ids = special_ids(family)
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    config = {
+        "added_tokens_decoder": {str(i): {"content": t, **flags} for t, i in ids.items()},
+        "eos_token": "<|endoftext|>",
+    }
+    config["pad_token"] = "<|endoftext|>"
+    if family == "llada":
+        write_json(
+            folder / "tokenizer_config.json", {**config, "chat_template": LLADA_TEMPLATE, "bos_token": "<|startoftext|>"}
+        )
+    else:
+        write_json(folder / "tokenizer_config.json", {**config, "chat_template": CHATML, "bos_token": None})
+    if family == "dream":
+        write_json(folder / "vocab.json", vocab)
+        (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+        write_json(folder / "added_tokens.json", ids)
+        write_json(folder / "special_tokens_map.json", {"mask_token": {"content": "<|mask|>", **flags}})
+        return
+    tokenizer = Tokenizer(models.BPE(vocab, [tuple(m.split(" ")) for m in merges]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(ids))
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def llada_config(**changes: Any) -> dict[str, Any]:
+    ids = special_ids("llada")
+    return {
+        "activation_type": "silu",
+        "alibi": False,
+        "architectures": ["LLaDAModelLM"],
+        "block_group_size": 1,
+        "block_type": "llama",
+        "d_model": WIDTH,
+        "embedding_size": 384,
+        "eos_token_id": ids["<|endoftext|>"],
+        "include_bias": False,
+        "include_qkv_bias": False,
+        "layer_norm_type": "rms",
+        "mask_token_id": ids["<|mdm_mask|>"],
+        "max_sequence_length": 256,
+        "mlp_hidden_size": FFN,
+        "mlp_ratio": 4,
+        "model_type": "llada",
+        "n_heads": HEADS,
+        "n_kv_heads": KV_HEADS,
+        "n_layers": LAYERS,
+        "pad_token_id": ids["<|endoftext|>"],
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "vocab_size": 384,
+        "weight_tying": False,
+        **changes,
+    }
+
+
+def qwen2_config(family: str, style: int = 4, **changes: Any) -> dict[str, Any]:
+    """style: the major version of transformers that wrote the file; 5 nests RoPE's base in rope_parameters."""
+    ids = special_ids(family)
+    rope = {"rope_theta": 10000.0, "rope_scaling": None}
+    if style == 5:
+        rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    own = {
+        "dream": {"model_type": "Dream", "mask_token_id": ids.get("<|mask|>"), "architectures": ["DreamModel"]},
+        "v2": {"model_type": "Fast_dLLM_Qwen", "bd_size": 8, "architectures": ["Fast_dLLM_QwenForCausalLM"]},
+    }[family]
+    return {
+        "attention_dropout": 0.0,
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|endoftext|>" if family == "dream" else "<|im_end|>"],
+        "hidden_act": "silu",
+        "hidden_size": WIDTH,
+        "intermediate_size": FFN,
+        "max_position_embeddings": 256,
+        "num_attention_heads": HEADS,
+        "num_hidden_layers": LAYERS,
+        "num_key_value_heads": KV_HEADS,
+        "pad_token_id": ids["<|endoftext|>"],
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "vocab_size": 384,
+        **rope,
+        **own,
+        **changes,
+    }
+
+
+def qwen2_tensors(config: dict[str, Any]) -> dict[str, Tensor]:
+    """Random tensors by published name; small, so that deep products stay tame."""
+    c, f, v = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    kv = c // config["num_attention_heads"] * config["num_key_value_heads"]
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, c), "model.norm.weight": (c,)}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (v, c)
+    for i in range(config["num_hidden_layers"]):
+        p = f"model.layers.{i}."
+        shapes |= {p + "input_layernorm.weight": (c,), p + "post_attention_layernorm.weight": (c,)}
+        shapes |= {p + f"self_attn.{n}_proj.weight": (s, c) for n, s in (("q", c), ("k", kv), ("v", kv), ("o", c))}
+        shapes |= {p + f"self_attn.{n}_proj.bias": (s,) for n, s in (("q", c), ("k", kv), ("v", kv))}
+        shapes |= {p + "mlp.gate_proj.weight": (f, c), p + "mlp.up_proj.weight": (f, c), p + "mlp.down_proj.weight": (c, f)}
+    return _random(shapes)
+
+
+def llada_tensors(config: dict[str, Any]) -> dict[str, Tensor]:
+    c, f, v = config["d_model"], config["mlp_hidden_size"], config["embedding_size"]
+    kv = c // config["n_heads"] * config["n_kv_heads"]
+    shapes: dict[str, tuple[int, ...]] = {"model.transformer.wte.weight": (v, c), "model.transformer.ln_f.weight": (c,)}
+    if not config["weight_tying"]:
+        shapes["model.transformer.ff_out.weight"] = (v, c)
+    for i in range(config["n_layers"]):
+        p = f"model.transformer.blocks.{i}."
+        shapes |= {p + "attn_norm.weight": (c,), p + "ff_norm.weight": (c,)}
+        projections = {"q": (c, c), "k": (kv, c), "v": (kv, c)}
+        shapes |= {p + f"{n}_proj.weight": s for n, s in projections.items()}
+        shapes |= {p + "attn_out.weight": (c, c), p + "ff_proj.weight": (f, c), p + "up_proj.weight": (f, c)}
+        shapes |= {p + "ff_out.weight": (c, f)}
+        if config["include_qkv_bias"]:
+            shapes |= {p + f"{n}_proj.bias": s[:1] for n, s in projections.items()}
+    return _random(shapes)
+
+
+def _random(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    return {
+        n: torch.randn(s) * 0.2 + (1.0 if n.endswith(("norm.weight", "ln_f.weight")) else 0.0) for n, s in shapes.items()
+    }
+
+
+def write_checkpoint(
+    folder: Path,
+    family: str,
+    *,
+    shards: int = 1,
+    style: int = 4,
+    tokenizer: bool = True,
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> dict[str, Tensor]:
+    """A checkpoint folder of "llada", "dream" or "v2"; returns its tensors. `changes`: fields of config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = llada_config(**changes) if family == "llada" else qwen2_config(family, style, **changes)
+    write_json(folder / "config.json", config)
+    if tokenizer:
+        write_tokenizer(folder, family)
+    tensors = llada_tensors(config) if family == "llada" else qwen2_tensors(config)
+    stored = {n: t.to(dtype) for n, t in tensors.items()}
+    if shards == 1:
+        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+        return tensors
+    where = {}
+    for i in range(shards):
+        name = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        part = dict(list(stored.items())[i::shards])
+        save_file(part, folder / name, metadata={"format": "pt"})
+        where |= dict.fromkeys(part, name)
+    size = sum(t.nbytes for t in stored.values())
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})
+    return tensors

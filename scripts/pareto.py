@@ -6,8 +6,8 @@
     python -m scripts.pareto report --model tiny-llada --split test --summary docs/frontier
 
 A setting reads decoder[=value][:option=value...]+cache[:option=value...], with any option of DecodeConfig. `run` appends a
-line per problem to results/pareto/MODEL-TEMPLATE-SPLIT.jsonl and leaves out what is there already, so it may be stopped at any
-time. `report` writes the table (CSV, JSON) and the plot of the frontier.
+line per problem to results/pareto/MODEL-TEMPLATE-SPLIT.jsonl and leaves out what is there already, so it may be stopped at
+any time. `report` writes the table (CSV, JSON) and the plot of the frontier.
 
 Which of two decoders looks better changes with the prompt, hence two templates: "chat" (the checkpoint's own) and "plain"
 (Question: ... Answer:). An interval is a paired bootstrap over problems; `p` is McNemar's exact test on the problems that

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -177,12 +178,13 @@ def coerce(name: str, value: Any, kind: Any) -> Any:
             return tuple(coerce(name, v, typing.get_args(kind)[0]) for v in items)
         if kind is bool:
             words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-            return words[str(value).lower()]
+            return words[str(value).lower().removesuffix(".0")]
         if kind is int:
             if isinstance(value, bool) or float(value) != int(float(value)):
                 raise ValueError
             return int(float(value))
-        if kind is float and not isinstance(value, bool):
+        # Not a number passes every comparison of a range check.
+        if kind is float and not isinstance(value, bool) and not math.isnan(float(value)):
             return float(value)
         if kind is str and isinstance(value, str):
             return value

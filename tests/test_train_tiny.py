@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the tiny checkpoints are made: data without leaks, prompts as the shipped templates render them, masks as decoding
+meets them, and a few steps of every family."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastdllm.models import TINY, find_folder
+from fastdllm.models.tokenizer import load_tokenizer
+from fastdllm.tasks import TASKS_DIR
+from fastdllm.training.model import Fast_dLLM_QwenForCausalLM
+from fastdllm.training.objective import IGNORE
+from scripts import tiny_corpus, tiny_data, tiny_formats, train_tiny
+from scripts.tiny_corpus import RESULT_FLAG, Corpus
+from scripts.tiny_network import Network
+
+CPU = torch.device("cpu")
+SHIPPED = {"llada": "tiny-llada", "dream": "tiny-dream", "v2": "tiny-fast-dllm-v2"}
+PROBLEMS = [
+    (f"Mia has {a} cups and buys {b} more. How many?", f"She has {a} + {b} = {a + b} cups.\n#### {a + b}")
+    for a in range(3, 33)
+    for b in (11, 29)
+]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "stage.xz"
+    path.write_bytes(lzma.compress("\0".join(f"{q}\1{a}" for q, a in PROBLEMS).encode()))
+    return path
+
+
+def corpus(family: str) -> Corpus:
+    folder = find_folder(SHIPPED[family])
+    tokens, facts = tiny_corpus.encode_chunk((family, folder, PROBLEMS, 0))
+    return tiny_corpus.build_corpus([tokens], facts, tiny_formats.read(family, folder)[1], CPU)
+
+
+def test_training_text_keeps_problems_apart_and_held_out_questions_out(tmp_path: Path, monkeypatch) -> None:
+    leaked = json.loads((TASKS_DIR / "gsm_symbolic" / "test.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    problems = [*PROBLEMS, PROBLEMS[0], (leaked["question"], leaked["answer"])]
+    monkeypatch.setattr(tiny_data, "stage_problems", lambda stage, workers: problems)
+    tiny_data.write_training_text(tmp_path, [3], workers=1)
+    assert tiny_data.read_training_text(tmp_path / "stage3.xz") == sorted(PROBLEMS)
+
+
+def test_the_generator_still_gives_the_shipped_problems() -> None:
+    pytest.importorskip("reasoning_gym")
+    shipped = [json.loads(line) for line in (TASKS_DIR / "gsm_symbolic" / "test.jsonl").open(encoding="utf-8")]
+    drawn = dict(tiny_data.generate(tiny_data.TEST_SEED, 0, 40))
+    found = [row for row in shipped if drawn.get(row["question"]) == row["answer"]]
+    assert len(found) > 20
+
+
+@pytest.mark.parametrize(
+    "expression, expected",
+    [("3 + 4", 1), ("3 + 4 - 2", 4), ("12 * 34", 3), ("120 - 34", 2), ("8 / 2", 2), ("1.5 * 3", 2), ("2*(3+4)", 1)],
+)
+def test_difficulty(expression: str, expected: int) -> None:
+    assert tiny_data.difficulty(expression) == expected
+
+
+@pytest.mark.parametrize("family", SHIPPED)
+def test_training_prompt_is_what_the_shipped_template_renders(family: str) -> None:
+    tokenizer = load_tokenizer(find_folder(SHIPPED[family]))
+    turn = [{"role": "user", "content": "How many?"}]
+    rendered = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    assert tiny_corpus.chat_prompt(family, "How many?") == rendered
+    answered = [*turn, {"role": "assistant", "content": "Two."}]
+    prompt, completion = tiny_corpus.render(family, ("How many?", "Two."), plain=False)
+    assert tokenizer.apply_chat_template(answered, tokenize=False) in (prompt + completion, prompt + completion + "\n")
+
+
+@pytest.mark.parametrize("family", SHIPPED)
+def test_shipped_files_are_what_the_script_writes(family: str, tmp_path: Path) -> None:
+    folder = find_folder(SHIPPED[family])
+    tiny_formats.create(family, tmp_path / "new", TINY / "tiny-llada")
+    for path in (tmp_path / "new").iterdir():
+        assert path.read_bytes() == (folder / path.name).read_bytes(), path.name
+    spec, _ = tiny_formats.read(family, folder)
+    weights = load_file(folder / "model.safetensors")
+    assert {k: tuple(v.shape) for k, v in weights.items()} == tiny_formats.expected_shapes(family, spec)
+    assert (folder / "model.safetensors").stat().st_size <= 12_000_000
+
+
+def test_drills_ask_for_results_only() -> None:
+    data = corpus("llada")
+    tokenizer = tiny_formats.read("llada", TINY / "tiny-llada")[1]
+    flat = data.flat.numpy().view(np.uint16)
+    for number in data.drills[:5]:
+        start = int(data.start[number])
+        document = flat[start : start + int(data.length[number])]
+        asked = tokenizer.decode([int(t) & (RESULT_FLAG - 1) for t in document if t >= RESULT_FLAG])
+        assert asked.split() and all(part.isdigit() for part in asked.split())
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_masks_leave_prompts_alone_and_weights_sit_on_masks(family: str) -> None:
+    data, spec = corpus(family), tiny_formats.read(family, find_folder(SHIPPED[family]))[0]
+    torch.manual_seed(0)
+    chosen = torch.from_numpy(np.concatenate([data.problems[:24], data.drills[:8]]))
+    widths = torch.tensor(train_tiny.WINDOWS)
+    batch = train_tiny.masked_batch(data, chosen, 2048, end_token=2, mask_token=spec.mask_id, widths=widths)
+    masked = batch.ids == spec.mask_id
+    assert masked.any() and not masked.all()
+    assert (batch.ids == batch.targets)[~masked].all()
+    assert masked[batch.weights > 0].all() and (batch.weights >= 0).all()
+    for slot, number in enumerate(chosen.tolist()):
+        start, stop = int(batch.ends[slot]), int(batch.ends[slot + 1])
+        assert not masked[start : min(stop, start + int(data.prompt[number]))].any()
+    assert (batch.positions[batch.ends[:-1][batch.ends[:-1] < 2048].long()] == 0).all()
+
+
+def test_every_answer_token_is_an_autoregressive_target() -> None:
+    data = corpus("v2")
+    chosen = torch.from_numpy(data.problems[:4])
+    batch = train_tiny.autoregressive_batch(data, chosen, 2048, end_token=0)
+    answers = int((data.length[chosen] - data.prompt[chosen]).sum())
+    assert int((batch.weights > 0).sum()) == answers
+    assert batch.weights.sum().item() == pytest.approx(1.0)
+
+
+def test_best_fit_overlaps_nothing_and_wastes_little() -> None:
+    sizes = np.random.default_rng(0).integers(1, 17, 500)
+    row, first, rows = tiny_corpus.best_fit(sizes, 16)
+    used = np.zeros((rows, 16), int)
+    for r, f, n in zip(row, first, sizes, strict=True):
+        used[r, f : f + n] += 1
+    assert used.max() == 1
+    assert rows <= 1.1 * sizes.sum() / 16
+
+
+def test_block_diffusion_rows_and_loss_equal_the_training_package() -> None:
+    """The captured step joins the package's functions by hand; its loss must be that of `fastdllm.training`."""
+    folder = find_folder("tiny-fast-dllm-v2")
+    spec, tokenizer = tiny_formats.read("v2", folder)
+    rows = tiny_corpus.pack_rows(corpus("v2"), 256, 32, spec.mask_id, seed=0)
+    assert ((rows.labels == IGNORE) | (rows.labels == rows.ids)).all()
+    starts = rows.positions[:, ::32]
+    assert (starts % 32 == 0).all()
+    torch.manual_seed(1)
+    chosen = torch.tensor([0, 2])
+    batch = train_tiny.block_diffusion_batch(rows, chosen, spec.mask_id, torch.float32)
+    network = Network("v2", spec, tiny_formats.load_published("v2", folder, spec, tokenizer), False, torch.float32)
+    with torch.no_grad():
+        loss = (network.losses(batch)[0] * batch.weights).sum()
+    model = Fast_dLLM_QwenForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.config.mask_token_id = spec.mask_id
+    fields = {
+        "input_ids": rows.ids,
+        "labels": rows.labels,
+        "position_ids": rows.positions,
+        "documents": rows.documents,
+    }
+    with torch.no_grad():
+        expected = model(**{k: v[chosen].long() for k, v in fields.items()}, masked=batch.masked).loss
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_warm_start_from_another_family_keeps_what_the_tokens_mean() -> None:
+    spec, tokenizer = tiny_formats.read("dream", find_folder("tiny-dream"))
+    llada_spec, llada_tokenizer = tiny_formats.read("llada", TINY / "tiny-llada")
+    dream = tiny_formats.load_published("dream", TINY / "tiny-llada", spec, tokenizer)
+    llada = tiny_formats.load_published("llada", TINY / "tiny-llada", llada_spec, llada_tokenizer)
+    new, old = dream["model.embed_tokens.weight"], llada["model.transformer.wte.weight"]
+    for word in ("Ġcups", "7", "####"):
+        assert torch.equal(new[tokenizer.token_to_id(word)], old[llada_tokenizer.token_to_id(word)])
+    assert torch.equal(new[spec.mask_id], old[llada_spec.mask_id])
+    assert not dream["model.layers.0.self_attn.q_proj.bias"].any()
+
+
+def test_learning_rate_warms_up_and_ends_low() -> None:
+    rates = [train_tiny.learning_rate(done / 100, 0.02) for done in range(101)]
+    assert max(rates) == rates[2] == pytest.approx(1.0) and rates[-1] == pytest.approx(2e-3)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+
+
+def test_muon_steps_are_orthogonal_and_adam_matches_torch() -> None:
+    torch.manual_seed(0)
+    singular = torch.linalg.svdvals(train_tiny.orthogonalise(torch.randn(3, 24, 16)).float())
+    assert (singular > 0.5).all() and (singular < 1.5).all()
+    ours, theirs = torch.ones(5, requires_grad=True), torch.ones(5, requires_grad=True)
+    rate = torch.tensor(0.1)
+    adam, reference = train_tiny.Adam([ours], rate), torch.optim.Adam([theirs], lr=0.1, betas=(0.9, 0.98), eps=1e-9)
+    for _ in range(4):
+        ours.grad = theirs.grad = torch.randn(5)
+        adam.step()
+        reference.step()
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llada", "dream", "qwen", "v2"])
+def test_a_few_steps_write_a_checkpoint(family: str, text: Path, tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / family
+    arguments = ["train_tiny", "--family", family, "--text", str(text), "--out", str(out), "--steps", "2"]
+    arguments += ["--tokens", "1024", "--limit", "20", "--tiny-llada", str(TINY / "tiny-llada")]
+    if family == "v2":
+        parent = tmp_path / "qwen"
+        tiny_formats.create("qwen", parent, TINY / "tiny-llada")
+        spec, _ = tiny_formats.read("qwen", parent)
+        tiny_formats.save(parent, parent, train_tiny.initialise("qwen", spec, seed=0))
+        arguments += ["--init", str(parent)]
+    elif family != "qwen":
+        arguments += ["--init", str(TINY / "tiny-llada")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    train_tiny.main()
+    report = json.loads((out / "training.json").read_text(encoding="utf-8"))
+    assert report["steps"] == 2 and np.isfinite(report["curve"][-1]["loss"])
+    spec, tokenizer = tiny_formats.read(family, out)
+    weights = tiny_formats.load_published(family, out, spec, tokenizer)
+    assert all(torch.isfinite(w).all() for w in weights.values())
+    assert {p.name for p in tmp_path.iterdir()} <= {family, "qwen"}  # no half-written folder is left
+
+
+def test_drills_prefer_hard_lines() -> None:
+    easy = [("q", "He has 3 + 4 = 7 cups.\n#### 7")] * 50
+    hard = [("q", "He has 12 - 3 - 4 = 5 cups.\n#### 5")] * 50
+    texts = tiny_data.drills(easy + hard, 60, random.Random(0))
+    share = sum(t.count("12 - 3 - 4") for t in texts) / sum(t.count("He has") for t in texts)
+    assert 0.7 < share < 0.9

@@ -129,7 +129,7 @@ def on_reset() -> tuple:
 def build(models: Models, default_model: str, slow_motion: float = 0.2) -> gr.Blocks:
     """The page; slow_motion: seconds to wait after each forward. Nothing is loaded until somebody opens it."""
     with gr.Blocks(title="fastdllm", analytics_enabled=False, fill_width=True) as page:
-        with gr.Row(equal_height=True):
+        with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=320):
                 gr.HTML(MASTHEAD)
                 status = gr.HTML('<div class="status">Loading the model…</div>', elem_id="status")
@@ -142,7 +142,7 @@ def build(models: Models, default_model: str, slow_motion: float = 0.2) -> gr.Bl
                 min_width=200,
             )
             views = [("Forward", "step"), ("Confidence", "confidence")]
-            colour = gr.Radio(views, value="step", label="Colour tokens by", elem_id="colour", min_width=200)
+            colour = gr.Radio(views, value="step", label="Colour tokens by", elem_id="colour", min_width=250)
         with gr.Accordion("Settings of the answer", open=False):
             common = common_controls(model, slow_motion)
         colour.change(None, colour, None, js=SET_COLOUR)

@@ -1,32 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dual cache whose far masks are invisible (DPad, arXiv 2508.14148; Streaming-dLLM, arXiv 2601.17917).
+"""Dual cache whose far masks are left out (DPad, arXiv 2508.14148; Streaming-dLLM, arXiv 2601.17917).
 
-Masks far beyond the block tell the model little, yet every query attends to them. Only the `suffix` nearest and the last
-one stay visible; the last marks where the answer ends.
+Masks far beyond the block tell the model little, yet every query attends to them, and every opening recomputes them. Only
+the `suffix` nearest stay, and the last one, which marks where the answer ends; without it the others need not be computed.
 """
 
 from dataclasses import dataclass, replace
 
 from fastdllm.blocks import Block, Pass, Progress
-from fastdllm.caches import dual
+from fastdllm.caches import dual, lazy
 
 
 @dataclass(frozen=True)
-class Cache(dual.Cache):
-    """suffix: visible positions after the block; gen_length or more is the dual cache."""
+class Cache(lazy.Cache):
+    """suffix: visible positions after the block; gen_length or more is the parent. keep_last: the last position of the
+    answer is visible too. refresh_blocks: as in `lazy`; 1 is the dual cache."""
 
+    refresh_blocks: int = 1
     suffix: int = 64
+    keep_last: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.suffix < 0:
             raise ValueError(f"suffix={self.suffix} must be at least 0")
 
     def open(self, block: Block) -> Pass | None:
-        return self._hidden(dual.Cache.open(self, block), block)
+        return self._without_far(lazy.Cache.open(self, block), block)
 
     def step(self, block: Block, progress: Progress) -> Pass:
-        return self._hidden(dual.Cache.step(self, block, progress), block)
+        return self._without_far(dual.Cache.step(self, block, progress), block)
 
-    def _hidden(self, p: Pass, block: Block) -> Pass:
-        first, last = block.stop + self.suffix, block.total - 1
-        return replace(p, hide=(first, last)) if first < last else p
+    def _without_far(self, p: Pass, block: Block) -> Pass:
+        near, last = block.stop + self.suffix, block.total - 1
+        if not self.keep_last:
+            return replace(p, stop=min(p.stop, near), read=min(p.read, near))
+        return replace(p, hide=(near, last)) if near < last else p

@@ -70,6 +70,7 @@ NEUTRAL = [
     ("lazy", {"refresh_blocks": 1}),
     ("vicinity", {"before": 0, "after": 0}),
     ("suffix_window", {"suffix": 29}),
+    ("suffix_window", {"suffix": 29, "keep_last": False}),
 ]
 
 
@@ -111,6 +112,15 @@ def test_lazy_refresh_recomputes_less_and_changes_only_later_blocks() -> None:
 def test_a_hidden_suffix_is_not_seen() -> None:
     near, far = outcome("llada", cache="suffix_window", suffix=0), outcome("llada", cache="dual")
     assert near[0] != far[0]
+
+
+def test_a_dropped_suffix_is_neither_seen_nor_computed() -> None:
+    cache = registry.find("caches", "suffix_window")(suffix=4, keep_last=False, refresh_blocks=3)
+    blocks = prompt_aligned(8)(6, 6 + 29)
+    assert [(cache.open(b).start, cache.open(b).stop) for b in blocks] == [(0, 18), (6, 26), (6, 34), (0, 35)]
+    assert [cache.step(b, Progress(0, 0, True)).read for b in blocks] == [18, 26, 34, 35]
+    short = outcome("llada", cache="suffix_window", suffix=4, keep_last=False)
+    assert max(short[2]) < min(outcome("llada", cache="dual")[2])
 
 
 BAD = [("lazy", "refresh_blocks", 0), ("vicinity", "before", -1), ("vicinity", "after", -1), ("suffix_window", "suffix", -1)]

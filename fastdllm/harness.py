@@ -13,6 +13,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +29,7 @@ from fastdllm.answers import AnswerStore, Ask, answer, answer_key, fingerprint
 from fastdllm.build import assemble
 from fastdllm.config import DecodeConfig, coerce
 from fastdllm.generation import encode_text
-from fastdllm.likelihood import log_likelihoods
+from fastdllm.likelihood import Score, log_likelihoods
 from fastdllm.processes import World, choose_device
 from fastdllm.published import HarnessOptions, decode_options, rename, split
 from fastdllm.stats import Stats
@@ -82,6 +83,7 @@ class DiffusionLM(TemplateLM):
         self.tokenizer = self.model.tokenizer
         self.max_length = self.model.spec.max_length
         assemble(self.model, self._configure({}))  # likewise a combination that this model cannot run
+        self._score([])
         self.stats, self.reused, self._costs = Stats(), 0, []
         self._fingerprint = fingerprint(self.model)
         self._answers = AnswerStore(self.options.save_dir, self.rank) if self.options.save_dir else None
@@ -218,20 +220,10 @@ class DiffusionLM(TemplateLM):
             pairs.append((torch.tensor(context), torch.tensor(target, dtype=torch.long)))
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
-        config = self._configure({})
         bar = tqdm(total=len(pairs), desc="log-likelihoods", disable=disable_tqdm or self.rank > 0)
         for at in range(0, len(order), 4 * self.batch_size):
             chunk = order[at : at + 4 * self.batch_size]
-            scores = log_likelihoods(
-                self.model,
-                [pairs[i] for i in chunk],
-                method=self.options.likelihood,
-                mc_num=self.options.mc_num,
-                seed=config.seed,
-                batch_size=self.batch_size,
-                check_greedy=check_greedy,
-                cfg_scale=config.cfg_scale,
-            )
+            scores = self._score([pairs[i] for i in chunk], check_greedy)
             for i, score in zip(chunk, scores, strict=True):
                 results[i] = (score.log_likelihood, score.greedy)
                 if requests[i][0] is not None:
@@ -239,6 +231,19 @@ class DiffusionLM(TemplateLM):
             bar.update(len(chunk))
         bar.close()
         return results
+
+    def _score(self, pairs: list[tuple[Tensor, Tensor]], check_greedy: bool = False) -> list[Score]:
+        config = self._configure({})
+        return log_likelihoods(
+            self.model,
+            pairs,
+            method=self.options.likelihood,
+            mc_num=self.options.mc_num,
+            seed=config.seed,
+            batch_size=self.batch_size,
+            check_greedy=check_greedy,
+            cfg_scale=config.cfg_scale,
+        )
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Each text in windows of the model's context, every token scored once with as much context as fits."""
@@ -335,7 +340,8 @@ def main() -> None:
     parser = HarnessCLI()
     args = parser.parse_args()
     if getattr(args, "command", None) == "run" and not args.config:
-        args.include_path = [str(TASKS_DIR), *([args.include_path] if args.include_path else [])]
+        given = [args.include_path] if args.include_path and Path(args.include_path).resolve() != TASKS_DIR.resolve() else []
+        args.include_path = [str(TASKS_DIR), *given]
         if args.model_args:
             # lm-eval names the results folder after `pretrained`, and otherwise at random.
             args.model_args = rename(args.model_args)

@@ -63,8 +63,10 @@ def evaluate(name: str, run: Run, limit: int) -> dict[str, Any]:
         command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / run.script)]
         command += ["--model", run.adapter, "--model_args", f"pretrained={run.model},{run.options},show_speed=True"]
         command += ["--tasks", TASK, "--apply_chat_template", "--limit", str(limit), "--batch_size", "1"]
+        # accelerate gives a process one thread unless told otherwise; runs come one after the other and may use all cores.
+        defaults = {"LMEVAL_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": str(os.cpu_count())}
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        env = {**os.environ, "PYTHONPATH": path, "LMEVAL_LOG_LEVEL": os.environ.get("LMEVAL_LOG_LEVEL", "ERROR")}
+        env = {**defaults, **os.environ, "PYTHONPATH": path}
         done = subprocess.run([*command, "--output_path", folder], env=env, stdout=subprocess.DEVNULL)
         if done.returncode:
             raise SystemExit(f"quickstart: the run {name!r} failed (exit status {done.returncode}); its messages are above")
@@ -117,7 +119,7 @@ def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--limit", type=int, default=40, help="problems per setting (default %(default)s)")
+    parser.add_argument("--limit", type=int, default=20, help="problems per setting (default %(default)s)")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="some of the settings")
     parser.add_argument("--output", type=Path, default=ROOT / "results", help="folder of quickstart.json and .png")
     args = parser.parse_args()

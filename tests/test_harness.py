@@ -281,6 +281,8 @@ def test_batch_sizes(value: Any, largest: int | None, size: int) -> None:
         ({"steps": 300, "gen_length": 64, "decoder": "quota"}, "steps=300 must be at most gen_length=64"),
         ({"cache": "sub_block"}, "cache='sub_block' does not fit the family 'llada'; allowed are"),
         ({"reuse_k": 2, "layer_subset": "middle"}, "reuse_k=2 needs cache='block'"),
+        ({"likelihood": "first_token"}, "likelihood='first_token' does not fit the family 'llada'"),
+        ({"mc_num": 0}, "mc_num=0 must be at least 1"),
         ({"dtype": "float8"}, "dtype='float8' is unknown"),
     ],
 )
@@ -342,3 +344,17 @@ def test_multiple_choice_task_from_end_to_end() -> None:
     results = evaluate(adapter(8, mc_num=2, is_check_greedy=False), "gsm_symbolic_mc", limit=3, num_fewshot=0)
     assert 0 <= results["results"]["gsm_symbolic_mc"]["acc,none"] <= 1
     assert len(results["samples"]["gsm_symbolic_mc"]) == 3
+
+
+def test_v2_scores_choices_and_rephrases_only_when_asked() -> None:
+    from v2.eval import FastDLLMv2EvalHarness
+
+    options = {"pretrained": "tiny-fast-dllm-v2", "device": "cpu"}
+    whole = FastDLLMv2EvalHarness(**options)
+    first = FastDLLMv2EvalHarness(**options, likelihood="first_token", cot_prompt=True)
+    scores = [evaluate(model, "gsm_symbolic_mc_digit", limit=2)["results"] for model in (whole, first)]
+    assert all(0 <= of["gsm_symbolic_mc_digit"]["acc,none"] <= 1 for of in scores)
+    args = ("Question: 1 + 1?\nAnswer:", {})
+    gsm8k, other = (Instance("generate_until", {}, args, 0, (task, 0, 1)) for task in ("gsm8k_cot", "gsm_symbolic"))
+    assert whole.prompt_of(gsm8k) == whole.prompt_of(other) == first.prompt_of(other) == args[0]
+    assert first.prompt_of(gsm8k).startswith("Question: 1 + 1?\nPlease reason step by step")

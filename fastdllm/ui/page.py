@@ -7,6 +7,7 @@ Layout and wiring; what happens is in handlers.py.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from functools import partial
@@ -278,10 +279,14 @@ def parser(default_model: str, prog: str | None = None) -> argparse.ArgumentPars
 
 
 def main(arguments: Sequence[str] | None = None, default_model: str = "tiny-llada", prog: str | None = None) -> int:
-    """The command; serves until interrupted."""
+    """The command; serves until interrupted. Returns the exit code: 1 when the address can't be served."""
     args = parser(default_model, prog).parse_args(arguments)
     models = Models(lambda name: fastdllm.load(name, args.device, args.dtype, args.revision))
     page = build(models, args.model).queue(default_concurrency_limit=1, max_size=QUEUE)
     print(f"fastdllm: {args.model} in the browser; Ctrl-C ends it", flush=True)
-    page.launch(server_name=args.host, server_port=args.port, share=args.share, **launch_options())
+    try:
+        page.launch(server_name=args.host, server_port=args.port, share=args.share, **launch_options())
+    except OSError as error:  # the port is taken
+        print(f"fastdllm: {error}", file=sys.stderr)
+        return 1
     return 0

@@ -44,6 +44,18 @@ def test_frames_come_from_the_running_loop(models: Models, question: str) -> Non
     assert not frame.running and "39" in frame.messages[-1]["content"]
 
 
+@pytest.mark.parametrize("name", ["tiny-dream", "tiny-fast-dllm-v2"])
+def test_every_family_is_shown_as_it_decodes(question: str, name: str) -> None:
+    models = Models(lambda name: fastdllm.load(name, device="cpu"))
+    caches = choose_model(models, name)[1]
+    for cache in caches[1:3]:
+        frame = last(ask(models, Stop(), Conversation(), question, replace(COMMON, model=name), Choice(cache)))
+        messages = [{"role": "user", "content": question}]
+        out = fastdllm.generate(models.current, [messages], gen_length=64, block_length=32, cache=cache, threshold=0.9)
+        assert frame.messages[-1]["content"] == out.texts[0] and "39" in out.texts[0], cache
+        assert len(frame.trace.steps) == out.stats.forwards and frame.trace.tokens() == out.stats.tokens
+
+
 def test_the_history_goes_out_and_comes_back(models: Models, question: str) -> None:
     talk = Conversation()
     first = last(ask(models, Stop(), talk, question, COMMON, Choice()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,6 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 gr = pytest.importorskip("gradio", reason="the page needs gradio")
 playwright = pytest.importorskip("playwright.sync_api", reason="driving the page needs playwright")
 
-pytestmark = pytest.mark.browser
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -115,6 +115,29 @@ def filled(page: Any, canvas: str = "#canvas") -> int:
     return page.locator(f"{canvas} .tok:not(.open)").count()
 
 
+def test_the_command_serves_this_machine_only_and_loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastdllm.ui import page
+
+    launched = {}
+    monkeypatch.setattr(page.fastdllm, "load", lambda *_: pytest.fail("a model was loaded before anybody came"))
+    monkeypatch.setattr(gr.Blocks, "launch", lambda self, **options: launched.update(options))
+    assert page.main([], default_model="tiny-dream") == 0
+    assert launched["server_name"] == "127.0.0.1" and launched["share"] is False
+    assert page.main(["--host", "0.0.0.0", "--port", "8000", "--share"]) == 0
+    assert launched["server_name"] == "0.0.0.0" and launched["server_port"] == 8000 and launched["share"] is True
+
+
+def test_a_taken_port_is_a_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    from fastdllm.ui import page
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert page.main(["--port", str(taken.getsockname()[1])]) == 1
+    assert "port" in capsys.readouterr().err
+
+
+@pytest.mark.browser
 def test_a_visitor_asks_and_watches_the_tokens_come(visit: Callable[..., Any], question: str, tmp_path: Path) -> None:
     page = visit()
     open_settings(page, "quota")
@@ -143,6 +166,7 @@ def test_a_visitor_asks_and_watches_the_tokens_come(visit: Callable[..., Any], q
     assert (tmp_path / "desktop.png").stat().st_size > 20_000
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_shows_everything_without_scrolling_sideways(
     visit: Callable[..., Any], question: str, tmp_path: Path, scheme: str
@@ -172,6 +196,7 @@ CONTRAST = """tokens => {
 }"""
 
 
+@pytest.mark.browser
 def test_two_settings_are_compared_on_one_prompt(visit: Callable[..., Any], tmp_path: Path) -> None:
     page = visit()
     page.get_by_role("tab", name="Compare").click()
@@ -187,6 +212,7 @@ def test_two_settings_are_compared_on_one_prompt(visit: Callable[..., Any], tmp_
     page.screenshot(path=tmp_path / "compare.png", full_page=True)
 
 
+@pytest.mark.browser
 def test_stop_stops_the_computation(visit: Callable[..., Any], question: str, forwards: list[float]) -> None:
     page = visit()
     open_settings(page, "quota")
@@ -201,6 +227,7 @@ def test_stop_stops_the_computation(visit: Callable[..., Any], question: str, fo
     assert page.locator("#canvas .tok.open").count() > 0
 
 
+@pytest.mark.browser
 def test_a_visitor_who_leaves_stops_the_computation_and_frees_the_queue(
     visit: Callable[..., Any], question: str, forwards: list[float]
 ) -> None:
@@ -225,6 +252,7 @@ def assert_quiet(forwards: list[float]) -> None:
     raise AssertionError("the model still works for a visitor who has left")
 
 
+@pytest.mark.browser
 def test_bad_input_is_answered_on_the_page(visit: Callable[..., Any], question: str) -> None:
     page = visit()
     page.locator("#ask").click()

@@ -27,17 +27,16 @@ from tqdm import tqdm
 import fastdllm
 from fastdllm.answers import AnswerStore, Ask, answer, answer_key, fingerprint
 from fastdllm.build import assemble
-from fastdllm.config import DecodeConfig, coerce
+from fastdllm.config import DecodeConfig
 from fastdllm.generation import encode_text
 from fastdllm.likelihood import Score, log_likelihoods
 from fastdllm.processes import World, choose_device
-from fastdllm.published import HarnessOptions, decode_options, rename, split
+from fastdllm.published import HarnessOptions, decode_options, read_batch_size, rename, split
 from fastdllm.stats import Stats
 from fastdllm.tasks import TASKS_DIR
 
 log = logging.getLogger("lm_eval.fastdllm")  # below lm-eval's, which shows only its own
 
-AUTO_BATCH = 8  # what --batch_size auto means unless --max_batch_size says otherwise
 FROM_LM_EVAL = ("until", "do_sample")  # generation kwargs that are not options of decoding
 
 
@@ -90,8 +89,6 @@ class DiffusionLM(TemplateLM):
         if self._answers and self._answers.torn:
             log.warning("save_dir: %d torn lines are ignored", self._answers.torn)
 
-    # --- settings ---------------------------------------------------------------------------------------------------
-
     def _configure(self, task: Mapping[str, Any]) -> DecodeConfig:
         """The settings of one request; `task` holds its generation kwargs."""
         asked = rename({k: v for k, v in task.items() if k not in FROM_LM_EVAL})
@@ -110,8 +107,6 @@ class DiffusionLM(TemplateLM):
     def prompt_of(self, request: Instance) -> str:
         """The text to continue; leaves may rephrase it."""
         return request.args[0]
-
-    # --- text and tokens --------------------------------------------------------------------------------------------
 
     @property
     def eot_token_id(self) -> int:
@@ -150,8 +145,6 @@ class DiffusionLM(TemplateLM):
         if len(ids) > room:
             log.warning("a prompt of %d tokens is cut on the left to %d: %s follow", len(ids), room, what)
         return ids[-room:]
-
-    # --- generation -------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         seen: Counter[str] = Counter()
@@ -204,8 +197,6 @@ class DiffusionLM(TemplateLM):
             seen[key] += 1  # the same request again is another draw
             key = answer_key(key, seen[key])
         return Ask(prompt, tuple(until), config, key)
-
-    # --- log-likelihood ---------------------------------------------------------------------------------------------
 
     def _loglikelihood_tokens(
         self,
@@ -263,8 +254,6 @@ class DiffusionLM(TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
-    # --- several processes ------------------------------------------------------------------------------------------
-
     def all_gather(self, tensor: Tensor) -> Tensor:
         return self.world.all_gather(tensor)
 
@@ -275,8 +264,6 @@ class DiffusionLM(TemplateLM):
         """Wait for the others. `evaluate` calls it after each kind of request, on every process: the moment to collect
         what the run cost, since results are written by the first process alone."""
         self._costs = self.gather_object((self.stats, self.reused)) or []
-
-    # --- report -----------------------------------------------------------------------------------------------------
 
     def get_model_info(self) -> dict[str, Any]:
         """What the results file says of the model, its settings and its speed."""
@@ -299,18 +286,6 @@ class DiffusionLM(TemplateLM):
             "speed": {**total.summary(), "reused_answers": reused},
             "versions": {"fastdllm": fastdllm.__version__, **{n: importlib.metadata.version(n) for n in libraries}},
         }
-
-
-def read_batch_size(value: int | str | None, largest: int | None = None) -> int:
-    """`--batch_size` as a number: "8", 8, "auto" or "auto:4" (then `--max_batch_size`, or 8)."""
-    if value is None:
-        return 1
-    if isinstance(value, str) and value.partition(":")[0] == "auto":
-        return largest or AUTO_BATCH
-    size = coerce("batch_size", value, int)
-    if size < 1:
-        raise ValueError(f"batch_size={size} must be at least 1")
-    return size
 
 
 def cut(text: str, stops: tuple[str, ...]) -> str:

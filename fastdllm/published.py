@@ -35,6 +35,7 @@ CONFIDENCE = {
     "remasking": {"low_confidence": "probability", "random": "random"},
     "alg": {"entropy": "entropy", "maskgit_plus": "probability", "topk_margin": "margin", "origin": "random"},
 }
+AUTO_BATCH = 8  # what --batch_size auto means unless --max_batch_size says otherwise
 SWITCHES = {"use_cache": bool, "dual_cache": bool, "use_block_cache": bool, "remasking": str, "alg": str}
 
 
@@ -156,3 +157,15 @@ def _cache(given: Mapping[str, Any]) -> str | None:
             raise ValueError("dual_cache=True contradicts use_cache=False")
         return "dual"
     return None if use is None and dual is None else "prefix" if use else "none"
+
+
+def read_batch_size(value: int | str | None, largest: int | None = None) -> int:
+    """`--batch_size` as a number: "8", 8, "auto" or "auto:4" (then `--max_batch_size`, or 8)."""
+    if value is None:
+        return 1
+    if isinstance(value, str) and value.partition(":")[0] == "auto":
+        return largest or AUTO_BATCH
+    size = coerce("batch_size", value, int)
+    if size < 1:
+        raise ValueError(f"batch_size={size} must be at least 1")
+    return size

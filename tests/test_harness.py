@@ -12,13 +12,14 @@ import pytest
 
 import fastdllm
 from fastdllm import answers
+from fastdllm.published import read_batch_size
 from fastdllm.tasks import TASKS_DIR
 
 lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402 - only after the import above did not skip
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from fastdllm.harness import DiffusionLM, cut, read_batch_size, register  # noqa: E402
+from fastdllm.harness import DiffusionLM, cut, register  # noqa: E402
 
 QUESTIONS = [
     json.loads(line)["question"] for line in (TASKS_DIR / "gsm_symbolic" / "test.jsonl").read_text().splitlines()[:5]
@@ -45,9 +46,6 @@ def generations(*asked: tuple[str, dict[str, Any]]) -> list[Instance]:
 
 def chat(model: DiffusionLM, question: str) -> str:
     return model.apply_chat_template([{"role": "user", "content": question}])
-
-
-# --- generation --------------------------------------------------------------------------------------------------------
 
 
 def test_answers_come_in_the_order_of_the_requests_and_alike_in_every_batch() -> None:
@@ -146,9 +144,6 @@ def test_the_template_is_the_models_and_applied_by_lm_eval_alone() -> None:
     assert model.tokenizer_name == "tiny-llada"
 
 
-# --- log-likelihood ----------------------------------------------------------------------------------------------------
-
-
 def test_log_likelihoods_come_in_order_and_alike_in_every_batch() -> None:
     pairs = [("Question: 2 + 2?\nAnswer:", " 4"), ("One", " two three four"), ("", "alone"), ("a b", " c")] * 2
     asked = [Instance("loglikelihood", {}, pair, i, ("task", i, 1)) for i, pair in enumerate(pairs)]
@@ -177,9 +172,6 @@ def test_rolling_is_the_sum_of_its_windows() -> None:
     asked = [Instance("loglikelihood_rolling", {}, (text,), 0, ("task", 0, 1))]
     value = model._loglikelihood_tokens([(None, [model.prefix_token_id], model.tok_encode(text))], True)[0][0]
     assert model.loglikelihood_rolling(asked, disable_tqdm=True) == [pytest.approx(value)]
-
-
-# --- answers on disk ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -259,9 +251,6 @@ def test_other_weights_are_another_model(tmp_path: Path) -> None:
     model.network.norm.data[0] -= 1
 
 
-# --- construction ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("value", "largest", "size"), [("8", None, 8), (4, None, 4), (None, None, 1), ("auto", None, 8), ("auto:4", 64, 64)]
 )
@@ -311,9 +300,6 @@ def test_registering_keeps_lm_evals_models_and_the_first_class() -> None:
     register("fastdllm_test", type("Other", (DiffusionLM,), {}))
     assert get_model("fastdllm_test") is DiffusionLM
     assert get_model("dummy")
-
-
-# --- whole evaluations -------------------------------------------------------------------------------------------------
 
 
 def evaluate(model: DiffusionLM, task: str, **options: Any) -> dict[str, Any]:

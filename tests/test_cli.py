@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,26 @@ def test_each_command_has_a_help_page(name: str, capsys: pytest.CaptureFixture) 
     page = capsys.readouterr().out
     assert code == 0
     assert page.startswith("usage: ") and len(page.splitlines()) > 10
+
+
+@pytest.mark.parametrize(
+    ("entry", "model"),
+    [
+        ("llada/chat.py", "tiny-llada"),
+        ("dream/chat.py", "tiny-dream"),
+        ("v2/run_chatbot.py", "tiny-fast-dllm-v2"),
+        ("llada/app.py", "tiny-llada"),
+        ("v2/app.py", "tiny-fast-dllm-v2"),
+    ],
+)
+def test_the_entries_of_a_checkout_are_the_same_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, entry: str, model: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", [entry, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / entry), run_name="__main__")
+    assert stopped.value.code == 0
+    assert f"(default{model})" in "".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

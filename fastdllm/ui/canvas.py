@@ -63,7 +63,7 @@ def _token(trace: Trace, now: Snapshot, at: int, step: int, ended: bool) -> str:
     shown = "·" if ended else escape(token_text(trace, token))
     title = escape(f"position {at}: {where}", quote=True)
     chip = f'<span class="{" ".join(kinds)}" title="{title}"><b>{shown}</b><i class="step">{small}</i>'
-    return chip + f'<i class="conf">{certain}</i></span>' + ("<br>" if "\n" in text else "")
+    return chip + f'<i class="conf">{certain}</i></span>' + ("<br>" if "\n" in text and not ended else "")
 
 
 def tokens_html(trace: Trace, step: int | None = None) -> str:

@@ -64,6 +64,8 @@ class Choice:
     more: str = ""
 
     def label(self) -> str:
+        if "preset" in (self.more or ""):
+            return self.more
         known = registry.options("decoders", self.decoder)
         value = f" {getattr(self, self.decoder)}" if self.decoder in known else ""
         value = f" {self.steps:.0f} steps" if self.decoder == "quota" else value
@@ -144,19 +146,19 @@ def config_of(common: Common, choice: Choice) -> DecodeConfig:
         "block_length": common.block_length,
         "temperature": common.temperature,
         "seed": common.seed,
-        "cache": None if choice.cache == "default" else choice.cache,
-        "decoder": choice.decoder,
     }
-    known = registry.options("decoders", choice.decoder)
-    given |= {name: getattr(choice, name) for name in ("threshold", "factor") if name in known}
-    if choice.decoder == "quota":
-        given["steps"] = choice.steps
+    more = {}
     for item in filter(str.strip, (choice.more or "").split(",")):
         name, equals, value = (part.strip() for part in item.partition("="))
         if not equals:
             raise ValueError(f"more options: {item.strip()!r} must be name=value")
-        given[options.ALIASES.get(name, name)] = value
-    return DecodeConfig(**given)
+        more[options.ALIASES.get(name, name)] = value
+    if "preset" not in more:  # a preset stands for a decoder, a cache and their options
+        known = registry.options("decoders", choice.decoder)
+        given |= {"cache": None if choice.cache == "default" else choice.cache, "decoder": choice.decoder}
+        given |= {name: getattr(choice, name) for name in ("threshold", "factor") if name in known}
+        given |= {"steps": choice.steps} if choice.decoder == "quota" else {}
+    return DecodeConfig(**{**given, **more})
 
 
 def choose_model(models: Models, name: str) -> tuple[str, list[str]]:

@@ -180,6 +180,7 @@ def test_the_form_becomes_the_config_it_shows() -> None:
     assert config == DecodeConfig(
         gen_length=96, block_length=16, temperature=0.5, seed=3, decoder="quota", steps=48, confidence="margin", top_k=5
     )
+    assert config_of(common, Choice(more="preset=fast")).decoder == DecodeConfig(preset="fast").decoder != "threshold"
     assert config_of(common, Choice(decoder="factor", factor=1.5)).options == {"factor": 1.5}
 
 

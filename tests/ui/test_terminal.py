@@ -88,9 +88,19 @@ def test_every_bad_line_is_answered_and_the_chat_goes_on(chat: Chat, line: str, 
 
 def test_commands_do_what_help_says(chat: Chat, question: str) -> None:
     code, out = chat(
-        question, "/system Be brief.", question, "/reset", "/stats", "/set", "/set factor 1.5", "/set cache=none", "/help"
+        question,
+        "/system Be brief.",
+        question,
+        "/reset",
+        "/stats",
+        "/set",
+        "/set factor 1.5",
+        "/set cache=none",
+        "/set preset fast",
+        "/help",
     )
     assert code == 0
+    assert f"decoder {DecodeConfig(preset='fast').decoder}" in out.split("/set preset fast")[1]
     assert "no system role" in out and "new conversation" in out and "2 answers" in out
     assert "decoder factor" in out and "factor 1.5" in out and "cache none" in out
     assert all(f"/{name}" in out for name in COMMANDS)

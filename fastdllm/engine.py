@@ -309,7 +309,7 @@ def denoise(
     #    opening pass ends where the block starts or discards the rest (as published): it gives the first token only.
     slot = first[:, None] + torch.arange(block_length, device=plan.device)  # [R, Q]
     source = slot - spec.shift - start[:, None]
-    learnt = (slot < last[:, None]) & (source >= 0) & (source < width)
+    learnt = (slot < last[:, None]) & (source >= 0) & (slot - spec.shift < stop[:, None])
     learnt &= (slot == first[:, None]) | (forced == 0)[:, None]
     source = source.clamp(0, width - 1)[..., None].expand(-1, -1, hidden.shape[-1])
     logits = model.network.logits(hidden.gather(1, source))  # [R, Q, V]

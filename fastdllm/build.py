@@ -13,7 +13,7 @@ from fastdllm.blocks import Geometry, grid_aligned, prompt_aligned
 from fastdllm.config import DecodeConfig
 from fastdllm.models import Model
 from fastdllm.models.spec import ModelSpec
-from fastdllm.presets import PRESETS
+from fastdllm.presets import PRESETS, decoder_alone
 from fastdllm.reuse import LayerReuse, subset_layers
 from fastdllm.sampling import Sampler
 from fastdllm.schedules import SCHEDULES
@@ -22,12 +22,12 @@ from fastdllm.schedules import SCHEDULES
 def assemble(model: Model, config: DecodeConfig) -> dict[str, Any]:
     """Keyword arguments of `engine.decode` for this model. Raises ValueError for a combination that makes no sense."""
     spec = model.spec
+    if config.preset and not _fits(PRESETS[config.preset]["cache"], bool(spec.block_causal)):
+        config = DecodeConfig(**decoder_alone(config.given()))
     outer = config.block_length or spec.defaults.get("block_length", 32)
     size = config.small_block_size if spec.block_causal else min(outer, config.gen_length)
     geometry = grid_aligned(outer, size) if spec.block_causal else prompt_aligned(size)
     name = config.cache or ("none" if config.cfg_scale else spec.defaults["cache"])
-    if config.preset and name == PRESETS[config.preset].get("cache") and not _fits(name, bool(spec.block_causal)):
-        name = spec.defaults["cache"]
     kind = registry.find("caches", name)
     if kind.block_causal is not None and kind.block_causal != bool(spec.block_causal):
         fitting = [n for n in registry.names("caches") if _fits(n, bool(spec.block_causal))]

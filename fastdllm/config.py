@@ -31,17 +31,17 @@ class DecodeConfig:
     name like all others and kept in `options`. An option that carries a decoder's own name selects it: `factor=1.0` means
     `decoder="factor"`.
 
-    preset: a setting by name (`presets.py`); what is given beside it goes before it, and its cache is left out where the
-    family cannot use it. gen_length: new positions per prompt (published scripts: 256). block_length: positions decoded
-    together (32 in Fast-dLLM's scripts; bd_size in v2). small_block_size: v2's sub-block (8). steps: denoising steps of
-    the whole answer for fixed-step decoding (`quota`), default one per token; adaptive decoders ignore it. cache:
-    default "dual" for LLaDA and Dream, "block" for v2. decoder: default "threshold" at 0.9. schedule: of `quota`;
-    default "even" (LLaDA, v2), "timesteps" (Dream). confidence, temperature, top_p, top_k, alg_temp: see
-    `sampling.Sampler`. cfg_scale: classifier-free guidance, cache "none" only (LLaDA's `generate.py`; 0 is off). seed:
-    row i draws from seed + i. stop_ids: default the model's; () never stops early. batch_size: prompts on the canvas at
-    once, default all. runner: default "cuda_graph" on CUDA, else "eager". first_token: of Dream's blocks; "forced"
-    commits it from the opening pass, as published, "rule" leaves it to the decoder. reuse_k, layer_subset, reuse_mode,
-    trim_ratio: layer reuse and TRIM of v2, see `fastdllm/reuse`; reuse_k=1 is none.
+    preset: a setting by name (`presets.py`); what is given beside it goes before it, and v2 takes its decoder alone.
+    gen_length: new positions per prompt (published scripts: 256). block_length: positions decoded together (32 in
+    Fast-dLLM's scripts; bd_size in v2). small_block_size: v2's sub-block (8). steps: denoising steps of the whole answer
+    for fixed-step decoding (`quota`), default one per token; adaptive decoders ignore it. cache: default "dual" for
+    LLaDA and Dream, "block" for v2. decoder: default "threshold" at 0.9. schedule: of `quota`; default "even" (LLaDA,
+    v2), "timesteps" (Dream). confidence, temperature, top_p, top_k, alg_temp: see `sampling.Sampler`. cfg_scale:
+    classifier-free guidance, cache "none" only (LLaDA's `generate.py`; 0 is off). seed: row i draws from seed + i.
+    stop_ids: default the model's; () never stops early. batch_size: prompts on the canvas at once, default all. runner:
+    default "cuda_graph" on CUDA, else "eager". first_token: of Dream's blocks; "forced" commits it from the opening
+    pass, as published, "rule" leaves it to the decoder. reuse_k, layer_subset, reuse_mode, trim_ratio: layer reuse and
+    TRIM of v2, see `fastdllm/reuse`; reuse_k=1 is none.
     """
 
     preset: str | None = None

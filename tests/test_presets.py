@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 
 import fastdllm
+from fastdllm.build import assemble
 from fastdllm.presets import PRESETS
 from fastdllm.published import decode_options
 from fastdllm.ui.options import change
@@ -19,6 +20,14 @@ def test_every_family_takes_every_preset(preset: str, family: str) -> None:
     out = fastdllm.generate(random_model(family), given, preset=preset, gen_length=16, stop_ids=())
     for sequence, prompt in zip(out.sequences, given, strict=True):
         assert len(sequence) == len(prompt) + 16 and MASK not in sequence[len(prompt) :]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_v2_keeps_its_own_blocks_and_cache(preset: str) -> None:
+    model = random_model("v2")
+    built, plain = (assemble(model, fastdllm.DecodeConfig(gen_length=16, **o)) for o in ({"preset": preset}, {}))
+    assert built["grid"] == plain["grid"] == 8 and built["cache"] == plain["cache"]
+    assert assemble(model, fastdllm.DecodeConfig(preset=preset, gen_length=16, block_length=16))["grid"] == 16
 
 
 def test_what_is_given_goes_before_the_preset() -> None:

@@ -51,7 +51,8 @@ def _token(trace: Trace, now: Snapshot, at: int, step: int, ended: bool) -> str:
         where, small, certain = f"forward {written}", str(written), "–"
         if confidence is not None:
             kinds.append(f"c{confidence_colour(confidence)}")
-            certain = f"{confidence:.0%}"
+            # Margins and probabilities are shares; a negative entropy is none.
+            certain = f"{confidence:.0%}" if 0 <= confidence <= 1 else f"{confidence:.1f}"
             where += f", confidence {confidence:.3f}"
     text = trace.texts.get(token, "")
     states = (

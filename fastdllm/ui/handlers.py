@@ -143,7 +143,6 @@ def config_of(common: Common, choice: Choice) -> DecodeConfig:
     """The form as a config; ValueError names what is wrong."""
     given: dict[str, Any] = {
         "gen_length": common.gen_length,
-        "block_length": common.block_length,
         "temperature": common.temperature,
         "seed": common.seed,
     }
@@ -153,7 +152,8 @@ def config_of(common: Common, choice: Choice) -> DecodeConfig:
         if not equals:
             raise ValueError(f"more options: {item.strip()!r} must be name=value")
         more[options.ALIASES.get(name, name)] = value
-    if "preset" not in more:  # a preset stands for a decoder, a cache and their options
+    if "preset" not in more:  # a preset stands for a decoder, a cache, their options and a block length
+        given["block_length"] = common.block_length
         known = registry.options("decoders", choice.decoder)
         given |= {"cache": None if choice.cache == "default" else choice.cache, "decoder": choice.decoder}
         given |= {name: getattr(choice, name) for name in ("threshold", "factor") if name in known}

@@ -10,6 +10,7 @@ import pytest
 
 import fastdllm
 from fastdllm import DecodeConfig, Model
+from fastdllm.presets import PRESETS
 from fastdllm.trace import watch
 from fastdllm.ui import handlers
 from fastdllm.ui.canvas import confidence_colour, curve_svg, step_colour, tokens_html
@@ -180,7 +181,9 @@ def test_the_form_becomes_the_config_it_shows() -> None:
     assert config == DecodeConfig(
         gen_length=96, block_length=16, temperature=0.5, seed=3, decoder="quota", steps=48, confidence="margin", top_k=5
     )
-    assert config_of(common, Choice(more="preset=fast")).decoder == DecodeConfig(preset="fast").decoder != "threshold"
+    for preset in PRESETS:
+        shared = {"gen_length": 96, "temperature": 0.5, "seed": 3}
+        assert config_of(common, Choice("none", "quota", more=f"preset={preset}")) == DecodeConfig(preset=preset, **shared)
     assert config_of(common, Choice(decoder="factor", factor=1.5)).options == {"factor": 1.5}
 
 

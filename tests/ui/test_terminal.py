@@ -96,11 +96,11 @@ def test_commands_do_what_help_says(chat: Chat, question: str) -> None:
         "/set",
         "/set factor 1.5",
         "/set cache=none",
-        "/set preset fast",
+        "/set preset exact",
         "/help",
     )
     assert code == 0
-    assert f"decoder {DecodeConfig(preset='fast').decoder}" in out.split("/set preset fast")[1]
+    assert f"decoder {DecodeConfig(preset='exact').decoder}" in out.split("/set preset exact")[1]
     assert "no system role" in out and "new conversation" in out and "2 answers" in out
     assert "decoder factor" in out and "factor 1.5" in out and "cache none" in out
     assert all(f"/{name}" in out for name in COMMANDS)

@@ -199,7 +199,7 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def report(args: argparse.Namespace, path: Path) -> None:
-    """Table and plot of what has been run so far, beside the lines and, with --summary, at that path too."""
+    """Table and plot of what has been run so far, beside the lines; with --summary, JSON and plot at that path too."""
     rows = summarise(lines_of(path), args.reference)
     about = {
         "model": args.model,
@@ -213,11 +213,11 @@ def report(args: argparse.Namespace, path: Path) -> None:
     for stem in [path.with_suffix(""), *([args.summary] if args.summary else [])]:
         stem.parent.mkdir(parents=True, exist_ok=True)
         stem.with_suffix(".json").write_text(json.dumps({"about": about, "settings": rows}, indent=1) + "\n")
-        with stem.with_suffix(".csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
         plot(rows, stem.with_suffix(".png"), f"{args.model}, {args.template} prompt, {rows[0]['problems']} problems")
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
     print("| setting | accuracy | difference (95 %) | p | same | forwards | positions | tokens/forward | tokens/s |")
     print("|---|---|---|---|---|---|---|---|---|")
     for r in rows:
@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--block_length", type=int, default=32)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--device")
-    parser.add_argument("--summary", type=Path, help="also write table and plot to this path, without suffix")
+    parser.add_argument("--summary", type=Path, help="also write JSON and plot to this path, without suffix")
     args = parser.parse_args()
     for setting in args.settings:
         fastdllm.DecodeConfig(**parse(setting))

@@ -14,10 +14,8 @@ from fastdllm.build import assemble
 from fastdllm.config import DecodeConfig
 from fastdllm.engine import Request, Step, decode
 from fastdllm.models import Model
+from fastdllm.prompts import Prompts, encode
 from fastdllm.stats import Stats, peak_memory
-
-Messages = Sequence[dict[str, str]]
-Prompts = str | Sequence[str] | Sequence[Messages] | Sequence[Tensor] | Tensor
 
 
 @dataclass
@@ -29,42 +27,6 @@ class Output:
     texts: list[str] | None = None
     stats: Stats = field(default_factory=Stats)
     trace: list[Step] | None = None
-
-
-def encode(model: Model, prompts: Prompts) -> list[Tensor]:
-    """Prompts as 1-D LongTensors.
-
-    A string is tokenised as it stands; a list of messages ({"role", "content"}) goes through the chat template; a tensor is
-    taken as ids ([B, P], or one [P] per prompt). Raises ValueError for an empty prompt.
-    """
-    if isinstance(prompts, str):
-        prompts = [prompts]
-    elif isinstance(prompts, Tensor):
-        prompts = list(prompts) if prompts.ndim == 2 else [prompts]
-    out = []
-    for prompt in prompts:
-        if isinstance(prompt, Tensor):
-            ids = prompt.detach().long().flatten()
-        elif model.tokenizer is None:
-            raise ValueError(f"model {model.name!r} has no tokenizer; pass token ids instead of text")
-        elif isinstance(prompt, str):
-            ids = torch.tensor(encode_text(model, prompt), dtype=torch.long)
-        else:
-            text = model.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-            ids = torch.tensor(encode_text(model, text), dtype=torch.long)
-        if not len(ids):
-            raise ValueError("a prompt is empty; at least one token is needed")
-        if ids.min() < 0 or ids.max() >= model.spec.vocab:  # sync: bad ids would read outside the embedding
-            raise ValueError(f"a prompt has token ids outside 0..{model.spec.vocab - 1}")
-        out.append(ids)
-    if not out:
-        raise ValueError("prompts is empty")
-    return out
-
-
-def encode_text(model: Model, text: str) -> list[int]:
-    """Token ids of a text; special tokens written in it are recognised, none is added (templates write their own)."""
-    return model.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _requests(

@@ -28,9 +28,9 @@ import fastdllm
 from fastdllm.answers import AnswerStore, Ask, answer, answer_key, fingerprint
 from fastdllm.build import assemble
 from fastdllm.config import DecodeConfig
-from fastdllm.generation import encode_text
 from fastdllm.likelihood import Score, log_likelihoods
 from fastdllm.processes import World, choose_device
+from fastdllm.prompts import encode_text
 from fastdllm.published import HarnessOptions, decode_options, read_batch_size, rename, split
 from fastdllm.stats import Stats
 from fastdllm.tasks import TASKS_DIR

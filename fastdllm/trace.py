@@ -17,8 +17,9 @@ from torch import Tensor
 
 from fastdllm.config import DecodeConfig
 from fastdllm.engine import Step
-from fastdllm.generation import Prompts, encode, stream
+from fastdllm.generation import stream
 from fastdllm.models import Model
+from fastdllm.prompts import Prompts, encode
 from fastdllm.stats import Stats
 
 FORMAT, VERSION = "fastdllm-trace", 1

@@ -6,7 +6,8 @@ from __future__ import annotations
 import re
 
 from fastdllm.models import Model
-from fastdllm.ui.conversation import clean, encode_literally
+from fastdllm.prompts import encode_literally
+from fastdllm.ui.conversation import clean
 
 ITEM = re.compile(r"\s*(\d+)\s*:\s*(?:\"([^\"]*)\"|([^,\"]*))\s*(?:,|$)")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastdllm.generation import encode_text
+from fastdllm.prompts import encode_messages, render
 
 if TYPE_CHECKING:
     from fastdllm.models import Model
@@ -85,13 +85,6 @@ def clean(text: str) -> str:
     return text.encode("utf-8", errors="replace").decode("utf-8").rstrip("\n")
 
 
-def render(model: Model, messages: list[Message]) -> str:
-    """The chat template's text, with the start of the answer; plain paragraphs for a model without a template."""
-    if model.tokenizer.chat_template is None:
-        return "\n\n".join(message["content"] for message in messages)
-    return model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-
 def takes_system(model: Model) -> bool:
     """Whether the template shows a system message: some refuse one, some leave it out without a word."""
     try:
@@ -107,36 +100,3 @@ def with_system(model: Model, turns: list[Message], system: str) -> list[Message
     if takes_system(model):
         return [{"role": "system", "content": system}, *turns]
     return [{"role": "user", "content": f"{system}\n\n{turns[0]['content']}"}, *turns[1:]]
-
-
-def encode_messages(model: Model, messages: list[Message]) -> Tensor:
-    """Ids [P] of the rendered messages, in which only the template's own special tokens are special.
-
-    A user who writes the mask token's name means those characters. Each such name is swapped for a character that no
-    message holds, and encoded as plain text where the template left that character.
-    """
-    if model.tokenizer is None:
-        raise ValueError(f"model {model.name!r} has no tokenizer, so it cannot chat")
-    contents = "".join(message["content"] for message in messages)
-    names = [name for name in model.tokenizer.get_added_vocab() if name in contents]
-    if not names:
-        return torch.tensor(encode_text(model, render(model, messages)), dtype=torch.long)
-    unused = (chr(code) for code in range(0xF0000, 0xFFFFD) if chr(code) not in contents)
-    stand_ins = dict(zip(unused, sorted(names, key=len, reverse=True), strict=False))
-    for stand_in, name in stand_ins.items():
-        messages = [{**message, "content": message["content"].replace(name, stand_in)} for message in messages]
-    ids, start, text = [], 0, render(model, messages)
-    for at, character in enumerate(text):
-        if character in stand_ins:
-            ids += encode_text(model, text[start:at]) + encode_literally(model, stand_ins[character])
-            start = at + 1
-    return torch.tensor(ids + encode_text(model, text[start:]), dtype=torch.long)
-
-
-def encode_literally(model: Model, text: str) -> list[int]:
-    """Ids of a text in which nothing is special: cut inside each special token's name, none is left to recognise."""
-    names = [name for name in model.tokenizer.get_added_vocab() if name in text and len(name) > 1]
-    if not names:
-        return encode_text(model, text)
-    at = text.index(names[0]) + 1
-    return encode_literally(model, text[:at]) + encode_literally(model, text[at:])

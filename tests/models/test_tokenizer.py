@@ -101,7 +101,7 @@ def test_an_added_token_that_would_move_is_an_error(tmp_path: Path) -> None:
 def test_chat_templates_are_used_for_messages(tmp_path: Path, kind: str) -> None:
     write_checkpoint(tmp_path, kind)
     model = fastdllm.load(str(tmp_path), device="cpu")
-    from fastdllm.generation import encode
+    from fastdllm.prompts import encode
 
     (ids,) = encode(model, [[{"role": "user", "content": "Tom has 12 apples"}]])
     text = model.tokenizer.decode(ids)

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastdllm import Model
-from fastdllm.ui.conversation import Conversation, clean, encode_literally, encode_messages, render
+from fastdllm.prompts import encode_literally, encode_messages, render
+from fastdllm.ui.conversation import Conversation, clean
 
 
 def with_template(model: Model, template: str | None) -> Model:

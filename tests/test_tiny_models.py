@@ -32,12 +32,12 @@ def prompt(name: str, question: str) -> str:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_most_of_a_few_problems_are_solved_in_parallel(name: str) -> None:
-    rows = problems(8)
+    rows = problems(20)[8:]
     texts = [prompt(name, row["question"]) for row in rows]
     out = fastdllm.generate(model(name), texts, gen_length=256, decoder="threshold", threshold=0.9)
     results = [text.rsplit("#### ", 1)[-1].strip() for text in out.texts]
     solved = sum(r == row["answer"].rsplit("#### ", 1)[1] for r, row in zip(results, rows, strict=True))
-    assert solved >= 5
+    assert solved >= 6
     assert sum(out.stats.row_tokens) > 3 * sum(out.stats.row_forwards)
 
 

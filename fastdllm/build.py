@@ -89,7 +89,9 @@ def _reuse(config: DecodeConfig, spec: ModelSpec, size: int, cache: str) -> Laye
         return None
     if cache not in ("block", "sub_block"):
         raise ValueError(f"reuse_k={config.reuse_k} needs cache='block' or 'sub_block' (Fast-dLLM v2), not {cache!r}")
-    return LayerReuse(config.reuse_k, layers, config.reuse_mode, config.trim_ratio, size, cache == "sub_block")
+    return LayerReuse(
+        config.reuse_k, layers, config.reuse_mode, config.trim_ratio, config.trim_drift, size, cache == "sub_block"
+    )
 
 
 def _fingerprint(component: Any) -> tuple[Any, ...]:

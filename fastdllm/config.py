@@ -40,7 +40,7 @@ class DecodeConfig:
     classifier-free guidance, cache "none" only (LLaDA's `generate.py`; 0 is off). seed: row i draws from seed + i.
     stop_ids: default the model's; () never stops early. batch_size: prompts on the canvas at once, default all. runner:
     default "cuda_graph" on CUDA, else "eager". first_token: of Dream's blocks; "forced" commits it from the opening
-    pass, as published, "rule" leaves it to the decoder. reuse_k, layer_subset, reuse_mode, trim_ratio: layer reuse and
+    pass, as published, "rule" leaves it to the decoder. reuse_k, layer_subset, reuse_mode, trim_ratio, trim_drift: layer reuse and
     TRIM of v2, see `fastdllm/reuse`; reuse_k=1 is none.
     """
 
@@ -67,6 +67,7 @@ class DecodeConfig:
     layer_subset: str | None = None
     reuse_mode: str = "delta"
     trim_ratio: float | None = None
+    trim_drift: float | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __init__(self, **given: Any) -> None:
@@ -117,6 +118,10 @@ class DecodeConfig:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
         if self.trim_ratio is not None and not 0 <= self.trim_ratio <= 1:
             raise ValueError(f"trim_ratio={self.trim_ratio} must lie in [0, 1]")
+        if self.trim_drift is not None and not 0 <= self.trim_drift <= 2:
+            raise ValueError(f"trim_drift={self.trim_drift} must lie in [0, 2]")
+        if self.trim_ratio is not None and self.trim_drift is not None:
+            raise ValueError(f"trim_ratio={self.trim_ratio} and trim_drift={self.trim_drift} exclude each other")
         if self.reuse_k > 1 and self.layer_subset is None:
             raise ValueError(
                 f"reuse_k={self.reuse_k} needs layer_subset: first, middle, last or layer indices such as '2+3'"

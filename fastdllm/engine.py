@@ -59,7 +59,8 @@ class Row:
 
     `step` counts the forwards of the current block, `denoised` and `outer_step` those after its opening pass (of the block,
     of the outer block). `remaining` masks are left in the block, `committed` tokens came with the last forward.
-    `since_refresh` counts passes since layer reuse last recomputed everything, -1 before it did in this outer block.
+    `since_refresh` counts passes since layer reuse last recomputed everything, -1 before it did in this outer block;
+    `drifted` positions moved away from what it reuses in the last pass.
     """
 
     index: int
@@ -77,6 +78,7 @@ class Row:
     remaining: int = 0
     committed: int = 0
     since_refresh: int = -1
+    drifted: int = 0
     forwards: int = 0
     positions: int = 0
     layer_tokens: int = 0
@@ -105,7 +107,7 @@ class Row:
         """How many positions of this pass run through reused layers; None in an opening pass and without reuse."""
         if reuse is None or self.opening:
             return None
-        return reuse.active(p.stop - p.start, self.since_refresh, self.committed, self.remaining)
+        return reuse.active(p.stop - p.start, self.since_refresh, self.committed, self.remaining, self.drifted)
 
     def advance(self, done: Pass, branches: int, remaining: int, stopped: bool, first_masked: bool) -> None:
         """Take in what a forward did; go on to the next block when this one is full."""
@@ -156,8 +158,8 @@ class Step:
 
 @dataclass
 class Outcome:
-    """What one forward did, on the device. status [R, 3] int64: masks left in the block, 1 if the row stopped, 1 if the
-    block's first position is masked. ids, conf, committed [R, Q]."""
+    """What one forward did, on the device. status [R, 4] int64: masks left in the block, 1 if the row stopped, 1 if the
+    block's first position is masked, positions that drifted (layer reuse). ids, conf, committed [R, Q]."""
 
     status: Tensor
     ids: Tensor
@@ -232,12 +234,14 @@ def decode(
             noise = sampler.draw([row.generator for row in rows], block_length, spec.vocab)
             branches = 1 if rows[0].opening else decoder.rows
             out = runner(step_of, plan, noise, width=width, keys=keys, uniform=uniform, active=active, branches=branches)
-            status = out.status.tolist()  # sync: masks left, stopped, first position masked decide the next forward
+            status = out.status.tolist()  # sync: masks left, stopped, first position masked, drift decide the next forward
             step = Step([r.index for r in rows], [r.block.start for r in rows], [r.block.stop for r in rows], 0.0, {})
-            for row, p, quota, (remaining, stopped, first_masked) in zip(rows, passes, quotas, status, strict=True):
+            for row, p, quota, (remaining, stopped, first_masked, drifted) in zip(rows, passes, quotas, status, strict=True):
                 row.layer_tokens += (p.stop - p.start) * branches * spec.layers
                 if quota is not None:
                     row.layer_tokens -= (width - quota) * len(reuse.layers)
+                    # What an earlier block left behind says nothing of this one's first pass.
+                    row.drifted = drifted if row.since_refresh >= 0 else 0
                     row.since_refresh = 0 if quota == width else row.since_refresh + 1
                 row.advance(p, branches, remaining, bool(stopped), bool(first_masked))
                 if row.finished:
@@ -299,7 +303,8 @@ def denoise(
     if active is not None:
         needed = canvas.masked[row[:, None], (pos + spec.shift).clamp(max=scratch)] & (pos + spec.shift < last[:, None])
         needed &= pos + spec.shift >= first[:, None]
-        hook = reuse.hook(canvas.state(reuse, partial(reuse.allocate, model)), row, pos, ids, needed, active, quota, scratch)
+        memory = canvas.state(reuse, partial(reuse.allocate, model))
+        hook = reuse.hook(memory, row, pos, ids, needed, active, quota, scratch)
     if branches == lanes:
         hidden = model.network(ids, window, canvas.store, hook)  # [R, W, C]
     else:
@@ -343,7 +348,8 @@ def denoise(
     # 4. For the host: masks left; whether a stop token of the answer has no mask before it; the block's first position.
     ends = torch.isin(after, stops) & ~still & (slot < last[:, None]) & (slot >= prompt[:, None])
     stopped = (ends & (still.cumsum(1) == 0)).any(1)
-    status = torch.stack([still.sum(1), stopped.long(), still[:, 0].long()], 1)
+    drifted = torch.zeros_like(row) if active is None else memory.drifted[row]
+    status = torch.stack([still.sum(1), stopped.long(), still[:, 0].long(), drifted], 1)
     conf = scores.conf.masked_fill(~scored, torch.nan)
     return Outcome(status[::lanes], after[::lanes], conf[::lanes], (masked & ~still)[::lanes])
 

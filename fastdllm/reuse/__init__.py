@@ -7,8 +7,9 @@ added when they last ran there, h_out - h_in, is added again. What the other lay
 a reused output, which throws away everything computed before it (`reuse_mode="output"`, kept as an ablation).
 
 TRIM (token-level reuse minimisation) chooses the positions that are recomputed all the same: those whose token changed since
-their last recompute, those that predict an open mask of the current sub-block, then those that drifted most, up to
-`trim_ratio` of the window.
+their last recompute, those that predict an open mask of the current sub-block, then those that drifted most. These fill up
+`trim_ratio` of the window, or are as many as drifted by `trim_drift` or more in the pass before (counted one pass late, so
+that the host knows the shape without another read).
 
 Never in prefill, commit or likelihood; nothing crosses a block, a row or a sub-block's whole pass.
 """
@@ -59,22 +60,26 @@ class ReuseState:
     """What the reused layers last computed, by canvas row and position in the block.
 
     cached [S, n, D, C]: delta (or output) of each reused layer; entry [S, D, C]: input of the first one; ids [S, D]: token.
+    drifted [S]: positions of the row's last pass over the drift threshold.
     """
 
     cached: Tensor
     entry: Tensor
     ids: Tensor
+    drifted: Tensor
 
 
 @dataclass(frozen=True)
 class LayerReuse:
     """period: every period-th pass recomputes all (reuse_k). layers: the subset. size: block size D. ratio: TRIM's share of
-    the window, None reuses every position. whole_refreshes: a pass over the whole block recomputes all (sub-block cache)."""
+    the window; drift: TRIM's threshold on 1 - cosine of the subset's input (one of the two; with neither every position is
+    reused). whole_refreshes: a pass over the whole block recomputes all (sub-block cache)."""
 
     period: int
     layers: tuple[int, ...]
     mode: str
     ratio: float | None
+    drift: float | None
     size: int
     whole_refreshes: bool
 
@@ -85,19 +90,22 @@ class LayerReuse:
             torch.zeros(rows, len(self.layers), self.size, width, **make),
             torch.zeros(rows, self.size, width, **make),
             torch.full((rows, self.size), -1, dtype=torch.long, device=model.device),
+            torch.zeros(rows, dtype=torch.long, device=model.device),
         )
 
-    def active(self, width: int, since: int, committed: int, remaining: int) -> int:
+    def active(self, width: int, since: int, committed: int, remaining: int, drifted: int = 0) -> int:
         """How many positions of a denoising pass run through the reused layers; `width` means all.
 
         since: passes since everything was recomputed (negative: never in this block). committed: tokens the row's last
-        forward wrote. remaining: open masks of its sub-block. All known to the host, so that shapes are.
+        forward wrote. remaining: open masks of its sub-block. drifted: positions over the drift threshold in the row's last
+        pass. All known to the host, so that shapes are.
         """
         if since < 0 or since + 1 >= self.period or (self.whole_refreshes and width == self.size):
             return width
-        if self.ratio is None:
+        if self.ratio is None and self.drift is None:
             return 0
-        return min(width, max(math.ceil(self.ratio * width), committed + remaining))
+        wanted = drifted if self.ratio is None else math.ceil(self.ratio * width)
+        return min(width, max(wanted, committed + remaining))
 
     def hook(
         self,
@@ -125,6 +133,8 @@ class LayerReuse:
             if index not in self.layers:
                 return _whole(layer, index, h, window, store, cos, sin)
             j = self.layers.index(index)
+            if j == 0 and self.drift is not None:
+                state.drifted[row] = (_drift(h, state, rows, at) >= self.drift).sum(1)
             if active == width:
                 out = _whole(layer, index, h, window, store, cos, sin)
                 state.cached[rows, j, at] = out - h if self.mode == "delta" else out
@@ -155,14 +165,18 @@ class LayerReuse:
         self, h: Tensor, state: ReuseState, rows: Tensor, at: Tensor, ids: Tensor, needed: Tensor, active: int
     ) -> Tensor:
         """`active` positions [R, active], the ones to recompute first: the mandatory ones, then by drift of the input."""
-        drift = 1 - F.cosine_similarity(h.float(), state.entry[rows, at].float(), dim=-1)  # in [0, 2]
         mandatory = needed | (ids != state.ids[rows, at])
-        return (drift + 4.0 * mandatory).topk(active, 1).indices
+        return (_drift(h, state, rows, at) + 4.0 * mandatory).topk(active, 1).indices
 
 
 def _whole(layer: Layer, index: int, h: Tensor, window: Window, store: KVStore, cos: Tensor, sin: Tensor) -> Tensor:
     out, residual = layer(h, None, index, window, store, cos, sin)
     return out + residual
+
+
+def _drift(h: Tensor, state: ReuseState, rows: Tensor, at: Tensor) -> Tensor:
+    """How far the subset's input is from the one it last ran on: 1 - cosine, in [0, 2], [R, W] fp32."""
+    return 1 - F.cosine_similarity(h.float(), state.entry[rows, at].float(), dim=-1)
 
 
 def _take(h: Tensor, index: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ REUSE = [
     {"reuse_k": 3, "layer_subset": "first"},
     {"reuse_k": 99, "layer_subset": "2+3+4", "trim_ratio": 0.3},
     {"reuse_k": 2, "layer_subset": "last", "trim_ratio": 0.0},
+    {"reuse_k": 99, "layer_subset": "2+3+4", "trim_drift": 0.1},
     {"reuse_k": 2, "layer_subset": "middle", "reuse_mode": "output"},
 ]
 CACHES = ["block", "sub_block"]
@@ -139,7 +140,7 @@ def test_a_new_token_is_seen_on_a_reuse_pass_with_deltas_but_not_with_outputs(mo
 
 
 def test_trim_always_recomputes_what_changed_and_what_predicts() -> None:
-    reuse = LayerReuse(4, (1,), "delta", 0.25, SIZE, False)
+    reuse = LayerReuse(4, (1,), "delta", 0.25, None, SIZE, False)
     h = torch.randn(1, SIZE, 4)
 
     class State:
@@ -156,9 +157,20 @@ def test_trim_always_recomputes_what_changed_and_what_predicts() -> None:
     assert set(chosen[0, :2].tolist()) == {2, 6}
 
 
+def test_a_drift_threshold_recomputes_more_the_lower_it_is(model: Model) -> None:
+    """From 2, which no drift exceeds, to 0, which every position reaches one pass later."""
+    prompt, ran = prompts(11), []
+    for drift in (2.0, 0.2, 0.02, 0.0):
+        options = {**OPTIONS, "reuse_k": 99, "layer_subset": "2+3+4", "trim_drift": drift, "threshold": 1.0}
+        out = fastdllm.generate(model, prompt, cache="block", **options)
+        ran.append(sum(out.stats.row_layer_tokens) / sum(out.stats.row_positions))
+    assert ran == sorted(ran)
+    assert ran[0] < ran[-1] - 0.5
+
+
 @pytest.mark.parametrize("period", [2, 3, 5])
 def test_at_most_period_minus_one_reuse_passes_in_a_row(period: int) -> None:
-    reuse = LayerReuse(period, (1, 2), "delta", None, SIZE, False)
+    reuse = LayerReuse(period, (1, 2), "delta", None, None, SIZE, False)
     since, run, longest = -1, 0, 0
     for _ in range(40):
         active = reuse.active(SIZE, since, 1, 3)
@@ -169,7 +181,7 @@ def test_at_most_period_minus_one_reuse_passes_in_a_row(period: int) -> None:
 
 
 def test_a_whole_pass_of_the_sub_block_cache_recomputes_everything() -> None:
-    reuse = LayerReuse(9, (1, 2), "delta", None, SIZE, True)
+    reuse = LayerReuse(9, (1, 2), "delta", None, None, SIZE, True)
     assert reuse.active(SIZE, 3, 1, 3) == SIZE
     assert reuse.active(4, 3, 1, 3) == 0
 
@@ -194,6 +206,8 @@ def test_subsets_leave_layer_0_out_and_fit_the_depth() -> None:
         ({"reuse_k": 2, "layer_subset": "2+6"}, "1..5"),
         ({"reuse_k": 0, "layer_subset": "first"}, "reuse_k=0"),
         ({"reuse_k": 2, "layer_subset": "first", "trim_ratio": 1.5}, "trim_ratio=1.5"),
+        ({"reuse_k": 2, "layer_subset": "first", "trim_drift": 3.0}, "trim_drift=3.0"),
+        ({"reuse_k": 2, "layer_subset": "first", "trim_drift": 0.1, "trim_ratio": 0.5}, "exclude each other"),
         ({"reuse_k": 2, "layer_subset": "first", "reuse_mode": "states"}, "delta, output"),
         ({"reuse_k": 2, "layer_subset": "first", "cache": "none"}, "cache='block' or 'sub_block'"),
     ],

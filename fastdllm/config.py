@@ -40,8 +40,8 @@ class DecodeConfig:
     classifier-free guidance, cache "none" only (LLaDA's `generate.py`; 0 is off). seed: row i draws from seed + i.
     stop_ids: default the model's; () never stops early. batch_size: prompts on the canvas at once, default all. runner:
     default "cuda_graph" on CUDA, else "eager". first_token: of Dream's blocks; "forced" commits it from the opening
-    pass, as published, "rule" leaves it to the decoder. reuse_k, layer_subset, reuse_mode, trim_ratio, trim_drift: layer reuse and
-    TRIM of v2, see `fastdllm/reuse`; reuse_k=1 is none.
+    pass, as published, "rule" leaves it to the decoder. reuse_k, layer_subset, reuse_mode, trim_ratio, trim_drift: layer
+    reuse and TRIM of v2, see `fastdllm/reuse`; reuse_k=1 is none.
     """
 
     preset: str | None = None

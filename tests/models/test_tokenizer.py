@@ -66,9 +66,11 @@ def test_the_slow_format_equals_qwen2s_tokenizer(dream_folder: Path, theirs, tex
 def test_the_slow_format_equals_qwen2s_tokenizer_on_any_text(dream_folder: Path, theirs) -> None:
     ours = load_tokenizer(dream_folder)
     pieces = st.sampled_from([" ", "\n", "\r\n", "'s", "12", "<|mask|>", "<|im_end|>", "the", "Tom"])
+    # What an unassigned code point is depends on the Unicode version of each side's regular expressions.
+    assigned = st.characters(exclude_categories=("Cn", "Cs"))
 
     @settings(max_examples=150, deadline=None, derandomize=True)
-    @given(st.lists(st.one_of(pieces, st.text(max_size=6)), max_size=8).map("".join))
+    @given(st.lists(st.one_of(pieces, st.text(assigned, max_size=6)), max_size=8).map("".join))
     def check(text: str) -> None:
         assert ours(text, add_special_tokens=False)["input_ids"] == theirs(text, add_special_tokens=False)["input_ids"]
 

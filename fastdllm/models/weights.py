@@ -44,21 +44,25 @@ def load_weights(folder: Path, family: Family, spec: ModelSpec, dtype: torch.dty
     table, optional, seen = family.names(spec), family.optional(spec), set()
     for path in shards(folder):
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
-                    if name not in table:
-                        if name in optional:
-                            continue
-                        raise ValueError(f"{path.name}: unexpected tensor {name!r} for the family {spec.family!r}")
-                    target, row = table[name]
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+            for name in names:
+                if name not in table:
+                    if name in optional:
+                        continue
+                    raise ValueError(f"{path.name}: unexpected tensor {name!r} for the family {spec.family!r}")
+                target, row = table[name]
+                # Opened anew for each tensor: an open file keeps every page that was read, a second copy of the weights.
+                with safe_open(path, framework="pt", device=str(device)) as file:
                     tensor = file.get_tensor(name)
-                    expected = _expected(table, parameters, name)
-                    if list(tensor.shape) != expected:
-                        raise ValueError(
-                            f"{path.name}: tensor {name!r} has shape {list(tensor.shape)}, config.json asks for {expected}"
-                        )
-                    parameters[target].data[row : row + expected[0]].copy_(tensor)
-                    seen.add(name)
+                expected = _expected(table, parameters, name)
+                if list(tensor.shape) != expected:
+                    raise ValueError(
+                        f"{path.name}: tensor {name!r} has shape {list(tensor.shape)}, config.json asks for {expected}"
+                    )
+                parameters[target].data[row : row + expected[0]].copy_(tensor)
+                del tensor
+                seen.add(name)
         except SafetensorError as error:
             raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
     missing = sorted(set(table) - seen)

@@ -210,12 +210,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 @pytest.mark.slow
 @pytest.mark.parametrize("shards", [1, 4])
 def test_peak_memory_is_the_weights_and_little_more(tmp_path: Path, shards: int) -> None:
-    """At most 1.15 times the weights, on top of what loading a tiny model takes. The file is read in bf16, so that its pages
-    (which the kernel may drop at any time, but counts) cannot hide a second copy in fp32."""
+    """The weights and one tensor (of an 8B model 7 % at most), on top of what loading a tiny model takes, whether
+    the checkpoint is one file or four."""
     shape = {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 6, "vocab_size": 16384, "mask_token_id": 3}
     tensors = write_checkpoint(tmp_path / "big", "dream", shards=shards, tokenizer=False, dtype=torch.float32, **shape)
     write_checkpoint(tmp_path / "small", "dream", tokenizer=False)
-    size = sum(t.nbytes for t in tensors.values())
+    size, largest = sum(t.nbytes for t in tensors.values()), max(t.nbytes for t in tensors.values())
     assert size > 180e6
     del tensors
 
@@ -224,8 +224,7 @@ def test_peak_memory_is_the_weights_and_little_more(tmp_path: Path, shards: int)
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
     extra = peak("load") - peak("nothing")
-    mapped = size / shards  # pages of the file that is open
-    assert extra <= 1.15 * size + mapped, f"{extra / size:.2f} times the weights"
+    assert extra <= 1.05 * size + largest, f"{extra / size:.2f} times the weights"
 
 
 def test_json_index_of_a_sharded_checkpoint_is_what_is_read(tmp_path: Path) -> None:

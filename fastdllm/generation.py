@@ -61,6 +61,11 @@ def _configure(config: DecodeConfig | None, options: dict[str, Any]) -> DecodeCo
     return config.replace(**options) if config is not None else DecodeConfig(**options)
 
 
+def _reaching(config: DecodeConfig, requests: list[Request]) -> DecodeConfig:
+    """The config without an early stop where tokens are fixed: a stop token may be written before a constraint."""
+    return config.replace(stop_ids=()) if any(r.fixed for r in requests) else config
+
+
 def stream(
     model: Model,
     prompts: Prompts,
@@ -74,7 +79,8 @@ def stream(
     Arguments as `generate`. Closing the iterator stops the computation.
     """
     config = _configure(config, options)
-    yield from decode(model, _requests(model, prompts, config, constraints), **assemble(model, config), trace=True)
+    requests = _requests(model, prompts, config, constraints)
+    yield from decode(model, requests, **assemble(model, _reaching(config, requests)), trace=True)
 
 
 def generate(
@@ -94,7 +100,8 @@ def generate(
     """
     config = _configure(config, options)
     requests = _requests(model, prompts, config, constraints)
-    plan = assemble(model, config)
+    stop_ids = model.spec.stop_ids if config.stop_ids is None else config.stop_ids
+    plan = assemble(model, _reaching(config, requests))
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     results, steps, stats = {}, [], Stats()
@@ -107,7 +114,8 @@ def generate(
     out = Output(stats=stats, trace=steps if trace else None)
     for i, request in enumerate(requests):
         ids, prompt = results[i].ids.cpu(), len(request.prompt)
-        length = answer_length(ids[prompt:], plan["stop_ids"])
+        after = max(request.fixed, default=-1) + 1  # a stop token before a constraint does not end the answer
+        length = after + answer_length(ids[prompt + after :], stop_ids)
         out.sequences.append(ids[: prompt + length + 1])
         stats.row_tokens.append(length)
         stats.row_forwards.append(results[i].forwards)

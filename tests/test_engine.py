@@ -311,3 +311,16 @@ def test_the_trace_tells_the_whole_story(family: str, cache: str) -> None:
     assert committed == 2 * 13
     assert sorted(row for step in out.trace for row in step.done) == [0, 1]
     assert abs(sum(step.seconds for step in out.trace) - out.stats.seconds) < 1e-6
+
+
+def test_a_stop_token_before_a_constraint_does_not_end_the_answer() -> None:
+    """The model says stop everywhere; the fixed token behind is part of the answer all the same."""
+    model = random_model("llada")
+    stop = model.spec.stop_ids[0]
+    model.network.head.weight.data.zero_()
+    model.banned[:] = True
+    model.banned[stop] = False
+    out = fastdllm.generate(model, [torch.arange(3, 8)], gen_length=12, block_length=4, constraints={9: 7})
+    assert out.sequences[0][5 + 9] == 7
+    assert out.stats.row_tokens == [10]
+    assert len(out.sequences[0]) == 5 + 11

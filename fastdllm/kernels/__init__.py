@@ -33,10 +33,11 @@ __all__ = [
     "confidence",
     "head_confidence",
     "linear",
+    "linear_rmsnorm",
+    "linear_rope_store",
+    "linear_silu_mul",
     "quantize_weight",
     "rmsnorm",
-    "rope_store",
-    "silu_mul",
 ]
 
 _CHOICE = os.environ.get("FASTDLLM_KERNELS", "auto")
@@ -73,13 +74,27 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = Non
     return _pick(_rmsnorm, x).rmsnorm(x, weight, eps, residual)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(first half) * second half of gate_up [..., 2F]; returns [..., F]."""
-    return _pick(_silu_mul, gate_up).silu_mul(gate_up)
+def linear_rmsnorm(
+    x: Tensor,
+    wq: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`rmsnorm` of `linear(x, wq, scale, bias)` plus `residual` [..., N], weight [N]. Returns (y, h), both [..., N]."""
+    return _pick(_rmsnorm, x).linear_rmsnorm(x, wq, weight, eps, residual, scale, bias)
 
 
-def rope_store(
-    qkv: Tensor,
+def linear_silu_mul(x: Tensor, wq: Tensor, scale: Tensor | None = None) -> Tensor:
+    """SwiGLU: silu(first half) * second half of `linear(x, wq, scale)`, wq [2F, C]; returns [..., F]."""
+    return _pick(_silu_mul, x).linear_silu_mul(x, wq, scale)
+
+
+def linear_rope_store(
+    x: Tensor,
+    wq: Tensor,
     heads: int,
     kv_heads: int,
     cos: Tensor,
@@ -88,15 +103,17 @@ def rope_store(
     row: Tensor,
     k_store: Tensor,
     v_store: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Rotate the queries and keys of qkv [R, W, (H + 2K) D] and write keys and values into the store, in
-    place.
+    """Project x [R, W, C] to queries, keys and values by wq [(H + 2K) D, C], rotate, and write keys and values
+    into the store, in place.
 
     cos, sin [Tmax, D] fp32 in the half-split layout; pos [R, W] and row [R] int64; k_store, v_store [B, K, T,
     D], of which slots [row[r], :, pos[r, w]] are overwritten. Rotation in fp32. Returns q [R, W, H, D] in the
     store's dtype.
     """
-    return _pick(_rope_store, qkv).rope_store(qkv, heads, kv_heads, cos, sin, pos, row, k_store, v_store)
+    return _pick(_rope_store, x).linear_rope_store(x, wq, heads, kv_heads, cos, sin, pos, row, k_store, v_store, scale, bias)
 
 
 def attention(

@@ -10,6 +10,7 @@ weights costs, and few large reads run closer to the memory's speed than many sm
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,17 @@ LayerHook = Callable[["Layer", int, Tensor, Window, KVStore, Tensor, Tensor], Te
 
 
 class Linear(nn.Linear):
-    """A projection through `kernels.linear`, which has a faster product than the library's for few rows."""
+    """A projection through `kernels.linear`, which has a faster product than the library's for few rows.
+
+    `scale` [out] fp32 belongs to a weight in 8 bits (`quantize.py`), otherwise it is None.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("scale", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.linear(x, self.weight, None, self.bias)
+        return kernels.linear(x, self.weight, self.scale, self.bias)
 
 
 class Layer(nn.Module):
@@ -46,24 +54,27 @@ class Layer(nn.Module):
 
     def forward(
         self,
+        y: Tensor,
         h: Tensor,
-        residual: Tensor | None,
+        next_norm: Tensor,
         index: int,
         window: Window,
         store: KVStore,
         cos: Tensor,
         sin: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """h + residual [R, W, C] is the layer's input; returns its output as (last addend, residual), so that each
-        addition is fused with the norm that follows it."""
-        spec, k, v = self.spec, store.k[index], store.v[index]
-        y, residual = kernels.rmsnorm(h, self.attn_norm, spec.rms_eps, residual)
-        q = kernels.rope_store(
-            self.qkv(y), spec.heads, spec.kv_heads, cos, sin, window.pos, window.row, k, v
+        """y: the layer's input h [R, W, C], normalised. Returns its output normalised by `next_norm` [C], and its output.
+
+        Each product comes with what reads it (rotation and store, norm, gate), so that one kernel may do both.
+        """
+        spec, k, v, qkv, out, down = self.spec, store.k[index], store.v[index], self.qkv, self.out, self.down
+        q = kernels.linear_rope_store(
+            y, qkv.weight, spec.heads, spec.kv_heads, cos, sin, window.pos, window.row, k, v, qkv.scale, qkv.bias
         )  # [R, W, H, D]
         y = kernels.attention(q, k, v, window.row, window.limit, window.keys, hide=window.hide, uniform=window.uniform)
-        y, residual = kernels.rmsnorm(self.out(y.flatten(2)), self.ffn_norm, spec.rms_eps, residual)
-        return self.down(kernels.silu_mul(self.gate_up(y))), residual
+        y, h = kernels.linear_rmsnorm(y.flatten(2), out.weight, self.ffn_norm, spec.rms_eps, h, out.scale)
+        y = kernels.linear_silu_mul(y, self.gate_up.weight, self.gate_up.scale)
+        return kernels.linear_rmsnorm(y, down.weight, next_norm, spec.rms_eps, h, down.scale)
 
 
 class Transformer(nn.Module):
@@ -102,13 +113,16 @@ class Transformer(nn.Module):
         (layer, index, h, window, store, cos, sin) and returns the layer's output [R, W, C].
         """
         cos, sin = self.rope()
-        h, residual = self.embed(ids), None
-        for index, layer in enumerate(self.layers):
-            if hook is None:
-                h, residual = layer(h, residual, index, window, store, cos, sin)
-            else:
+        h, layers = self.embed(ids), self.layers
+        if hook is not None:
+            for index, layer in enumerate(layers):
                 h = hook(layer, index, h, window, store, cos, sin)
-        return kernels.rmsnorm(h, self.norm, self.spec.rms_eps, residual)[0]
+            return kernels.rmsnorm(h, self.norm, self.spec.rms_eps)[0]
+        y, _ = kernels.rmsnorm(h, layers[0].attn_norm, self.spec.rms_eps)
+        norms = [*(layer.attn_norm for layer in layers[1:]), self.norm]
+        for index, (layer, norm) in enumerate(zip(layers, norms, strict=True)):
+            y, h = layer(y, h, norm, index, window, store, cos, sin)
+        return y
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., C] -> logits [..., V] in the weights' dtype."""

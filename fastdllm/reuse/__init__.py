@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdllm import kernels
 from fastdllm.store import KVStore, Window
 
 if TYPE_CHECKING:
@@ -170,8 +171,9 @@ class LayerReuse:
 
 
 def _whole(layer: Layer, index: int, h: Tensor, window: Window, store: KVStore, cos: Tensor, sin: Tensor) -> Tensor:
-    out, residual = layer(h, None, index, window, store, cos, sin)
-    return out + residual
+    """The output [R, W, C] of a layer whose input is h; its norm for the next layer is not needed."""
+    y, _ = kernels.rmsnorm(h, layer.attn_norm, layer.spec.rms_eps)
+    return layer(y, h, layer.attn_norm, index, window, store, cos, sin)[1]
 
 
 def _drift(h: Tensor, state: ReuseState, rows: Tensor, at: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ def test_works_without_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch, fastdllm.kernels as k\n"
-        "print(k.silu_mul(torch.ones(1, 4)).shape)"
+        "print(k.linear_silu_mul(torch.ones(1, 2), torch.ones(4, 2)).shape)"
     )
     done = python(code, FASTDLLM_KERNELS="auto")
     assert done.stdout == "torch.Size([1, 2])\n", done.stderr

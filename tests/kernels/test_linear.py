@@ -80,16 +80,27 @@ def test_linear(
         assert_close(out, reference.linear(x, wq, scale, b), ratio)
 
 
-@pytest.mark.parametrize(("M", "C", "N"), SHAPES)
-def test_stream_scales_rows_and_channels(device: torch.device, assert_close, M: int, C: int, N: int) -> None:
-    """fp8 by fp8, on tokens quantised beforehand."""
+@pytest.mark.parametrize("splits", [1, 2, 5])
+@pytest.mark.parametrize(("M", "C", "N"), [(1, 16, 1), (33, 128, 64), (32, 272, 100)])
+def test_partial_sums_add_up(device: torch.device, assert_close, M: int, C: int, N: int, splits: int) -> None:
+    """fp8 by fp8, on tokens quantised beforehand; more splits than tiles of channels leave some sums empty."""
     from fastdllm.kernels.linear import triton
 
-    wq, scale = weight(N, C, "fp8", device)
-    xq, token_scale = weight(M, C, "fp8", device)
-    out = triton.stream(xq, wq, scale, None, token_scale, torch.float32, **triton.tiling(M, N, 1))
+    (wq, scale), (xq, token_scale) = weight(N, C, "fp8", device), weight(M, C, "fp8", device)
+    tile = triton.tiling(M, N, 1) | {"splits": splits, "block_c": 64}
+    out = triton.stream(xq, wq, scale, None, token_scale, torch.float32, **tile)
+    assert out.shape == (splits, M, N) and out.dtype == torch.float32
     want = (xq.double() * token_scale[:, None]) @ (wq.double() * scale[:, None]).T
-    assert_close(out, want, 1e-6 if device.type == "cpu" else 2e-3)
+    assert_close(out.sum(0), want, 1e-6 if device.type == "cpu" else 2e-3)
+
+
+def test_bias_is_added_once(device: torch.device, assert_close) -> None:
+    from fastdllm.kernels.linear import triton
+
+    x, w = torch.randn(3, 512, device=device).bfloat16(), torch.randn(48, 512, device=device).bfloat16()
+    bias = torch.full((48,), 1000.0, device=device).bfloat16()
+    parts = triton.stream(x, w, None, bias, **triton.tiling(3, 48, 2) | {"splits": 4, "block_c": 64})
+    assert_close(parts.sum(0).bfloat16(), reference.linear(x, w, None, bias), 1e-2)
 
 
 def test_leading_dimensions(device: torch.device, assert_close) -> None:

@@ -57,6 +57,26 @@ def test_kernel(
     assert_close(k_got.nan_to_num(), k_want.nan_to_num(), ratio)
 
 
+@pytest.mark.parametrize("C", [60, 544])
+@pytest.mark.parametrize(("W", "H", "K", "D"), [(1, 1, 1, 60), (5, 4, 1, 64), (40, 2, 2, 16)], ids=str)
+def test_after_a_product(
+    device: torch.device, assert_close, W: int, H: int, K: int, D: int, C: int, dtype: torch.dtype, ratio: float
+) -> None:
+    """Queries, keys and values with a bias, from partial sums (few rows) and whole (many, or an odd width)."""
+    from fastdllm.kernels.rope_store import triton
+
+    qkv, cos, sin, pos, row, k_want, v_want = inputs(W, H, K, D, dtype, device)
+    k_got, v_got = k_want.clone(), v_want.clone()
+    x, bias = torch.randn(2, W, C, device=device).to(dtype), torch.randn(qkv.shape[-1], device=device).to(dtype)
+    w = torch.randn(qkv.shape[-1], C, device=device).to(dtype) * C**-0.5
+    want = reference.linear_rope_store(x, w, H, K, cos, sin, pos, row, k_want, v_want, bias=bias)
+    q = triton.linear_rope_store(x, w, H, K, cos, sin, pos, row, k_got, v_got, bias=bias)
+    assert_close(q, want, 2 * ratio)
+    for got, expected in ((k_got, k_want), (v_got, v_want)):
+        assert torch.equal(got.isnan(), expected.isnan())
+        assert_close(got.nan_to_num(), expected.nan_to_num(), 2 * ratio)
+
+
 def test_store_may_be_a_view_in_another_dtype(device: torch.device, assert_close) -> None:
     """One layer of a larger store, kept in bf16 while the model computes in fp32."""
     from fastdllm.kernels.rope_store import triton

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from fastdllm.kernels.linear.reference import quantize_weight
 from fastdllm.kernels.silu_mul import reference
 
 
@@ -36,3 +37,38 @@ def test_large_gates_do_not_overflow(device: torch.device) -> None:
 
     x = torch.tensor([[-200.0, 200.0, 1.0, 1.0]], device=device)
     assert triton.silu_mul(x).tolist() == [[0.0, 200.0]]
+
+
+@pytest.mark.parametrize("kind", ["plain", "fp8", "int8"])
+@pytest.mark.parametrize(("M", "C", "F"), [(1, 16, 1), (5, 60, 33), (33, 272, 64), (3, 64, 130), (70, 64, 32)])
+def test_after_a_product(
+    device: torch.device, assert_close, M: int, C: int, F: int, kind: str, dtype: torch.dtype, ratio: float
+) -> None:
+    """Few rows in one kernel; shapes that the bulk copy engine cannot read, and many rows, in two."""
+    from fastdllm.kernels.silu_mul import triton
+
+    wq, scale = torch.randn(2 * F, C, device=device).to(dtype) * C**-0.5, None
+    if kind != "plain":
+        wq, scale = quantize_weight(wq, kind)
+    x = torch.randn(1, M, C, device=device).to(dtype)
+    out = triton.linear_silu_mul(x, wq, scale)
+    assert out.shape == (1, M, F) and out.dtype == dtype
+    # The interpreter truncates tokens to fp8 where the hardware rounds.
+    ratio = 0.3 if kind == "fp8" and device.type == "cpu" else 2 * max(ratio, 2e-3 if kind == "fp8" else 0)
+    assert_close(out, reference.linear_silu_mul(x, wq, scale), ratio)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["plain", "fp8", "int8"])
+@pytest.mark.parametrize("M", [8, 32, 64])
+def test_every_tiling(assert_close, M: int, kind: str) -> None:
+    """The launch configurations of real widths: they must fit the device's shared memory."""
+    from fastdllm.kernels.silu_mul import triton
+
+    device = torch.device("cuda")
+    for F in (12288, 18944):
+        wq, scale = torch.randn(2 * F, 1024, device=device).bfloat16() / 32, None
+        if kind != "plain":
+            wq, scale = quantize_weight(wq, kind)
+        x = torch.randn(M, 1024, device=device).bfloat16()
+        assert_close(triton.linear_silu_mul(x, wq, scale), reference.linear_silu_mul(x, wq, scale), 1e-2)

@@ -2,9 +2,9 @@
 """Flash attention over the KV store, split over keys where the queries alone do not fill the device.
 
 The query heads of one kv head are packed into the rows of a tile, so that the tile reads its keys once. Each
-split writes a normalised partial output and its log-sum-exp, and a second kernel joins them in a fixed order:
-deterministic, no atomics. Lengths are read on the device, so that one captured launch serves every length up
-to `keys`. Method: FlashAttention-2 (arXiv 2307.08691), split over keys as in Flash-Decoding.
+split writes a normalised partial output and its log-sum-exp, and the tile's last split to finish joins them, always in the
+same order. Lengths are read on the device, so that one captured launch serves every length up to `keys`. Method:
+FlashAttention-2 (arXiv 2307.08691), split over keys as in Flash-Decoding.
 """
 
 from __future__ import annotations
@@ -76,6 +76,36 @@ def _attend_step(
 
 
 @triton.jit
+def _join(
+    part,
+    lse,
+    p_o,
+    i_part,
+    m_m,
+    m_md,
+    D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Weigh the splits' outputs by their share of the softmax. Read past the L1 cache, which does not see other programs."""
+    o_d = tl.arange(0, BLOCK_D)
+    b_max = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
+    for i_s in tl.static_range(SPLITS):
+        b_max = tl.maximum(b_max, tl.load(lse + i_part + i_s, mask=m_m, other=-float("inf"), cache_modifier=".cg"))
+    b_max = tl.where(b_max == -float("inf"), 0.0, b_max)
+    b_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    b_o = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    for i_s in tl.static_range(SPLITS):
+        b_lse = tl.load(lse + i_part + i_s, mask=m_m, other=-float("inf"), cache_modifier=".cg")
+        b_w = tl.exp2(b_lse - b_max)
+        b_sum += b_w
+        p_part = part + (i_part + i_s)[:, None] * D + o_d[None, :]
+        b_o += b_w[:, None] * tl.load(p_part, mask=m_md, other=0.0, cache_modifier=".cg")
+    tl.store(p_o, b_o / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None], mask=m_md)
+
+
+@triton.jit
 def _attend_kernel(
     q,
     k_store,
@@ -84,7 +114,9 @@ def _attend_kernel(
     limit,
     hide,
     out,
+    part,
     lse,
+    count,
     W,
     keys,
     scale,
@@ -113,12 +145,15 @@ def _attend_kernel(
     i_out = (i_r * W + o_m // G) * H + i_k * G + o_m % G
 
     begin()
+    b_row = tl.load(row + i_r)
     b_limit = tl.load(limit + i_r * W + o_m // G, mask=m_m, other=0).to(tl.int32)
     b_limit = tl.minimum(b_limit, keys)
     reach = tl.max(b_limit, 0)
     chunk = tl.cdiv(tl.cdiv(reach, SPLITS), 16) * 16
     start = i_s * chunk
     stop = tl.minimum(start + chunk, reach)
+    p_k = k_store + b_row * stride_kb + i_k * stride_kh
+    p_v = v_store + b_row * stride_vb + i_k * stride_vh
     # Tiles before `full` are seen whole by every query: no mask. They end where the shortest query or a hidden slot begins.
     shared = tl.minimum(tl.min(tl.where(m_m, b_limit, reach), 0), stop)
     hide_start, hide_stop = 0, 0
@@ -128,9 +163,6 @@ def _attend_kernel(
         shared = tl.minimum(shared, tl.where(hide_start < hide_stop, hide_start, reach))
     full = start + tl.maximum(shared - start, 0) // BLOCK_N * BLOCK_N
 
-    b_row = tl.load(row + i_r)
-    p_k = k_store + b_row * stride_kb + i_k * stride_kh
-    p_v = v_store + b_row * stride_vb + i_k * stride_vh
     b_q = tl.load(q + i_out[:, None] * D + o_d[None, :], mask=m_md, other=0.0)
     b_acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     b_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
@@ -146,29 +178,21 @@ def _attend_kernel(
             True, HIDE, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     b_o = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+    p_o = out + i_out[:, None] * D + o_d[None, :]
     if SPLITS == 1:
-        tl.store(out + i_out[:, None] * D + o_d[None, :], b_o, mask=m_md)
+        tl.store(p_o, b_o, mask=m_md)
     else:
-        i_part = i_out * SPLITS + i_s
-        tl.store(out + i_part[:, None] * D + o_d[None, :], b_o, mask=m_md)
+        i_part = i_out * SPLITS
+        tl.store(part + (i_part + i_s)[:, None] * D + o_d[None, :], b_o, mask=m_md)
         # log2(0) is not defined everywhere; an empty split weighs nothing.
         b_lse = tl.where(b_sum == 0.0, -float("inf"), b_max + tl.log2(tl.where(b_sum == 0.0, 1.0, b_sum)))
-        tl.store(lse + i_part, b_lse, mask=m_m)
-
-
-@triton.jit
-def _join_kernel(part, lse, out, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
-    i_n = tl.program_id(0).to(tl.int64)
-    o_s, o_d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
-    begin()
-    b_lse = tl.load(lse + i_n * SPLITS + o_s)
-    b_max = tl.max(b_lse, 0)
-    b_w = tl.exp2(b_lse - tl.where(b_max == -float("inf"), 0.0, b_max))
-    b_sum = tl.sum(b_w, 0)
-    p_part = part + (i_n * SPLITS + o_s[:, None]) * D + o_d[None, :]
-    b_part = tl.load(p_part, mask=(o_d < D)[None, :], other=0.0)
-    b_o = tl.sum(b_part * b_w[:, None], 0) / tl.where(b_sum == 0.0, 1.0, b_sum)
-    tl.store(out + i_n * D + o_d, b_o, mask=o_d < D)
+        tl.store(lse + i_part + i_s, b_lse, mask=m_m)
+        # All threads have stored before one of them tells; whoever is told last sees what all splits have stored.
+        tl.debug_barrier()
+        p_count = count + (i_r * tl.num_programs(1) + i_k) * (tl.num_programs(0) // SPLITS) + i_m
+        if tl.atomic_add(p_count, 1, sem="acq_rel") == SPLITS - 1:
+            tl.store(p_count, 0)  # for the next launch
+            _join(part, lse, p_o, i_part, m_m, m_md, D, SPLITS, BLOCK_M, BLOCK_D)
 
 
 @cache
@@ -176,20 +200,27 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+@cache
+def _counters(device: torch.device, size: int) -> Tensor:
+    """How many splits of each tile have finished: zero between launches, which run one at a time, as on one stream."""
+    return torch.zeros(size, dtype=torch.int32, device=device)
+
+
 def tiling(tiles: int, packed: int, keys: int, multiprocessors: int) -> dict[str, int]:
     """Tile shape and number of key splits for `packed` queries of each of `tiles` (row, kv head) pairs.
 
-    Splits make about one program a multiprocessor. Measured on an H100 (torch 2.11, triton 3.6, 2026-11-24), 1256 keys:
-    LLaDA 1 x 32 queries 13.6 us with 4 splits, 15.0 with 8, 20.7 with 16 (SDPA's flash 16.6, bytes over bandwidth 7.0);
-    Dream 1 x 32: 9.4 with 8, 10.4 with 4 (14.7); LLaDA 32 x 32: 242 unsplit with 128 keys a tile, 248 with 64, 282 with
-    2 splits (286, floor 224); Dream 32 x 32: 59 (218). Tiles of 128 queries were no faster than 64 for 1256 queries.
+    Splits make about one program a multiprocessor; with few of them, deep pipelines keep the memory busy.
     """
-    block_m = min(64, max(16, triton.next_power_of_2(packed)))
+    small = tiles < 8  # GQA: the queries of a kv head fill several tiles, which read the same keys
+    block_m = min(32 if small and packed <= 256 else 64, max(16, triton.next_power_of_2(packed)))
     programs = tiles * triton.cdiv(packed, block_m)
     splits = max(1, min(multiprocessors // programs, triton.cdiv(keys, 64)))
     splits = 1 << (splits.bit_length() - 1)
-    block_n = 128 if splits == 1 and block_m <= 32 else 64
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "SPLITS": splits, "num_warps": 4, "num_stages": 3}
+    if splits == 1:
+        shape = (128 if block_m <= 32 else 64, 3)
+    else:
+        splits, shape = (8, (32, 3)) if small else (splits, (64, 6))
+    return {"BLOCK_M": block_m, "BLOCK_N": shape[0], "SPLITS": splits, "num_warps": 4, "num_stages": shape[1]}
 
 
 def attention(
@@ -233,11 +264,13 @@ def launch(
     block_d = max(16, triton.next_power_of_2(D))
     q = q.contiguous()
     out = torch.empty_like(q)
-    part, lse = out, out
+    tiles = triton.cdiv(W * H // K, BLOCK_M)
+    part, lse, count = out, out, row
     if SPLITS > 1:
         part = torch.empty((R, W, H, SPLITS, D), dtype=torch.float32, device=q.device)
         lse = torch.empty((R, W, H, SPLITS), dtype=torch.float32, device=q.device)
-    grid = (triton.cdiv(W * H // K, BLOCK_M) * SPLITS, K, R)
+        count = _counters(q.device, triton.next_power_of_2(tiles * K * R))
+    grid = (tiles * SPLITS, K, R)
     _attend_kernel[grid](
         q,
         k_store,
@@ -245,8 +278,10 @@ def launch(
         row,
         limit.contiguous(),
         limit if hide is None else hide.contiguous(),
+        out,
         part,
         lse,
+        count,
         W,
         keys,
         (D**-0.5 if scale is None else scale) * LOG2E,
@@ -264,6 +299,4 @@ def launch(
         num_stages=num_stages,
         **LAUNCH,
     )
-    if SPLITS > 1:
-        _join_kernel[(R * W * H,)](part, lse, out, D=D, SPLITS=SPLITS, BLOCK_D=block_d, num_warps=1, **LAUNCH)
     return out

@@ -2,26 +2,39 @@
 """Linear layers on a GPU.
 
 A few rows (a block of one or two sequences) are bound by reading the weight: one kernel streams it through the left operand
-of the matrix unit, widening int8 in registers. Many rows are bound by arithmetic and belong to cuBLAS; so does fp8 at any
-width, with x quantised per token.
+of the matrix unit, widening int8 in registers, and several programs share the channels of a narrow one. The bulk copy engine
+fetches the tiles; plain asynchronous copies were up to a fifth slower, and prefetching weights into the L2 cache before the
+kernel's turn gained nothing. Many rows are bound by arithmetic and belong to the library, with x quantised per token for
+fp8 weights.
 """
 
 from __future__ import annotations
-
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdllm.kernels.dot import dot
+from fastdllm.kernels.linear import reference
 from fastdllm.kernels.linear.reference import FP8, FP8_MAX
 from fastdllm.kernels.overlap import LAUNCH, begin
 
-# Most rows of the streaming kernel, with weights in 16 bits and in int8; more go to cuBLAS (int8 as a widened copy).
-STREAM_ROWS = (64, 256)
+# Most rows of the streaming kernel; more go to the library, from where on int8 costs a widened copy of the weight.
+STREAM_ROWS = 64
+WIDENED_ROWS = 256
+
+
+@triton.jit
+def load_rows(x, o_m, M, c, C, EVEN: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Channels [c, c + BLOCK_C) of rows o_m of x [M, C], as [BLOCK_C, BLOCK_M]; rows past the end repeat the last one."""
+    o_c = c + tl.arange(0, BLOCK_C)
+    p_x = x + tl.minimum(o_m, M - 1).to(tl.int64)[:, None] * C + o_c[None, :]
+    if EVEN:
+        return tl.trans(tl.load(p_x))
+    return tl.trans(tl.load(p_x, mask=(o_c < C)[None, :], other=0.0))
 
 
 @triton.jit
@@ -39,35 +52,28 @@ def _stream_kernel(
     SCALE: tl.constexpr,
     TOKEN_SCALE: tl.constexpr,
     EVEN: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    i_n, i_m = tl.program_id(0), tl.program_id(1)
+    i_n, i_s = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_n, m_m = o_n < N, o_m < M
-    p_w = w + o_n.to(tl.int64)[:, None] * C
-    p_x = x + o_m.to(tl.int64)[None, :] * C
+    chunk = tl.cdiv(tl.cdiv(C, BLOCK_C), SPLITS) * BLOCK_C
     begin()
     # The weight is the left operand: its many rows fill the matrix unit, and it can be widened in registers.
     b_y = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for c in range(0, C, BLOCK_C):
-        o_c = c + tl.arange(0, BLOCK_C)
-        if EVEN:
-            b_w = tl.load(p_w + o_c[None, :], mask=m_n[:, None], other=0.0)
-            b_x = tl.load(p_x + o_c[:, None], mask=m_m[None, :], other=0.0)
-        else:
-            b_w = tl.load(p_w + o_c[None, :], mask=m_n[:, None] & (o_c < C)[None, :], other=0.0)
-            b_x = tl.load(p_x + o_c[:, None], mask=m_m[None, :] & (o_c < C)[:, None], other=0.0)
-        b_y = dot(b_w, b_x, b_y)
+    for c in range(i_s * chunk, tl.minimum((i_s + 1) * chunk, C), BLOCK_C):
+        b_y = dot(w.load([i_n * BLOCK_N, c]), load_rows(x, o_m, M, c, C, EVEN, BLOCK_C), b_y)
     if SCALE:
         b_y *= tl.load(scale + o_n, mask=m_n, other=0.0)[:, None]
     if TOKEN_SCALE:
         b_y *= tl.load(token_scale + o_m, mask=m_m, other=0.0)[None, :]
     if BIAS:
-        b_y += tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[:, None]
-    p_y = y + o_m.to(tl.int64)[None, :] * N + o_n[:, None]
+        b_y += tl.load(bias + o_n, mask=m_n & (i_s == 0), other=0.0).to(tl.float32)[:, None]
+    p_y = y + (i_s.to(tl.int64) * M + o_m[None, :]) * N + o_n[:, None]
     tl.store(p_y, b_y, mask=m_n[:, None] & m_m[None, :])
 
 
@@ -85,47 +91,57 @@ def _quantize_kernel(x, xq, scale, C, LARGEST: tl.constexpr, BLOCK: tl.constexpr
 
 def linear(x: Tensor, wq: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """See `fastdllm.kernels.linear`."""
-    rows = x.reshape(-1, x.shape[-1])
-    count, (N, C) = len(rows), wq.shape
-    if wq.dtype == FP8:
-        xq, token_scale = quantize_rows(rows)
-        # The library's row-wise product writes bf16 only, and wants multiples of 16.
-        library = x.is_cuda and x.dtype == torch.bfloat16 and N % 16 == 0 and C % 16 == 0
-        product = scaled_mm if library else partial(stream, dtype=x.dtype, **tiling(count, N, wq.itemsize))
-        y = product(xq, wq, scale, bias, token_scale)
-    elif x.itemsize == 2 and count <= STREAM_ROWS[wq.dtype == torch.int8]:
-        y = stream(rows, wq, scale, bias, **tiling(count, N, wq.itemsize))
-    elif scale is None:
-        y = F.linear(rows, wq, bias)
-    else:
-        y = F.linear(rows, wq.to(x.dtype)).mul_(scale)
-        y = y if bias is None else y.add_(bias)
+    parts = sums(x, wq, scale, bias)
+    y = parts[0] if len(parts) == 1 else parts.sum(0).to(x.dtype)
     return y.view(*x.shape[:-1], -1)
 
 
-def tiling(M: int, N: int, itemsize: int) -> dict[str, int]:
-    """Tile shape of the streaming kernel for M rows and N output channels, weights of `itemsize` bytes.
+def sums(x: Tensor, wq: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """`linear` of x [..., C] with M rows, as S partial sums [S, M, N], which the kernel that reads them adds up.
 
-    Measured on an H100 (torch 2.11, triton 3.6, 2026-11-24) in us, cuBLAS bf16 / this in bf16 / this in int8: at 32 rows of
-    LLaDA, qkv 40.6 / 37.2 / 25.3, out 14.8 / 14.7 / 14.7, gate_up 74.8 / 71.1 / 47.0, down 40.5 / 38.6 / 38.4; of Dream,
-    15.0 / 15.0 / 19.6, 12.0 / 12.3 / 12.8, 100.4 / 95.9 / 60.5, 53.7 / 52.4 / 56.7. Narrow outputs need narrow tiles to
-    occupy the device. At 64 rows LLaDA's gate_up takes 76.2 / 73.9 / 54.2, at 128 and 256 rows 78.4 and 84.1 / - / 68.2
-    and 133.8.
+    One sum is of x's dtype, several are fp32.
     """
+    rows = x.reshape(-1, x.shape[-1])
+    if streams(rows, wq):
+        tile = tiling(len(rows), len(wq), wq.itemsize)
+        if wq.dtype != FP8:
+            return stream(rows, wq, scale, bias, **tile)
+        xq, token_scale = quantize_rows(rows)
+        return stream(xq, wq, scale, bias, token_scale, x.dtype, **tile)
+    if scale is None:
+        return F.linear(rows, wq, bias)[None]
+    # The library's row-wise fp8 product writes bf16 only, and wants multiples of 16.
+    known = rows.is_cuda and rows.dtype == torch.bfloat16 and wq.shape[0] % 16 == 0 and wq.shape[1] % 16 == 0
+    if wq.dtype == FP8 and known:
+        xq, token_scale = quantize_rows(rows)
+        return scaled_mm(xq, wq, scale, bias, token_scale)[None]
+    if wq.dtype == FP8:
+        return reference.linear(rows, wq, scale, bias)[None]
+    y = F.linear(rows, wq.to(x.dtype)).mul_(scale)
+    return (y if bias is None else y.add_(bias))[None]
+
+
+def streams(rows: Tensor, wq: Tensor) -> bool:
+    """Whether the product of rows [M, C] is bound by reading the weight, and the bulk copy engine can read it."""
+    most = WIDENED_ROWS if wq.dtype == torch.int8 else STREAM_ROWS
+    return rows.itemsize == 2 and len(rows) <= most and wq.shape[1] * wq.itemsize % 16 == 0
+
+
+def tiling(M: int, N: int, itemsize: int) -> dict[str, int]:
+    """Tile of the streaming kernel for M rows and N output channels, weights of `itemsize` bytes."""
     block_m = min(128, max(16, triton.next_power_of_2(M)))
     if block_m == 128:
-        shape = (64, 128, 4, 3)
-    elif block_m == 64:
-        shape = (32, 256, 4, 4) if N <= 8192 else (64, 128, 4, 4)
-    elif N <= 4224:
-        shape = (16, 256, 4, 5)
-    elif itemsize == 1:
-        shape = (32, 256, 4, 4)
-    elif N <= 8192:
-        shape = (64, 256, 4, 3)
+        shape = (64, 256 // itemsize, 3, 1)
+    elif N > 16384:
+        shape = (64, 256 // itemsize, 4, 1)
+    elif N > 8192:
+        shape = (64, 256 // itemsize, 3, 2)
+    elif N > 4096:
+        shape = (64, 256 // itemsize, 4, 3)
     else:
-        shape = (128, 128, 4, 3) if N <= 16384 else (64, 128, 4, 4)
-    return dict(zip(("block_n", "block_c", "num_warps", "num_stages"), shape, strict=True)) | {"block_m": block_m}
+        shape = (64, 512 // itemsize, 3, 2)
+    names = ("block_n", "block_c", "num_stages", "splits")
+    return dict(zip(names, shape, strict=True)) | {"block_m": block_m, "num_warps": 4}
 
 
 def stream(
@@ -139,16 +155,17 @@ def stream(
     block_m: int,
     block_n: int,
     block_c: int,
+    splits: int,
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
     """x [M, C] times w [N, C] transposed, w widened to x's dtype on the way, times scale [N] and token_scale [M], plus bias
-    [N]; written as `dtype`."""
+    [N]: [splits, M, N], of `dtype` if there is one split and fp32 otherwise."""
     (M, C), N = x.shape, w.shape[0]
-    y = torch.empty((M, N), dtype=dtype or x.dtype, device=x.device)
-    _stream_kernel[(triton.cdiv(N, block_n), triton.cdiv(M, block_m))](
+    y = torch.empty((splits, M, N), dtype=torch.float32 if splits > 1 else dtype or x.dtype, device=x.device)
+    _stream_kernel[(triton.cdiv(N, block_n) * splits, triton.cdiv(M, block_m))](
         x.contiguous(),
-        w,
+        TensorDescriptor.from_tensor(w, [block_n, block_c]),
         y if scale is None else scale,
         y if token_scale is None else token_scale,
         y if bias is None else bias,
@@ -160,6 +177,7 @@ def stream(
         SCALE=scale is not None,
         TOKEN_SCALE=token_scale is not None,
         EVEN=C % block_c == 0,
+        SPLITS=splits,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_C=block_c,

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RMS norm in one read of each row: one program a row, the row in registers."""
+"""RMS norm in one read of each row: one program a row, the row in registers.
+
+After a product over few positions the same kernel adds up the product's partial sums, so that many programs can share the
+reading of a narrow weight without another launch.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdllm.kernels.linear.triton import sums
 from fastdllm.kernels.overlap import LAUNCH, begin
 
 
 @triton.jit
-def _rmsnorm_kernel(x, residual, weight, y, h, eps, C, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _rmsnorm_kernel(x, residual, weight, y, h, eps, rows, C, PARTS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr):
     i_n = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, BLOCK)
     m_c = o_c < C
     begin()
     b_x = tl.load(x + i_n * C + o_c, mask=m_c, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        b_x += tl.load(x + (part * rows + i_n) * C + o_c, mask=m_c, other=0.0).to(tl.float32)
     if ADD:
         b_x += tl.load(residual + i_n * C + o_c, mask=m_c, other=0.0).to(tl.float32)
         # The sum is rounded before its statistics are taken: h, not more than h, is what the next layer sees.
@@ -31,22 +38,43 @@ def _rmsnorm_kernel(x, residual, weight, y, h, eps, C, ADD: tl.constexpr, BLOCK:
 def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See `fastdllm.kernels.rmsnorm`."""
     x = x.contiguous()
-    C = x.shape[-1]
     y = torch.empty_like(x)
     h = x if residual is None else torch.empty_like(x)
-    block = triton.next_power_of_2(C)
-    warps = 8 if block >= 4096 else 4
-    _rmsnorm_kernel[(x.numel() // C,)](
-        x,
-        x if residual is None else residual.contiguous(),
+    _launch(x[None], weight, eps, residual, y, h)
+    return y, h
+
+
+def linear_rmsnorm(
+    x: Tensor,
+    wq: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `fastdllm.kernels.linear_rmsnorm`."""
+    y, h = torch.empty_like(residual), torch.empty_like(residual)
+    _launch(sums(x, wq, scale, bias), weight, eps, residual, y, h)
+    return y, h
+
+
+def _launch(parts: Tensor, weight: Tensor, eps: float, residual: Tensor | None, y: Tensor, h: Tensor) -> None:
+    """Normalise the sum of parts [S, ..., C] and residual into y, and write that sum to h unless it is the only part."""
+    C = y.shape[-1]
+    rows, block = y.numel() // C, triton.next_power_of_2(C)
+    _rmsnorm_kernel[(rows,)](
+        parts,
+        y if residual is None else residual.contiguous(),
         weight,
         y,
         h,
         eps,
+        rows,
         C,
+        PARTS=len(parts),
         ADD=residual is not None,
         BLOCK=block,
-        num_warps=warps,
+        num_warps=8 if block >= 4096 else 4,
         **LAUNCH,
     )
-    return y, h

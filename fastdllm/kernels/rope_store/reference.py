@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdllm.kernels.linear.reference import linear
+
 
 def rope_store(
     qkv: Tensor,
@@ -26,6 +28,24 @@ def rope_store(
     k_store[row[:, None], :, pos] = _rotate(k, c, s).to(k_store.dtype)
     v_store[row[:, None], :, pos] = v.to(v_store.dtype)
     return _rotate(q, c, s).to(k_store.dtype)
+
+
+def linear_rope_store(
+    x: Tensor,
+    wq: Tensor,
+    heads: int,
+    kv_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    pos: Tensor,
+    row: Tensor,
+    k_store: Tensor,
+    v_store: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """See `fastdllm.kernels.linear_rope_store`."""
+    return rope_store(linear(x, wq, scale, bias), heads, kv_heads, cos, sin, pos, row, k_store, v_store)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rotary embedding and KV write in one pass: a program rotates some heads of one position and puts each where
-it belongs.
+it belongs. After a product over few positions it adds up the product's partial sums first.
 
 Queries go to a fresh tensor, keys and values straight into their slots, so that nothing but the slots of this
 pass is touched.
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdllm.kernels.linear.triton import sums
 from fastdllm.kernels.overlap import LAUNCH, begin
 
 # Heads of one position per program: 32 positions of LLaDA's 96 heads make 384 programs, about three a multiprocessor.
@@ -29,6 +30,7 @@ def _rope_store_kernel(
     q,
     k_store,
     v_store,
+    rows,
     W,
     stride_kb,
     stride_kh,
@@ -39,6 +41,7 @@ def _rope_store_kernel(
     H: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -53,6 +56,10 @@ def _rope_store_kernel(
     p_x = qkv + (i_n * (H + 2 * K) + o_h[:, None]) * D + o_d[None, :]
     b_low = tl.load(p_x, mask=m_hd, other=0.0)
     b_high = tl.load(p_x + HALF, mask=m_hd, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        p_part = qkv + ((i_n + part * rows) * (H + 2 * K) + o_h[:, None]) * D + o_d[None, :]
+        b_low += tl.load(p_part, mask=m_hd, other=0.0)
+        b_high += tl.load(p_part + HALF, mask=m_hd, other=0.0)
     b_pos = tl.load(pos + i_n)
     b_row = tl.load(row + i_n // W)
     p_cos, p_sin = cos + b_pos * D + o_d, sin + b_pos * D + o_d
@@ -92,12 +99,45 @@ def rope_store(
     v_store: Tensor,
 ) -> Tensor:
     """See `fastdllm.kernels.rope_store`."""
-    R, W, _ = qkv.shape
+    return _launch(qkv[None], heads, kv_heads, cos, sin, pos, row, k_store, v_store)
+
+
+def linear_rope_store(
+    x: Tensor,
+    wq: Tensor,
+    heads: int,
+    kv_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    pos: Tensor,
+    row: Tensor,
+    k_store: Tensor,
+    v_store: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """See `fastdllm.kernels.linear_rope_store`."""
+    return _launch(sums(x, wq, scale, bias), heads, kv_heads, cos, sin, pos, row, k_store, v_store)
+
+
+def _launch(
+    parts: Tensor,
+    heads: int,
+    kv_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    pos: Tensor,
+    row: Tensor,
+    k_store: Tensor,
+    v_store: Tensor,
+) -> Tensor:
+    """`rope_store` of the sum of parts [S, ..., (H + 2K) D]."""
+    R, W = pos.shape
     D = k_store.shape[-1]
-    q = torch.empty((R, W, heads, D), dtype=k_store.dtype, device=qkv.device)
+    q = torch.empty((R, W, heads, D), dtype=k_store.dtype, device=parts.device)
     grid = (R * W, triton.cdiv(heads + 2 * kv_heads, BLOCK_H))
     _rope_store_kernel[grid](
-        qkv.contiguous(),
+        parts.contiguous(),
         cos,
         sin,
         pos.contiguous(),
@@ -105,12 +145,14 @@ def rope_store(
         q,
         k_store,
         v_store,
+        R * W,
         W,
         *k_store.stride()[:3],
         *v_store.stride()[:3],
         H=heads,
         K=kv_heads,
         D=D,
+        PARTS=len(parts),
         BLOCK_H=BLOCK_H,
         BLOCK_D=triton.next_power_of_2(D // 2),
         num_warps=4,

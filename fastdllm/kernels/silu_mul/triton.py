@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SwiGLU's activation in one read and one write."""
+"""SwiGLU: the activation in one read and one write, and over few positions together with the product before it.
+
+A program of the joint kernel multiplies the gate's and the up projection's rows of the same channels, so that the product
+never reaches memory.
+"""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastdllm.kernels.dot import dot
+from fastdllm.kernels.linear.reference import FP8
+from fastdllm.kernels.linear.triton import STREAM_ROWS, linear, load_rows, quantize_rows, streams
 from fastdllm.kernels.overlap import LAUNCH, begin
 
 BLOCK = 1024
@@ -32,4 +41,103 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     out = gate_up.new_empty((*gate_up.shape[:-1], F))
     grid = (out.numel() // F, triton.cdiv(F, BLOCK))
     _silu_mul_kernel[grid](gate_up, out, F, BLOCK=BLOCK, num_warps=4, **LAUNCH)
+    return out
+
+
+@triton.jit
+def _linear_silu_mul_kernel(
+    x,
+    w,
+    scale,
+    token_scale,
+    out,
+    M,
+    F,
+    C,
+    SCALE: tl.constexpr,
+    TOKEN_SCALE: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    i_n = tl.program_id(0) * BLOCK_N
+    o_n = i_n + tl.arange(0, BLOCK_N)
+    o_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_n, m_m = o_n < F, o_m < M
+    begin()
+    b_gate = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    b_up = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for c in range(0, C, BLOCK_C):
+        b_x = load_rows(x, o_m, M, c, C, EVEN, BLOCK_C)
+        b_gate = dot(w.load([i_n, c]), b_x, b_gate)
+        b_up = dot(w.load([F + i_n, c]), b_x, b_up)
+    if SCALE:
+        b_gate *= tl.load(scale + o_n, mask=m_n, other=0.0)[:, None]
+        b_up *= tl.load(scale + F + o_n, mask=m_n, other=0.0)[:, None]
+    if TOKEN_SCALE:
+        b_token = tl.load(token_scale + o_m, mask=m_m, other=0.0)[None, :]
+        b_gate *= b_token
+        b_up *= b_token
+    p_out = out + o_m.to(tl.int64)[None, :] * F + o_n[:, None]
+    tl.store(p_out, b_gate * tl.sigmoid(b_gate) * b_up, mask=m_n[:, None] & m_m[None, :])
+
+
+def linear_silu_mul(x: Tensor, wq: Tensor, scale: Tensor | None = None) -> Tensor:
+    """See `fastdllm.kernels.linear_silu_mul`."""
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) > STREAM_ROWS or not streams(rows, wq):
+        return silu_mul(linear(x, wq, scale))
+    token_scale = None
+    if wq.dtype == FP8:
+        rows, token_scale = quantize_rows(rows)
+    out = launch(rows, wq, scale, token_scale, x.dtype, **tiling(len(rows), wq.shape[0] // 2, wq.itemsize))
+    return out.view(*x.shape[:-1], -1)
+
+
+def tiling(M: int, F: int, itemsize: int) -> dict[str, int]:
+    """Tile of the joint kernel for M rows and F channels, weights of `itemsize` bytes."""
+    block_m = max(16, triton.next_power_of_2(M))
+    # Four stages leave room for two programs on a multiprocessor, three for three: all of them should run at once.
+    stages = 4 if F <= 2 * 132 * 64 else 3
+    shape = (128, 128 // itemsize, 8, 3) if block_m == 16 else (64, 128 // itemsize, 4, stages)
+    names = ("block_n", "block_c", "num_warps", "num_stages")
+    return dict(zip(names, shape, strict=True)) | {"block_m": block_m}
+
+
+def launch(
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor | None,
+    token_scale: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    block_m: int,
+    block_n: int,
+    block_c: int,
+    num_warps: int,
+    num_stages: int,
+) -> Tensor:
+    """silu(first half) * second half of x [M, C] times w [2F, C] transposed, scaled by channel and token: [M, F]."""
+    (M, C), F = x.shape, w.shape[0] // 2
+    out = torch.empty((M, F), dtype=dtype, device=x.device)
+    _linear_silu_mul_kernel[(triton.cdiv(F, block_n), triton.cdiv(M, block_m))](
+        x.contiguous(),
+        TensorDescriptor.from_tensor(w, [block_n, block_c]),
+        out if scale is None else scale,
+        out if token_scale is None else token_scale,
+        out,
+        M,
+        F,
+        C,
+        SCALE=scale is not None,
+        TOKEN_SCALE=token_scale is not None,
+        EVEN=C % block_c == 0,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_C=block_c,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        **LAUNCH,
+    )
     return out

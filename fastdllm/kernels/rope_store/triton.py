@@ -25,6 +25,7 @@ def _rope_store_kernel(
     cos,
     sin,
     pos,
+    slot,
     row,
     q,
     k_store,
@@ -39,6 +40,7 @@ def _rope_store_kernel(
     H: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
+    SLOT: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -54,6 +56,7 @@ def _rope_store_kernel(
     b_low = tl.load(p_x, mask=m_hd, other=0.0)
     b_high = tl.load(p_x + HALF, mask=m_hd, other=0.0)
     b_pos = tl.load(pos + i_n)
+    b_slot = tl.load(slot + i_n) if SLOT else b_pos
     b_row = tl.load(row + i_n // W)
     p_cos, p_sin = cos + b_pos * D + o_d, sin + b_pos * D + o_d
     b_cl, b_ch = tl.load(p_cos, mask=m_d, other=0.0), tl.load(p_cos + HALF, mask=m_d, other=0.0)
@@ -69,13 +72,13 @@ def _rope_store_kernel(
 
     m_k = m_hd & ((o_h >= H) & (o_h < H + K))[:, None]
     o_k = (o_h - H).to(tl.int64)
-    p_k = k_store + b_row * stride_kb + b_pos * stride_kt + o_k[:, None] * stride_kh + o_d[None, :]
+    p_k = k_store + b_row * stride_kb + b_slot * stride_kt + o_k[:, None] * stride_kh + o_d[None, :]
     tl.store(p_k, r_low, mask=m_k)
     tl.store(p_k + HALF, r_high, mask=m_k)
 
     m_v = m_hd & (o_h >= H + K)[:, None]
     o_v = (o_h - H - K).to(tl.int64)
-    p_v = v_store + b_row * stride_vb + b_pos * stride_vt + o_v[:, None] * stride_vh + o_d[None, :]
+    p_v = v_store + b_row * stride_vb + b_slot * stride_vt + o_v[:, None] * stride_vh + o_d[None, :]
     tl.store(p_v, b_low, mask=m_v)
     tl.store(p_v + HALF, b_high, mask=m_v)
 
@@ -90,6 +93,7 @@ def rope_store(
     row: Tensor,
     k_store: Tensor,
     v_store: Tensor,
+    slot: Tensor | None = None,
 ) -> Tensor:
     """See `fastdllm.kernels.rope_store`."""
     R, W, _ = qkv.shape
@@ -101,6 +105,7 @@ def rope_store(
         cos,
         sin,
         pos.contiguous(),
+        pos if slot is None else slot.contiguous(),
         row,
         q,
         k_store,
@@ -111,6 +116,7 @@ def rope_store(
         H=heads,
         K=kv_heads,
         D=D,
+        SLOT=slot is not None,
         BLOCK_H=BLOCK_H,
         BLOCK_D=triton.next_power_of_2(D // 2),
         num_warps=4,

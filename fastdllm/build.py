@@ -40,7 +40,7 @@ def assemble(model: Model, config: DecodeConfig) -> dict[str, Any]:
     stop_ids = spec.stop_ids if config.stop_ids is None else config.stop_ids
     grid = outer if spec.block_causal else 0
     reuse = _reuse(config, spec, outer, name)
-    _check_branches(config, name, cache, decoder, sampler, reuse)
+    _check_decoder(config, name, cache, decoder, sampler, reuse)
     runner = model.runner(config.runner or ("cuda_graph" if model.device.type == "cuda" else "eager"))
     return {
         "geometry": geometry,
@@ -67,8 +67,8 @@ def _lead(config: DecodeConfig, spec: ModelSpec) -> int:
     return spec.shift
 
 
-def _check_branches(config: DecodeConfig, name: str, cache: Any, decoder: Any, sampler: Sampler, reuse: Any) -> None:
-    """Raises ValueError where branches or a lossless decoder meet an option they cannot be combined with."""
+def _check_decoder(config: DecodeConfig, name: str, cache: Any, decoder: Any, sampler: Sampler, reuse: Any) -> None:
+    """Raises ValueError where branches, shadows or a lossless decoder meet an option they cannot be combined with."""
     if decoder.lossless and not cache.pure:
         raise ValueError(
             f"decoder={config.decoder!r} is lossless, but a forward under cache={name!r} depends on the steps before it; "
@@ -78,6 +78,8 @@ def _check_branches(config: DecodeConfig, name: str, cache: Any, decoder: Any, s
         raise ValueError(
             f"decoder={config.decoder!r} tries several branches and needs temperature=0, alg_temp=0, cfg_scale=0, reuse_k=1"
         )
+    if decoder.shadow and (config.cfg_scale or reuse):
+        raise ValueError(f"decoder={config.decoder!r} asks shadow queries and needs cfg_scale=0, reuse_k=1")
 
 
 def _reuse(config: DecodeConfig, spec: ModelSpec, size: int, cache: str) -> LayerReuse | None:

@@ -59,9 +59,11 @@ class Layer(nn.Module):
         spec, k, v = self.spec, store.k[index], store.v[index]
         y, residual = kernels.rmsnorm(h, self.attn_norm, spec.rms_eps, residual)
         q = kernels.rope_store(
-            self.qkv(y), spec.heads, spec.kv_heads, cos, sin, window.pos, window.row, k, v
+            self.qkv(y), spec.heads, spec.kv_heads, cos, sin, window.pos, window.row, k, v, window.slot
         )  # [R, W, H, D]
-        y = kernels.attention(q, k, v, window.row, window.limit, window.keys, hide=window.hide, uniform=window.uniform)
+        y = kernels.attention(
+            q, k, v, window.row, window.limit, window.keys, hide=window.hide, uniform=window.uniform, swap=window.swap
+        )
         y, residual = kernels.rmsnorm(self.out(y.flatten(2)), self.ffn_norm, spec.rms_eps, residual)
         return self.down(kernels.silu_mul(self.gate_up(y))), residual
 

@@ -138,7 +138,8 @@ def _attend_kernel(
     chunk = tl.cdiv(tl.cdiv(reach, SPLITS), 16) * 16
     start = i_s * chunk
     stop = tl.minimum(start + chunk, reach)
-    # Tiles before `full` are seen whole by every query: no mask. They end where the shortest query, a hidden or a swapped slot begins.
+    # Tiles before `full` are seen whole by every query: no mask. They end where the shortest query does or where a slot is
+    # hidden or swapped.
     shared = tl.minimum(tl.min(tl.where(m_m, b_limit, reach), 0), stop)
     hide_start, hide_stop = 0, 0
     if HIDE:

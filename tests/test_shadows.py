@@ -19,14 +19,10 @@ from fastdllm.engine import Request, decode
 from fastdllm.models import Model
 from fastdllm.models.transformer import Transformer
 from fastdllm.view import View
-from tests.random_models import FAMILIES, MASK, STOP, prompts, random_model
+from tests.random_models import FAMILIES, MASK, STOP, accepted, prompts, random_model
 from tests.scripted_model import scripted_model
 
-CACHES = {
-    f: [c for c in registry.names("caches") if registry.find("caches", c).block_causal in (None, f == "v2")]
-    for f in FAMILIES
-}
-PAIRS = [(f, c) for f in FAMILIES for c in CACHES[f]]
+PAIRS = [(f, c) for f in FAMILIES for c in registry.names("caches") if accepted(f, c, "wino")]
 OPTIONS: dict[str, Any] = {"decoder": "wino", "gen_length": 19, "block_length": 8, "small_block_size": 4, "stop_ids": ()}
 
 
@@ -199,9 +195,10 @@ def test_a_stop_token_that_may_still_be_taken_back_does_not_end_the_row() -> Non
 
 
 def test_what_shadows_do_not_go_with_is_refused() -> None:
-    for family, options in (
-        ("llada", {"cfg_scale": 1.0}),
-        ("v2", {"reuse_k": 2, "layer_subset": "1", "cache": "block"}),
+    for family, message, options in (
+        ("llada", "cfg_scale=0", {"cfg_scale": 1.0}),
+        ("llada", "cache='top_rho' skips positions", {"cache": "top_rho"}),
+        ("v2", "reuse_k=2 skips positions", {"reuse_k": 2, "layer_subset": "1", "cache": "block"}),
     ):
-        with pytest.raises(ValueError, match=r"decoder='wino'.*cfg_scale=0, reuse_k=1"):
+        with pytest.raises(ValueError, match=f"decoder='wino'.*{message}"):
             fastdllm.generate(random_model(family), prompts(5), **{**OPTIONS, **options})

@@ -67,6 +67,13 @@ class Layer(nn.Module):
         y, residual = kernels.rmsnorm(self.out(y.flatten(2)), self.ffn_norm, spec.rms_eps, residual)
         return self.down(kernels.silu_mul(self.gate_up(y))), residual
 
+    def values(self, h: Tensor) -> Tensor:
+        """The values [R, W, K * D] that the layer stores for its input h [R, W, C]; nothing is stored."""
+        n, scale, bias = self.spec.kv_heads * self.spec.head_dim, getattr(self.qkv, "scale", None), self.qkv.bias
+        scale, bias = (None if x is None else x[-n:] for x in (scale, bias))
+        y, _ = kernels.rmsnorm(h, self.attn_norm, self.spec.rms_eps)
+        return kernels.linear(y, self.qkv.weight[-n:], scale, bias)
+
 
 class Transformer(nn.Module):
     """Token ids [R, W] -> final hidden states [R, W, C]; `logits` applies the head to the rows that are asked for."""

@@ -13,7 +13,7 @@ from fastdllm import registry
 from fastdllm.build import assemble
 from fastdllm.decoders.base import DecoderRule
 from fastdllm.view import View
-from tests.random_models import FAMILIES, MASK, VOCAB, prompts, random_model
+from tests.random_models import FAMILIES, MASK, VOCAB, accepted, prompts, random_model
 
 DECODERS = registry.names("decoders")
 KINDS = ("spread", "sure", "hopeless", "equal", "certain")
@@ -116,11 +116,9 @@ def test_no_value_is_read_on_the_host(name: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_ends_and_rows_are_independent(name: str, family: str) -> None:
     model, given = random_model(family), prompts(5, 11, 8)
-    rule = decoder(name)
-    for cache in registry.names("caches"):
-        kind = registry.find("caches", cache)
-        if kind.block_causal not in (None, family == "v2") or (rule.lossless and not kind.pure):
-            continue
+    caches = [cache for cache in registry.names("caches") if accepted(family, cache, name)]
+    assert "none" in caches
+    for cache in caches:
         options = {"decoder": name, "cache": cache, "gen_length": 13, "stop_ids": ()}
         out = fastdllm.generate(model, given, **options)
         for i, (sequence, prompt) in enumerate(zip(out.sequences, given, strict=True)):
@@ -158,3 +156,5 @@ def test_lossless_decoders_refuse_what_makes_them_lossy() -> None:
         fastdllm.generate(model, prompts(4), decoder="draft_verify", cache="sub_block", gen_length=16)
     with pytest.raises(ValueError, match="temperature"):
         fastdllm.generate(model, prompts(4), decoder="draft_verify", temperature=0.5, gen_length=16)
+    with pytest.raises(ValueError, match="top_rho"):
+        fastdllm.generate(random_model("llada"), prompts(4), decoder="draft_verify", cache="top_rho", gen_length=16)

@@ -42,6 +42,8 @@ CASES = [
     ("llada", {"decoder": "lopa", "cache": "none"}),
     ("dream", {"decoder": "draft_verify", "first_token": "rule"}),
     ("v2", {"decoder": "draft_verify", "depth": 3}),
+    ("llada", {"cache": "top_rho"}),
+    ("dream", {"cache": "top_rho", "ratio": 0.5, "refresh": 99, "first_token": "rule"}),
     ("llada", {"decoder": "wino"}),
     ("llada", {"decoder": "wino", "cache": "none", "keep": 1.0, "threshold": 0.2}),
     ("dream", {"decoder": "wino", "keep": 1.0, "threshold": 0.2}),

@@ -39,8 +39,9 @@ def assemble(model: Model, config: DecodeConfig) -> dict[str, Any]:
     )
     stop_ids = spec.stop_ids if config.stop_ids is None else config.stop_ids
     grid = outer if spec.block_causal else 0
-    reuse = _reuse(config, spec, outer, name)
-    _check_branches(config, name, cache, decoder, sampler, reuse)
+    lead = _lead(config, spec)
+    reuse = _reuse(config, spec, outer, name) or cache.reuse(spec.layers, size + lead)
+    _check_decoder(config, name, cache, decoder, sampler, reuse)
     runner = model.runner(config.runner or ("cuda_graph" if model.device.type == "cuda" else "eager"))
     return {
         "geometry": geometry,
@@ -51,7 +52,7 @@ def assemble(model: Model, config: DecodeConfig) -> dict[str, Any]:
         "runner": runner.bind((_fingerprint(decoder), sampler, stop_ids, grid, config.cfg_scale, size, reuse)),
         "stop_ids": stop_ids,
         "grid": grid,
-        "lead": _lead(config, spec),
+        "lead": lead,
         "reuse": reuse,
         "cfg_scale": config.cfg_scale,
         "batch_size": config.batch_size,
@@ -67,17 +68,22 @@ def _lead(config: DecodeConfig, spec: ModelSpec) -> int:
     return spec.shift
 
 
-def _check_branches(config: DecodeConfig, name: str, cache: Any, decoder: Any, sampler: Sampler, reuse: Any) -> None:
-    """Raises ValueError where branches or a lossless decoder meet an option they cannot be combined with."""
+def _check_decoder(config: DecodeConfig, name: str, cache: Any, decoder: Any, sampler: Sampler, reuse: Any) -> None:
+    """Raises ValueError where branches, shadows or a lossless decoder meet an option they cannot be combined with."""
     if decoder.lossless and not cache.pure:
         raise ValueError(
             f"decoder={config.decoder!r} is lossless, but a forward under cache={name!r} depends on the steps before it; "
             "use another cache"
         )
-    if decoder.rows > 1 and (sampler.random or config.cfg_scale or reuse):
+    if decoder.rows > 1 and (sampler.random or config.cfg_scale):
         raise ValueError(
-            f"decoder={config.decoder!r} tries several branches and needs temperature=0, alg_temp=0, cfg_scale=0, reuse_k=1"
+            f"decoder={config.decoder!r} tries several branches and needs temperature=0, alg_temp=0, cfg_scale=0"
         )
+    if decoder.shadow and config.cfg_scale:
+        raise ValueError(f"decoder={config.decoder!r} asks shadow queries and needs cfg_scale=0")
+    if reuse and (decoder.rows > 1 or decoder.shadow):
+        partly = f"reuse_k={config.reuse_k}" if config.reuse_k > 1 else f"cache={name!r}"
+        raise ValueError(f"decoder={config.decoder!r} needs layers that run for whole passes; {partly} skips positions")
 
 
 def _reuse(config: DecodeConfig, spec: ModelSpec, size: int, cache: str) -> LayerReuse | None:

@@ -12,7 +12,8 @@ The choices are arguments: `geometry` cuts the answer into blocks, `cache` plans
 one forward, W positions of a pass, Q positions of a block, C width of the model, V vocabulary.
 
 A decoder may try several contents of a block at once. These branches are neighbours on the canvas and in the store and run
-in the same forward; branch 0 is the row's content, and the others take it over whenever a block is full.
+in the same forward; branch 0 is the row's content, and the others take it over whenever a block is full. One that takes
+tokens back gets shadow queries, further positions of the same forward (`shadows.py`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from fastdllm.blocks import Block, Geometry, Pass, Progress
 from fastdllm.branches import fan_out, first_of, forward_first
+from fastdllm.shadows import Widened, widen
 from fastdllm.store import Canvas, Window
 from fastdllm.view import View
 
@@ -58,7 +60,7 @@ class Row:
     """A request on its way through its blocks, as the host sees it.
 
     `step` counts the forwards of the current block, `denoised` and `outer_step` those after its opening pass (of the block,
-    of the outer block). `remaining` masks are left in the block, `committed` tokens came with the last forward.
+    of the outer block). `remaining` masks are left in the block, `committed` tokens it gained with the last forward.
     `since_refresh` counts passes since layer reuse last recomputed everything, -1 before it did in this outer block;
     `drifted` positions moved away from what it reuses in the last pass.
     """
@@ -96,6 +98,11 @@ class Row:
         prompt, fixed = self.block.prompt, self.request.fixed
         return sum(slot - prompt not in fixed for slot in range(max(self.block.start, prompt), self.block.stop))
 
+    @property
+    def revocable(self) -> bool:
+        """Whether the block holds a token that decoding chose."""
+        return self.remaining < self.initial
+
     def next_pass(self, cache: CachePlan, lead: int) -> Pass:
         """What this row's next forward recomputes: the cache's plan, and at least `lead` positions before the block."""
         opening = cache.open(self.block) if self.opening else None
@@ -109,10 +116,10 @@ class Row:
             return None
         return reuse.active(p.stop - p.start, self.since_refresh, self.committed, self.remaining, self.drifted)
 
-    def advance(self, done: Pass, branches: int, remaining: int, stopped: bool, first_masked: bool) -> None:
-        """Take in what a forward did; go on to the next block when this one is full."""
+    def advance(self, positions: int, remaining: int, stopped: bool, first_masked: bool) -> None:
+        """Take in what a forward over `positions` did; go on to the next block when this one is full."""
         self.forwards += 1
-        self.positions += (done.stop - done.start) * branches
+        self.positions += positions
         self.step += 1
         self.denoised += not self.opening
         self.outer_step += not self.opening
@@ -131,7 +138,7 @@ class Row:
 @dataclass
 class Result:
     """A finished request: its canvas [P + length] (masks are left only after a stop token) and what it cost: forwards,
-    positions recomputed, and layer-token products (positions times the layers that ran for them)."""
+    positions recomputed (shadows included), and layer-token products (positions times the layers that ran for them)."""
 
     ids: Tensor
     forwards: int
@@ -143,7 +150,8 @@ class Result:
 class Step:
     """One forward: the requests it served, where their blocks start, the seconds it took, and the requests it finished.
 
-    With `trace`: ids [R, Q] after the step, confidence [R, Q] (NaN where nothing was scored), committed [R, Q] bool.
+    With `trace`: ids [R, Q] after the step (the mask id where a token was taken back), confidence [R, Q] (NaN where nothing
+    was scored), committed [R, Q] bool.
     """
 
     rows: list[int]
@@ -195,15 +203,17 @@ def decode(
     `block_length` is Q, the widest block (v2: the sub-block). `grid` is the block size of a block-causal model, 0 for a
     bidirectional one. `lead` positions before a block are recomputed with it: a shifted model then learns the block's first
     token there, at any step, and its opening pass is a step like any other. `stop_ids` end a row as soon as one is committed
-    with no mask before it; () decodes to the end. `cfg_scale` w > 0 guides: logits u + (w + 1)(c - u), with u from a forward
-    whose prompt is masked. `reuse` runs some layers for some positions only. At most `batch_size` requests are on the canvas
-    at once (default: all). Closing the generator stops the computation.
+    with no mask before it (where the decoder takes tokens back: none in the block); () decodes to the end. `cfg_scale` w > 0
+    guides: logits u + (w + 1)(c - u), with u from a forward whose prompt is masked. `reuse` runs some layers for some
+    positions only. At most `batch_size` requests are on the canvas at once (default: all). Closing the generator stops the
+    computation.
     """
     spec, device = model.spec, model.device
     plans = [geometry(len(r.prompt), len(r.prompt) + r.length) for r in requests]
     slots = min(batch_size or len(requests), len(requests))
     lanes = 2 if cfg_scale else decoder.rows  # rows of the canvas and the store that one request takes
-    canvas = runner.canvas(model, slots * lanes, max(blocks[-1].reach for blocks in plans))
+    shadow = block_length * (1 + spec.shift) if decoder.shadow else 0  # positions that a row's shadows take in a forward
+    canvas = runner.canvas(model, slots * lanes, max(blocks[-1].reach for blocks in plans), shadow)
     step_of = partial(
         denoise,
         model,
@@ -225,25 +235,28 @@ def decode(
             live.append(Row(index, free.pop(), request, blocks, generator))
             place(canvas, live[-1], lanes, spec.mask_id, spec.pad_id)
         planned = [(row, row.next_pass(cache, lead)) for row in live]
-        for rows, passes, width, quotas in group([(row, p, row.active(p, reuse)) for row, p in planned], decoder.rows):
+        planned = [(row, p, row.active(p, reuse), shadow * row.revocable) for row, p in planned]
+        for rows, passes, width, quotas, shadows in group(planned, decoder.rows):
             started = time.perf_counter()
-            keys = max(p.read for p in passes)
+            keys = max(row.block.reach for row in rows) + shadows if shadows else max(p.read for p in passes)
             uniform = all(p.read == keys and p.hide == (0, 0) and within_block(p, grid) for p in passes)
             plan = [describe(row, p, n, spec.shift - lead) for row, p, n in zip(rows, passes, quotas, strict=True)]
             active = None if quotas[0] is None else max(quotas)
             noise = sampler.draw([row.generator for row in rows], block_length, spec.vocab)
             branches = 1 if rows[0].opening else decoder.rows
-            out = runner(step_of, plan, noise, width=width, keys=keys, uniform=uniform, active=active, branches=branches)
+            choices = {"active": active, "branches": branches, "shadows": shadows}
+            out = runner(step_of, plan, noise, width=width, keys=keys, uniform=uniform, **choices)
             status = out.status.tolist()  # sync: masks left, stopped, first position masked, drift decide the next forward
             step = Step([r.index for r in rows], [r.block.start for r in rows], [r.block.stop for r in rows], 0.0, {})
             for row, p, quota, (remaining, stopped, first_masked, drifted) in zip(rows, passes, quotas, status, strict=True):
-                row.layer_tokens += (p.stop - p.start) * branches * spec.layers
+                own = p.stop - p.start
+                row.layer_tokens += (own * branches + shadows) * spec.layers
                 if quota is not None:
-                    row.layer_tokens -= (width - quota) * len(reuse.layers)
+                    row.layer_tokens -= (own - quota) * len(reuse.layers)
                     # What an earlier block left behind says nothing of this one's first pass.
                     row.drifted = drifted if row.since_refresh >= 0 else 0
-                    row.since_refresh = 0 if quota == width else row.since_refresh + 1
-                row.advance(p, branches, remaining, bool(stopped), bool(first_masked))
+                    row.since_refresh = 0 if quota == own else row.since_refresh + 1
+                row.advance(own * branches + shadows, remaining, bool(stopped), bool(first_masked))
                 if row.finished:
                     ids = canvas.x[row.slot, : len(row.request.prompt) + row.request.length].clone()
                     step.done[row.index] = Result(ids, row.forwards, row.positions, row.layer_tokens)
@@ -277,28 +290,36 @@ def denoise(
     uniform: bool,
     active: int | None,
     branches: int,
+    shadows: int,
 ) -> Outcome:
     """One forward of R rows over W positions each, then what `decoder` commits in their blocks.
 
-    plan [R, 13] int64 holds the columns of `describe`. `branches` run the forward: all of the decoder's, or branch 0 alone
-    where they hold the same (the result counts for all). Nothing is read on the host and every shape is static, so that a
-    runner may capture the whole function as one graph.
+    plan [R, 14] int64 holds the columns of `describe`. `branches` run the forward: all of the decoder's, or branch 0 alone
+    where they hold the same (the result counts for all). `shadows` positions are appended to each row of it, 0 where the
+    block holds nothing that could be taken back. Nothing is read on the host and every shape is static, so that a runner may
+    capture the whole function as one graph.
     """
     spec, scratch, lanes = model.spec, canvas.x.shape[1] - 1, decoder.rows
     if lanes > 1:
         plan = fan_out(plan, lanes, len(canvas.x))
-    row, start, stop, read, first, last, prompt, forced, step, initial, quota, *hidden_slots = (
-        plan.t().contiguous().unbind(0)
-    )
+    columns = plan.t().contiguous().unbind(0)
+    row, start, stop, read, reach, first, last, prompt, forced, step, initial, quota, *hidden_slots = columns
 
     # 1. The pass: which positions are recomputed, and what each of them sees. Padding goes to the scratch column.
     pos = start[:, None] + torch.arange(width, device=plan.device)
     pos = torch.where(pos < stop[:, None], pos, scratch)  # [R, W]
+    slot = first[:, None] + torch.arange(block_length, device=plan.device)
+    slot = torch.where(slot < last[:, None], slot, scratch)  # [R, Q]
+    wide = widen(pos, slot, reach, spec.shift, scratch, canvas.store.k.shape[3] - 1) if shadows else Widened(pos)
+    pos = wide.pos
     limit = read[:, None].expand_as(pos)
     if grid:
         limit = torch.minimum(limit, (pos // grid + 1) * grid)
-    window = Window(row, pos, limit, keys, uniform, None if uniform else torch.stack(hidden_slots, 1))
+    hide = None if uniform else torch.stack(hidden_slots, 1)
+    window = Window(row, pos, limit, keys, uniform, hide, wide.slot, wide.swap)
     ids = canvas.x[row[:, None], pos]
+    if shadows:
+        ids = ids.masked_fill(wide.masked, spec.mask_id)
     hook = None
     if active is not None:
         needed = canvas.masked[row[:, None], (pos + spec.shift).clamp(max=scratch)] & (pos + spec.shift < last[:, None])
@@ -312,22 +333,25 @@ def denoise(
 
     # 2. The head, on the block's positions alone: row j of a pass predicts position start + j + shift. A shifted model's
     #    opening pass ends where the block starts or discards the rest (as published): it gives the first token only.
-    slot = first[:, None] + torch.arange(block_length, device=plan.device)  # [R, Q]
     source = slot - spec.shift - start[:, None]
     learnt = (slot < last[:, None]) & (source >= 0) & (slot - spec.shift < stop[:, None])
     learnt &= (slot == first[:, None]) | (forced == 0)[:, None]
-    source = source.clamp(0, width - 1)[..., None].expand(-1, -1, hidden.shape[-1])
-    logits = model.network.logits(hidden.gather(1, source))  # [R, Q, V]
+    source = source.clamp(0, width - 1)
+    index = source[..., None].expand(-1, -1, hidden.shape[-1])
+    predicting = hidden.gather(1, index)
+    if shadows:
+        predicting = torch.cat([predicting, hidden[:, width :: 1 + spec.shift]])
+    logits, *without = model.network.logits(predicting).split(len(row))  # [R, Q, V] each
     if cfg_scale:
         masked_prompt = torch.where(pos < prompt[:, None], spec.mask_id, ids)
         window = Window((row + 1).clamp(max=len(canvas.x) - 1), pos, limit, keys, uniform, window.hide)
-        free = model.network.logits(model.network(masked_prompt, window, canvas.store).gather(1, source))
+        free = model.network.logits(model.network(masked_prompt, window, canvas.store).gather(1, index))
         logits = free + (cfg_scale + 1) * (logits - free)
 
     # 3. Score, decide, write. The decoder returns the block's next ids; a position where it writes the mask stays open.
-    #    What is open in branch 0 is open in all: a branch may take back what another one tried.
+    #    What is open in branch 0 is open in all: a branch may take back what another one tried. Shadows doubt the tokens of
+    #    the block that decoding chose and that can be predicted anew; those, too, the decoder may open.
     scores = sampler(logits, model.banned, noise)
-    slot = torch.where(slot < last[:, None], slot, scratch)
     before, masked = canvas.x[row[:, None], slot], canvas.masked[row[:, None], slot]
     scored = masked & learnt
     view = View(before, scored, scores.top, scores.conf, step, initial, spec.mask_id, scores.entropy, scores.margin, row)
@@ -337,6 +361,13 @@ def denoise(
         scores = sampler(decoder.adjust(view, logits.float().masked_fill(model.banned, -torch.inf)), model.banned, noise)
         view.top, view.conf, view.entropy, view.margin = scores.top, scores.conf, scores.entropy, scores.margin
     unfilled = masked if lanes == 1 else first_of(masked, lanes)
+    if decoder.shadow:
+        view.check = torch.full_like(view.conf, torch.nan)
+    if shadows:
+        # What predicts the first token of a block-causal block does not see it, and would only repeat itself.
+        doubted = canvas.free[row[:, None], slot] & ~masked & learnt & (limit.gather(1, source) > slot)
+        view.check = torch.where(doubted, sampler.probability(*without, before, model.banned), torch.nan)
+        unfilled = unfilled | doubted
     after = torch.where(unfilled & learnt, decoder.step(view), before)
     still = unfilled & (after == spec.mask_id)
     if lanes > 1:
@@ -345,9 +376,11 @@ def denoise(
     canvas.x[row[:, None], slot] = after
     canvas.masked[row[:, None], slot] = still
 
-    # 4. For the host: masks left; whether a stop token of the answer has no mask before it; the block's first position.
+    # 4. For the host: masks left; whether a stop token of the answer has no mask before it (none in the block, where tokens
+    #    before it may still be taken back); the block's first position.
     ends = torch.isin(after, stops) & ~still & (slot < last[:, None]) & (slot >= prompt[:, None])
-    stopped = (ends & (still.cumsum(1) == 0)).any(1)
+    before_it = still.sum(1, keepdim=True) if decoder.shadow else still.cumsum(1)
+    stopped = (ends & (before_it == 0)).any(1)
     drifted = torch.zeros_like(row) if active is None else memory.drifted[row]
     status = torch.stack([still.sum(1), stopped.long(), still[:, 0].long(), drifted], 1)
     conf = scores.conf.masked_fill(~scored, torch.nan)
@@ -365,28 +398,30 @@ def place(canvas: Canvas, row: Row, lanes: int, mask_id: int, pad_id: int) -> No
     masked[:, prompt:total] = True
     for offset, token in row.request.fixed.items():
         x[:, prompt + offset], masked[:, prompt + offset] = token, False
+    canvas.free[row.slot : row.slot + lanes] = masked
 
 
 def group(
-    planned: list[tuple[Row, Pass, int | None]], lanes: int
-) -> Iterator[tuple[list[Row], list[Pass], int, list[int | None]]]:
-    """Rows that can share a forward: (rows, their passes, width, their quotas), wide passes first.
+    planned: list[tuple[Row, Pass, int | None, int]], lanes: int
+) -> Iterator[tuple[list[Row], list[Pass], int, list[int | None], int]]:
+    """Rows that can share a forward: (rows, their passes, width, their quotas, shadows of each), wide passes first.
 
     A row's quota counts the positions that run through reused layers, None where reuse has no part. Rows that recompute all
     and rows that reuse do not mix, so that a forward either fills the reused layers' state or draws on it. With `lanes`
-    branches, opening passes are apart too: they run for one branch of each row.
+    branches, opening passes are apart too: they run for one branch of each row. So are rows with shadows.
     """
-    buckets: dict[tuple[int, int, bool], list[tuple[Row, Pass, int | None]]] = {}
-    for row, p, quota in planned:
+    buckets: dict[tuple[int, int, bool, int], list[tuple[Row, Pass, int | None]]] = {}
+    for row, p, quota, shadows in planned:
         width = p.stop - p.start
         bucket = width if width <= NARROW else -(-width // NARROW) * NARROW
         kind = 0 if quota is None else 1 if quota == width else 2
-        buckets.setdefault((bucket, kind, lanes > 1 and row.opening), []).append((row, p, quota))
+        buckets.setdefault((bucket, kind, lanes > 1 and row.opening, shadows), []).append((row, p, quota))
     for bucket in sorted(buckets, reverse=True):
-        members, most = buckets[bucket], max(1, PASS_TOKENS // (bucket[0] * lanes))
+        members, shadows = buckets[bucket], bucket[-1]
+        most = max(1, PASS_TOKENS // ((bucket[0] + shadows) * lanes))
         for i in range(0, len(members), most):
             rows, passes, quotas = (list(column) for column in zip(*members[i : i + most], strict=True))
-            yield rows, passes, max(p.stop - p.start for p in passes), quotas
+            yield rows, passes, max(p.stop - p.start for p in passes), quotas, shadows
 
 
 def within_block(p: Pass, grid: int) -> bool:
@@ -399,4 +434,5 @@ def describe(row: Row, p: Pass, quota: int | None, shift: int) -> list[int]:
     block, prompt = row.block, row.block.prompt
     first = max(block.start, prompt)
     forced = int(shift and row.opening)
-    return [row.slot, p.start, p.stop, p.read, first, block.stop, prompt, forced, row.step, row.initial, quota or 0, *p.hide]
+    seen = (p.read, block.reach)
+    return [row.slot, p.start, p.stop, *seen, first, block.stop, prompt, forced, row.step, row.initial, quota or 0, *p.hide]

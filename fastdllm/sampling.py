@@ -86,6 +86,11 @@ class Sampler:
             conf = conf / self.alg_temp + gumbel[..., -1]
         return Scores(top, conf, entropy, margin)
 
+    def probability(self, logits: Tensor, ids: Tensor, banned: Tensor) -> Tensor:
+        """logits [R, Q, V] -> the probability of ids [R, Q], fp32 [R, Q], untempered as every confidence is."""
+        lse = kernels.confidence(logits.flatten(0, 1), banned).lse.view_as(ids)
+        return (logits.gather(-1, ids[..., None])[..., 0].float() - lse).exp()
+
     def _truncate(self, logits: Tensor) -> Tensor:
         """-inf outside the top-k and the nucleus; the most likely token always stays."""
         if self.top_k:

@@ -45,12 +45,14 @@ class KVStore:
 class Canvas:
     """The tokens of every row and which of them are open.
 
-    x [B, T + 1] int64; masked [B, T + 1] bool, never true in a prompt, whatever ids it holds. The last column is scratch:
-    padding reads and writes there, and no query sees it.
+    x [B, T + 1] int64; masked [B, T + 1] bool, never true in a prompt, whatever ids it holds; free [B, T + 1] bool, the
+    positions whose token decoding chooses (neither prompt nor constraint). The last column is scratch: padding reads and
+    writes there, and no query sees it. The store may be longer: shadows (`shadows.py`) keep their keys behind the rest.
     """
 
     x: Tensor
     masked: Tensor
+    free: Tensor
     store: KVStore
     _states: dict[Hashable, Any] = field(default_factory=dict)
 
@@ -68,7 +70,8 @@ class Window:
 
     row [R]: the row's slot in the store. pos [R, W]: positions recomputed; their slots are overwritten. limit [R, W]: each
     query sees slots [0, limit), except [hide[0], hide[1]) with hide [R, 2]. `keys` bounds every limit; `uniform` says that
-    every limit equals `keys` and nothing is hidden, so that no mask is needed.
+    every limit equals `keys` and nothing is hidden, so that no mask is needed. Shadows only: slot [R, W], where the keys and
+    values go if not to `pos`; swap [R, W, 3], the slots that a query sees in place of others (`kernels.attention`).
     """
 
     row: Tensor
@@ -77,3 +80,5 @@ class Window:
     keys: int
     uniform: bool = False
     hide: Tensor | None = None
+    slot: Tensor | None = None
+    swap: Tensor | None = None

@@ -16,7 +16,8 @@ class View:
     ids [R, Q] int64 with the mask id where masked; masked [R, Q] bool: positions that may be committed now; top [R, Q]
     int64: the token each position would take; conf [R, Q] fp32: its confidence; step [R]: forwards spent on the block;
     initial [R]: masks when it opened; entropy, margin [R, Q] fp32 when the decoder `needs` them; row [R]: where each row's
-    share of the decoder's `state` lies.
+    share of the decoder's `state` lies; check [R, Q] fp32 with a decoder's `shadow`: the probability of the token that a
+    position holds, from a query to which that position is masked; NaN where the position may not be opened again.
     """
 
     ids: Tensor
@@ -30,6 +31,7 @@ class View:
     margin: Tensor | None = None
     row: Tensor | None = None
     state: dict[str, Tensor] | None = None
+    check: Tensor | None = None
 
     def scores(self) -> Tensor:
         """Confidence [R, Q], -inf where nothing may be committed."""

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
+import fastdllm
+from fastdllm.build import assemble
 from fastdllm.models import Model
 from fastdllm.models.spec import ModelSpec
 from fastdllm.models.transformer import Transformer
@@ -45,6 +49,16 @@ def random_model(family: str = "llada", seed: int = 0) -> Model:
             if weight.ndim == 2:
                 weight.normal_(0, 0.3 if "head" not in name else 0.5)
     return Model(network, spec, None, f"random-{family}-{seed}")
+
+
+@cache
+def accepted(family: str, cache: str, decoder: str) -> bool:
+    """Whether this cache and this decoder go together for this family (`test_invariants.py` lists those that do not)."""
+    try:
+        assemble(random_model(family), fastdllm.DecodeConfig(cache=cache, decoder=decoder, gen_length=8))
+    except ValueError:
+        return False
+    return True
 
 
 def prompts(*lengths: int) -> list[torch.Tensor]:

@@ -7,9 +7,12 @@ class is called `Cache`, and its dataclass fields are its options.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from fastdllm.blocks import Block, Pass, Progress
+
+if TYPE_CHECKING:
+    from fastdllm.reuse.values import ValueReuse
 
 
 class CachePlan:
@@ -30,3 +33,7 @@ class CachePlan:
     def step(self, block: Block, progress: Progress) -> Pass:
         """The next denoising pass of `block`."""
         raise NotImplementedError
+
+    def reuse(self, layers: int, size: int) -> ValueReuse | None:
+        """Which positions of a denoising pass, `size` of them at most, run in each of the model's layers; None: all."""
+        return None

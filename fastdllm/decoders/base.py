@@ -2,11 +2,11 @@
 """A decoder maps a block to its next content.
 
 It sees ids, mask, top token and confidence of every position and returns the next ids; that one value expresses committing
-(write the top token), revoking (write the mask), editing and branching. A file of this folder is one rule; its name is the
+(write the top token), revoking (write the mask) and branching. A file of this folder is one rule; its name is the
 name on the command line, its class is called `Decoder`, and its dataclass fields are its options.
 
-A rule reads no value on the host, has no shape that depends on data, and commits at least one token of every row that has a
-masked position.
+A rule reads no value on the host, has no shape that depends on data, and leaves every row that has a masked position with
+fewer of them than before: what it revokes is less than what it commits.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ class DecoderRule:
     """`needs`: extra statistics of the head, of {"entropy", "margin"}. `probability`: the rule compares the confidence
     with a probability, so that another confidence makes no sense. `rows`: branches of each row that run in the same
     forward; branch 0 is the row's content, the others are tries. `lossless`: the tokens are those of one token per step.
+    `shadow`: shadow queries ask each token of the block what the model would say without it (`view.check`), and where that
+    is not NaN the rule may write the mask again; one branch only.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     probability: ClassVar[bool] = True
     rows: int = 1
     lossless: ClassVar[bool] = False
+    shadow: ClassVar[bool] = False
 
     # Optional. state(width, vocab, device, rows) -> tensors kept from step to step, first dimension `rows` (index them with
     # `view.row`); they are made once, so a rule resets a row's share where `view.step` is 0.

@@ -105,15 +105,18 @@ def linear_rope_store(
     v_store: Tensor,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
+    slot: Tensor | None = None,
 ) -> Tensor:
     """Project x [R, W, C] to queries, keys and values by wq [(H + 2K) D, C], rotate, and write keys and values
     into the store, in place.
 
     cos, sin [Tmax, D] fp32 in the half-split layout; pos [R, W] and row [R] int64; k_store, v_store [B, K, T,
-    D], of which slots [row[r], :, pos[r, w]] are overwritten. Rotation in fp32. Returns q [R, W, H, D] in the
-    store's dtype.
+    D], of which slots [row[r], :, pos[r, w]] are overwritten, or [row[r], :, slot[r, w]] where `slot` [R, W] int64
+    is given. Rotation in fp32. Returns q [R, W, H, D] in the store's dtype.
     """
-    return _pick(_rope_store, x).linear_rope_store(x, wq, heads, kv_heads, cos, sin, pos, row, k_store, v_store, scale, bias)
+    return _pick(_rope_store, x).linear_rope_store(
+        x, wq, heads, kv_heads, cos, sin, pos, row, k_store, v_store, scale, bias, slot
+    )
 
 
 def attention(
@@ -126,6 +129,7 @@ def attention(
     hide: Tensor | None = None,
     scale: float | None = None,
     uniform: bool = False,
+    swap: Tensor | None = None,
 ) -> Tensor:
     """Queries q [R, W, H, D] over the store's rows `row` [R]; k_store, v_store [B, K, T, D]. Returns [R, W,
     H, D].
@@ -134,8 +138,11 @@ def attention(
     one that sees nothing gives zeros. Only slots [0, keys) are looked at: `keys` bounds every limit. Query
     head h reads kv head h // (H / K). `scale` is 1/sqrt(D) unless given. `uniform=True` promises that every
     limit is `keys` and nothing is hidden.
+
+    `swap` [R, W, 3] int64 gives each query (start, stop, instead): it does not see slots [start, stop) but as many
+    from `instead` on in their place, whatever its limit; start = stop changes nothing. `hide` holds for both.
     """
-    return _pick(_attention, q).attention(q, k_store, v_store, row, limit, keys, hide, scale, uniform)
+    return _pick(_attention, q).attention(q, k_store, v_store, row, limit, keys, hide, scale, uniform, swap)
 
 
 def confidence(logits: Tensor, banned: Tensor | None = None, entropy: bool = False, margin: bool = False) -> Confidence:

@@ -68,13 +68,23 @@ class Layer(nn.Module):
         Each product comes with what reads it (rotation and store, norm, gate), so that one kernel may do both.
         """
         spec, k, v, qkv, out, down = self.spec, store.k[index], store.v[index], self.qkv, self.out, self.down
+        row, pos, slot = window.row, window.pos, window.slot
         q = kernels.linear_rope_store(
-            y, qkv.weight, spec.heads, spec.kv_heads, cos, sin, window.pos, window.row, k, v, qkv.scale, qkv.bias
+            y, qkv.weight, spec.heads, spec.kv_heads, cos, sin, pos, row, k, v, qkv.scale, qkv.bias, slot
         )  # [R, W, H, D]
-        y = kernels.attention(q, k, v, window.row, window.limit, window.keys, hide=window.hide, uniform=window.uniform)
+        y = kernels.attention(
+            q, k, v, row, window.limit, window.keys, hide=window.hide, uniform=window.uniform, swap=window.swap
+        )
         y, h = kernels.linear_rmsnorm(y.flatten(2), out.weight, self.ffn_norm, spec.rms_eps, h, out.scale)
         y = kernels.linear_silu_mul(y, self.gate_up.weight, self.gate_up.scale)
         return kernels.linear_rmsnorm(y, down.weight, next_norm, spec.rms_eps, h, down.scale)
+
+    def values(self, h: Tensor) -> Tensor:
+        """The values [R, W, K * D] that the layer stores for its input h [R, W, C]; nothing is stored."""
+        n = self.spec.kv_heads * self.spec.head_dim
+        scale, bias = (None if x is None else x[-n:] for x in (self.qkv.scale, self.qkv.bias))
+        y, _ = kernels.rmsnorm(h, self.attn_norm, self.spec.rms_eps)
+        return kernels.linear(y, self.qkv.weight[-n:], scale, bias)
 
 
 class Transformer(nn.Module):

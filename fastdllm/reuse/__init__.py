@@ -11,7 +11,8 @@ their last recompute, those that predict an open mask of the current sub-block, 
 `trim_ratio` of the window, or are as many as drifted by `trim_drift` or more in the pass before (counted one pass late, so
 that the host knows the shape without another read).
 
-Never in prefill, commit or likelihood; nothing crosses a block, a row or a sub-block's whole pass.
+Never in prefill, commit or likelihood; nothing crosses a block, a row or a sub-block's whole pass. `values.py` holds the
+other rule, by which each layer chooses for itself (the cache `top_rho`).
 """
 
 from __future__ import annotations
@@ -132,12 +133,12 @@ class LayerReuse:
         def run(layer: Layer, index: int, h: Tensor, window: Window, store: KVStore, cos: Tensor, sin: Tensor) -> Tensor:
             nonlocal chosen
             if index not in self.layers:
-                return _whole(layer, index, h, window, store, cos, sin)
+                return whole(layer, index, h, window, store, cos, sin)
             j = self.layers.index(index)
             if j == 0 and self.drift is not None:
                 state.drifted[row] = (_drift(h, state, rows, at) >= self.drift).sum(1)
             if active == width:
-                out = _whole(layer, index, h, window, store, cos, sin)
+                out = whole(layer, index, h, window, store, cos, sin)
                 state.cached[rows, j, at] = out - h if self.mode == "delta" else out
                 if j == 0:
                     state.entry[rows, at], state.ids[rows, at] = h, ids
@@ -148,16 +149,14 @@ class LayerReuse:
                 return out
             if j == 0:
                 chosen = self._choose(h, state, rows, at, ids, needed, active)
-            picked, inputs, kept = at.gather(1, chosen), _take(h, chosen), _take(out, chosen)
+            picked, inputs = at.gather(1, chosen), take(h, chosen)
             if j == 0:
                 state.entry[rows, picked] = torch.where(mine, inputs, state.entry[rows, picked])
                 state.ids[rows, picked] = torch.where(mine[..., 0], ids.gather(1, chosen), state.ids[rows, picked])
-            positions = torch.where(mine[..., 0], window.pos.gather(1, chosen), scratch)
-            limit = window.limit.gather(1, chosen)
-            part = Window(window.row, positions, limit, window.keys, window.uniform, window.hide)
-            fresh = torch.where(mine, _whole(layer, index, inputs, part, store, cos, sin), kept)
+            fresh = whole(layer, index, inputs, part(window, chosen, mine, scratch), store, cos, sin)
+            fresh = torch.where(mine, fresh, take(out, chosen))
             value = fresh - inputs if self.mode == "delta" else fresh
-            state.cached[rows, j, picked] = torch.where(mine, value, _take(cached, chosen))
+            state.cached[rows, j, picked] = torch.where(mine, value, take(cached, chosen))
             return out.scatter(1, chosen[..., None].expand_as(fresh), fresh)
 
         return run
@@ -170,8 +169,8 @@ class LayerReuse:
         return (_drift(h, state, rows, at) + 4.0 * mandatory).topk(active, 1).indices
 
 
-def _whole(layer: Layer, index: int, h: Tensor, window: Window, store: KVStore, cos: Tensor, sin: Tensor) -> Tensor:
-    """The output [R, W, C] of a layer whose input is h; its norm for the next layer is not needed."""
+def whole(layer: Layer, index: int, h: Tensor, window: Window, store: KVStore, cos: Tensor, sin: Tensor) -> Tensor:
+    """The layer's output [R, W, C] for its input h [R, W, C]; its norm for the next layer is not needed."""
     y, _ = kernels.rmsnorm(h, layer.attn_norm, layer.spec.rms_eps)
     return layer(y, h, layer.attn_norm, index, window, store, cos, sin)[1]
 
@@ -181,5 +180,13 @@ def _drift(h: Tensor, state: ReuseState, rows: Tensor, at: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(h.float(), state.entry[rows, at].float(), dim=-1)
 
 
-def _take(h: Tensor, index: Tensor) -> Tensor:
+def part(window: Window, chosen: Tensor, mine: Tensor, scratch: int) -> Window:
+    """The window of the positions at chosen [R, n]; where `mine` [R, n, 1] is false a row only fills the shape, and its keys
+    go to `scratch`."""
+    pos = torch.where(mine[..., 0], window.pos.gather(1, chosen), scratch)
+    return Window(window.row, pos, window.limit.gather(1, chosen), window.keys, window.uniform, window.hide)
+
+
+def take(h: Tensor, index: Tensor) -> Tensor:
+    """h [R, W, C] at index [R, n]: [R, n, C]."""
     return h.gather(1, index[..., None].expand(-1, -1, h.shape[-1]))

@@ -53,24 +53,27 @@ class Runner(eager.Runner):
         self.key = key
         return self
 
-    def canvas(self, model: Any, rows: int, length: int) -> Canvas:
-        """Room for `rows` sequences of `length` positions and a scratch row, which warm-up and padding write to."""
+    def canvas(self, model: Any, rows: int, length: int, shadows: int = 0) -> Canvas:
+        """Room for `rows` sequences of `length` positions and a scratch row, which warm-up and padding write to, and in the
+        store for `shadows` slots."""
         kept = self.kept
-        if kept is None or kept.x.shape[0] < rows + 1 or kept.x.shape[1] < length + 1:
+        room = (0, 0, 0) if kept is None else (*kept.x.shape, kept.store.k.shape[3] - kept.x.shape[1])
+        if any(has < needs for has, needs in zip(room, (rows + 1, length + 1, shadows), strict=True)):
             self.graphs.clear()  # before the canvas they point to; their memory pool goes with the last of them
             self.kept, self.pool = None, None
             length = -(-(length + 1) // LENGTH_BUCKET) * LENGTH_BUCKET - 1
-            self.kept = super().canvas(model, rows + 1, length)
+            self.kept = super().canvas(model, rows + 1, length, shadows)
         return self.kept
 
     def __call__(self, step: Callable[..., Any], plan: list[list[int]], noise: Tensor | None, **static: Any) -> Any:
         """As `eager.Runner`, with passes up to CAPTURED_WIDTH replayed. The result is valid until the next call."""
-        if static["width"] > CAPTURED_WIDTH:
+        width = static["width"]
+        if width > CAPTURED_WIDTH:
             return super().__call__(step, plan, noise, **static)
         rows = 1 << (len(plan) - 1).bit_length()
-        length = self.kept.x.shape[1]
+        length = self.kept.store.k.shape[3]
         static |= {"keys": min(length, -(-static["keys"] // KEY_BUCKET) * KEY_BUCKET), "uniform": False}
-        idle = [self.kept.x.shape[0] - 1, 0, static["width"], static["width"], 0, 1, 0, 0, 0, 1, 0, 0, 0]
+        idle = [self.kept.x.shape[0] - 1, 0, width, width, width, 0, 1, 0, 0, 0, 1, 0, 0, 0]
         key = (self.key, rows, *static.values(), noise is None)
         if key not in self.graphs:
             self.graphs[key] = self._capture(step, idle, rows, noise, static)

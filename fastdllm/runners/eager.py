@@ -19,16 +19,17 @@ class Runner:
         """Names what shapes the step function; nothing is kept between steps here."""
         return self
 
-    def canvas(self, model: Any, rows: int, length: int) -> Canvas:
-        """Room for `rows` sequences of `length` positions, and the scratch column."""
+    def canvas(self, model: Any, rows: int, length: int, shadows: int = 0) -> Canvas:
+        """Room for `rows` sequences of `length` positions and the scratch column, and in the store for `shadows` slots."""
         shape = (rows, length + 1)
         return Canvas(
             torch.zeros(shape, dtype=torch.long, device=model.device),
             torch.zeros(shape, dtype=torch.bool, device=model.device),
-            model.network.new_store(rows, length + 1),
+            torch.zeros(shape, dtype=torch.bool, device=model.device),
+            model.network.new_store(rows, length + 1 + shadows),
         )
 
     def __call__(self, step: Callable[..., Any], plan: list[list[int]], noise: Tensor | None, **static: Any) -> Any:
-        """step(plan [R, 13] int64 on the device, noise, **static)."""
+        """step(plan [R, 14] int64 on the device, noise, **static)."""
         device = step.args[0].device
         return step(torch.tensor(plan, dtype=torch.long, device=device), noise, **static)

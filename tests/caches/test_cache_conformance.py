@@ -67,6 +67,9 @@ def outcome(family: str, **options: Any) -> tuple[list[list[int]], list[int], li
 
 
 NEUTRAL = [
+    ("top_rho", {"ratio": 1}),
+    ("top_rho", {"ratio": 0.97}),  # all of 29 positions, by the path that skips some
+    ("top_rho", {"refresh": 1}),
     ("lazy", {"refresh_blocks": 1}),
     ("vicinity", {"before": 0, "after": 0}),
     ("suffix_window", {"suffix": 29}),
@@ -123,7 +126,15 @@ def test_a_dropped_suffix_is_neither_seen_nor_computed() -> None:
     assert max(short[2]) < min(outcome("llada", cache="dual")[2])
 
 
-BAD = [("lazy", "refresh_blocks", 0), ("vicinity", "before", -1), ("vicinity", "after", -1), ("suffix_window", "suffix", -1)]
+BAD = [
+    ("lazy", "refresh_blocks", 0),
+    ("vicinity", "before", -1),
+    ("vicinity", "after", -1),
+    ("suffix_window", "suffix", -1),
+    ("top_rho", "ratio", 0),
+    ("top_rho", "ratio", 1.5),
+    ("top_rho", "refresh", 0),
+]
 
 
 @pytest.mark.parametrize("name, option, value", BAD)

@@ -13,7 +13,7 @@ from fastdllm import registry
 from fastdllm.build import assemble
 from fastdllm.decoders.base import DecoderRule
 from fastdllm.view import View
-from tests.random_models import FAMILIES, MASK, VOCAB, prompts, random_model
+from tests.random_models import FAMILIES, MASK, VOCAB, accepted, prompts, random_model
 
 DECODERS = registry.names("decoders")
 KINDS = ("spread", "sure", "hopeless", "equal", "certain")
@@ -46,14 +46,15 @@ def view(rule: DecoderRule, rows: int, width: int, kind: str = "spread", seed: i
     entropy, margin = -conf * conf.clamp(min=1e-9).log() * 2, conf * 0.9
     step, initial = torch.zeros(n, dtype=torch.long), torch.full((n,), width)
     state = rule.state(width, VOCAB, torch.device("cpu"), n) if rule.state else None
-    return View(ids, keep, top, conf, step, initial, MASK, entropy, margin, torch.arange(n), state)
+    # Some tokens may not be taken back; of the others, most are doubtful where confidences are low.
+    fixed = keep | (torch.rand(n, width, generator=g) < 0.3)
+    check = (conf.flip(1) * 0.95).masked_fill(fixed, torch.nan) if rule.shadow else None
+    return View(ids, keep, top, conf, step, initial, MASK, entropy, margin, torch.arange(n), state, check)
 
 
 def part(v: View, index: Tensor) -> View:
     """The view of some rows, at the same place of the state."""
-    fields = {
-        f: getattr(v, f)[index] for f in ("ids", "masked", "top", "conf", "step", "initial", "entropy", "margin", "row")
-    }
+    fields = {f: t[index] for f, t in vars(v).items() if isinstance(t, Tensor)}
     return View(mask_id=v.mask_id, state=v.state, **fields)
 
 
@@ -63,7 +64,7 @@ def part(v: View, index: Tensor) -> View:
 def test_each_step_commits_and_stays_inside(name: str, kind: str, width: int) -> None:
     rule = decoder(name, width)
     v = view(rule, 9, width, kind)
-    ids, masked = v.ids.clone(), v.masked.clone()
+    ids, masked, checked = v.ids.clone(), v.masked.clone(), v.check.clone() if rule.shadow else None
     after = rule.step(v)
     assert after.shape == ids.shape and after.dtype == ids.dtype
     assert torch.equal(v.ids, ids) and torch.equal(v.masked, masked), "a rule changes what it was given"
@@ -72,9 +73,16 @@ def test_each_step_commits_and_stays_inside(name: str, kind: str, width: int) ->
     had = masked[lead].sum(1)
     assert (left[had > 0] < had[had > 0]).all(), "a row with masks gained nothing"
     if rule.rows == 1:
-        written = after != ids
-        assert not (written & ~masked).any(), "a position was written that is not open"
-        assert torch.equal(after[written], v.top[written])
+        written, taken_back = after != ids, ~masked & (after == MASK)
+        assert not (written & ~masked & ~taken_back).any(), "a position was written that is not open"
+        assert torch.equal(after[written & masked], v.top[written & masked])
+        if rule.shadow:
+            assert torch.equal(v.check.isnan(), checked.isnan()), "a rule changes what it was given"
+            assert not (taken_back & checked.isnan()).any(), "a token was taken back that nothing speaks against"
+        else:
+            assert not taken_back.any(), "a token was taken back without shadows"
+    else:
+        assert not rule.shadow, "shadows are for rules of one branch"
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -108,11 +116,9 @@ def test_no_value_is_read_on_the_host(name: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_ends_and_rows_are_independent(name: str, family: str) -> None:
     model, given = random_model(family), prompts(5, 11, 8)
-    rule = decoder(name)
-    for cache in registry.names("caches"):
-        kind = registry.find("caches", cache)
-        if kind.block_causal not in (None, family == "v2") or (rule.lossless and not kind.pure):
-            continue
+    caches = [cache for cache in registry.names("caches") if accepted(family, cache, name)]
+    assert "none" in caches
+    for cache in caches:
         options = {"decoder": name, "cache": cache, "gen_length": 13, "stop_ids": ()}
         out = fastdllm.generate(model, given, **options)
         for i, (sequence, prompt) in enumerate(zip(out.sequences, given, strict=True)):
@@ -150,3 +156,5 @@ def test_lossless_decoders_refuse_what_makes_them_lossy() -> None:
         fastdllm.generate(model, prompts(4), decoder="draft_verify", cache="sub_block", gen_length=16)
     with pytest.raises(ValueError, match="temperature"):
         fastdllm.generate(model, prompts(4), decoder="draft_verify", temperature=0.5, gen_length=16)
+    with pytest.raises(ValueError, match="top_rho"):
+        fastdllm.generate(random_model("llada"), prompts(4), decoder="draft_verify", cache="top_rho", gen_length=16)

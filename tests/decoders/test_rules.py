@@ -116,6 +116,32 @@ def test_frechet_equals_the_factor_rule_at_equal_confidences() -> None:
         assert torch.equal(chosen("frechet", view, delta=0.3), chosen("factor", view, factor=0.7))
 
 
+def test_wino_takes_back_the_most_doubtful_and_fewer_than_it_commits() -> None:
+    view, g = blocks(), torch.Generator().manual_seed(1)
+    view.check = torch.rand(ROWS, WIDTH, generator=g).masked_fill(view.masked, torch.nan)
+    view.check[:, 0] = torch.nan
+    after = registry.find("decoders", "wino")(threshold=0.6, keep=0.7).step(view)
+    taken_back = 0
+    for row in range(ROWS):
+        conf = [c if m else -1.0 for c, m in zip(view.conf[row].tolist(), view.masked[row].tolist(), strict=True)]
+        most = min(max(int(view.masked[row].sum()) * 7 // 10, 5), 20)
+        commit = {falling(conf)[0]} | {i for i in falling(conf)[:most] if conf[i] > 0.6}
+        doubted = sorted((c, i) for i, c in enumerate(view.check[row].tolist()) if c < 0.7)
+        revoke = {i for _, i in doubted[: len(commit) - 1]}
+        want = [view.top[row, i] if i in commit else MASK if i in revoke else view.ids[row, i] for i in range(WIDTH)]
+        assert after[row].tolist() == [int(w) for w in want]
+        taken_back += len(revoke)
+    assert taken_back > ROWS
+
+
+def test_wino_commits_no_more_than_its_cap() -> None:
+    rule, n = registry.find("decoders", "wino")(), torch.zeros(1, dtype=torch.long)
+    for masks, cap in ((1, 1), (4, 4), (9, 6), (20, 14), (64, 20)):
+        ids, conf = torch.full((1, masks), MASK), torch.full((1, masks), 0.95)
+        view = View(ids, ids == MASK, ids - MASK, conf, n, n + masks, MASK, check=torch.full((1, masks), torch.nan))
+        assert (rule.step(view) != MASK).sum() == cap
+
+
 NEUTRAL = [
     ("local_leap", {"relaxed": 0.9}),
     ("local_leap", {"radius": 0}),
@@ -193,6 +219,8 @@ BAD = [
     ("progress_threshold", "alpha", 2),
     ("draft_verify", "depth", 0),
     ("lopa", "branches", 0),
+    ("wino", "keep", 1.1),
+    ("wino", "threshold", -0.1),
 ]
 
 

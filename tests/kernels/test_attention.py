@@ -32,13 +32,24 @@ def poisoned(store: Tensor, row: Tensor, limit: Tensor, hide: Tensor | None) -> 
     return store.masked_fill(~used[:, None, :, None], float("nan"))
 
 
-def naive(q: Tensor, k: Tensor, v: Tensor, row: Tensor, limit: Tensor, hide: Tensor | None, scale: float) -> Tensor:
+def naive(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row: Tensor,
+    limit: Tensor,
+    hide: Tensor | None,
+    scale: float,
+    swap: Tensor | None = None,
+) -> Tensor:
     """One query and head at a time, in float64."""
     R, W, H, _ = q.shape
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
     for r in range(R):
         for w in range(W):
-            seen = [j for j in range(limit[r, w]) if hide is None or not hide[r, 0] <= j < hide[r, 1]]
+            start, stop, instead = (0, 0, 0) if swap is None else swap[r, w].tolist()
+            seen = {j for j in range(limit[r, w]) if not start <= j < stop} | set(range(instead, instead + stop - start))
+            seen = sorted(j for j in seen if hide is None or not hide[r, 0] <= j < hide[r, 1])
             for h in range(H if seen else 0):
                 kv = h // (H // k.shape[1])
                 score = k[row[r], kv, seen].double() @ q[r, w, h].double() * scale
@@ -88,6 +99,63 @@ def test_splits_do_not_change_the_result(device: torch.device, assert_close, spl
     tile = {"BLOCK_M": 16, "BLOCK_N": 16, "SPLITS": splits, "num_warps": 4, "num_stages": 2}
     out = triton.launch(q, k, v, row, limit, 100, hide, 0.3, **tile)
     assert_close(out, naive(q, k, v, row, limit, hide, 0.3), 2e-6)
+
+
+def swaps(W: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Limits and swaps of a pass with shadows: the first half of the queries sees what lies before two thirds of the keys;
+    each of the others has one to three of those slots replaced by slots of its own from there on, some as the very last."""
+    common = max(1, 2 * keys // 3)
+    swap = torch.zeros(2, W, 3, dtype=torch.long)
+    for r in range(2):
+        for w in range(W // 2, W):
+            n = min(1 + (w + r) % 3, common, keys - common)
+            start = (7 * w + r) % (common - n + 1)
+            instead = keys - n if w % 4 == 3 else common + (5 * w) % (keys - common - n + 1)
+            swap[r, w] = torch.tensor([start, start + n, instead])
+    limit = torch.randint(1, common + 1, (2, W))
+    limit[:, W // 2 :] = common
+    return limit.to(device), swap.to(device)
+
+
+def test_reference_with_swapped_slots_against_float64(assert_close) -> None:
+    q, k, v, row, _ = inputs(9, 4, 2, 12, 20, torch.float32, torch.device("cpu"))
+    limit, swap = swaps(9, 20, torch.device("cpu"))
+    for hide in (None, torch.tensor([[3, 9], [4, 4]])):
+        out = reference.attention(q, k, v, row, limit, 20, hide, swap=swap)
+        assert_close(out, naive(q, k, v, row, limit, hide, 12**-0.5, swap), 1e-6)
+    nothing = reference.attention(q, k, v, row, limit, 20, swap=torch.zeros_like(swap))
+    assert torch.equal(nothing, reference.attention(q, k, v, row, limit, 20))
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[-1] > 2], ids=str)
+@pytest.mark.parametrize("hidden", [False, True], ids=["open", "hide"])
+def test_kernel_with_swapped_slots(
+    device: torch.device, assert_close, shape: tuple[int, ...], hidden: bool, dtype: torch.dtype, ratio: float
+) -> None:
+    from fastdllm.kernels.attention import triton
+
+    keys = shape[-1]
+    q, k, v, row, _ = inputs(*shape, dtype, device)
+    limit, swap = swaps(shape[0], keys, device)
+    hide = torch.tensor([[keys // 3, keys // 2], [0, 0]], device=device) if hidden else None
+    want = reference.attention(q, k, v, row, limit, keys, hide, swap=swap)
+    edge = torch.full_like(limit, keys)  # nothing beyond the keys is read
+    out = triton.attention(q, poisoned(k, row, edge, hide), poisoned(v, row, edge, hide), row, limit, keys, hide, swap=swap)
+    assert_close(out, want, ratio)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 8])
+def test_splits_with_swapped_slots(device: torch.device, assert_close, splits: int) -> None:
+    """The own slots of a query lie in another split than all else it sees."""
+    from fastdllm.kernels.attention import triton
+
+    q, k, v, row, _ = inputs(7, 4, 2, 64, 100, torch.float32, device)
+    limit, swap = swaps(7, 100, device)
+    limit[1] = 3
+    swap[1, 3:] = torch.tensor([1, 3, 98], device=device)
+    tile = {"BLOCK_M": 16, "BLOCK_N": 16, "SPLITS": splits, "num_warps": 4, "num_stages": 2}
+    out = triton.launch(q, k, v, row, limit, 100, None, 0.3, swap, **tile)
+    assert_close(out, naive(q, k, v, row, limit, None, 0.3, swap), 2e-6)
 
 
 @pytest.mark.parametrize("splits", [1, 4])

@@ -77,6 +77,33 @@ def test_after_a_product(
         assert_close(got.nan_to_num(), expected.nan_to_num(), 2 * ratio)
 
 
+@pytest.mark.parametrize(("W", "H", "K", "D"), [(1, 1, 1, 60), (33, 2, 1, 16)], ids=lambda v: str(v))
+def test_slots_may_differ_from_positions(device: torch.device, assert_close, W: int, H: int, K: int, D: int) -> None:
+    """Rotation goes by position, the place by slot: the same keys as without slots, elsewhere. Positions may repeat."""
+    from fastdllm.kernels.rope_store import triton
+
+    qkv, cos, sin, pos, row, k_plain, v_plain = inputs(W, H, K, D, torch.float32, device)
+    slot = torch.stack([torch.randperm(T)[:W] for _ in range(2)]).to(device)
+    k_got, v_got = k_plain.clone(), v_plain.clone()
+    k_ref, v_ref = k_plain.clone(), v_plain.clone()
+    q_plain = reference.rope_store(qkv, H, K, cos, sin, pos, row, k_plain, v_plain)
+    q_ref = reference.rope_store(qkv, H, K, cos, sin, pos, row, k_ref, v_ref, slot)
+    q_got = triton.rope_store(qkv, H, K, cos, sin, pos, row, k_got, v_got, slot)
+    assert torch.equal(q_ref, q_plain)
+    assert torch.equal(k_ref[row[:, None], :, slot], k_plain[row[:, None], :, pos])
+    assert torch.equal(v_ref[row[:, None], :, slot], v_plain[row[:, None], :, pos])
+    assert k_ref.isfinite().sum() == 2 * W * K * D, "another slot was written"
+    assert_close(q_got, q_ref, 2e-6)
+    assert torch.equal(k_got.isnan(), k_ref.isnan()) and torch.equal(v_got.nan_to_num(), v_ref.nan_to_num())
+    assert_close(k_got.nan_to_num(), k_ref.nan_to_num(), 2e-6)
+
+    repeated = pos[:, :1].expand_as(pos)
+    k_want, k_twice = torch.zeros_like(k_ref), torch.zeros_like(k_ref)
+    reference.rope_store(qkv, H, K, cos, sin, repeated, row, k_want, torch.zeros_like(v_ref), slot)
+    triton.rope_store(qkv, H, K, cos, sin, repeated, row, k_twice, torch.zeros_like(v_ref), slot)
+    assert_close(k_twice, k_want, 2e-6)
+
+
 def test_store_may_be_a_view_in_another_dtype(device: torch.device, assert_close) -> None:
     """One layer of a larger store, kept in bf16 while the model computes in fp32."""
     from fastdllm.kernels.rope_store import triton

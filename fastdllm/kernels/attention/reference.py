@@ -18,6 +18,7 @@ def attention(
     hide: Tensor | None = None,
     scale: float | None = None,
     uniform: bool = False,
+    swap: Tensor | None = None,
 ) -> Tensor:
     """See `fastdllm.kernels.attention`."""
     k, v = _rows(k_store, row, keys), _rows(v_store, row, keys)
@@ -25,7 +26,7 @@ def attention(
     if uniform:
         out = F.scaled_dot_product_attention(query, k, v, scale=scale, enable_gqa=True)
         return out.transpose(1, 2)
-    mask = _visible(limit, hide, keys)
+    mask = _visible(limit, hide, keys, swap)
     out = F.scaled_dot_product_attention(query, k, v, mask.unsqueeze(1), scale=scale, enable_gqa=True)
     # A query that sees nothing has no softmax; its output is defined as zero rather than left to the backend.
     return out.transpose(1, 2).masked_fill(~mask.any(-1)[:, :, None, None], 0)
@@ -37,10 +38,14 @@ def _rows(store: Tensor, row: Tensor, keys: int) -> Tensor:
     return slots if len(row) == len(store) == 1 else slots[row]
 
 
-def _visible(limit: Tensor, hide: Tensor | None, keys: int) -> Tensor:
+def _visible(limit: Tensor, hide: Tensor | None, keys: int, swap: Tensor | None) -> Tensor:
     """[R, W, keys] bool: which slots each query sees."""
     slot = torch.arange(keys, device=limit.device)
     seen = slot < limit.unsqueeze(-1)
+    if swap is not None:
+        start, stop, instead = swap.split(1, -1)  # [R, W, 1] each
+        seen &= (slot < start) | (slot >= stop)
+        seen |= (slot >= instead) & (slot < instead + stop - start)
     if hide is not None:
         hidden = (slot >= hide[:, :1]) & (slot < hide[:, 1:])
         seen = seen & ~hidden.unsqueeze(1)

@@ -35,11 +35,15 @@ def _attend_step(
     b_limit,
     hide_start,
     hide_stop,
+    b_start,
+    b_stop,
+    b_instead,
     scale,
     stride_kt,
     stride_vt,
     MASKED: tl.constexpr,
     HIDE: tl.constexpr,
+    SWAP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -64,7 +68,12 @@ def _attend_step(
         b_v = tl.load(p_vj, mask=(o_d < D)[None, :], other=0.0)
     b_s = dot(b_q, b_k, tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)) * scale
     if MASKED:
-        b_s = tl.where(m_j[None, :] & (o_j[None, :] < b_limit[:, None]), b_s, -float("inf"))
+        m_s = o_j[None, :] < b_limit[:, None]
+        if SWAP:
+            m_s &= (o_j[None, :] < b_start[:, None]) | (o_j[None, :] >= b_stop[:, None])
+            b_at = o_j[None, :] - b_instead[:, None]
+            m_s |= (b_at >= 0) & (b_at < (b_stop - b_start)[:, None])
+        b_s = tl.where(m_j[None, :] & m_s, b_s, -float("inf"))
     b_new = tl.maximum(b_max, tl.max(b_s, 1))
     # A query that has seen nothing yet has no maximum; any finite reference keeps its weights at zero.
     b_ref = tl.where(b_new == -float("inf"), 0.0, b_new) if MASKED else b_new
@@ -113,6 +122,7 @@ def _attend_kernel(
     row,
     limit,
     hide,
+    swap,
     out,
     part,
     lse,
@@ -130,6 +140,7 @@ def _attend_kernel(
     G: tl.constexpr,
     D: tl.constexpr,
     HIDE: tl.constexpr,
+    SWAP: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -149,18 +160,29 @@ def _attend_kernel(
     b_limit = tl.load(limit + i_r * W + o_m // G, mask=m_m, other=0).to(tl.int32)
     b_limit = tl.minimum(b_limit, keys)
     reach = tl.max(b_limit, 0)
+    b_start, b_stop, b_instead = b_limit, b_limit, b_limit
+    if SWAP:
+        p_swap = swap + (i_r * W + o_m // G) * 3
+        b_start = tl.load(p_swap, mask=m_m, other=0).to(tl.int32)
+        b_stop = tl.load(p_swap + 1, mask=m_m, other=0).to(tl.int32)
+        b_instead = tl.load(p_swap + 2, mask=m_m, other=0).to(tl.int32)
+        m_w = b_start < b_stop
+        reach = tl.minimum(tl.maximum(reach, tl.max(tl.where(m_w, b_instead + b_stop - b_start, 0), 0)), keys)
     chunk = tl.cdiv(tl.cdiv(reach, SPLITS), 16) * 16
     start = i_s * chunk
     stop = tl.minimum(start + chunk, reach)
     p_k = k_store + b_row * stride_kb + i_k * stride_kh
     p_v = v_store + b_row * stride_vb + i_k * stride_vh
-    # Tiles before `full` are seen whole by every query: no mask. They end where the shortest query or a hidden slot begins.
+    # Tiles before `full` are seen whole by every query: no mask. They end where the shortest query does or where a slot is
+    # hidden or swapped.
     shared = tl.minimum(tl.min(tl.where(m_m, b_limit, reach), 0), stop)
     hide_start, hide_stop = 0, 0
     if HIDE:
         hide_start = tl.load(hide + i_r * 2).to(tl.int32)
         hide_stop = tl.load(hide + i_r * 2 + 1).to(tl.int32)
         shared = tl.minimum(shared, tl.where(hide_start < hide_stop, hide_start, reach))
+    if SWAP:
+        shared = tl.minimum(shared, tl.min(tl.where(m_w, b_start, reach), 0))
     full = start + tl.maximum(shared - start, 0) // BLOCK_N * BLOCK_N
 
     b_q = tl.load(q + i_out[:, None] * D + o_d[None, :], mask=m_md, other=0.0)
@@ -169,13 +191,13 @@ def _attend_kernel(
     b_max = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
     for j in range(start, full, BLOCK_N):
         b_acc, b_sum, b_max = _attend_step(
-            b_acc, b_sum, b_max, b_q, p_k, p_v, j, stop, b_limit, hide_start, hide_stop, scale, stride_kt, stride_vt,
-            False, HIDE, D, BLOCK_M, BLOCK_N, BLOCK_D,
+            b_acc, b_sum, b_max, b_q, p_k, p_v, j, stop, b_limit, hide_start, hide_stop,
+            b_start, b_stop, b_instead, scale, stride_kt, stride_vt, False, HIDE, SWAP, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     for j in range(full, stop, BLOCK_N):
         b_acc, b_sum, b_max = _attend_step(
-            b_acc, b_sum, b_max, b_q, p_k, p_v, j, stop, b_limit, hide_start, hide_stop, scale, stride_kt, stride_vt,
-            True, HIDE, D, BLOCK_M, BLOCK_N, BLOCK_D,
+            b_acc, b_sum, b_max, b_q, p_k, p_v, j, stop, b_limit, hide_start, hide_stop,
+            b_start, b_stop, b_instead, scale, stride_kt, stride_vt, True, HIDE, SWAP, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     b_o = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
     p_o = out + i_out[:, None] * D + o_d[None, :]
@@ -233,13 +255,13 @@ def attention(
     hide: Tensor | None = None,
     scale: float | None = None,
     uniform: bool = False,
+    swap: Tensor | None = None,
 ) -> Tensor:
     """See `fastdllm.kernels.attention`."""
     R, W, H, _ = q.shape
     K = k_store.shape[1]
-    return launch(
-        q, k_store, v_store, row, limit, keys, hide, scale, **tiling(R * K, W * H // K, keys, _multiprocessors(q.device))
-    )
+    tile = tiling(R * K, W * H // K, keys, _multiprocessors(q.device))
+    return launch(q, k_store, v_store, row, limit, keys, hide, scale, swap, **tile)
 
 
 def launch(
@@ -251,6 +273,7 @@ def launch(
     keys: int,
     hide: Tensor | None,
     scale: float | None,
+    swap: Tensor | None = None,
     *,
     BLOCK_M: int,
     BLOCK_N: int,
@@ -278,6 +301,7 @@ def launch(
         row,
         limit.contiguous(),
         limit if hide is None else hide.contiguous(),
+        limit if swap is None else swap.contiguous(),
         out,
         part,
         lse,
@@ -291,6 +315,7 @@ def launch(
         G=H // K,
         D=D,
         HIDE=hide is not None,
+        SWAP=swap is not None,
         SPLITS=SPLITS,
         BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N,

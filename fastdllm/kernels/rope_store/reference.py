@@ -19,14 +19,16 @@ def rope_store(
     row: Tensor,
     k_store: Tensor,
     v_store: Tensor,
+    slot: Tensor | None = None,
 ) -> Tensor:
     """See `fastdllm.kernels.rope_store`."""
     R, W, _ = qkv.shape
     q, k, v = qkv.view(R, W, heads + 2 * kv_heads, -1).split([heads, kv_heads, kv_heads], dim=2)
     c, s = cos[pos].unsqueeze(2), sin[pos].unsqueeze(2)
+    slot = pos if slot is None else slot
     # Index dimensions parted by a slice come first: the indexed store is [R, W, K, D].
-    k_store[row[:, None], :, pos] = _rotate(k, c, s).to(k_store.dtype)
-    v_store[row[:, None], :, pos] = v.to(v_store.dtype)
+    k_store[row[:, None], :, slot] = _rotate(k, c, s).to(k_store.dtype)
+    v_store[row[:, None], :, slot] = v.to(v_store.dtype)
     return _rotate(q, c, s).to(k_store.dtype)
 
 
@@ -43,9 +45,10 @@ def linear_rope_store(
     v_store: Tensor,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
+    slot: Tensor | None = None,
 ) -> Tensor:
     """See `fastdllm.kernels.linear_rope_store`."""
-    return rope_store(linear(x, wq, scale, bias), heads, kv_heads, cos, sin, pos, row, k_store, v_store)
+    return rope_store(linear(x, wq, scale, bias), heads, kv_heads, cos, sin, pos, row, k_store, v_store, slot)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ def _rope_store_kernel(
     cos,
     sin,
     pos,
+    slot,
     row,
     q,
     k_store,
@@ -42,6 +43,7 @@ def _rope_store_kernel(
     K: tl.constexpr,
     D: tl.constexpr,
     PARTS: tl.constexpr,
+    SLOT: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -61,6 +63,7 @@ def _rope_store_kernel(
         b_low += tl.load(p_part, mask=m_hd, other=0.0)
         b_high += tl.load(p_part + HALF, mask=m_hd, other=0.0)
     b_pos = tl.load(pos + i_n)
+    b_slot = tl.load(slot + i_n) if SLOT else b_pos
     b_row = tl.load(row + i_n // W)
     p_cos, p_sin = cos + b_pos * D + o_d, sin + b_pos * D + o_d
     b_cl, b_ch = tl.load(p_cos, mask=m_d, other=0.0), tl.load(p_cos + HALF, mask=m_d, other=0.0)
@@ -76,13 +79,13 @@ def _rope_store_kernel(
 
     m_k = m_hd & ((o_h >= H) & (o_h < H + K))[:, None]
     o_k = (o_h - H).to(tl.int64)
-    p_k = k_store + b_row * stride_kb + b_pos * stride_kt + o_k[:, None] * stride_kh + o_d[None, :]
+    p_k = k_store + b_row * stride_kb + b_slot * stride_kt + o_k[:, None] * stride_kh + o_d[None, :]
     tl.store(p_k, r_low, mask=m_k)
     tl.store(p_k + HALF, r_high, mask=m_k)
 
     m_v = m_hd & (o_h >= H + K)[:, None]
     o_v = (o_h - H - K).to(tl.int64)
-    p_v = v_store + b_row * stride_vb + b_pos * stride_vt + o_v[:, None] * stride_vh + o_d[None, :]
+    p_v = v_store + b_row * stride_vb + b_slot * stride_vt + o_v[:, None] * stride_vh + o_d[None, :]
     tl.store(p_v, b_low, mask=m_v)
     tl.store(p_v + HALF, b_high, mask=m_v)
 
@@ -97,9 +100,10 @@ def rope_store(
     row: Tensor,
     k_store: Tensor,
     v_store: Tensor,
+    slot: Tensor | None = None,
 ) -> Tensor:
     """See `fastdllm.kernels.rope_store`."""
-    return _launch(qkv[None], heads, kv_heads, cos, sin, pos, row, k_store, v_store)
+    return _launch(qkv[None], heads, kv_heads, cos, sin, pos, row, k_store, v_store, slot)
 
 
 def linear_rope_store(
@@ -115,9 +119,10 @@ def linear_rope_store(
     v_store: Tensor,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
+    slot: Tensor | None = None,
 ) -> Tensor:
     """See `fastdllm.kernels.linear_rope_store`."""
-    return _launch(sums(x, wq, scale, bias), heads, kv_heads, cos, sin, pos, row, k_store, v_store)
+    return _launch(sums(x, wq, scale, bias), heads, kv_heads, cos, sin, pos, row, k_store, v_store, slot)
 
 
 def _launch(
@@ -130,6 +135,7 @@ def _launch(
     row: Tensor,
     k_store: Tensor,
     v_store: Tensor,
+    slot: Tensor | None,
 ) -> Tensor:
     """`rope_store` of the sum of parts [S, ..., (H + 2K) D]."""
     R, W = pos.shape
@@ -141,6 +147,7 @@ def _launch(
         cos,
         sin,
         pos.contiguous(),
+        pos if slot is None else slot.contiguous(),
         row,
         q,
         k_store,
@@ -153,6 +160,7 @@ def _launch(
         K=kv_heads,
         D=D,
         PARTS=len(parts),
+        SLOT=slot is not None,
         BLOCK_H=BLOCK_H,
         BLOCK_D=triton.next_power_of_2(D // 2),
         num_warps=4,

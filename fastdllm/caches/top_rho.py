@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dual cache whose denoising passes run each layer for part of the block alone (dLLM-Cache, arXiv 2506.06295; likewise SPA,
+arXiv 2602.02544, and ES-dLLM, arXiv 2603.10088).
+
+From step to step most positions of a block hardly change. Each layer runs for a fixed share of them, those whose values
+moved most since they last ran there (`reuse/values.py`), and every few passes the whole block runs. So a forward depends on
+the steps before it. What is saved is arithmetic, not reading weights: it is for large batches, not for batch 1.
+"""
+
+from dataclasses import dataclass
+
+from fastdllm.caches import dual
+from fastdllm.reuse.values import ValueReuse
+
+
+@dataclass(frozen=True)
+class Cache(dual.Cache):
+    """ratio: share of the block that runs in each layer, rounded up; 1 is the dual cache. refresh: every so many denoising
+    passes of a block, the first included, all of it runs (the paper's response interval: 5 to 8)."""
+
+    ratio: float = 0.25
+    refresh: int = 7
+
+    pure = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"ratio={self.ratio} must lie in (0, 1]")
+        if self.refresh < 1:
+            raise ValueError(f"refresh={self.refresh} must be at least 1")
+
+    def reuse(self, layers: int, size: int) -> ValueReuse | None:
+        return ValueReuse(self.refresh, tuple(range(layers)), self.ratio, size) if self.ratio < 1 else None

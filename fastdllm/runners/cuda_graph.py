@@ -20,18 +20,26 @@ from fastdllm.runners import eager
 from fastdllm.store import Canvas
 
 CAPTURED_WIDTH = 64  # wider passes run eagerly
+WIDTH_BUCKET = 8  # positions of a pass, rounded up: openings of short prompts and short last blocks share graphs
 KEY_BUCKET = 256  # keys a graph looks at, rounded up: attention skips what lies beyond a row's own length
 LENGTH_BUCKET = 512  # canvas lengths are rounded up to this, so that later prompts find room and keep the graphs
 
 
+def bucket(rows: int) -> int:
+    """Rows of the graph that runs `rows` rows: a power of two up to 8, then at most an eighth or three rows more than asked,
+    since padded rows of a large batch cost time like others."""
+    power = 1 << (rows - 1).bit_length()
+    step = max(4, power // 8)
+    return power if rows <= 8 else -(-rows // step) * step
+
+
 @dataclass
 class Graph:
-    """A captured step with its static inputs and outputs. The plan reaches the device from pinned memory (`host`). `step`
-    keeps alive what the graph's kernels point to."""
+    """A captured step. `host` is its plan in pinned memory, where the graph begins by fetching it; `noise` is its other
+    input, and `out` its result. `step` keeps alive what the graph's kernels point to."""
 
     graph: torch.cuda.CUDAGraph
     host: Tensor
-    plan: Tensor
     noise: Tensor | None
     out: Any
     step: Callable[..., Any]
@@ -70,18 +78,18 @@ class Runner(eager.Runner):
         width = static["width"]
         if width > CAPTURED_WIDTH:
             return super().__call__(step, plan, noise, **static)
-        rows = 1 << (len(plan) - 1).bit_length()
-        length = self.kept.store.k.shape[3]
-        static |= {"keys": min(length, -(-static["keys"] // KEY_BUCKET) * KEY_BUCKET), "uniform": False}
+        if static["active"] is None:  # layer reuse counts the positions of a pass
+            width = -(-width // WIDTH_BUCKET) * WIDTH_BUCKET
+        rows, length = bucket(len(plan)), self.kept.store.k.shape[3]
+        keys = min(length, -(-static["keys"] // KEY_BUCKET) * KEY_BUCKET)
+        static |= {"width": width, "keys": keys, "uniform": False}
         idle = [self.kept.x.shape[0] - 1, 0, width, width, width, 0, 1, 0, 0, 0, 1, 0, 0, 0]
         key = (self.key, rows, *static.values(), noise is None)
         if key not in self.graphs:
             self.graphs[key] = self._capture(step, idle, rows, noise, static)
         graph = self.graphs[key]
-        graph.host.copy_(
-            torch.tensor(plan + [idle] * (rows - len(plan)))
-        )  # the last copy from it is done: the host read since
-        graph.plan.copy_(graph.host, non_blocking=True)
+        # The graph's last fetch from this memory is over: the host has read its result since.
+        graph.host.numpy()[:] = plan + [idle] * (rows - len(plan))
         if noise is not None:
             graph.noise[: len(plan)].copy_(noise)
         graph.graph.replay()
@@ -90,17 +98,17 @@ class Runner(eager.Runner):
     def _capture(
         self, step: Callable[..., Any], idle: list[int], rows: int, noise: Tensor | None, static: dict[str, Any]
     ) -> Graph:
-        device = self.kept.x.device
-        plan = torch.tensor([idle] * rows, dtype=torch.long, device=device)
+        host = torch.tensor([idle] * rows, dtype=torch.long).pin_memory()
+        plan = host.to(self.kept.x.device)
         noise = None if noise is None else noise.new_full((rows, *noise.shape[1:]), 0.5)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles the kernels and lets cuBLAS take its workspace outside the capture
-                step(plan, noise, **static)
+        with torch.cuda.stream(stream):  # compiles the kernels and lets cuBLAS take its workspace outside the capture
+            step(plan, noise, **static)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
+            plan.copy_(host, non_blocking=True)
             out = step(plan, noise, **static)
         self.pool = self.pool or graph.pool()
-        return Graph(graph, torch.empty(plan.shape, dtype=torch.long, pin_memory=True), plan, noise, out, step)
+        return Graph(graph, host, noise, out, step)

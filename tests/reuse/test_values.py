@@ -25,9 +25,11 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
     """Grows by the positions of each row with every layer that runs."""
     seen, forward = [], Layer.forward
 
-    def watched(self: Layer, h: torch.Tensor, residual: Any, index: int, window: Window, *args: Any) -> Any:
+    def watched(
+        self: Layer, y: torch.Tensor, h: torch.Tensor, norm: torch.Tensor, index: int, window: Window, *args: Any
+    ) -> Any:
         seen.append(window.pos.tolist())
-        return forward(self, h, residual, index, window, *args)
+        return forward(self, y, h, norm, index, window, *args)
 
     monkeypatch.setattr(Layer, "forward", watched)
     return seen

@@ -28,7 +28,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def tiny_qwen2(folder: Path, vocab_size: int = 264, tied: bool = True) -> Path:
+def tiny_qwen2(folder: Path, vocab_size: int = 264, tied: bool = True, heads: int = 4) -> Path:
     """Save a seeded random Qwen2 of 2 layers; pad_token_id is the end of a turn, as in the published config."""
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -36,8 +36,8 @@ def tiny_qwen2(folder: Path, vocab_size: int = 264, tied: bool = True) -> Path:
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
         max_position_embeddings=512,
         tie_word_embeddings=tied,
         eos_token_id=2,

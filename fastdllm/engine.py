@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from fastdllm.decoders.base import DecoderRule
     from fastdllm.models import Model
     from fastdllm.reuse import LayerReuse
+    from fastdllm.reuse.values import ValueReuse
     from fastdllm.sampling import Sampler
 
 NARROW = 64  # passes up to this width share a forward only at equal width; wider ones are padded to the next multiple
@@ -110,7 +111,7 @@ class Row:
         p = opening or cache.step(self.block, Progress(self.denoised, self.outer_step, self.first_masked))
         return replace(p, start=min(p.start, self.block.start - lead)) if lead else p
 
-    def active(self, p: Pass, reuse: LayerReuse | None) -> int | None:
+    def active(self, p: Pass, reuse: LayerReuse | ValueReuse | None) -> int | None:
         """How many positions of this pass run through reused layers; None in an opening pass and without reuse."""
         if reuse is None or self.opening:
             return None
@@ -194,7 +195,7 @@ def decode(
     grid: int = 0,
     lead: int = 0,
     cfg_scale: float = 0.0,
-    reuse: LayerReuse | None = None,
+    reuse: LayerReuse | ValueReuse | None = None,
     batch_size: int | None = None,
     trace: bool = False,
 ) -> Iterator[Step]:
@@ -284,7 +285,7 @@ def denoise(
     grid: int,
     cfg_scale: float,
     block_length: int,
-    reuse: LayerReuse | None,
+    reuse: LayerReuse | ValueReuse | None,
     width: int,
     keys: int,
     uniform: bool,

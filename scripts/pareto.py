@@ -49,7 +49,7 @@ SCREEN = [
     *("factor=1.0+dual", "entropy_bound=0.3+dual", "progress_threshold=0.9:alpha=0.6+dual", "lopa+dual"),
     *("threshold=0.9+none", "threshold=0.9+prefix", "threshold=0.9+vicinity"),
     *(f"threshold=0.9+suffix_window:suffix={s}" for s in (0, 32)),
-    "draft_verify+dual",
+    *("draft_verify+dual", "wino+dual", "quota+top_rho"),
 ]
 
 

@@ -185,6 +185,17 @@ def test_padded_passes_keep_their_shadows_apart(family: str) -> None:
             assert (together[row].forwards, together[row].positions) == (alone.forwards, alone.positions)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_drawn_tokens_can_be_taken_back(family: str) -> None:
+    model, given = random_model(family), prompts(5, 9)
+    options = {**OPTIONS, "temperature": 0.8, "threshold": 0.2, "keep": 1.0}
+    out = fastdllm.generate(model, given, trace=True, **options)
+    assert sum(int(step.committed.sum()) for step in out.trace) > 2 * OPTIONS["gen_length"], "nothing was taken back"
+    assert not any((s[-OPTIONS["gen_length"] :] == MASK).any() for s in out.sequences)
+    for row, prompt in enumerate(given):
+        assert torch.equal(fastdllm.generate(model, prompt, seed=row, **options).sequences[0], out.sequences[row])
+
+
 def test_a_stop_token_that_may_still_be_taken_back_does_not_end_the_row() -> None:
     """The block's stop token comes first and alone; the row ends when the block is full."""
     model = scripted_model("llada", [STOP], [0.9] * 5 + [0.99] + [0.5] * 20)

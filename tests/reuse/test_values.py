@@ -11,6 +11,7 @@ import torch
 import fastdllm
 from fastdllm.build import assemble
 from fastdllm.engine import Request, decode
+from fastdllm.models.quantize import quantize
 from fastdllm.models.transformer import Layer
 from fastdllm.reuse.values import ValueReuse
 from fastdllm.store import Window
@@ -81,6 +82,18 @@ def test_positions_that_are_left_out_keep_keys_and_deltas() -> None:
     moved = (passes.state.cached != cached).any(-1)[0]  # by layer and position modulo the block
     assert moved.nonzero().tolist() == [[0, (PROMPT + 6) % BLOCK], [1, (PROMPT + 6) % BLOCK]]
     assert ((after - before).abs() > 1e-4).any(-1)[0].nonzero()[:, 0].tolist() == [6]
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["fp32", "int8"])
+def test_projected_values_are_those_that_the_layer_stores(quantized: bool) -> None:
+    passes = Passes()
+    if quantized:
+        quantize(passes.model.network, "int8")
+    pos = torch.arange(T)[None]
+    passes.model.network(passes.x[None], Window(passes.row, pos, torch.full_like(pos, T), T, True), passes.store)
+    h = passes.model.network.embed(passes.x[None])
+    stored = passes.store.v[0, :, :, :T].transpose(1, 2).flatten(2)
+    torch.testing.assert_close(passes.model.network.layers[0].values(h), stored, rtol=1e-5, atol=1e-5)
 
 
 def test_running_all_is_the_plain_layer() -> None:

@@ -37,28 +37,45 @@ class Ask:
 
 
 def answer(model: Model, asks: list[Ask], batch_size: int, stats: Stats) -> Iterator[tuple[int, Tensor]]:
-    """(index, ids up to the stop token [N] on the CPU) of asks with equal settings, each as soon as it is finished.
+    """(index, ids [N] on the CPU) of asks with equal settings, each as soon as it is finished: up to the stop token, or
+    to the end of the block in which a stop string appeared.
 
     What it cost is added to `stats`. Each ask draws from a seed of its own, made from its key.
     """
     config = asks[0].config.replace(batch_size=batch_size)
     plan = assemble(model, config)
-    requests = [
-        Request(torch.tensor(a.prompt, device=model.device), config.gen_length, (config.seed + int(a.key[:12], 16)) % 2**63)
-        for a in asks
-    ]
+
+    def request(ask: Ask) -> Request:
+        seed = (config.seed + int(ask.key[:12], 16)) % 2**63
+        stops = tuple(filter(None, ask.until))
+        ends = (lambda ids: is_cut(model.tokenizer.decode(ids, skip_special_tokens=True), stops)) if stops else None
+        return Request(torch.tensor(ask.prompt, device=model.device), config.gen_length, seed, ends=ends)
+
+    requests = [request(ask) for ask in asks]
     for step in decode(model, requests, **plan):
         stats.forwards += 1
         stats.seconds += step.seconds
         for at, result in step.done.items():
             ids = result.ids[len(asks[at].prompt) :].cpu()  # sync: a finished answer
-            length = answer_length(ids, plan["stop_ids"])
+            length = answer_length(ids, (*plan["stop_ids"], model.spec.mask_id))  # masks: blocks that nobody needed
             stats.row_tokens.append(length)
             stats.row_forwards.append(result.forwards)
             stats.row_positions.append(result.positions)
             stats.row_layer_tokens.append(result.layer_tokens)
             yield at, ids[:length]
     stats.add(Stats(peak_memory=peak_memory(model.device)))
+
+
+def cut(text: str, stops: tuple[str, ...]) -> str:
+    """`text` before the first stop string; empty stop strings say nothing."""
+    ends = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
+    return text[: min(ends, default=len(text))]
+
+
+def is_cut(text: str, stops: tuple[str, ...]) -> bool:
+    """Whether `cut` gives the same for `text` and for anything that starts with it: a stop string is there, and none that
+    would start before it can still be incomplete."""
+    return any(stop in text for stop in stops) and len(cut(text, stops)) + max(map(len, stops)) - 1 <= len(text)
 
 
 def answer_key(*parts: Any) -> str:

@@ -19,7 +19,7 @@ tokens back gets shadow queries, further positions of the same forward (`shadows
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -48,12 +48,14 @@ PASS_TOKENS = 16384  # positions of one forward at most: bounds the activations,
 @dataclass(frozen=True)
 class Request:
     """One prompt [P] int64 and what is asked for: `length` new positions, the `seed` of its draws, and `fixed` tokens by
-    position of the answer (constraints: present from the start, never masked)."""
+    position of the answer (constraints: present from the start, never masked). `ends`, if given, is asked after each block
+    whether the answer so far [N], on the CPU, is enough."""
 
     prompt: Tensor
     length: int
     seed: int = 0
     fixed: dict[int, int] = field(default_factory=dict)
+    ends: Callable[[Tensor], bool] | None = None
 
 
 @dataclass
@@ -138,8 +140,9 @@ class Row:
 
 @dataclass
 class Result:
-    """A finished request: its canvas [P + length] (masks are left only after a stop token) and what it cost: forwards,
-    positions recomputed (shadows included), and layer-token products (positions times the layers that ran for them)."""
+    """A finished request: its canvas [P + length] (masks are left only after a stop token, or behind the block at which
+    `ends` was content) and what it cost: forwards, positions recomputed (shadows included), and layer-token products
+    (positions times the layers that ran for them)."""
 
     ids: Tensor
     forwards: int
@@ -258,6 +261,9 @@ def decode(
                     row.drifted = drifted if row.since_refresh >= 0 else 0
                     row.since_refresh = 0 if quota == own else row.since_refresh + 1
                 row.advance(own * branches + shadows, remaining, bool(stopped), bool(first_masked))
+                if row.request.ends and remaining == 0 and not row.finished:
+                    so_far = canvas.x[row.slot, len(row.request.prompt) : row.block.start]
+                    row.finished = row.request.ends(so_far.cpu())  # sync: once a block, where its text may end the answer
                 if row.finished:
                     ids = canvas.x[row.slot, : len(row.request.prompt) + row.request.length].clone()
                     step.done[row.index] = Result(ids, row.forwards, row.positions, row.layer_tokens)

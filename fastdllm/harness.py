@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastdllm
-from fastdllm.answers import AnswerStore, Ask, answer, answer_key, fingerprint
+from fastdllm.answers import AnswerStore, Ask, answer, answer_key, cut, fingerprint
 from fastdllm.build import assemble
 from fastdllm.config import DecodeConfig
 from fastdllm.likelihood import Score, log_likelihoods
@@ -45,7 +45,8 @@ class DiffusionLM(TemplateLM):
 
     An option of `--model_args` is fixed for the run; what it leaves open comes from the task's generation kwargs (which
     `--gen_kwargs` overrides), then from `defaults`, then from `DecodeConfig`. So gen_length in model_args beats a task's
-    max_gen_toks, which beats 256 (or half of a shorter context). Unknown names and values of a wrong type are errors.
+    max_gen_toks, which beats 256 (or half of a shorter context). Unknown names and values of a wrong type are errors. A
+    request ends with the block in which one of its stop strings appeared, and its text is cut there.
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {}
@@ -192,7 +193,7 @@ class DiffusionLM(TemplateLM):
         room = self.max_length - config.gen_length
         prompt = self._fit(self.tok_encode(self.prompt_of(request)), room, f"gen_length={config.gen_length} tokens")
         settings = {k: v for k, v in config.given().items() if k not in ("batch_size", "runner")}
-        key = answer_key(prompt, settings, self._fingerprint, fastdllm.__version__)
+        key = answer_key(prompt, settings, until, self._fingerprint, fastdllm.__version__)
         if config.temperature or config.alg_temp or config.confidence == "random":
             seen[key] += 1  # the same request again is another draw
             key = answer_key(key, seen[key])
@@ -286,12 +287,6 @@ class DiffusionLM(TemplateLM):
             "speed": {**total.summary(), "reused_answers": reused},
             "versions": {"fastdllm": fastdllm.__version__, **{n: importlib.metadata.version(n) for n in libraries}},
         }
-
-
-def cut(text: str, stops: tuple[str, ...]) -> str:
-    """`text` before the first stop string; empty stop strings say nothing."""
-    ends = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
-    return text[: min(ends, default=len(text))]
 
 
 def register(name: str, adapter: type[DiffusionLM]) -> None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run cost and what it gave, counted the same way everywhere.
 
-Tokens are generated ids before the first stop token: never the prompt, never the stop, never re-tokenised text. Forwards are
-counted per sample, as a run of that sample alone would count them. Seconds end after a host read, so the device is done.
+Tokens are generated ids before the first stop token: never the prompt, never the stop, never re-tokenised text. A stop
+string ends decoding with its block, whose ids were generated and count. Forwards are counted per sample, as a run of that
+sample alone would count them. Seconds end after a host read, so the device is done.
 """
 
 from __future__ import annotations

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import fastdllm
 from fastdllm import answers
+from fastdllm.answers import cut, is_cut
 from fastdllm.published import read_batch_size
 from fastdllm.tasks import TASKS_DIR
 
@@ -19,7 +22,7 @@ lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402 - only after the import above did not skip
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from fastdllm.harness import DiffusionLM, cut, register  # noqa: E402
+from fastdllm.harness import DiffusionLM, register  # noqa: E402
 
 QUESTIONS = [
     json.loads(line)["question"] for line in (TASKS_DIR / "gsm_symbolic" / "test.jsonl").read_text().splitlines()[:5]
@@ -95,6 +98,44 @@ def test_stop_strings_may_be_escaped() -> None:
 def test_cut_takes_the_first_of_all_stops() -> None:
     assert cut("one two three", ("three", "two", "")) == "one "
     assert cut("one", ()) == cut("one", ("two",)) == "one"
+
+
+@settings(deadline=None)
+@given(st.text("ab", max_size=8), st.text("ab", max_size=8), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+def test_what_is_cut_for_sure_is_cut_the_same_whatever_follows(text: str, more: str, stops: list[str]) -> None:
+    if is_cut(text, tuple(stops)):
+        assert cut(text, tuple(stops)) == cut(text + more, tuple(stops)) != text
+    for stop in stops[:1]:
+        assert is_cut(text + stop, (stop,)), "a single stop string decides as soon as it is there"
+
+
+def test_a_longer_stop_string_may_still_begin_earlier() -> None:
+    assert not is_cut("so: b", ("b", ": baa")) and cut("so: baa", ("b", ": baa")) == "so"
+    assert is_cut("so: bbbb", ("b", ": baa"))
+
+
+def test_a_stop_string_ends_decoding_with_its_block_and_changes_no_text() -> None:
+    asked = [(chat(adapter(), question), {"until": ["\n", "nowhere"]}) for question in QUESTIONS[:3]]
+    options = {"gen_length": 48, "block_length": 8, "decoder": "quota", "cache": "dual", "stop_ids": ()}
+    two, one, full = (adapter(size, **options) for size in (2, 1, 3))
+    whole = full.generate_until(generations(*((prompt, {}) for prompt, _ in asked)), disable_tqdm=True)
+    assert set(full.stats.row_tokens) == {48}
+    for run in (one, two):
+        assert run.generate_until(generations(*asked), disable_tqdm=True) == [text.split("\n")[0] for text in whole]
+        # One token a step: what counts is what was decoded, whole blocks, and less than the whole length.
+        assert sorted(run.stats.row_tokens) == sorted(run.stats.row_forwards)
+        assert all(tokens % 8 == 0 for tokens in run.stats.row_tokens) and min(run.stats.row_tokens) < 48
+        assert sorted(run.stats.row_tokens) == sorted(one.stats.row_tokens)
+
+
+def test_requests_that_differ_in_their_stop_strings_are_answered_apart(tmp_path: Path) -> None:
+    prompt = chat(adapter(), QUESTIONS[0])
+    stopped = (prompt, {"until": ["\n"]})
+    for _ in range(2):
+        run = adapter(gen_length=96, block_length=8, save_dir=str(tmp_path))
+        line, whole = run.generate_until(generations(stopped, (prompt, {})), disable_tqdm=True)
+        assert line == whole.split("\n")[0] and len(line) < len(whole)
+    assert run.reused == 2
 
 
 def lengths(model: DiffusionLM, **kwargs: Any) -> int:

@@ -192,7 +192,7 @@ SAMPLED = [
 @pytest.mark.parametrize("family, cache", [(f, c) for f in FAMILIES for c in caches(f)])
 @pytest.mark.parametrize("sampled", SAMPLED, ids=str)
 def test_a_seed_decides_the_output_and_each_row_has_its_own(family: str, cache: str, sampled: dict[str, Any]) -> None:
-    model, given = random_model(family), prompts(5, 9, 9)
+    model, given = random_model(family, seed=1), prompts(5, 9, 9)  # under seed 0 two orders may give the same tokens
     given[2] = given[1]
     options = {"cache": cache, "gen_length": 16, "block_length": 8, "stop_ids": (), **sampled}
     out = fastdllm.generate(model, given, seed=7, **options)

@@ -93,7 +93,9 @@ class Transformer(nn.Module):
     def __init__(self, spec: ModelSpec, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.spec = spec
-        self.embed = nn.Embedding(spec.vocab, spec.width, dtype=dtype, device=device)
+        # From zeros: drawing nn.Embedding's own values for a network on `meta` imports torch's compiler, over a second.
+        table = torch.zeros(spec.vocab, spec.width, dtype=dtype, device=device)
+        self.embed = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Layer(spec, dtype, device) for _ in range(spec.layers))
         self.norm = nn.Parameter(torch.ones(spec.width, dtype=dtype, device=device))
         self.head = Linear(spec.width, spec.vocab, bias=False, dtype=dtype, device=device)

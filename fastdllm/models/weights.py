@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Published safetensors, unchanged, straight into the fused parameters on their device.
 
-Tensors are streamed one at a time, so that the peak is the weights plus one tensor. Each checkpoint tensor must have a place
-and each parameter must be filled: an incomplete or foreign checkpoint is an error that names the tensor.
+Tensors are streamed one at a time, so that the peak is the weights on their device and one tensor on the host. Each
+checkpoint tensor must have a place and each parameter must be filled: an incomplete or foreign checkpoint is an error that
+names the tensor.
 """
 
 from __future__ import annotations
@@ -53,9 +54,11 @@ def load_weights(folder: Path, family: Family, spec: ModelSpec, dtype: torch.dty
                     raise ValueError(f"{path.name}: unexpected tensor {name!r} for the family {spec.family!r}")
                 target, row = table[name]
                 # Opened anew for each tensor: an open file keeps every page that was read, a second copy of the weights.
-                with safe_open(path, framework="pt", device=str(device)) as file:
+                # The tensor is a view of the file and copied from there: no second copy on the device, none on the host
+                # unless the number format changes.
+                with safe_open(path, framework="pt") as file:
                     tensor = file.get_tensor(name)
-                expected = _expected(table, parameters, name)
+                expected = expected_shape(table, parameters, name)
                 if list(tensor.shape) != expected:
                     raise ValueError(
                         f"{path.name}: tensor {name!r} has shape {list(tensor.shape)}, config.json asks for {expected}"
@@ -72,7 +75,7 @@ def load_weights(folder: Path, family: Family, spec: ModelSpec, dtype: torch.dty
     return network.eval()
 
 
-def _expected(table: dict[str, tuple[str, int]], parameters: dict[str, torch.nn.Parameter], name: str) -> list[int]:
+def expected_shape(table: dict[str, tuple[str, int]], parameters: dict[str, torch.nn.Parameter], name: str) -> list[int]:
     """Shape of the slice that `name` fills: up to the next tensor of the same parameter, or to its end."""
     target, row = table[name]
     later = [r for t, r in table.values() if t == target and r > row]

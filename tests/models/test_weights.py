@@ -197,17 +197,16 @@ def test_the_family_does_not_come_from_the_path(tmp_path: Path) -> None:
     assert fastdllm.load(str(tmp_path / "Dream-Instruct-llada"), device="cpu").spec.family == "fast_dllm_v2"
 
 
+# Not ru_maxrss: a child inherits its parent's, so that under a large test process nothing would ever show.
 MEASURE = """
-import resource, sys, fastdllm
-if sys.argv[2] == "load":
-    fastdllm.load(sys.argv[1], device="cpu", dtype="float32")
-else:
-    fastdllm.load(sys.argv[3], device="cpu", dtype="float32")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+import re, sys, fastdllm
+fastdllm.load(sys.argv[1], device="cpu", dtype="float32")
+print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 @pytest.mark.parametrize("shards", [1, 4])
 def test_peak_memory_is_the_weights_and_little_more(tmp_path: Path, shards: int) -> None:
     """The weights and one tensor (of an 8B model 7 % at most), on top of what loading a tiny model takes, whether
@@ -219,12 +218,32 @@ def test_peak_memory_is_the_weights_and_little_more(tmp_path: Path, shards: int)
     assert size > 180e6
     del tensors
 
-    def peak(what: str) -> int:
-        command = [sys.executable, "-c", MEASURE, str(tmp_path / "big"), what, str(tmp_path / "small")]
-        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    def peak(folder: str) -> int:
+        command = [sys.executable, "-c", MEASURE, str(tmp_path / folder)]
+        return 1024 * int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
-    extra = peak("load") - peak("nothing")
+    extra = peak("big") - peak("small")
+    assert extra > 0.9 * size, "the weights themselves are not seen"
     assert extra <= 1.05 * size + largest, f"{extra / size:.2f} times the weights"
+
+
+@pytest.mark.gpu
+def test_the_device_holds_the_weights_alone(tmp_path: Path) -> None:
+    """No second copy of a tensor on the device, not even of the largest for a moment."""
+    tensors = write_checkpoint(tmp_path, "llada", tokenizer=False, dtype=torch.bfloat16, d_model=512, embedding_size=16384)
+    size, largest = (f(2 * t.numel() for t in tensors.values()) for f in (sum, max))
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = fastdllm.load(str(tmp_path), device="cuda", dtype="bfloat16")
+    assert size <= torch.cuda.max_memory_allocated() - before < size + largest / 2
+    assert torch.equal(model.network.head.weight.cpu(), tensors["model.transformer.ff_out.weight"].bfloat16())
+
+
+def test_loading_does_not_import_the_compiler() -> None:
+    """It costs every start over a second, and comes in with the first random number on the meta device."""
+    code = "import sys, fastdllm; fastdllm.load('tiny-llada', 'cpu'); sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], timeout=100).returncode == 0
 
 
 def test_json_index_of_a_sharded_checkpoint_is_what_is_read(tmp_path: Path) -> None:

@@ -138,7 +138,8 @@ def all_decoders(with_cache: str) -> list[str]:
 def settings_of(model: str, task: str, thorough: bool) -> list[str]:
     """What is run of a model without --settings; `thorough` adds the neighbours of what looks best."""
     if task == "sudoku":
-        levels = ["threshold=0.7", "threshold=0.5", "frechet=-0.5", "entropy_bound=0.5", "hierarchical=0.8:low=0.3"]
+        levels = [f"threshold={t}" for t in (0.99, 0.97, 0.8, 0.7, 0.5)]
+        levels += ["factor=0.5", "frechet=0.75", "frechet=-0.5", "entropy_bound=0.01", "draft_verify=8"]
         orders = ["quota:confidence=random", "quota:block_length=5", "quota:block_length=1", "threshold=0.9:block_length=5"]
         return [*all_decoders("none"), *(f"{s}+none" for s in (*levels, *orders))]
     causal = family(model) == "fast_dllm_v2"

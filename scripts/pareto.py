@@ -1,29 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy against forwards: decoders x caches x thresholds on GSM-Symbolic, paired with one token per step.
+"""Accuracy against forwards: decoders x caches x thresholds, paired with one token per step on the same problems.
 
-    python -m scripts.pareto run --model tiny-llada --split validation --limit 150
-    python -m scripts.pareto run --model tiny-llada --split test --settings quota+dual threshold=0.9+dual frechet=0.25+lazy
-    python -m scripts.pareto report --model tiny-llada --split test --summary docs/frontier
+    python -m scripts.pareto run --split validation --limit 100
+    python -m scripts.pareto run --models tiny-llada tiny-dream tiny-fast-dllm-v2 --templates chat plain --split test
+    python -m scripts.pareto report --models tiny-llada tiny-dream tiny-fast-dllm-v2 --templates chat plain --split test \\
+        --summary docs/frontier
 
-A setting reads decoder[=value][:option=value...]+cache[:option=value...], with any option of DecodeConfig. `run` appends a
-line per problem to results/pareto/MODEL-TEMPLATE-SPLIT.jsonl and leaves out what is there already, so it may be stopped at
-any time. `report` writes the table (CSV, JSON) and the plot of the frontier.
+A setting reads decoder[=value][:option=value...]+cache[:option=value...], with any option of DecodeConfig; without
+--settings a list is taken that fits the model, with every decoder and every cache of the registry in it. `quota` is one
+token per step. `run` appends a line per problem to results/pareto/MODEL-TEMPLATE-SPLIT[-DTYPE].jsonl and leaves out what is
+there already, so it may be stopped at any time. `report` writes a table (CSV, JSON, Markdown) and a plot beside each such
+file and, with --summary, one JSON and one figure of all of them.
+
+Several workers share one device, where a clock means nothing: only a run with one worker notes seconds, and it runs again
+what has none yet. The whole study, on one GPU:
+
+    FAST="--batch_size 250 --runner eager --workers 8"
+    python -m scripts.pareto run --models tiny-llada tiny-dream tiny-fast-dllm-v2 --templates chat plain --split test $FAST
+    python -m scripts.pareto run --split validation $FAST
+    python -m scripts.pareto run --split test --dtype bfloat16 --settings draft_verify=4+dual threshold=0.9+dual $FAST
+    python -m scripts.pareto run --split test --settings draft_verify=4+dual threshold=0.9+dual --batch_size 250
 
 Which of two decoders looks better changes with the prompt, hence two templates: "chat" (the checkpoint's own) and "plain"
 (Question: ... Answer:). An interval is a paired bootstrap over problems; `p` is McNemar's exact test on the problems that
-only one of the two solves; `same` the share of answers that are the same tokens.
+only one of the two solves; `same` is the share of answers that are the same tokens, `tokens differ` the share of places.
+
+    python -m scripts.pareto run --task sudoku --split test       # 4x4 sudoku, where the order of filling matters
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
+import dataclasses
+import itertools
 import json
 import math
 import platform
 import re
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +52,62 @@ from tqdm import tqdm
 
 import fastdllm
 from fastdllm import registry
+from fastdllm.models import FAMILIES, Model, find_folder
+from fastdllm.presets import PRESETS
+from fastdllm.tasks import TASKS_DIR
 
-ROOT = Path(__file__).resolve().parents[1]
-TASK = ROOT / "fastdllm" / "tasks" / "gsm_symbolic"
-RESULTS = ROOT / "results" / "pareto"
-REFERENCE = "quota+dual"
-CHUNK = 50  # problems between two writes
-SCREEN = [
-    *(f"threshold={t}+dual" for t in (0.9, 0.7, 0.5)),
-    REFERENCE,
-    *(f"frechet={d}+dual" for d in (0.25, 0.0, -0.5)),
-    *("threshold=0.9+lazy:refresh_blocks=2", "threshold=0.9+lazy:refresh_blocks=64"),
-    *("local_leap+dual", "local_leap:threshold=0.9:relaxed=0.5+dual"),
-    *("hierarchical+dual", "hierarchical:threshold=0.8:low=0.3+dual"),
-    *("factor=1.0+dual", "entropy_bound=0.3+dual", "progress_threshold=0.9:alpha=0.6+dual", "lopa+dual"),
-    *("threshold=0.9+none", "threshold=0.9+prefix", "threshold=0.9+vicinity"),
-    *(f"threshold=0.9+suffix_window:suffix={s}" for s in (0, 32)),
-    *("draft_verify+dual", "wino+dual", "quota+top_rho"),
-]
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "pareto"
+CHUNK = 50  # problems between two writes, at least two canvases full
+NEAR = "suffix_window:suffix=32:keep_last=false:refresh_blocks=4"
+COSTS = ("forwards", "positions", "tokens")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where the problems lie, what is decoded by default, and what of an answer's text is compared."""
+
+    folder: str
+    models: tuple[str, ...]
+    gen_length: int
+    block_length: int
+    result: Callable[[str], str | None]
+
+
+def last_number(text: str) -> str | None:
+    """The number after the last "####", as the task compares it."""
+    found = re.findall(r"####\s*(-?[0-9.,]+)", text)
+    return found[-1].replace(",", "").rstrip(".") if found else None
+
+
+TASKS = {
+    "gsm_symbolic": Task("gsm_symbolic", ("tiny-llada",), 256, 32, last_number),
+    "sudoku": Task("mini_sudoku", ("tiny-sudoku",), 20, 20, str.strip),
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """One file of lines: a model under a template on a split, in the arguments' precision."""
+
+    model: str
+    template: str
+    split: str
+    dtype: str
+
+    @property
+    def path(self) -> Path:
+        parts = [Path(self.model).name, self.template, self.split, *([] if self.dtype == "float32" else [self.dtype])]
+        return RESULTS / ("-".join(parts) + ".jsonl")
+
+    @property
+    def title(self) -> str:
+        return f"{Path(self.model).name}, {self.template} prompt"
+
+
+@cache
+def family(model: str) -> str:
+    config = json.loads((find_folder(model) / "config.json").read_text(encoding="utf-8"))
+    return FAMILIES[config["model_type"]]
 
 
 def parse(setting: str) -> dict[str, Any]:
@@ -66,15 +123,53 @@ def parse(setting: str) -> dict[str, Any]:
     return options
 
 
-def problems(split: str, limit: int) -> list[dict[str, str]]:
-    lines = (TASK / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+def own_options(kind: str, name: str) -> dict[str, Any]:
+    """Options of a decoder or cache with their default values."""
+    fields = {f.name: f.default for f in dataclasses.fields(registry.find(kind, name))}
+    return {name: fields[name] for name in registry.options(kind, name)}
+
+
+def all_decoders(with_cache: str) -> list[str]:
+    """Every decoder at its default, its level spelled out."""
+    levels = {name: list(own_options("decoders", name).values())[:1] for name in registry.names("decoders")}
+    return [f"{'='.join([name, *map(str, level)])}+{with_cache}" for name, level in levels.items()]
+
+
+def settings_of(model: str, task: str, thorough: bool) -> list[str]:
+    """What is run of a model without --settings; `thorough` adds the neighbours of what looks best."""
+    if task == "sudoku":
+        levels = [f"threshold={t}" for t in (0.99, 0.97, 0.8, 0.7, 0.5)]
+        levels += ["factor=0.5", "frechet=0.75", "frechet=-0.5", "entropy_bound=0.01", "draft_verify=8"]
+        orders = ["quota:confidence=random", "quota:block_length=5", "quota:block_length=1", "threshold=0.9:block_length=5"]
+        return [*all_decoders("none"), *(f"{s}+none" for s in (*levels, *orders))]
+    causal = family(model) == "fast_dllm_v2"
+    base = "block" if causal else "dual"
+    fitting = [n for n in registry.names("caches") if registry.find("caches", n).block_causal in (None, causal)]
+    found = all_decoders(base)
+    found += [f"threshold=0.9+{n}" for n in fitting if n != base] if thorough or causal else ["threshold=0.9+prefix"]
+    found += [f"threshold={t}+{base}" for t in ((0.99, 0.97, 0.8, 0.7) if thorough else (0.97, 0.7))]
+    found += [f"frechet={d}+{base}" for d in ((0.75, 0.5, 0.0) if thorough else (0.75,))]
+    if thorough:
+        found += [f"{s}+{base}" for s in ("draft_verify=8", "factor=0.5", "entropy_bound=0.3", "hierarchical=0.9:low=0.75")]
+    if causal:
+        return [*found, f"threshold=0.9:small_block_size=32+{base}"]
+    found += [f"threshold=0.9+{NEAR}", f"threshold=0.9:block_length=64+{NEAR}", f"threshold=0.9:block_length=64+{base}"]
+    if thorough:
+        found += [f"threshold=0.9:block_length=16+{base}", "quota+none", f"quota:confidence=random+{base}"]
+        found += [f"{s}+{NEAR}" for s in ("threshold=0.97", "frechet=0.75", "threshold=0.97:block_length=64")]
+    if family(model) == "dream":
+        found += [f"{s}:first_token=rule+{base}" for s in ("quota", "threshold=0.9", "frechet=0.25")]
+    return found
+
+
+def reference_of(model: str, task: str) -> str:
+    """One token per step, which the others are paired with."""
+    return "quota+" + ("none" if task == "sudoku" else "block" if family(model) == "fast_dllm_v2" else "dual")
+
+
+def problems(split: str, limit: int, folder: str) -> list[dict[str, str]]:
+    lines = (TASKS_DIR / folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines[:limit]]
-
-
-def result(text: str) -> str | None:
-    """The number after the last "####", as the task compares it."""
-    found = re.findall(r"####\s*(-?[0-9.,]+)", text)
-    return found[-1].replace(",", "").rstrip(".") if found else None
 
 
 def prompt(question: str, template: str) -> Any:
@@ -85,40 +180,117 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def run(args: argparse.Namespace, path: Path) -> None:
-    """Answer what is missing, a chunk of problems at a time."""
-    model = fastdllm.load(args.model, device=args.device)
-    todo, done = problems(args.split, args.limit), {(x["setting"], x["problem"]) for x in lines_of(path)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(args.settings) * len(todo), unit="problem") as bar, path.open("a", encoding="utf-8") as file:
-        for setting in args.settings:
-            missing = [i for i in range(len(todo)) if (setting, i) not in done]
-            bar.update(len(todo) - len(missing))
-            bar.set_description(setting)
-            for chunk in (missing[i : i + CHUNK] for i in range(0, len(missing), CHUNK)):
-                began = time.perf_counter()
-                out = fastdllm.generate(
-                    model,
-                    [prompt(todo[i]["question"], args.template) for i in chunk],
-                    gen_length=args.gen_length,
-                    batch_size=args.batch_size,
-                    **{"block_length": args.block_length, **parse(setting)},
-                )
-                seconds = (time.perf_counter() - began) / len(chunk)
-                for row, i in enumerate(chunk):
-                    line = {
-                        "setting": setting,
-                        "problem": i,
-                        "correct": result(out.texts[row]) == result(todo[i]["answer"]),
-                        "forwards": out.stats.row_forwards[row],
-                        "positions": out.stats.row_positions[row],
-                        "tokens": out.stats.row_tokens[row],
-                        "seconds": seconds,
-                        "answer": hashlib.sha1(out.sequences[row].numpy().tobytes()).hexdigest()[:12],
-                    }
-                    file.write(json.dumps(line) + "\n")
-                file.flush()
-                bar.update(len(chunk))
+@dataclass(frozen=True)
+class Job:
+    """Some problems of a study under one setting, for one call of `generate`; `timed` makes the lines hold seconds."""
+
+    study: Study
+    setting: str
+    chosen: tuple[int, ...]
+    timed: bool
+    args: argparse.Namespace
+
+
+@cache
+def loaded(name: str, device: str | None, dtype: str) -> Model:
+    return fastdllm.load(name, device=device, dtype=dtype)
+
+
+def options_of(setting: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Options of `generate`. Dream's own schedule ends a block with two tokens at once, hence `even` for all."""
+    return {
+        "gen_length": args.gen_length,
+        "block_length": args.block_length,
+        "schedule": "even",
+        **({"runner": args.runner} if args.runner else {}),
+        **parse(setting),
+    }
+
+
+def answer(job: Job) -> tuple[Job, list[dict[str, Any]], str | None]:
+    """The lines of a job; or none and what went wrong, so that one setting that fails does not end the others."""
+    try:
+        return job, decoded(job), None
+    except Exception as error:  # in a worker: whatever it is, the parent reports it and exits with 1
+        return job, [], f"{type(error).__name__}: {error}"
+
+
+def decoded(job: Job) -> list[dict[str, Any]]:
+    task, args, study = TASKS[job.args.task], job.args, job.study
+    asked = problems(study.split, args.limit, task.folder)
+    model = loaded(study.model, args.device, study.dtype)
+    prompts = [prompt(asked[i]["question"], study.template) for i in job.chosen]
+
+    def decode() -> fastdllm.Output:
+        # Row i draws from seed + i: its problem's number, whatever chunk it is in.
+        options = options_of(job.setting, args) | {"batch_size": args.batch_size, "seed": job.chosen[0]}
+        return fastdllm.generate(model, prompts, **options)
+
+    if job.timed and model.device.type == "cuda":
+        decode()  # compiles and captures, which is no part of the time
+    began = time.perf_counter()
+    out = decode()
+    seconds = (time.perf_counter() - began) / len(job.chosen)
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()  # the other workers need the memory too
+    return [
+        {
+            "setting": job.setting,
+            "problem": i,
+            "correct": int(task.result(out.texts[row]) == task.result(asked[i]["answer"])),
+            "forwards": out.stats.row_forwards[row],
+            "positions": out.stats.row_positions[row],
+            "tokens": out.stats.row_tokens[row],
+            "seconds": round(seconds, 6) if job.timed else None,
+            "ids": out.sequences[row][-out.stats.row_tokens[row] - 1 :].tolist(),
+        }
+        for row, i in enumerate(job.chosen)
+    ]
+
+
+def jobs_of(studies: list[Study], args: argparse.Namespace) -> Iterator[Job]:
+    """What is missing. One token per step takes longest and goes first, lest it run alone at the end."""
+    timed, size = args.workers == 1, max(CHUNK, 2 * args.batch_size)
+    for study in studies:
+        done = {(x["setting"], x["problem"]) for x in lines_of(study.path) if x["seconds"] is not None or not timed}
+        count = len(problems(study.split, args.limit, TASKS[args.task].folder))
+        for setting in chosen_settings(study, args):
+            missing = [i for i in range(count) if (setting, i) not in done]
+            for i in range(0, len(missing), size):
+                yield Job(study, setting, tuple(missing[i : i + size]), timed, args)
+
+
+def chosen_settings(study: Study, args: argparse.Namespace) -> list[str]:
+    thorough = (study.model, study.template) == ("tiny-llada", "chat")
+    listed = args.settings or settings_of(study.model, args.task, thorough)
+    return list(dict.fromkeys([reference_of(study.model, args.task), *listed, *args.more]))
+
+
+def run(args: argparse.Namespace, studies: list[Study]) -> None:
+    """Answer what is missing. Only this process writes, a job's lines at a time."""
+    jobs = sorted(jobs_of(studies, args), key=lambda job: "quota" not in job.setting and "draft_verify" not in job.setting)
+    for job in jobs:
+        fastdllm.DecodeConfig(**options_of(job.setting, args))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    failed = []
+    with tqdm(total=sum(len(job.chosen) for job in jobs), unit="problem") as bar:
+        for job, found, error in answers(jobs, args.workers):
+            with job.study.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, separators=(",", ":")) + "\n" for line in found)
+            bar.set_description(f"{job.study.title}: {job.setting}")
+            bar.update(len(job.chosen))
+            failed += [f"{job.study.title}: {job.setting}: {error}"] if error else []
+    if failed:
+        raise SystemExit("\n".join(failed))
+
+
+def answers(jobs: list[Job], workers: int) -> Iterator[tuple[Job, list[dict[str, Any]], str | None]]:
+    if workers == 1:
+        yield from map(answer, jobs)
+        return
+    # Spawned: a CUDA context does not survive a fork. One thread each, or the workers are in each other's way.
+    with get_context("spawn").Pool(min(workers, max(1, len(jobs))), torch.set_num_threads, (1,)) as pool:
+        yield from pool.imap_unordered(answer, jobs)
 
 
 def mcnemar(lost: int, won: int) -> float:
@@ -134,119 +306,234 @@ def interval(difference: np.ndarray, draws: int = 10_000) -> tuple[float, float]
     return tuple(np.percentile(means, (2.5, 97.5)).tolist())
 
 
-def summarise(lines: list[dict[str, Any]], paired_with: str) -> list[dict[str, Any]]:
-    """One row per setting that has answered every problem of the reference, most forwards first."""
-    by: dict[str, dict[int, dict[str, Any]]] = {}
+def places_that_differ(a: list[int], b: list[int]) -> tuple[int, int]:
+    """At how many places two answers differ, where one is shorter at all that it lacks; and how many places there are."""
+    longest = max(len(a), len(b))
+    return longest - sum(x == y for x, y in zip(a, b, strict=False)), longest
+
+
+def by_setting(lines: list[dict[str, Any]], reference: str) -> dict[str, list[dict[str, Any]]]:
+    """Setting -> its lines in the order of the problems; settings that lack a problem of the reference are left out."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
     for line in lines:
-        by.setdefault(line["setting"], {})[line["problem"]] = line
-    if paired_with not in by:
-        raise SystemExit(f"no lines of {paired_with}, which the others are paired with")
-    reference, rows = by[paired_with], []
-    for setting, answers in by.items():
-        if answers.keys() != reference.keys():
-            print(f"{setting}: {len(answers)} of {len(reference)} problems, left out")
-            continue
-        keys = sorted(answers)
-        column = {f: np.array([answers[i][f] for i in keys], float) for f in ("correct", *COSTS)}
-        difference = column["correct"] - np.array([reference[i]["correct"] for i in keys], float)
+        found.setdefault(line["setting"], {})[line["problem"]] = line  # a timed line comes after the untimed one
+    if reference not in found:
+        raise SystemExit(f"no lines of {reference}, which the others are paired with")
+    keys = sorted(found[reference])
+    for setting, answers in found.items():
+        if not answers.keys() >= found[reference].keys():
+            print(f"{setting}: {len(answers)} of {len(keys)} problems, left out")
+    return {s: [a[i] for i in keys] for s, a in found.items() if a.keys() >= found[reference].keys()}
+
+
+def correct(lines: list[dict[str, Any]]) -> np.ndarray:
+    return np.array([x["correct"] for x in lines], float)
+
+
+def summarise(grouped: dict[str, list[dict[str, Any]]], reference: str, presets: dict[str, str]) -> list[dict[str, Any]]:
+    """One row per setting, most forwards first."""
+    paired, rows = grouped[reference], []
+    for setting, answers in grouped.items():
+        difference = correct(answers) - correct(paired)
         low, high = interval(difference)
+        places = [places_that_differ(a["ids"], b["ids"]) for a, b in zip(answers, paired, strict=True)]
+        differ, total = np.sum(places, 0)
+        cost = {name: np.array([x[name] for x in answers], float) for name in COSTS}
+        seconds = [x["seconds"] for x in answers]
         rows.append(
             {
                 "setting": setting,
-                "problems": len(keys),
-                "accuracy": column["correct"].mean(),
+                "preset": presets.get(setting, ""),
+                "problems": len(answers),
+                "accuracy": correct(answers).mean(),
                 "difference": difference.mean(),
                 "low": low,
                 "high": high,
                 "p": mcnemar(int((difference < 0).sum()), int((difference > 0).sum())),
-                "same": np.mean([answers[i]["answer"] == reference[i]["answer"] for i in keys]),
-                "forwards": column["forwards"].mean(),
-                "positions": column["positions"].mean(),
-                "tokens_per_forward": column["tokens"].sum() / column["forwards"].sum(),
-                "tokens_per_second": column["tokens"].sum() / column["seconds"].sum(),
+                "same": np.mean([n == 0 for n, _ in places]),
+                "tokens_differ": differ / total,
+                "forwards": cost["forwards"].mean(),
+                "positions": cost["positions"].mean(),
+                "tokens_per_forward": cost["tokens"].sum() / cost["forwards"].sum(),
+                "tokens_per_second": None if None in seconds else cost["tokens"].sum() / sum(seconds),
             }
         )
-    return sorted(rows, key=lambda r: -r["forwards"])
+    rows.sort(key=lambda r: -r["forwards"])
+    return [{k: round(float(v), 5) if isinstance(v, float) else v for k, v in r.items()} for r in rows]
 
 
-COSTS = ("forwards", "positions", "tokens", "seconds")
+def compare(a: dict[str, list[dict[str, Any]]], b: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """How two templates rank the settings that both have: 1 is the most accurate, equals share the better rank.
+
+    Over all pairs of settings: Kendall's tau (ties count as neither), the pairs that change places, and those of them whose
+    order McNemar's test confirms at 5 % under both templates.
+    """
+    shared = [s for s in a if s in b]
+    solved = [{s: correct(x[s]).sum() for s in shared} for x in (a, b)]
+    ranks = {s: [1 + sum(int(other > of[s]) for other in of.values()) for of in solved] for s in shared}
+    pairs, agree, change, clear = list(itertools.combinations(shared, 2)), 0, 0, []
+    for one, other in pairs:
+        differences = [correct(x[one]) - correct(x[other]) for x in (a, b)]
+        same = differences[0].sum() * differences[1].sum()
+        agree, change = agree + int(same > 0), change + int(same < 0)
+        if same < 0 and all(mcnemar(int((d < 0).sum()), int((d > 0).sum())) < 0.05 for d in differences):
+            clear.append([one, other])
+    tau = (agree - change) / max(1, len(pairs))
+    return {"pairs": len(pairs), "tau": round(tau, 3), "change": change, "clear": clear, "ranks": ranks}
 
 
-def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Accuracy over forwards, one colour a decoder; the line joins the settings that no other one beats in both."""
-    import matplotlib
+def resolved(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with every default filled in: two texts of one setting become equal."""
+    given = fastdllm.DecodeConfig(**options).given()
+    defaults = {k: v for kind in ("decoder", "cache") for k, v in own_options(f"{kind}s", given[kind]).items()}
+    return {**defaults, **given, "preset": None}
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=110)
-    names = sorted({r["setting"].split("+")[0].split("=")[0].split(":")[0] for r in rows})
-    for i, name in enumerate(names):
-        own = [r for r in rows if re.split("[+=:]", r["setting"])[0] == name]
-        x, y = [r["forwards"] for r in own], [100 * r["accuracy"] for r in own]
-        axes.plot(x, y, "osD^v<>P*X"[i % 10], color=f"C{i % 10}", label=name, alpha=0.8)
-    best, frontier = -1.0, []
+def preset_names(settings: list[str], model: str, args: argparse.Namespace) -> dict[str, str]:
+    """Setting -> the preset that it is. A block-causal model takes a preset's decoder alone, so none is named there."""
+    if args.task == "sudoku" or family(model) == "fast_dllm_v2":
+        return {}
+    base = {k: v for k, v in options_of("quota+none", args).items() if k not in ("decoder", "cache")}
+    presets = {name: resolved({**base, **options}) for name, options in PRESETS.items()}
+    return {s: name for s in settings for name, is_one in presets.items() if resolved(options_of(s, args)) == is_one}
+
+
+def frontier(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The settings that no other one beats in both accuracy and forwards, fewest forwards first."""
+    best, found = -1.0, []
     for r in sorted(rows, key=lambda r: (r["forwards"], -r["accuracy"])):
         if r["accuracy"] > best:
             best = r["accuracy"]
-            frontier.append(r)
-    axes.plot([r["forwards"] for r in frontier], [100 * r["accuracy"] for r in frontier], "k-", lw=0.8, alpha=0.5)
-    axes.set(xscale="log", xlabel="forwards per answer", ylabel="accuracy, %", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.tight_layout()
+            found.append(r)
+    return found
+
+
+def plot(panels: list[tuple[str, list[dict[str, Any]]]], columns: int, path: Path) -> None:
+    """Accuracy over forwards, one mark a decoder; the line joins the frontier, whose bars are the paired intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot, ticker
+
+    lines = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(1 + 5.2 * columns, 1.2 + 4 * lines), dpi=100, squeeze=False)
+    names = sorted({re.split("[+=:]", r["setting"])[0] for _, rows in panels for r in rows})
+    colours = pyplot.get_cmap("tab20").colors
+    marks = {name: {"color": colours[i % 20], "marker": "osD^v<>P*Xph"[i % 12]} for i, name in enumerate(names)}
+    for axis, (title, rows) in zip(axes.flat, panels, strict=False):
+        for name, mark in marks.items():
+            own = [r for r in rows if re.split("[+=:]", r["setting"])[0] == name]
+            x, y = [r["forwards"] for r in own], [100 * r["accuracy"] for r in own]
+            axis.plot(x, y, linestyle="", alpha=0.8, label=name, **mark)
+        best = frontier(rows)
+        x, y = np.array([(r["forwards"], 100 * r["accuracy"]) for r in best]).T
+        spread = 100 * np.array([(r["difference"] - r["low"], r["high"] - r["difference"]) for r in best]).T
+        axis.errorbar(x, y, np.maximum(spread, 0), color="k", lw=0.8, elinewidth=0.6, alpha=0.5, zorder=1)
+        for r in rows:
+            if r["preset"]:
+                place = (r["forwards"], 100 * r["accuracy"])
+                axis.annotate(r["preset"], place, xytext=(5, -11), textcoords="offset points", fontsize=8)
+        axis.set(xscale="log", title=f"{title}, {rows[0]['problems']} problems")
+        axis.grid(alpha=0.3)
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    figure.supxlabel("forwards per answer")
+    figure.supylabel("accuracy, %")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    figure.set_layout_engine("constrained")
     figure.savefig(path)
+    pyplot.close(figure)
 
 
-def report(args: argparse.Namespace, path: Path) -> None:
-    """Table and plot of what has been run so far, beside the lines; with --summary, JSON and plot at that path too."""
-    rows = summarise(lines_of(path), args.reference)
-    about = {
-        "model": args.model,
-        "template": args.template,
-        "split": args.split,
-        "reference": args.reference,
-        "machine": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    for stem in [path.with_suffix(""), *([args.summary] if args.summary else [])]:
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        stem.with_suffix(".json").write_text(json.dumps({"about": about, "settings": rows}, indent=1) + "\n")
-        plot(rows, stem.with_suffix(".png"), f"{args.model}, {args.template} prompt, {rows[0]['problems']} problems")
-    with path.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
-    print("| setting | accuracy | difference (95 %) | p | same | forwards | positions | tokens/forward | tokens/s |")
-    print("|---|---|---|---|---|---|---|---|---|")
+def markdown(rows: list[dict[str, Any]]) -> str:
+    head = "setting", "accuracy", "difference (95 %)", "p", "same", "tokens differ", "forwards", "positions"
+    table = [[*head, "tokens/forward", "tokens/s"], ["---"] * (len(head) + 2)]
     for r in rows:
-        print(
-            f"| {r['setting']} | {100 * r['accuracy']:.1f} | {100 * r['difference']:+.1f} "
-            f"({100 * r['low']:+.1f}, {100 * r['high']:+.1f}) | {r['p']:.2f} | {100 * r['same']:.0f} "
-            f"| {r['forwards']:.1f} | {r['positions']:.0f} | {r['tokens_per_forward']:.2f} | {r['tokens_per_second']:.0f} |"
+        speed = r["tokens_per_second"]
+        table.append(
+            [
+                f"`{r['setting']}`" + (f" (preset `{r['preset']}`)" if r["preset"] else ""),
+                f"{100 * r['accuracy']:.1f}",
+                f"{100 * r['difference']:+.1f} ({100 * r['low']:+.1f}, {100 * r['high']:+.1f})",
+                f"{r['p']:.3f}",
+                f"{100 * r['same']:.1f}",
+                f"{100 * r['tokens_differ']:.2f}",
+                f"{r['forwards']:.2f}",
+                f"{r['positions']:.0f}",
+                f"{r['tokens_per_forward']:.2f}",
+                "" if speed is None else f"{speed:.0f}",
+            ]
         )
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
+
+
+def report(args: argparse.Namespace, studies: list[Study]) -> None:
+    """Tables and plots of what has been run so far."""
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    about = {"machine": machine, "python": platform.python_version(), "torch": torch.__version__}
+    grouped, found, panels = {}, [], []
+    for study in studies:
+        reference = args.reference or reference_of(study.model, args.task)
+        grouped[study] = by_setting(lines_of(study.path), reference)
+        rows = summarise(grouped[study], reference, preset_names(list(grouped[study]), study.model, args))
+        found.append({**dataclasses.asdict(study), "reference": reference, "settings": rows})
+        panels.append((study.title, rows))
+        plot(panels[-1:], 1, study.path.with_suffix(".png"))
+        study.path.with_suffix(".json").write_text(json.dumps({"about": about, **found[-1]}, indent=1) + "\n")
+        study.path.with_suffix(".md").write_text(markdown(rows))
+        with study.path.with_suffix(".csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        print(f"\n{study.title}, {study.split}, {study.dtype}\n\n{markdown(rows)}")
+    templates = []
+    for one, two in itertools.combinations(studies, 2):
+        if one.model == two.model:
+            templates.append({"model": one.model, "templates": [one.template, two.template]})
+            templates[-1] |= compare(grouped[one], grouped[two])
+            print(f"{one.title} against {two.template}: {json.dumps(templates[-1])}\n")
+    if args.summary:
+        args.summary.parent.mkdir(parents=True, exist_ok=True)
+        whole = {"about": about, "studies": found, "templates": templates}
+        args.summary.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
+        order = sorted(range(len(studies)), key=lambda i: args.templates.index(studies[i].template))
+        plot([panels[i] for i in order], len(args.models), args.summary.with_suffix(".png"))
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("run", "report"))
+    parser.add_argument("--task", choices=tuple(TASKS), default="gsm_symbolic")
+    parser.add_argument("--models", nargs="+", help="default: tiny-llada, or tiny-sudoku for sudoku")
+    parser.add_argument("--templates", nargs="+", choices=("chat", "plain"), default=["chat"])
+    parser.add_argument("--split", choices=("validation", "test"), default="validation")
+    parser.add_argument("--settings", nargs="+", help="instead of the list that fits the model")
+    parser.add_argument("--more", nargs="+", default=[], help="settings besides those")
+    parser.add_argument("--reference", help="what `report` pairs the others with, default one token per step")
+    parser.add_argument("--limit", type=int, default=500)
+    parser.add_argument("--gen_length", type=int)
+    parser.add_argument("--block_length", type=int)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the device")
+    parser.add_argument("--runner", choices=registry.names("runners"))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device")
+    parser.add_argument("--summary", type=Path, help="also write JSON and plot to this path, without suffix")
+    args = parser.parse_args(given)
+    task = TASKS[args.task]
+    args.models = args.models or list(task.models)
+    args.gen_length, args.block_length = args.gen_length or task.gen_length, args.block_length or task.block_length
+    return args
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("run", "report"))
-    parser.add_argument("--model", default="tiny-llada")
-    parser.add_argument("--split", choices=("validation", "test"), default="validation")
-    parser.add_argument("--template", choices=("chat", "plain"), default="chat")
-    parser.add_argument("--settings", nargs="+", default=SCREEN)
-    parser.add_argument("--reference", default=REFERENCE, help="the setting that the others are paired with")
-    parser.add_argument("--limit", type=int, default=500)
-    parser.add_argument("--gen_length", type=int, default=256)
-    parser.add_argument("--block_length", type=int, default=32)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--device")
-    parser.add_argument("--summary", type=Path, help="also write JSON and plot to this path, without suffix")
-    args = parser.parse_args()
-    for setting in args.settings:
-        fastdllm.DecodeConfig(**parse(setting))
-    path = RESULTS / f"{Path(args.model).name}-{args.template}-{args.split}.jsonl"
-    {"run": run, "report": report}[args.action](args, path)
+    args = arguments()
+    studies = [Study(m, t, args.split, args.dtype) for m in args.models for t in args.templates]
+    {"run": run, "report": report}[args.action](args, studies)
 
 
 if __name__ == "__main__":

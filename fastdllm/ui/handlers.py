@@ -168,8 +168,8 @@ def choose_model(models: Models, name: str) -> tuple[str, list[str]]:
     except Exception as error:  # whatever a folder or a hub may hold, the page goes on
         return problem(error), ["default", *registry.names("caches")]
     text = f"<b>{escape(options.describe_model(model))}</b>"
-    if name.startswith("tiny-"):
-        text += f"<br>{escape(options.TINY_NOTE[0].upper() + options.TINY_NOTE[1:])}."
+    if about := options.tiny_note(name):
+        text += f"<br>{escape(about[0][0].upper() + about[0][1:])}."
     fitting = (None, bool(model.spec.block_causal))
     caches = [n for n in registry.names("caches") if registry.find("caches", n).block_causal in fitting]
     return f'<div class="status">{text}</div>', ["default", *caches]

@@ -57,9 +57,9 @@ def load_model(session: Session, name: str) -> None:
     session.model = model
     session.conversation.messages.clear()
     session.say(options.describe_model(model), style="bold")
-    if name.startswith("tiny-"):
-        session.say(f"{name} is {options.TINY_NOTE}")
-        session.say(f"try: {options.SAMPLE_QUESTION}")
+    if about := options.tiny_note(name):
+        session.say(f"{name} is {about[0]}")
+        session.say(f"try: {about[1]}")
     try:
         session.say(options.describe(model, session.config), style="dim")
     except ValueError as error:

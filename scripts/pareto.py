@@ -221,18 +221,17 @@ def decoded(job: Job) -> list[dict[str, Any]]:
     model = loaded(study.model, args.device, study.dtype)
     prompts = [prompt(asked[i]["question"], study.template) for i in job.chosen]
 
-    def decode() -> fastdllm.Output:
-        # Row i draws from seed + i: its problem's number, whatever chunk it is in.
-        options = options_of(job.setting, args) | {"batch_size": args.batch_size, "seed": job.chosen[0]}
-        return fastdllm.generate(model, prompts, **options)
-
-    if job.timed and model.device.type == "cuda":
-        decode()  # compiles and captures, which is no part of the time
+    cuda = model.device.type == "cuda"
+    # Row i draws from seed + i: its problem's number, whatever chunk it is in.
+    config = fastdllm.DecodeConfig(**options_of(job.setting, args), batch_size=args.batch_size, seed=job.chosen[0])
+    if job.timed and cuda:
+        fastdllm.generate(model, prompts, config)  # compiles and captures, which is no part of the time
     began = time.perf_counter()
-    out = decode()
+    out = fastdllm.generate(model, prompts, config)
     seconds = (time.perf_counter() - began) / len(job.chosen)
-    if model.device.type == "cuda":
+    if cuda:
         torch.cuda.empty_cache()  # the other workers need the memory too
+    device = torch.cuda.get_device_name(model.device) if cuda else platform.processor() or platform.machine()
     return [
         {
             "setting": job.setting,
@@ -242,7 +241,8 @@ def decoded(job: Job) -> list[dict[str, Any]]:
             "positions": out.stats.row_positions[row],
             "tokens": out.stats.row_tokens[row],
             "seconds": round(seconds, 6) if job.timed else None,
-            "ids": out.sequences[row][-out.stats.row_tokens[row] - 1 :].tolist(),
+            "machine": f"{device}, torch {torch.__version__}",
+            "ids": out.sequences[row][-min(out.stats.row_tokens[row] + 1, config.gen_length) :].tolist(),  # with the stop
         }
         for row, i in enumerate(job.chosen)
     ]
@@ -473,17 +473,16 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def report(args: argparse.Namespace, studies: list[Study]) -> None:
     """Tables and plots of what has been run so far."""
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    about = {"machine": machine, "python": platform.python_version(), "torch": torch.__version__}
     grouped, found, panels = {}, [], []
     for study in studies:
         reference = args.reference or reference_of(study.model, args.task)
         grouped[study] = by_setting(lines_of(study.path), reference)
         rows = summarise(grouped[study], reference, preset_names(list(grouped[study]), study.model, args))
-        found.append({**dataclasses.asdict(study), "reference": reference, "settings": rows})
+        machines = sorted({line["machine"] for lines in grouped[study].values() for line in lines})
+        found.append({**dataclasses.asdict(study), "machines": machines, "reference": reference, "settings": rows})
         panels.append((study.title, rows))
         plot(panels[-1:], 1, study.path.with_suffix(".png"))
-        study.path.with_suffix(".json").write_text(json.dumps({"about": about, **found[-1]}, indent=1) + "\n")
+        study.path.with_suffix(".json").write_text(json.dumps(found[-1], indent=1) + "\n")
         study.path.with_suffix(".md").write_text(markdown(rows))
         with study.path.with_suffix(".csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
@@ -498,7 +497,7 @@ def report(args: argparse.Namespace, studies: list[Study]) -> None:
             print(f"{one.title} against {two.template}: {json.dumps(templates[-1])}\n")
     if args.summary:
         args.summary.parent.mkdir(parents=True, exist_ok=True)
-        whole = {"about": about, "studies": found, "templates": templates}
+        whole = {"studies": found, "templates": templates}
         args.summary.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
         order = sorted(range(len(studies)), key=lambda i: args.templates.index(studies[i].template))
         plot([panels[i] for i in order], len(args.models), args.summary.with_suffix(".png"))

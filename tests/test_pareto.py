@@ -106,7 +106,9 @@ def test_a_run_resumes_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path.write_text(first + json.dumps({**timed, "problem": 1, "seconds": None}) + "\n")
     call(monkeypatch, tmp_path, "run", "--limit", "2", *common)  # what has no seconds is run again
     call(monkeypatch, tmp_path, "report", *common, "--summary", str(tmp_path / "all"))
-    table = json.loads((tmp_path / "all.json").read_text())["studies"][0]["settings"]
+    study = json.loads((tmp_path / "all.json").read_text())["studies"][0]
+    table = study["settings"]
+    assert study["machines"] == [timed["machine"]] and 1 <= len(timed["ids"]) <= 16
     assert [r["problems"] for r in table] == [2, 2] and all(r["tokens_per_second"] > 0 for r in table)
     assert table[0]["setting"] == "quota+dual" and table[0]["same"] == 1
     assert (tmp_path / "all.png").stat().st_size > 1000 and "| `threshold=0.5+none` |" in capsys.readouterr().out

@@ -19,7 +19,7 @@ import pytest
 import fastdllm
 from fastdllm import DecodeConfig, Model
 from fastdllm.trace import Trace
-from fastdllm.ui import terminal
+from fastdllm.ui import options, terminal
 from fastdllm.ui.screen import PlainScreen, answer_text, printable, spans
 from fastdllm.ui.session import COMMANDS, Session
 
@@ -52,6 +52,16 @@ def test_a_piped_question_is_answered_with_its_figures(chat: Chat, question: str
     assert "39" in out.split(question)[-1], "the sample question of the tiny model"
     assert "tokens/forward" in out and "tokens/s" in out
     assert "tiny-llada is a small model" in out
+
+
+def test_the_sudoku_model_is_introduced_and_fills_its_sample(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(options.SAMPLE_SUDOKU.encode())))
+    assert terminal.main(["--model", "tiny-sudoku", "--device", "cpu", "--gen_length", "20"]) == 0
+    out = capsys.readouterr().out
+    assert f"tiny-sudoku is {options.SUDOKU_NOTE}" in out and "word problems" not in out
+    assert "1423 3241 2134 4312" in out
 
 
 def test_an_empty_input_leaves_with_zero(chat: Chat) -> None:

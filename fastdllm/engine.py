@@ -80,6 +80,7 @@ class Row:
     step: int = 0
     denoised: int = 0
     outer_step: int = 0
+    initial: int = 0
     remaining: int = 0
     committed: int = 0
     since_refresh: int = -1
@@ -89,17 +90,17 @@ class Row:
     layer_tokens: int = 0
 
     def __post_init__(self) -> None:
-        self.remaining = self.initial
+        self.enter()
 
     @property
     def block(self) -> Block:
         return self.blocks[self.at]
 
-    @property
-    def initial(self) -> int:
-        """Masks of the block before anything was committed in it."""
-        prompt, fixed = self.block.prompt, self.request.fixed
-        return sum(slot - prompt not in fixed for slot in range(max(self.block.start, prompt), self.block.stop))
+    def enter(self) -> None:
+        """Start on the current block: `initial` masks are in it before anything is committed."""
+        first, prompt, fixed = max(self.block.start, self.block.prompt), self.block.prompt, self.request.fixed
+        self.initial = self.block.stop - first - sum(first <= prompt + offset < self.block.stop for offset in fixed)
+        self.remaining = self.initial
 
     @property
     def revocable(self) -> bool:
@@ -133,7 +134,7 @@ class Row:
         if remaining == 0 and not self.finished:
             self.at += 1
             self.opening, self.first_masked, self.step, self.denoised = True, True, 0, 0
-            self.remaining = self.initial
+            self.enter()
             if self.block.opens:
                 self.outer_step, self.since_refresh = 0, -1
 

@@ -20,6 +20,7 @@ from fastdllm.kernels.dot import dot
 from fastdllm.kernels.overlap import LAUNCH, begin
 
 LOG2E = 1.4426950408889634
+PIPELINE_BYTES = 196608  # shared memory for keys and values on their way, of the 227 KB of an H100's multiprocessor
 
 
 @triton.jit
@@ -228,21 +229,32 @@ def _counters(device: torch.device, size: int) -> Tensor:
     return torch.zeros(size, dtype=torch.int32, device=device)
 
 
-def tiling(tiles: int, packed: int, keys: int, multiprocessors: int) -> dict[str, int]:
-    """Tile shape and number of key splits for `packed` queries of each of `tiles` (row, kv head) pairs.
+def tiling(tiles: int, packed: int, keys: int, multiprocessors: int, row_bytes: int = 256) -> dict[str, int]:
+    """Tile shape and number of key splits for `packed` queries of each of `tiles` (row, kv head) pairs; a key or value takes
+    `row_bytes`.
 
-    Splits make about one program a multiprocessor; with few of them, deep pipelines keep the memory busy.
+    Splits make about one program a multiprocessor; with few of them, deep pipelines keep the memory busy. The queries of a
+    kv head that many heads share fill several tiles, which read the same keys from the L2 cache.
     """
-    small = tiles < 8  # GQA: the queries of a kv head fill several tiles, which read the same keys
-    block_m = min(32 if small and packed <= 256 else 64, max(16, triton.next_power_of_2(packed)))
+    shared = tiles < 8
+    block_m = min(32 if shared and packed <= 256 else 64, max(16, triton.next_power_of_2(packed)))
     programs = tiles * triton.cdiv(packed, block_m)
     splits = max(1, min(multiprocessors // programs, triton.cdiv(keys, 64)))
     splits = 1 << (splits.bit_length() - 1)
     if splits == 1:
-        shape = (128 if block_m <= 32 else 64, 3)
+        block_n, stages = 128 if block_m <= 32 else 64, 3
+    elif shared:
+        block_n, stages, splits = 32, 3, 8
     else:
-        splits, shape = (8, (32, 3)) if small else (splits, (64, 6))
-    return {"BLOCK_M": block_m, "BLOCK_N": shape[0], "SPLITS": splits, "num_warps": 4, "num_stages": shape[1]}
+        block_n, stages = 64, 6
+    room = PIPELINE_BYTES // (2 * block_n * row_bytes)  # tiles of keys and values that fit
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "SPLITS": splits,
+        "num_warps": 4,
+        "num_stages": max(2, min(stages, room)),
+    }
 
 
 def attention(
@@ -258,9 +270,9 @@ def attention(
     swap: Tensor | None = None,
 ) -> Tensor:
     """See `fastdllm.kernels.attention`."""
-    R, W, H, _ = q.shape
+    R, W, H, D = q.shape
     K = k_store.shape[1]
-    tile = tiling(R * K, W * H // K, keys, _multiprocessors(q.device))
+    tile = tiling(R * K, W * H // K, keys, _multiprocessors(q.device), triton.next_power_of_2(D) * k_store.itemsize)
     return launch(q, k_store, v_store, row, limit, keys, hide, scale, swap, **tile)
 
 

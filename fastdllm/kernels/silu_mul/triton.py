@@ -91,16 +91,20 @@ def linear_silu_mul(x: Tensor, wq: Tensor, scale: Tensor | None = None) -> Tenso
     token_scale = None
     if wq.dtype == FP8:
         rows, token_scale = quantize_rows(rows)
-    out = launch(rows, wq, scale, token_scale, x.dtype, **tiling(len(rows), wq.shape[0] // 2, wq.itemsize))
+    out = launch(rows, wq, scale, token_scale, x.dtype, **tiling(len(rows), wq.shape[0] // 2, wq.dtype))
     return out.view(*x.shape[:-1], -1)
 
 
-def tiling(M: int, F: int, itemsize: int) -> dict[str, int]:
-    """Tile of the joint kernel for M rows and F channels, weights of `itemsize` bytes."""
+def tiling(M: int, F: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile of the joint kernel for M rows and F channels, weights of `dtype`."""
     block_m = max(16, triton.next_power_of_2(M))
-    # Four stages leave room for two programs on a multiprocessor, three for three: all of them should run at once.
-    stages = 4 if F <= 2 * 132 * 64 else 3
-    shape = (128, 128 // itemsize, 8, 3) if block_m == 16 else (64, 128 // itemsize, 4, stages)
+    if block_m == 16:
+        shape = (128, 128 // dtype.itemsize, 8, 3)
+    elif dtype == torch.int8:
+        shape = (64, 256, 4, 3)
+    else:
+        # Four stages leave room for two programs on a multiprocessor, three for three: all of them should run at once.
+        shape = (64, 128 // dtype.itemsize, 4, 4 if F <= 2 * 132 * 64 else 3)
     names = ("block_n", "block_c", "num_warps", "num_stages")
     return dict(zip(names, shape, strict=True)) | {"block_m": block_m}
 

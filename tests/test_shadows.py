@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
@@ -148,6 +149,14 @@ def test_only_tokens_that_the_block_chose_are_taken_back(family: str, cache: str
     for row, result in {row: result for step in steps for row, result in step.done.items()}.items():
         assert torch.equal(result.ids[: len(given[row])], given[row]), "the prompt's tail was taken back"
         assert torch.equal(result.ids[len(given[row]) :], at[row]) and MASK not in at[row]
+
+
+def test_revoking_under_the_block_cache_equals_recomputing_everything() -> None:
+    """The first token of a block comes from the block before it, which never sees it: it stays under either cache."""
+    model, given = random_model("v2"), prompts(5, 8, 11)
+    for prompt, sub in itertools.product(given, (4, 8)):
+        none, block = (run(model, Fickle(), [prompt], cache=cache, small_block_size=sub) for cache in ("none", "block"))
+        assert [step.ids.tolist() for step in none] == [step.ids.tolist() for step in block]
 
 
 @pytest.mark.parametrize("family, cache", [*PAIRS, ("dream", "rule")])

@@ -50,9 +50,9 @@ class Passes:
         pos = torch.arange(T)[None]
         self.model.network(self.x[None], Window(self.row, pos, torch.full_like(pos, T), T, True), self.store)
 
-    def __call__(self, active: int, needed: tuple[int, ...] = ()) -> torch.Tensor:
-        pos = torch.arange(PROMPT, PROMPT + BLOCK)[None]
-        ids, marks = self.x[pos], torch.isin(pos, torch.tensor(needed, dtype=torch.long))
+    def __call__(self, active: int, needed: tuple[int, ...] = (), padding: int = 0) -> torch.Tensor:
+        pos = torch.tensor([[*range(PROMPT, PROMPT + BLOCK), *[T] * padding]])
+        ids, marks = self.x[pos % T], torch.isin(pos, torch.tensor(needed, dtype=torch.long))
         quota = torch.tensor([active])
         hook = self.reuse.hook(self.state, self.row, pos, ids, marks, active, quota, T)
         window = Window(self.row, pos, torch.full_like(pos, T), T, True)
@@ -82,6 +82,20 @@ def test_positions_that_are_left_out_keep_keys_and_deltas() -> None:
     moved = (passes.state.cached != cached).any(-1)[0]  # by layer and position modulo the block
     assert moved.nonzero().tolist() == [[0, (PROMPT + 6) % BLOCK], [1, (PROMPT + 6) % BLOCK]]
     assert ((after - before).abs() > 1e-4).any(-1)[0].nonzero()[:, 0].tolist() == [6]
+
+
+def test_padding_stays_out_of_what_is_kept() -> None:
+    padded, plain = Passes(), Passes()
+    plain.x.copy_(padded.x)
+    for store, other in ((plain.store.k, padded.store.k), (plain.store.v, padded.store.v)):
+        store.copy_(other)
+    assert T % BLOCK in [p % BLOCK for p in range(PROMPT, PROMPT + BLOCK)], "padding would collide with a position"
+    plain(BLOCK), padded(BLOCK + 2, padding=2)
+    torch.testing.assert_close(padded.state.cached[:, :, :BLOCK], plain.state.cached[:, :, :BLOCK], rtol=1e-5, atol=1e-5)
+    before = plain.state.cached.clone()
+    plain(3), padded(3, padding=2)
+    torch.testing.assert_close(padded.state.cached[:, :, :BLOCK], plain.state.cached[:, :, :BLOCK], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(plain.state.cached, before, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["fp32", "int8"])
@@ -126,8 +140,8 @@ def test_padded_passes_keep_their_own_share(family: str) -> None:
     """Blocks of more than 64 positions share a forward at different widths; each row runs its share of its own width."""
     model, given = random_model(family), prompts(3, 9)
     requests = [Request(given[0], 90), Request(given[1], 75)]
-    config = fastdllm.DecodeConfig(**{**OPTIONS, "gen_length": 90, "block_length": 90, "ratio": 0.3, "threshold": 0.9})
-    plan = assemble(model, config)
+    long = {"gen_length": 90, "block_length": 90, "ratio": 0.3, "refresh": 99, "threshold": 0.9}
+    plan = assemble(model, fastdllm.DecodeConfig(**{**OPTIONS, **long}))
     shared = list(decode(model, requests, **plan))
     assert max(len(step.rows) for step in shared) == 2
     together = {row: r for step in shared for row, r in step.done.items()}

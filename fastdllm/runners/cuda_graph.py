@@ -35,11 +35,12 @@ def bucket(rows: int) -> int:
 
 @dataclass
 class Graph:
-    """A captured step. `host` is its plan in pinned memory, where the graph begins by fetching it; `noise` is its other
-    input, and `out` its result. `step` keeps alive what the graph's kernels point to."""
+    """A captured step. `host` is its plan in pinned memory, from where the graph fetches it to `plan` first; `noise` is its
+    other input, and `out` its result. `step` keeps alive what else the graph's kernels point to."""
 
     graph: torch.cuda.CUDAGraph
     host: Tensor
+    plan: Tensor
     noise: Tensor | None
     out: Any
     step: Callable[..., Any]
@@ -111,4 +112,4 @@ class Runner(eager.Runner):
             plan.copy_(host, non_blocking=True)
             out = step(plan, noise, **static)
         self.pool = self.pool or graph.pool()
-        return Graph(graph, host, noise, out, step)
+        return Graph(graph, host, plan, noise, out, step)

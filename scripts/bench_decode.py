@@ -27,6 +27,8 @@ import torch
 
 import fastdllm
 from fastdllm import kernels
+from fastdllm.build import assemble
+from fastdllm.engine import Request, decode
 from fastdllm.models import Model
 from fastdllm.models.dream import FAMILY as DREAM
 from fastdllm.models.fast_dllm_v2 import FAMILY as V2
@@ -199,19 +201,24 @@ def answers(model: Model, batch: int, prompt: int, gen: int, per_step: float, op
 
 
 def step_times(model: Model, prompt: int, gen: int, options: dict[str, Any]) -> dict[str, float]:
-    """Wall time of an average block step of batch 1, and the device's busy share of it (CUDA: from a profile)."""
-    ids = [torch.randint(0, model.spec.vocab - 600, (prompt,))]
+    """Median wall time of a block step of batch 1 in the engine's loop. On CUDA also the device time of its captured graph,
+    and the host's share: the part of a step in which the device waits for the host."""
+    request = Request(torch.randint(0, model.spec.vocab - 600, (prompt,), device=model.device), gen)
     config = fastdllm.DecodeConfig(decoder="quota", gen_length=gen, steps=gen // 4, stop_ids=(), **options)
-    fastdllm.generate(model, ids, config)
-    narrow = []
-    began = time.perf_counter()
-    for step in fastdllm.stream(model, ids, config):
-        now = time.perf_counter()
-        if not step.done:
+    runner = model.runner("cuda_graph" if model.device.type == "cuda" else "eager")
+    graphs: dict[Any, Any] = getattr(runner, "graphs", {})
+    graphs.clear()
+    for _ in range(2):  # the first run compiles and captures
+        narrow, began = [], time.perf_counter()
+        for _ in decode(model, [request], **assemble(model, config)):
+            now = time.perf_counter()
             narrow.append(now - began)
-        began = now
-    narrow.sort()
-    return {"step_wall_ms": 1e3 * narrow[len(narrow) // 2]}
+            began = now
+    wall = 1e3 * sorted(narrow)[len(narrow) // 2]
+    if len({key[2] for key in graphs}) != 1:  # passes of several widths, or too wide to be captured
+        return {"step_wall_ms": wall}
+    device = median_ms(next(reversed(graphs.values())).graph.replay, model.device, 40)
+    return {"step_wall_ms": wall, "step_device_ms": device, "host_share": 1 - device / wall}
 
 
 def commit() -> str:

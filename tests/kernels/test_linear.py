@@ -87,7 +87,7 @@ def test_partial_sums_add_up(device: torch.device, assert_close, M: int, C: int,
     from fastdllm.kernels.linear import triton
 
     (wq, scale), (xq, token_scale) = weight(N, C, "fp8", device), weight(M, C, "fp8", device)
-    tile = triton.tiling(M, N, 1) | {"splits": splits, "block_c": 64}
+    tile = triton.tiling(M, N, wq.dtype) | {"splits": splits, "block_c": 64}
     out = triton.stream(xq, wq, scale, None, token_scale, torch.float32, **tile)
     assert out.shape == (splits, M, N) and out.dtype == torch.float32
     want = (xq.double() * token_scale[:, None]) @ (wq.double() * scale[:, None]).T
@@ -99,7 +99,7 @@ def test_bias_is_added_once(device: torch.device, assert_close) -> None:
 
     x, w = torch.randn(3, 512, device=device).bfloat16(), torch.randn(48, 512, device=device).bfloat16()
     bias = torch.full((48,), 1000.0, device=device).bfloat16()
-    parts = triton.stream(x, w, None, bias, **triton.tiling(3, 48, 2) | {"splits": 4, "block_c": 64})
+    parts = triton.stream(x, w, None, bias, **triton.tiling(3, 48, w.dtype) | {"splits": 4, "block_c": 64})
     assert_close(parts.sum(0).bfloat16(), reference.linear(x, w, None, bias), 1e-2)
 
 

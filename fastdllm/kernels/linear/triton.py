@@ -103,7 +103,7 @@ def sums(x: Tensor, wq: Tensor, scale: Tensor | None, bias: Tensor | None) -> Te
     """
     rows = x.reshape(-1, x.shape[-1])
     if streams(rows, wq):
-        tile = tiling(len(rows), len(wq), wq.itemsize)
+        tile = tiling(len(rows), len(wq), wq.dtype)
         if wq.dtype != FP8:
             return stream(rows, wq, scale, bias, **tile)
         xq, token_scale = quantize_rows(rows)
@@ -127,19 +127,20 @@ def streams(rows: Tensor, wq: Tensor) -> bool:
     return rows.itemsize == 2 and len(rows) <= most and wq.shape[1] * wq.itemsize % 16 == 0
 
 
-def tiling(M: int, N: int, itemsize: int) -> dict[str, int]:
-    """Tile of the streaming kernel for M rows and N output channels, weights of `itemsize` bytes."""
+def tiling(M: int, N: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile of the streaming kernel for M rows and N output channels, weights of `dtype`."""
     block_m = min(128, max(16, triton.next_power_of_2(M)))
     if block_m == 128:
-        shape = (64, 256 // itemsize, 3, 1)
+        shape = (64, 128, 3, 1)
     elif N > 16384:
-        shape = (64, 256 // itemsize, 4, 1)
+        shape = (64, 256 // dtype.itemsize, 4, 1)
     elif N > 8192:
-        shape = (64, 256 // itemsize, 3, 2)
+        shape = (64, 256 // dtype.itemsize, 3, 2)
     elif N > 4096:
-        shape = (64, 256 // itemsize, 4, 3)
+        shape = (64, 256 // dtype.itemsize, 4, 3)
     else:
-        shape = (64, 512 // itemsize, 3, 2)
+        # int8 meets tiles of x that take twice its bytes, and leaves less room for deep ones.
+        shape = (64, 256, 3, 4) if dtype == torch.int8 else (64, 512 // dtype.itemsize, 3, 2)
     names = ("block_n", "block_c", "num_stages", "splits")
     return dict(zip(names, shape, strict=True)) | {"block_m": block_m, "num_warps": 4}
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replay each narrow step as one captured CUDA graph.
+"""Replay each step as one captured CUDA graph.
 
-A block step of an 8B model is some three hundred kernel launches, which take the host longer than the device needs to run
-them. Captured, they are one launch. A graph is keyed by what shapes it: rows, width, key bucket and the step function's
-choices; prompts of different lengths share it, because starts and lengths are tensors. Wide passes run eagerly: they take
-the device so long that their launches are hidden.
+A step of an 8B model is some three hundred kernel launches, which take the host longer than the device needs to run them for
+up to a thousand positions. Captured, they are one launch. A graph is keyed by what shapes it: rows, width, key bucket and
+the step function's choices; prompts of different lengths share it, because starts and lengths are tensors. Larger passes run
+eagerly: they take the device so long that their launches are hidden.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 from fastdllm.runners import eager
 from fastdllm.store import Canvas
 
-CAPTURED_WIDTH = 64  # wider passes run eagerly
-WIDTH_BUCKET = 8  # positions of a pass, rounded up: openings of short prompts and short last blocks share graphs
+CAPTURED_POSITIONS = 2048  # of all rows together; larger passes run eagerly
+WIDTH_BUCKET, WIDE_BUCKET = 8, 64  # positions of a pass, rounded up to a multiple of this; of the second above it
 KEY_BUCKET = 256  # keys a graph looks at, rounded up: attention skips what lies beyond a row's own length
 LENGTH_BUCKET = 512  # canvas lengths are rounded up to this, so that later prompts find room and keep the graphs
 
@@ -75,13 +75,13 @@ class Runner(eager.Runner):
         return self.kept
 
     def __call__(self, step: Callable[..., Any], plan: list[list[int]], noise: Tensor | None, **static: Any) -> Any:
-        """As `eager.Runner`, with passes up to CAPTURED_WIDTH replayed. The result is valid until the next call."""
-        width = static["width"]
-        if width > CAPTURED_WIDTH:
-            return super().__call__(step, plan, noise, **static)
+        """As `eager.Runner`, with passes up to CAPTURED_POSITIONS replayed. The result is valid until the next call."""
+        width, rows, length = static["width"], bucket(len(plan)), self.kept.store.k.shape[3]
         if static["active"] is None:  # layer reuse counts the positions of a pass
-            width = -(-width // WIDTH_BUCKET) * WIDTH_BUCKET
-        rows, length = bucket(len(plan)), self.kept.store.k.shape[3]
+            multiple = WIDTH_BUCKET if width <= WIDE_BUCKET else WIDE_BUCKET
+            width = -(-width // multiple) * multiple
+        if rows * width > CAPTURED_POSITIONS:
+            return super().__call__(step, plan, noise, **static)
         keys = min(length, -(-static["keys"] // KEY_BUCKET) * KEY_BUCKET)
         static |= {"width": width, "keys": keys, "uniform": False}
         idle = [self.kept.x.shape[0] - 1, 0, width, width, width, 0, 1, 0, 0, 0, 1, 0, 0, 0]

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the graph runner does around a graph, without a GPU: widths, rows and keys are rounded up, idle rows fill the rest,
+one canvas serves every run. Where a graph would be replayed, the step runs on the graph's own inputs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import fastdllm
+from fastdllm.runners import cuda_graph
+from tests.random_models import prompts, random_model
+
+CASES = [
+    ("llada", {"cache": "none"}),
+    ("llada", {"cache": "prefix"}),
+    ("llada", {"cache": "dual", "decoder": "quota", "temperature": 0.7}),
+    ("llada", {"cache": "suffix_window", "suffix": 4, "decoder": "frechet"}),
+    ("llada", {"cache": "top_rho", "threshold": 0.3}),
+    ("llada", {"decoder": "draft_verify"}),
+    ("llada", {"decoder": "lopa", "cache": "vicinity"}),
+    ("dream", {"decoder": "wino", "keep": 1.0, "threshold": 0.2}),
+    ("dream", {"cache": "prefix", "first_token": "rule"}),
+    ("v2", {"cache": "block", "reuse_k": 3, "layer_subset": "1", "trim_ratio": 0.4}),
+    ("v2", {"cache": "sub_block", "small_block_size": 4}),
+]
+
+
+def emulated(self: cuda_graph.Runner, step: Any, idle: list[int], rows: int, noise: Any, static: dict[str, Any]) -> Any:
+    host = torch.tensor([idle] * rows)
+    noise = None if noise is None else noise.new_full((rows, *noise.shape[1:]), 0.5)
+    step(host.clone(), noise, **static)  # the warm-up writes to the idle row alone
+
+    def replay() -> None:
+        graph.out = step(host.clone(), noise, **static)
+
+    graph = cuda_graph.Graph(SimpleNamespace(replay=replay), host, host, noise, None, step)
+    return graph
+
+
+@pytest.mark.parametrize("family, options", CASES, ids=str)
+def test_padding_changes_nothing(monkeypatch: pytest.MonkeyPatch, family: str, options: dict[str, Any]) -> None:
+    monkeypatch.setattr(cuda_graph.Runner, "_capture", emulated)
+    model = random_model(family)
+    options = {"gen_length": 29, "stop_ids": (), **options}
+    for batch in (prompts(7), prompts(90, 3, 70), prompts(5, 40, 16, 31, 3, 8, 9, 2, 66)):
+        eager = fastdllm.generate(model, batch, runner="eager", **options)
+        graph = fastdllm.generate(model, batch, runner="cuda_graph", **options)
+        assert [s.tolist() for s in graph.sequences] == [s.tolist() for s in eager.sequences]
+        assert graph.stats.row_forwards == eager.stats.row_forwards
+        assert graph.stats.row_layer_tokens == eager.stats.row_layer_tokens
+    assert model.runner("cuda_graph").graphs
+
+
+def test_large_passes_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graph.Runner, "_capture", emulated)
+    monkeypatch.setattr(cuda_graph, "CAPTURED_POSITIONS", 128)
+    model = random_model()
+    fastdllm.generate(model, prompts(90, 95), cache="dual", gen_length=24, runner="cuda_graph", stop_ids=())
+    sizes = {key[1] * key[2] for key in model.runner("cuda_graph").graphs}
+    assert sizes and max(sizes) <= 128
+
+
+def test_prompts_of_other_lengths_share_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graph.Runner, "_capture", emulated)
+    model = random_model()
+    for n in range(1, 200, 3):
+        fastdllm.generate(model, prompts(n), gen_length=8, runner="cuda_graph", stop_ids=())
+    assert len(model.runner("cuda_graph").graphs) <= 1 + 8 + 3  # block steps; openings up to 64 positions; up to 208
+
+
+def test_rows_are_padded_by_little() -> None:
+    for rows in range(1, 300):
+        assert rows <= cuda_graph.bucket(rows) <= max(1.5 * rows, rows + 3)
+        assert cuda_graph.bucket(rows) <= 1.25 * rows or rows <= 13
+    assert len({cuda_graph.bucket(rows) for rows in range(1, 65)}) <= 16

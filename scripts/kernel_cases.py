@@ -21,7 +21,9 @@ from fastdllm.kernels.confidence import triton as confidence_triton
 from fastdllm.kernels.linear import triton as linear_triton
 from fastdllm.kernels.rmsnorm import reference as rmsnorm_reference
 from fastdllm.kernels.rope_store import reference as rope_store_reference
+from fastdllm.kernels.rope_store import triton as rope_store_triton
 from fastdllm.kernels.silu_mul import reference as silu_mul_reference
+from fastdllm.kernels.silu_mul import triton as silu_mul_triton
 
 DEVICE = torch.device("cuda")
 KEYS = 1256
@@ -98,7 +100,7 @@ def attention_case(m: Model, R: int, W: int, sweep: bool, causal_block: int = 0)
 
     def run(i: int, tile: dict[str, int] | None = None) -> Tensor:
         args = (q[i], store[i, 0], store[i, 1], row, limit, KEYS)
-        return attention_triton.launch(*args, None, None, **tile) if tile else attention_triton.attention(*args)
+        return attention_triton.launch(*args, None, None, None, **tile) if tile else attention_triton.attention(*args)
 
     def sdpa(i: int, backend: SDPBackend) -> Tensor:
         k, v = (store[i, s, :, :, :KEYS] for s in (0, 1))
@@ -140,7 +142,7 @@ def attention_tiles(tiles: int, packed: int) -> Iterator[dict[str, int]]:
         shapes = [
             (m, n, s, 8 if m == 128 else 4, 3) for m in rows for s in splits for n in ((32, 64, 128) if m == 32 else (64,))
         ]
-        shapes += [(rows[0], 64, s, 2, 3) for s in splits]
+        shapes += [(rows[0], n, s, 4, stages) for s in splits for n, stages in ((64, 6), (32, 8))]
     for shape in shapes:
         yield dict(zip(names, shape, strict=True))
 
@@ -156,9 +158,9 @@ def linear_case(m: Model, name: str, M: int, kind: str, sweep: bool) -> Case:
 
     def streamed(i: int, tile: dict[str, int]) -> Tensor:
         if kind != "fp8":
-            return linear_triton.stream(x, *weights[i], None, **tile)
+            return linear_triton.stream(x, *weights[i], None, **tile).sum(0)
         xq, token_scale = linear_triton.quantize_rows(x)
-        return linear_triton.stream(xq, *weights[i], None, token_scale, x.dtype, **tile)
+        return linear_triton.stream(xq, *weights[i], None, token_scale, x.dtype, **tile).sum(0)
 
     runs: dict[str, Run] = {"kernel": lambda i: kernels.linear(x, *weights[i])}
     if kind == "bf16":
@@ -171,15 +173,15 @@ def linear_case(m: Model, name: str, M: int, kind: str, sweep: bool) -> Case:
 
 
 def linear_tiles(M: int, size: int) -> Iterator[dict[str, int]]:
-    """Candidates around the table: tile rows, tile channels, tile depth, warps, stages."""
-    names = ("block_m", "block_n", "block_c", "num_warps", "num_stages")
-    if M <= 64:
-        shapes = [(16, 256, 4, 5), (32, 256, 4, 4), (64, 128, 4, 4), (64, 256, 4, 3), (128, 128, 4, 3)]
-        shapes += [(64, 512, 4, 3), (128, 256, 4, 3), (32, 512, 4, 3)] if size == 1 else []
+    """Candidates around the table: tile rows, tile channels, tile depth, stages, splits of the channels."""
+    names = ("block_m", "block_n", "block_c", "num_stages", "splits")
+    if M > 64:
+        shapes = [(128, 64, 3, 1), (64, 128, 3, 1)]
     else:
-        shapes = [(128, 64, 8, 3), (64, 128, 4, 3)]
+        bytes_of = [(64, 256, 4), (64, 256, 3), (64, 512, 3), (128, 128, 4), (128, 256, 3)]
+        shapes = [(n, c // size, stages, splits) for n, c, stages in bytes_of for splits in (1, 2, 3, 4)]
     for shape in shapes:
-        yield dict(zip(names, (min(128, M), *shape), strict=True))
+        yield dict(zip(names, (min(128, M), *shape), strict=True)) | {"num_warps": 4}
 
 
 def head_case(m: Model, N: int, sweep: bool) -> Case:
@@ -219,7 +221,7 @@ def small_cases(m: Model, R: int, W: int) -> Iterator[Case]:
     }, lambda i: rmsnorm_reference.rmsnorm(x, weight, 1e-5, r)[0], 2 * 4 * N * m.width)  # fmt: skip
     gate_up = rand(R, W, 2 * m.inner)
     yield Case("silu_mul", label, {
-        "kernel": lambda i: kernels.silu_mul(gate_up),
+        "kernel": lambda i: silu_mul_triton.silu_mul(gate_up),
         "torch": lambda i: silu_mul_reference.silu_mul(gate_up),
     }, lambda i: silu_mul_reference.silu_mul(gate_up), 2 * 3 * N * m.inner)  # fmt: skip
     qkv, k, v = rand(R, W, (H + 2 * K) * D), rand(R, K, KEYS, D), rand(R, K, KEYS, D)
@@ -227,9 +229,24 @@ def small_cases(m: Model, R: int, W: int) -> Iterator[Case]:
     pos = (torch.arange(W, device=DEVICE) + KEYS - W).expand(R, W).contiguous()
     args = (qkv, H, K, cos, sin, pos, torch.arange(R, device=DEVICE), k, v)
     yield Case("rope_store", label, {
-        "kernel": lambda i: kernels.rope_store(*args),
+        "kernel": lambda i: rope_store_triton.rope_store(*args),
         "torch": lambda i: rope_store_reference.rope_store(*args),
     }, lambda i: rope_store_reference.rope_store(*args), 2 * 2 * N * (H + 2 * K) * D)  # fmt: skip
+
+
+def gated_case(m: Model, M: int, kind: str) -> Case:
+    """SwiGLU's gate and up projection and its activation, in one kernel and in two."""
+    size, n = 2 if kind == "bf16" else 1, 4
+    plain = [rand(2 * m.inner, m.width, scale=m.width**-0.5) for _ in range(n)]
+    weights = [(w, None) if kind == "bf16" else kernels.quantize_weight(w, kind) for w in plain]
+    x = rand(M, m.width)
+    runs: dict[str, Run] = {
+        "kernel": lambda i: kernels.linear_silu_mul(x, *weights[i]),
+        "two kernels": lambda i: silu_mul_triton.silu_mul(kernels.linear(x, *weights[i])),
+    }
+    want = lambda i: silu_mul_reference.silu_mul(x.float() @ plain[i].float().T)  # noqa: E731
+    nbytes = 2.0 * size * m.inner * m.width
+    return Case("linear_silu_mul", f"{m.name} M{M} {kind}", runs, want, nbytes, 4.0 * M * m.inner * m.width, n, 0.1)
 
 
 def step_cases(m: Model, R: int, Q: int) -> Iterator[Case]:
@@ -251,44 +268,38 @@ def step_cases(m: Model, R: int, Q: int) -> Iterator[Case]:
         }, partial(lambda a, i: accept_reference.accept(*a), args), 8 * 3 * R * Q, ratio=0.0)  # fmt: skip
 
 
-def layer_case(m: Model, R: int, W: int, kind: str, sweep: bool, layers: int = 8) -> Case:
-    """`layers` transformer layers back to back in one graph: what the kernels and the gaps between them cost together."""
+def layer_case(m: Model, R: int, W: int, kind: str, layers: int = 8) -> Case:
+    """`layers` transformer layers back to back in one graph: what the kernels and the gaps between them cost together, and
+    what each part of a layer adds."""
     C, H, K, D = m.width, m.heads, m.kv_heads, m.head_dim
     ws = [{k: rand(*s, scale=s[1] ** -0.5) for k, s in m.linears().items()} for _ in range(layers)]
-    if kind != "bf16":
-        ws = [{k: kernels.quantize_weight(t, kind) for k, t in w.items()} for w in ws]
-    linear = kernels.linear if kind == "bf16" else lambda x, w: kernels.linear(x, *w)
-    store, x0, weight = rand(layers, 2, R, K, KEYS + 24, D), rand(R, W, C), rand(C)
-    a0, f0 = rand(R, W, H * D), rand(R, W, m.inner)
+    quantised = [{k: (t, None) if kind == "bf16" else kernels.quantize_weight(t, kind) for k, t in w.items()} for w in ws]
+    store, x0, norm = rand(layers, 2, R, K, KEYS + 24, D), rand(R, W, C), rand(C)
     cos, sin = torch.randn(2, KEYS + 24, D, device=DEVICE)
     pos = (torch.arange(W, device=DEVICE) + KEYS - W).expand(R, W).contiguous()
     row, limit = torch.arange(R, device=DEVICE), torch.full((R, W), KEYS, device=DEVICE)
+    q0, f0 = rand(R, W, H, D), rand(R, W, m.inner)
 
-    def forward(i: int, linear: Callable[[Tensor, object], Tensor] = linear) -> Tensor:
-        h, delta = x0, None
-        for w, (k, v) in zip(ws, store, strict=True):
-            y, h = kernels.rmsnorm(h, weight, 1e-5, delta)
-            q = kernels.rope_store(linear(y, w["qkv"]), H, K, cos, sin, pos, row, k, v)
-            a = kernels.attention(q, k, v, row, limit, KEYS)
-            y, h = kernels.rmsnorm(h, weight, 1e-5, linear(a.flatten(2), w["o"]))
-            delta = linear(kernels.silu_mul(linear(y, w["gate_up"])), w["down"])
-        return delta
+    def forward(i: int, without: str = "") -> Tensor:
+        y, h = kernels.rmsnorm(x0, norm, 1e-5)
+        for w, (k, v) in zip(quantised, store, strict=True):
+            (qkv, s1), (o, s2), (gate_up, s3), (down, s4) = (w[name] for name in ("qkv", "o", "gate_up", "down"))
+            q = a = q0
+            if without != "qkv":
+                q = kernels.linear_rope_store(y, qkv, H, K, cos, sin, pos, row, k, v, s1)
+            if without != "attention":
+                a = kernels.attention(q, k, v, row, limit, KEYS)
+            if without != "out":
+                y, h = kernels.linear_rmsnorm(a.flatten(2), o, norm, 1e-5, h, s2)
+            f = f0 if without == "gate and up" else kernels.linear_silu_mul(y, gate_up, s3)
+            if without != "down":
+                y, h = kernels.linear_rmsnorm(f, down, norm, 1e-5, h, s4)
+        return y
 
-    def alone(i: int) -> None:
-        for w in ws:
-            for x, name in ((x0, "qkv"), (a0, "o"), (x0, "gate_up"), (f0, "down")):
-                linear(x, w[name])
-
-    def streamed(x: Tensor, w: tuple[Tensor, Tensor]) -> Tensor:
-        rows, token_scale = linear_triton.quantize_rows(x.flatten(0, 1))
-        tile = linear_triton.tiling(R * W, len(w[0]), 1)
-        return linear_triton.stream(rows, *w, None, token_scale, x.dtype, **tile).view(R, W, -1)
-
-    runs: dict[str, Run] = {"layers": forward, "linears alone": alone}
-    if kind == "bf16":
-        runs["cublas"] = partial(forward, linear=F.linear)
-    if sweep and kind == "fp8":
-        runs["streamed"] = partial(forward, linear=streamed)
+    runs: dict[str, Run] = {"layers": forward}
+    runs |= {
+        f"without {part}": partial(forward, without=part) for part in ("qkv", "attention", "out", "gate and up", "down")
+    }
     size = 2 if kind == "bf16" else 1
     nbytes = layers * (sum(size * a * b for a, b in m.linears().values()) + 4 * R * K * KEYS * D)
     return Case("layers", f"{m.name} x{layers} R{R} W{W} {kind}", runs, None, nbytes)
@@ -316,4 +327,5 @@ def cases(sweep: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
         yield case.op, partial(lambda c: c, case)
     for m in (LLADA, DREAM):
         for kind in KINDS:
-            yield "layers", partial(layer_case, m, 1, 32, kind, sweep)
+            yield "linear_silu_mul", partial(gated_case, m, 32, kind)
+            yield "layers", partial(layer_case, m, 1, 32, kind)

@@ -14,7 +14,7 @@ import fastdllm
 from fastdllm import registry
 from fastdllm.build import assemble
 from fastdllm.presets import PRESETS
-from scripts import pareto
+from scripts import paired, pareto
 from tests.random_models import random_model
 
 FAMILY = {"tiny-llada": "llada", "tiny-dream": "dream", "tiny-fast-dllm-v2": "v2"}
@@ -33,47 +33,47 @@ def call(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> None
 
 
 def test_mcnemar_is_the_sign_test_on_the_disagreements() -> None:
-    assert pareto.mcnemar(0, 0) == 1.0 and pareto.mcnemar(3, 3) == 1.0
-    assert pareto.mcnemar(0, 5) == pareto.mcnemar(5, 0) == 2 / 32
-    assert pareto.mcnemar(1, 7) == pytest.approx(2 * 9 / 256)
+    assert paired.mcnemar(0, 0) == 1.0 and paired.mcnemar(3, 3) == 1.0
+    assert paired.mcnemar(0, 5) == paired.mcnemar(5, 0) == 2 / 32
+    assert paired.mcnemar(1, 7) == pytest.approx(2 * 9 / 256)
 
 
 def test_the_interval_holds_the_mean_and_narrows_with_the_square_root() -> None:
     few, many = np.array([-1.0, 0, 0, 0, 1, 0, 0, -1]), np.tile([-1.0, 0, 0, 0, 1, 0, 0, -1], 16)
-    (low, high), (low_many, high_many) = pareto.interval(few), pareto.interval(many)
+    (low, high), (low_many, high_many) = paired.interval(few), paired.interval(many)
     assert low < few.mean() < high
     assert (high - low) / (high_many - low_many) == pytest.approx(4, rel=0.2)
-    assert pareto.interval(np.zeros(9)) == (0, 0)
+    assert paired.interval(np.zeros(9)) == (0, 0)
 
 
 def test_a_longer_answer_differs_where_the_other_has_ended() -> None:
-    assert pareto.places_that_differ([1, 2, 3], [1, 2, 3]) == (0, 3)
-    assert pareto.places_that_differ([1, 2, 3], [1, 9]) == (2, 3)
-    assert pareto.places_that_differ([], [4, 4]) == (2, 2)
+    assert paired.places_that_differ([1, 2, 3], [1, 2, 3]) == (0, 3)
+    assert paired.places_that_differ([1, 2, 3], [1, 9]) == (2, 3)
+    assert paired.places_that_differ([], [4, 4]) == (2, 2)
 
 
 def test_a_row_of_the_table() -> None:
     lines = answers("quota+dual", "1101") + answers("fast+dual", "1000", forwards=2, ids=(5, 7, 2))
-    grouped = pareto.by_setting(lines + answers("partly+dual", "1"), "quota+dual")
-    rows = pareto.summarise(grouped, "quota+dual", {"fast+dual": "quick"})
+    grouped = paired.by_setting(lines + answers("partly+dual", "1"), "quota+dual")
+    rows = paired.summarise(grouped, "quota+dual", {"fast+dual": "quick"})
     assert [r["setting"] for r in rows] == ["quota+dual", "fast+dual"]
     fast = rows[1]
     assert (fast["accuracy"], fast["difference"], fast["p"], fast["preset"]) == (0.25, -0.5, 0.5, "quick")
     assert (fast["same"], fast["tokens_differ"], fast["tokens_per_forward"]) == (0, 0.33333, 1)
     assert fast["tokens_per_second"] is None
-    assert pareto.frontier(rows) == [fast, rows[0]]
+    assert paired.frontier(rows) == [fast, rows[0]]
     with pytest.raises(SystemExit, match="no lines of quota"):
-        pareto.by_setting(answers("fast+dual", "10"), "quota+dual")
+        paired.by_setting(answers("fast+dual", "10"), "quota+dual")
 
 
 def test_an_order_that_flips_between_templates_is_found() -> None:
     good, bad = "1" * 12, "0" * 12
     one = {"a": answers("a", good), "b": answers("b", bad), "c": answers("c", bad)}
     two = {"a": answers("a", bad), "b": answers("b", good), "c": answers("c", bad), "d": answers("d", good)}
-    found = pareto.compare(one, two)
+    found = paired.compare(one, two)
     assert (found["pairs"], found["change"], found["clear"]) == (3, 1, [["a", "b"]])
     assert found["ranks"] == {"a": [1, 2], "b": [2, 1], "c": [2, 2]}
-    assert pareto.compare(one, one)["tau"] == pytest.approx(2 / 3, abs=1e-3)
+    assert paired.compare(one, one)["tau"] == pytest.approx(2 / 3, abs=1e-3)
 
 
 @pytest.mark.parametrize("model", FAMILY)

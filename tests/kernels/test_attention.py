@@ -197,11 +197,27 @@ def test_tilings_cover_the_device() -> None:
     """A LLaDA or Dream block at batch 1 fills 132 multiprocessors; a batch that fills them alone is not split."""
     from fastdllm.kernels.attention import triton
 
+    device = torch.device("cpu")  # taken for an H100
     for tiles, packed in ((32, 32), (4, 32 * 7)):
-        t = triton.tiling(tiles, packed, 1256, 132)
+        t = triton.tiling(tiles, packed, 1256, 256, device)
         assert tiles * -(-packed // t["BLOCK_M"]) * t["SPLITS"] >= 120
-    assert triton.tiling(32 * 32, 32, 1256, 132)["SPLITS"] == 1
-    assert triton.tiling(32, 1256, 1256, 132)["SPLITS"] == 1
+    assert triton.tiling(32 * 32, 32, 1256, 256, device)["SPLITS"] == 1
+    assert triton.tiling(32, 1256, 1256, 256, device)["SPLITS"] == 1
+
+
+def test_pipelines_fit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of keys and values on their way take no more shared memory than there is, on a card with 100 KB too."""
+    from fastdllm.kernels import device as devices
+    from fastdllm.kernels.attention import triton
+
+    device = torch.device("cpu")
+    for room in (232448, 166912, 101376):
+        monkeypatch.setattr(devices, "shared_memory", lambda _, room=room: room)
+        for row_bytes in (32, 256, 512):
+            for tiles, packed in ((2, 32), (32, 32), (4, 224), (32, 1256)):
+                t = triton.tiling(tiles, packed, 1256, row_bytes, device)
+                used = 2 * t["BLOCK_N"] * row_bytes * t["num_stages"]
+                assert used <= room or t["num_stages"] == 2
 
 
 @pytest.mark.gpu

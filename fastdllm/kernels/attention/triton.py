@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdllm.kernels.device import multiprocessors, stages
 from fastdllm.kernels.dot import dot
 from fastdllm.kernels.overlap import LAUNCH, begin
 
 LOG2E = 1.4426950408889634
-PIPELINE_BYTES = 196608  # shared memory for keys and values on their way, of the 227 KB of an H100's multiprocessor
 
 
 @triton.jit
@@ -219,17 +219,12 @@ def _attend_kernel(
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
-@cache
 def _counters(device: torch.device, size: int) -> Tensor:
     """How many splits of each tile have finished: zero between launches, which run one at a time, as on one stream."""
     return torch.zeros(size, dtype=torch.int32, device=device)
 
 
-def tiling(tiles: int, packed: int, keys: int, multiprocessors: int, row_bytes: int = 256) -> dict[str, int]:
+def tiling(tiles: int, packed: int, keys: int, row_bytes: int, device: torch.device) -> dict[str, int]:
     """Tile shape and number of key splits for `packed` queries of each of `tiles` (row, kv head) pairs; a key or value takes
     `row_bytes`.
 
@@ -239,22 +234,16 @@ def tiling(tiles: int, packed: int, keys: int, multiprocessors: int, row_bytes: 
     shared = tiles < 8
     block_m = min(32 if shared and packed <= 256 else 64, max(16, triton.next_power_of_2(packed)))
     programs = tiles * triton.cdiv(packed, block_m)
-    splits = max(1, min(multiprocessors // programs, triton.cdiv(keys, 64)))
+    splits = max(1, min(multiprocessors(device) // programs, triton.cdiv(keys, 64)))
     splits = 1 << (splits.bit_length() - 1)
     if splits == 1:
-        block_n, stages = 128 if block_m <= 32 else 64, 3
+        block_n, depth = 128 if block_m <= 32 else 64, 3
     elif shared:
-        block_n, stages, splits = 32, 3, 8
+        block_n, depth, splits = 32, 3, 8
     else:
-        block_n, stages = 64, 6
-    room = PIPELINE_BYTES // (2 * block_n * row_bytes)  # tiles of keys and values that fit
-    return {
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "SPLITS": splits,
-        "num_warps": 4,
-        "num_stages": max(2, min(stages, room)),
-    }
+        block_n, depth = 64, 6
+    depth = stages(depth, 2 * block_n * row_bytes, device)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "SPLITS": splits, "num_warps": 4, "num_stages": depth}
 
 
 def attention(
@@ -272,7 +261,7 @@ def attention(
     """See `fastdllm.kernels.attention`."""
     R, W, H, D = q.shape
     K = k_store.shape[1]
-    tile = tiling(R * K, W * H // K, keys, _multiprocessors(q.device), triton.next_power_of_2(D) * k_store.itemsize)
+    tile = tiling(R * K, W * H // K, keys, triton.next_power_of_2(D) * k_store.itemsize, q.device)
     return launch(q, k_store, v_store, row, limit, keys, hide, scale, swap, **tile)
 
 

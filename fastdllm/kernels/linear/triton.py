@@ -15,12 +15,17 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastdllm.kernels.device import stages
 from fastdllm.kernels.dot import dot
 from fastdllm.kernels.linear import reference
 from fastdllm.kernels.linear.reference import FP8, FP8_MAX
 from fastdllm.kernels.overlap import LAUNCH, begin
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # Triton before 3.4 has none: the library multiplies
+    TensorDescriptor = None
 
 # Most rows of the streaming kernel; more go to the library, from where on int8 costs a widened copy of the weight.
 STREAM_ROWS = 64
@@ -124,7 +129,8 @@ def sums(x: Tensor, wq: Tensor, scale: Tensor | None, bias: Tensor | None) -> Te
 def streams(rows: Tensor, wq: Tensor) -> bool:
     """Whether the product of rows [M, C] is bound by reading the weight, and the bulk copy engine can read it."""
     most = WIDENED_ROWS if wq.dtype == torch.int8 else STREAM_ROWS
-    return rows.itemsize == 2 and len(rows) <= most and wq.shape[1] * wq.itemsize % 16 == 0
+    readable = TensorDescriptor is not None and wq.shape[1] * wq.itemsize % 16 == 0
+    return readable and rows.itemsize == 2 and len(rows) <= most
 
 
 def tiling(M: int, N: int, dtype: torch.dtype) -> dict[str, int]:
@@ -183,7 +189,7 @@ def stream(
         BLOCK_N=block_n,
         BLOCK_C=block_c,
         num_warps=num_warps,
-        num_stages=num_stages,
+        num_stages=stages(num_stages, block_c * (block_n * w.itemsize + block_m * x.itemsize), x.device),
         **LAUNCH,
     )
     return y

@@ -11,11 +11,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastdllm.kernels.device import stages
 from fastdllm.kernels.dot import dot
 from fastdllm.kernels.linear.reference import FP8
-from fastdllm.kernels.linear.triton import STREAM_ROWS, linear, load_rows, quantize_rows, streams
+from fastdllm.kernels.linear.triton import STREAM_ROWS, TensorDescriptor, linear, load_rows, quantize_rows, streams
 from fastdllm.kernels.overlap import LAUNCH, begin
 
 BLOCK = 1024
@@ -141,7 +141,7 @@ def launch(
         BLOCK_N=block_n,
         BLOCK_C=block_c,
         num_warps=num_warps,
-        num_stages=num_stages,
+        num_stages=stages(num_stages, block_c * (2 * block_n * w.itemsize + block_m * x.itemsize), x.device),
         **LAUNCH,
     )
     return out

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What launches need to know of the device. The interpreter, on a CPU, is taken for an H100."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+RESERVED = 1024  # bytes of a multiprocessor's shared memory that the driver keeps per program
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may use."""
+    if device.type != "cuda":
+        return 232448
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - RESERVED
+
+
+def stages(wanted: int, tile_bytes: int, device: torch.device) -> int:
+    """Tiles of `tile_bytes` on their way at a time: `wanted`, or as many as the device has room for. At least two: a kernel
+    that still does not fit says so."""
+    return max(2, min(wanted, shared_memory(device) // tile_bytes))

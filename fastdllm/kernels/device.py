@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 RESERVED = 1024  # bytes of a multiprocessor's shared memory that the driver keeps per program
+SCRATCH = 16384  # bytes left for what is not on its way: the other operand of a product, reductions
 
 
 @cache
@@ -26,4 +27,4 @@ def shared_memory(device: torch.device) -> int:
 def stages(wanted: int, tile_bytes: int, device: torch.device) -> int:
     """Tiles of `tile_bytes` on their way at a time: `wanted`, or as many as the device has room for. At least two: a kernel
     that still does not fit says so."""
-    return max(2, min(wanted, shared_memory(device) // tile_bytes))
+    return max(2, min(wanted, (shared_memory(device) - SCRATCH) // tile_bytes))

@@ -229,7 +229,11 @@ def tiling(tiles: int, packed: int, keys: int, row_bytes: int, device: torch.dev
     `row_bytes`.
 
     Splits make about one program a multiprocessor; with few of them, deep pipelines keep the memory busy. The queries of a
-    kv head that many heads share fill several tiles, which read the same keys from the L2 cache.
+    kv head that many heads share fill several tiles, which read the same keys from the L2 cache. Measured on an H200 (torch
+    2.11, triton 3.6, 2026-11-28) in a captured chain of layers, us a layer at 1256 keys, as (rows, keys, splits, stages):
+    LLaDA 1 x 32 queries (32, 64, 4, 6) 140.7, with 4 stages 143.8, with 8 splits 144.1; Dream 1 x 32 (32, 32, 8, 3) 156.5,
+    (64, 64, 8, 4) 157.5; v2 1 x 8 (32, 32, 8, 3) 146.9, (64, 32, 8, 3) 149.1. Unsplit, on an H100: LLaDA 32 x 32 queries 242
+    us with 128 keys a tile, 248 with 64; tiles of 128 queries were no faster than 64 for 1256 queries.
     """
     shared = tiles < 8
     block_m = min(32 if shared and packed <= 256 else 64, max(16, triton.next_power_of_2(packed)))

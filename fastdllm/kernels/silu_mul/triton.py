@@ -98,9 +98,9 @@ def linear_silu_mul(x: Tensor, wq: Tensor, scale: Tensor | None = None) -> Tenso
 def tiling(M: int, F: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile of the joint kernel for M rows and F channels, weights of `dtype`.
 
-    Measured as for `linear`, as (block_n, block_c, stages): LLaDA (64, 64, 4) 136.4 us a layer, (64, 128, 2) 137.3, (32, 256,
-    3) 145.3; Dream (64, 64, 3) 145.1, (64, 128, 3) 148.8, (64, 64, 4) 150.5; v2's 8 rows (128, 64, 3) with 8 warps 139.1,
-    (64, 128, 2) 143.1; int8 (64, 256, 3) 132.0, (64, 128, 4) 138.3.
+    Measured as for `linear`, as (block_n, block_c, stages): LLaDA (64, 64, 4) 136.4 us a layer, (64, 128, 2) 137.3,
+    (32, 256, 3) 145.3; Dream (64, 64, 3) 145.1, (64, 128, 3) 148.8, (64, 64, 4) 150.5; v2's 8 rows (128, 64, 3) with 8
+    warps 139.1, (64, 128, 2) 143.1; int8 (64, 256, 3) 132.0, (64, 128, 4) 138.3.
     """
     block_m = max(16, triton.next_power_of_2(M))
     if block_m == 16:

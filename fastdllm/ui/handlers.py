@@ -161,18 +161,19 @@ def config_of(common: Common, choice: Choice) -> DecodeConfig:
     return DecodeConfig(**{**given, **more})
 
 
-def choose_model(models: Models, name: str) -> tuple[str, list[str]]:
-    """Load a model; returns a line about it (or about what went wrong) and the caches that fit it."""
+def choose_model(models: Models, name: str) -> tuple[str, list[str], int]:
+    """Load a model; returns a line about it (or about what went wrong), the caches that fit it and its answers' length."""
     try:
         model = models.get(name)
     except Exception as error:  # whatever a folder or a hub may hold, the page goes on
-        return problem(error), ["default", *registry.names("caches")]
+        return problem(error), ["default", *registry.names("caches")], Common.gen_length
     text = f"<b>{escape(options.describe_model(model))}</b>"
-    if about := options.tiny_note(name):
-        text += f"<br>{escape(about[0][0].upper() + about[0][1:])}."
+    about = options.about(name)
+    if about:
+        text += f"<br>{escape(about.note[0].upper() + about.note[1:])}."
     fitting = (None, bool(model.spec.block_causal))
     caches = [n for n in registry.names("caches") if registry.find("caches", n).block_causal in fitting]
-    return f'<div class="status">{text}</div>', ["default", *caches]
+    return f'<div class="status">{text}</div>', ["default", *caches], about.gen_length if about else Common.gen_length
 
 
 def pause(seconds: float, stop: Stop) -> None:

@@ -14,22 +14,36 @@ from fastdllm.config import DecodeConfig
 from fastdllm.models import Model, tiny_names
 
 ALIASES = {"max_new_tokens": "gen_length", "block_size": "block_length", "bd_size": "block_length"}
-TINY_NOTE = (
-    "a small model that shows the method: it solves word problems of the kinds it was trained on, like the examples, and "
-    "nothing else; it learnt from single questions, so start a new conversation before each"
-)
-SUDOKU_NOTE = "a small model that fills 4x4 sudokus and nothing else, with gen_length=20, each in a new conversation"
 SAMPLE_QUESTION = (
     "A student has 23 pencils. His sister has 7 fewer pencils than he has. How many pencils do they have together?"
 )
-SAMPLE_SUDOKU = "___3 __4_ 21__ 4___"
 
 
-def tiny_note(name: str) -> tuple[str, str] | None:
-    """What a shipped model can do and a question to try; None for any other model."""
+@dataclasses.dataclass(frozen=True)
+class About:
+    """What a shipped model can do, a question to try, and how long its answers are."""
+
+    note: str
+    sample: str
+    gen_length: int
+
+
+WORD_PROBLEMS = About(
+    "a small model that shows the method: it solves word problems of the kinds it was trained on, like the examples, and "
+    "nothing else; it learnt from single questions, so start a new conversation before each",
+    SAMPLE_QUESTION,
+    128,
+)
+SUDOKU = About(
+    "a small model that fills 4x4 sudokus and nothing else, each in a new conversation", "___3 __4_ 21__ 4___", 20
+)
+
+
+def about(name: str) -> About | None:
+    """What there is to know of a shipped model; None for any other."""
     if name == "tiny-sudoku":
-        return SUDOKU_NOTE, SAMPLE_SUDOKU
-    return (TINY_NOTE, SAMPLE_QUESTION) if name.startswith("tiny-") else None
+        return SUDOKU
+    return WORD_PROBLEMS if name.startswith("tiny-") else None
 
 
 def add_model_options(parser: argparse.ArgumentParser, default: str) -> None:

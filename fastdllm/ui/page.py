@@ -31,6 +31,7 @@ EXAMPLES = (
     "How many points did Elizabeth and Karen have in total?",
     "Bobby finished half of a 404 piece puzzle, and then started and finished another 730 piece puzzle within an hour. "
     "How many puzzle pieces did Bobby place during that hour?",
+    options.SUDOKU.sample,
 )
 MASTHEAD = '<div class="masthead"><h1>fastdllm</h1><p>A diffusion model writes by filling masks. Watch it.</p></div>'
 QUEUE = 16  # visitors that may wait for the one who decodes
@@ -64,7 +65,7 @@ def show_fields(decoder: str) -> list[dict[str, Any]]:
 def common_controls(model: gr.Dropdown, slow_motion: float) -> list[gr.components.Component]:
     """The fields of `Common`, in its order."""
     with gr.Row():
-        length = gr.Slider(8, 512, 128, step=8, label="New tokens")
+        length = gr.Slider(4, 512, 128, step=4, label="New tokens")
         block = gr.Slider(4, 128, 32, step=4, label="Block length")
         temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0 takes the most likely token")
         seed = gr.Number(0, label="Seed", precision=0)
@@ -115,8 +116,8 @@ def on_compare(models: Models, stop: Stop, message: str, *form: Any) -> Iterator
 
 
 def on_model(models: Models, name: str) -> list[Any]:
-    status, caches = handlers.choose_model(models, name)
-    return [status, *[gr.update(choices=caches, value="default")] * 3]
+    status, caches, length = handlers.choose_model(models, name)
+    return [status, length, *[gr.update(choices=caches, value="default")] * 3]
 
 
 def on_stop(stop: Stop) -> None:
@@ -153,7 +154,13 @@ def build(models: Models, default_model: str, slow_motion: float = 0.2) -> gr.Bl
         with gr.Tab("Compare"):
             caches = compare_tab(models, stop, common)
         for event in (page.load, model.change):
-            event(partial(on_model, models), model, [status, cache, *caches], **ONE_AT_A_TIME, api_visibility="private")
+            event(
+                partial(on_model, models),
+                model,
+                [status, common[1], cache, *caches],
+                **ONE_AT_A_TIME,
+                api_visibility="private",
+            )
     return page
 
 

@@ -57,9 +57,11 @@ def load_model(session: Session, name: str) -> None:
     session.model = model
     session.conversation.messages.clear()
     session.say(options.describe_model(model), style="bold")
-    if about := options.tiny_note(name):
-        session.say(f"{name} is {about[0]}")
-        session.say(f"try: {about[1]}")
+    if about := options.about(name):
+        session.say(f"{name} is {about.note}")
+        session.say(f"try: {about.sample}")
+        if session.config.gen_length >= model.spec.max_length:
+            session.config = session.config.replace(gen_length=about.gen_length)
     try:
         session.say(options.describe(model, session.config), style="dim")
     except ValueError as error:

@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None, default_model: str = "tiny-llad
         return 130
     if session.model is not None:
         try:
-            options.check(session.model, config)
+            options.check(session.model, session.config)
         except ValueError as error:
             arguments_parser.error(str(error))
         session.say("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves", style="dim")

@@ -169,10 +169,18 @@ def test_a_model_is_loaded_once_and_a_failure_keeps_the_one_before(model: Model)
 
     models = Models(load)
     assert loads == []
-    status, caches = choose_model(models, "tiny-llada")
-    assert "million parameters" in status and "dual" in caches and "sub_block" not in caches
+    status, caches, length = choose_model(models, "tiny-llada")
+    assert "million parameters" in status and "dual" in caches and "sub_block" not in caches and length == Common.gen_length
     assert "disk on fire" in choose_model(models, "broken")[0]
     assert models.get("tiny-llada") is model and loads == ["tiny-llada", "broken"]
+
+
+def test_a_model_of_short_answers_brings_their_length() -> None:
+    models = Models(lambda name: fastdllm.load(name, device="cpu"))
+    length = choose_model(models, "tiny-sudoku")[2]
+    common = replace(COMMON, model="tiny-sudoku", gen_length=length)
+    frame = last(ask(models, Stop(), Conversation(), "___3 __4_ 21__ 4___", common, Choice()))
+    assert frame.messages[-1]["content"] == "1423 3241 2134 4312"
 
 
 def test_the_form_becomes_the_config_it_shows() -> None:

@@ -57,10 +57,10 @@ def test_a_piped_question_is_answered_with_its_figures(chat: Chat, question: str
 def test_the_sudoku_model_is_introduced_and_fills_its_sample(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(options.SAMPLE_SUDOKU.encode())))
-    assert terminal.main(["--model", "tiny-sudoku", "--device", "cpu", "--gen_length", "20"]) == 0
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(options.SUDOKU.sample.encode())))
+    assert terminal.main(["--model", "tiny-sudoku", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert f"tiny-sudoku is {options.SUDOKU_NOTE}" in out and "word problems" not in out
+    assert f"tiny-sudoku is {options.SUDOKU.note}" in out and "word problems" not in out
     assert "1423 3241 2134 4312" in out
 
 

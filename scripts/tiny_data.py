@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Problems for the tiny checkpoints: GSM-Symbolic from the `reasoning-gym` generator, in GSM8K's format.
 
-    python -m scripts.tiny_data --train .carry/tiny --stages 1 2     # training text (two minutes on one core)
+    python -m scripts.tiny_data --train runs/data --stages 1 2     # training text (two minutes on one core)
     python -m scripts.tiny_data --tasks fastdllm/tasks/gsm_symbolic  # the files that ship with the tasks
 
 Every problem is drawn by the generator from `seed + index`, so seeds and index ranges reproduce everything. Stage n

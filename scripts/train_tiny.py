@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the tiny checkpoints that ship with fastdllm: minutes on one GPU, a few steps on a CPU.
 
-    python -m scripts.tiny_data --train .carry/tiny --stages 1 2
-    python -m scripts.train_tiny --family llada --init fastdllm/tiny/tiny-llada --text .carry/tiny/stage*.xz \\
+    python -m scripts.tiny_data --train runs/data --stages 1 2
+    python -m scripts.train_tiny --family llada --init fastdllm/tiny/tiny-llada --text runs/data/stage*.xz \\
         --seconds 440 --out runs/tiny-llada
 
 Families: `llada` and `dream` (masked diffusion, the second with token shift), `qwen` (the autoregressive parent of v2)

@@ -13,7 +13,7 @@ from fastdllm.blocks import Geometry, grid_aligned, prompt_aligned
 from fastdllm.config import DecodeConfig
 from fastdllm.models import Model
 from fastdllm.models.spec import ModelSpec
-from fastdllm.presets import PRESETS, decoder_alone
+from fastdllm.presets import fitted
 from fastdllm.reuse import LayerReuse, subset_layers
 from fastdllm.sampling import Sampler
 from fastdllm.schedules import SCHEDULES
@@ -22,8 +22,8 @@ from fastdllm.schedules import SCHEDULES
 def assemble(model: Model, config: DecodeConfig) -> dict[str, Any]:
     """Keyword arguments of `engine.decode` for this model. Raises ValueError for a combination that makes no sense."""
     spec = model.spec
-    if config.preset and not _fits(PRESETS[config.preset]["cache"], bool(spec.block_causal)):
-        config = DecodeConfig(**decoder_alone(config.given()))
+    if config.preset:
+        config = DecodeConfig(**fitted(config.given(), not spec.block_causal, bool(spec.shift)))
     outer = config.block_length or spec.defaults.get("block_length", 32)
     size = config.small_block_size if spec.block_causal else min(outer, config.gen_length)
     geometry = grid_aligned(outer, size) if spec.block_causal else prompt_aligned(size)

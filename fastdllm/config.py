@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastdllm import registry
-from fastdllm.presets import expand
+from fastdllm.presets import DECIDED, expand
 from fastdllm.sampling import CONFIDENCES
 from fastdllm.schedules import SCHEDULES
 
@@ -139,8 +139,8 @@ class DecodeConfig:
             raise ValueError(f"cfg_scale={self.cfg_scale} needs cache='none', not {self.cache!r}")
 
     def replace(self, **changes: Any) -> DecodeConfig:
-        """A copy with some options changed (None resets one to its default; a preset replaces decoder and cache)."""
-        chosen = ("decoder", "cache", *self.options) if changes.get("preset") else ()
+        """A copy with some options changed (None resets one to its default; a preset replaces whatever presets decide)."""
+        chosen = {*DECIDED, *self.options} if changes.get("preset") else ()
         return DecodeConfig(**{**{k: v for k, v in self.given().items() if k not in chosen}, **changes})
 
     def given(self) -> dict[str, Any]:

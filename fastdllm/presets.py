@@ -3,7 +3,8 @@
 
 `exact`: the tokens of one token per step under the same cache, in fewer forwards. `paper`: Fast-dLLM's published setting
 (arXiv 2505.22618). `balanced`: its forwards with half the positions, since masks far behind the block are left out and the
-prompt is refreshed at every fourth block. `fast`: fewer forwards still, in blocks of 64, at a cost in accuracy.
+prompt is refreshed at every fourth block; Dream's blocks open with a step like any other. `fast`: fewer forwards still, in
+blocks of 64, at a cost in accuracy.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ NEAR = {"cache": "suffix_window", "suffix": 32, "keep_last": False, "refresh_blo
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {"decoder": "draft_verify", "depth": 4, "cache": "dual"},
     "paper": {"decoder": "threshold", "threshold": 0.9, "cache": "prefix"},
-    "balanced": {"decoder": "threshold", "threshold": 0.9, **NEAR},
-    "fast": {"decoder": "threshold", "threshold": 0.9, "block_length": 64, **NEAR},
+    "balanced": {"decoder": "threshold", "threshold": 0.9, "first_token": "rule", **NEAR},
+    "fast": {"decoder": "threshold", "threshold": 0.9, "first_token": "rule", "block_length": 64, **NEAR},
 }
+DECIDED = frozenset().union(*PRESETS.values())  # names of all options that some preset sets
 
 
 def expand(given: dict[str, Any]) -> dict[str, Any]:
@@ -40,8 +42,11 @@ def expand(given: dict[str, Any]) -> dict[str, Any]:
     return {**beneath, **given}
 
 
-def decoder_alone(given: dict[str, Any]) -> dict[str, Any]:
-    """`given` without what its preset says beside the decoder: for a family that is bound to its own cache and blocks."""
+def fitted(given: dict[str, Any], bidirectional: bool, shifted: bool) -> dict[str, Any]:
+    """`given` with what a family can take of its preset. One that is bound to its own blocks and cache takes the decoder
+    alone; how a block's first token is chosen is a matter of shifted models."""
     preset = PRESETS[given["preset"]]
-    kept = {"decoder", *registry.options("decoders", preset["decoder"])}
-    return {k: v for k, v in given.items() if k != "preset" and (k in kept or k not in preset or v != preset[k])}
+    taken = {"decoder", *registry.options("decoders", preset["decoder"])}
+    if bidirectional:
+        taken |= preset.keys() if shifted else preset.keys() - {"first_token"}
+    return {k: v for k, v in given.items() if k != "preset" and (k in taken or k not in preset or v != preset[k])}

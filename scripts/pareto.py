@@ -51,7 +51,7 @@ from tqdm import tqdm
 import fastdllm
 from fastdllm import registry
 from fastdllm.models import FAMILIES, Model, find_folder
-from fastdllm.presets import PRESETS
+from fastdllm.presets import PRESETS, fitted
 from fastdllm.tasks import TASKS_DIR
 from scripts.paired import by_setting, compare, markdown, plot, summarise
 
@@ -157,6 +157,7 @@ def settings_of(model: str, task: str, thorough: bool) -> list[str]:
         found += [f"{s}+{NEAR}" for s in ("threshold=0.97", "frechet=0.75", "threshold=0.97:block_length=64")]
     if family(model) == "dream":
         found += [f"{s}:first_token=rule+{base}" for s in ("quota", "threshold=0.9", "frechet=0.25")]
+        found += [f"threshold=0.9:first_token=rule{size}+{NEAR}" for size in ("", ":block_length=64")]
     return found
 
 
@@ -303,7 +304,9 @@ def preset_names(settings: list[str], model: str, args: argparse.Namespace) -> d
     if args.task == "sudoku" or family(model) == "fast_dllm_v2":
         return {}
     base = {k: v for k, v in options_of("quota+none", args).items() if k not in ("decoder", "cache")}
-    presets = {name: resolved({**base, **options}) for name, options in PRESETS.items()}
+    shifted = family(model) == "dream"
+    taken = {name: fitted({**options, "preset": name}, True, shifted) for name, options in PRESETS.items()}
+    presets = {name: resolved({**base, **options}) for name, options in taken.items()}
     return {s: name for s in settings for name, is_one in presets.items() if resolved(options_of(s, args)) == is_one}
 
 

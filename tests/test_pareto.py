@@ -88,10 +88,11 @@ def test_every_listed_setting_fits_its_model_and_every_decoder_is_listed(model: 
 
 
 def test_the_presets_are_among_the_settings_and_known_by_name() -> None:
-    settings = pareto.settings_of("tiny-llada", "gsm_symbolic", thorough=True)
-    names = pareto.preset_names(settings, "tiny-llada", pareto.arguments(["run"]))
-    assert sorted(names.values()) == sorted(PRESETS)
-    assert names["draft_verify=4+dual"] == "exact"
+    for model in ("tiny-llada", "tiny-dream"):
+        settings = pareto.settings_of(model, "gsm_symbolic", thorough=True)
+        names = pareto.preset_names(settings, model, pareto.arguments(["run"]))
+        assert sorted(names.values()) == sorted(PRESETS)
+        assert names["draft_verify=4+dual"] == "exact"
 
 
 def test_a_run_resumes_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

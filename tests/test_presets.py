@@ -36,6 +36,15 @@ def test_v2_keeps_its_own_blocks_and_cache(preset: str) -> None:
     assert assemble(model, fastdllm.DecodeConfig(preset=preset, gen_length=16, block_length=16))["grid"] == 16
 
 
+def test_the_first_token_of_a_preset_is_dreams_alone() -> None:
+    for family, lead in (("llada", 0), ("dream", 1), ("v2", 0)):
+        assert assemble(random_model(family), fastdllm.DecodeConfig(preset="balanced", gen_length=16))["lead"] == lead
+    forced = fastdllm.DecodeConfig(preset="balanced", first_token="forced", gen_length=16)
+    assert assemble(random_model("dream"), forced)["lead"] == 0
+    with pytest.raises(ValueError, match="first_token='rule'"):
+        assemble(random_model("llada"), fastdllm.DecodeConfig(preset="paper", first_token="rule", gen_length=16))
+
+
 def test_what_is_given_goes_before_the_preset() -> None:
     config = fastdllm.DecodeConfig(preset="paper", cache="dual", threshold=0.8)
     assert (config.decoder, config.cache, config.options) == ("threshold", "dual", {"threshold": 0.8})
@@ -58,8 +67,8 @@ def test_the_harness_and_the_chat_take_presets(preset: str) -> None:
     assert change(fastdllm.DecodeConfig(factor=1.5, cache="prefix", gen_length=64), {"preset": preset}) == want
 
 
-def test_a_preset_replaces_the_decoder_and_the_cache_of_a_config() -> None:
-    config = fastdllm.DecodeConfig(factor=1.5, cache="vicinity", before=3, gen_length=64)
+def test_a_preset_replaces_what_presets_decide_in_a_config() -> None:
+    config = fastdllm.DecodeConfig(factor=1.5, cache="vicinity", before=3, block_length=16, gen_length=64)
     exact = config.replace(preset="exact")
     assert exact == fastdllm.DecodeConfig(preset="exact", gen_length=64)
     assert exact.replace(gen_length=32).decoder == "draft_verify"

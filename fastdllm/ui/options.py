@@ -160,8 +160,6 @@ def change(config: DecodeConfig, changes: Mapping[str, Any]) -> DecodeConfig:
     decoder, cache = (changes.get(kind, getattr(config, kind)) for kind in ("decoder", "cache"))
     known = registry.options("decoders", decoder) | (registry.options("caches", cache) if cache else {})
     kept = {k: v for k, v in config.given().items() if k not in config.options or k in known}
-    if "preset" in changes:  # it stands for a decoder, a cache, their options and a block length
-        kept = {k: v for k, v in kept.items() if k not in ("decoder", "cache", "block_length", *config.options)}
     return DecodeConfig(**{**kept, **changes})
 
 

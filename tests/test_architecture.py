@@ -165,7 +165,7 @@ def test_no_file_knows_one_machine_or_registry() -> None:
     registry = "|".join(
         re.escape(a + b)
         for a, b in [
-            ("pythonhosted", ".org"),
+            ("python", "hosted.org"),
             ("pypi", ".org"),
             ("registry.npm", "js"),
             ("deb.debian", ".org"),

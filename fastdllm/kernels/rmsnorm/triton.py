@@ -60,7 +60,7 @@ def linear_rmsnorm(
 
 
 def _launch(parts: Tensor, weight: Tensor, eps: float, residual: Tensor | None, y: Tensor, h: Tensor) -> None:
-    """Normalise the sum of parts [S, ..., C] and residual into y, and write that sum to h unless it is the only part."""
+    """Normalise the sum of parts [S, ..., C] and residual into y, and write that sum to h where there is a residual."""
     C = y.shape[-1]
     rows, block = y.numel() // C, triton.next_power_of_2(C)
     _rmsnorm_kernel[(rows,)](

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decoding loop: open a block, step until it holds no mask, go on to the next.
 
-Every row of the batch walks through its own blocks. In each round every row gets one forward; rows whose passes have the
-same width share it. So no row waits for another, a row gives in a batch what it gives alone, and a row that finishes leaves
-its place to the next request.
+Every row of the batch walks through its own blocks. In each round every row gets one forward. Rows with narrow passes share
+one, and so do rows with wide passes of about the same width. So no row waits for another, a row gives in a batch what it
+gives alone, and a row that finishes leaves its place to the next request.
 
-    round:  rows -> groups of equal width -> one forward each -> commit -> one host read -> each row moves on
+    round:  rows -> groups of like passes -> one forward each -> commit -> one host read -> each row moves on
 
 The choices are arguments: `geometry` cuts the answer into blocks, `cache` plans which positions a forward recomputes,
 `sampler` scores the logits, `decoder` chooses what to commit, `runner` executes. Alphabet: B rows of the canvas, R rows of
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fastdllm.blocks import Block, Geometry, Pass, Progress
 from fastdllm.branches import fan_out, first_of, forward_first
+from fastdllm.packing import forward_packed, pieces
 from fastdllm.shadows import Widened, widen
 from fastdllm.store import Canvas, Window
 from fastdllm.view import View
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from fastdllm.reuse.values import ValueReuse
     from fastdllm.sampling import Sampler
 
-NARROW = 64  # passes up to this width share a forward only at equal width; wider ones are padded to the next multiple
+NARROW = 64  # passes up to this width share a forward, packed; wider ones are padded to the next multiple
 PASS_TOKENS = 16384  # positions of one forward at most: bounds the activations, and a wide pass gains nothing beyond
 
 
@@ -249,7 +250,9 @@ def decode(
             active = None if quotas[0] is None else max(quotas)
             noise = sampler.draw([row.generator for row in rows], block_length, spec.vocab)
             branches = 1 if rows[0].opening else decoder.rows
-            choices = {"active": active, "branches": branches, "shadows": shadows}
+            widths = [p.stop - p.start for p in passes]
+            packed = branches * pieces(widths) if min(widths) < width <= NARROW else 0
+            choices = {"active": active, "branches": branches, "shadows": shadows, "packed": packed}
             out = runner(step_of, plan, noise, width=width, keys=keys, uniform=uniform, **choices)
             status = out.status.tolist()  # sync: masks left, stopped, first position masked, drift decide the next forward
             step = Step([r.index for r in rows], [r.block.start for r in rows], [r.block.stop for r in rows], 0.0, {})
@@ -299,12 +302,14 @@ def denoise(
     active: int | None,
     branches: int,
     shadows: int,
+    packed: int,
 ) -> Outcome:
     """One forward of R rows over W positions each, then what `decoder` commits in their blocks.
 
     plan [R, 14] int64 holds the columns of `describe`. `branches` run the forward: all of the decoder's, or branch 0 alone
     where they hold the same (the result counts for all). `shadows` positions are appended to each row of it, 0 where the
-    block holds nothing that could be taken back. Nothing is read on the host and every shape is static, so that a runner may
+    block holds nothing that could be taken back. `packed` is the number of pieces in which passes of unequal widths run, 0
+    where all run to W. Nothing is read on the host and every shape is static, so that a runner may
     capture the whole function as one graph.
     """
     spec, scratch, lanes = model.spec, canvas.x.shape[1] - 1, decoder.rows
@@ -334,10 +339,12 @@ def denoise(
         needed &= pos + spec.shift >= first[:, None]
         memory = canvas.state(reuse, partial(reuse.allocate, model))
         hook = reuse.hook(memory, row, pos, ids, needed, active, quota, scratch)
-    if branches == lanes:
-        hidden = model.network(ids, window, canvas.store, hook)  # [R, W, C]
-    else:
+    if branches < lanes:
         hidden = forward_first(model.network, ids, window, canvas.store, lanes)
+    elif packed:
+        hidden = forward_packed(model.network, ids, window, canvas.store, stop - start, packed, scratch)
+    else:
+        hidden = model.network(ids, window, canvas.store, hook)  # [R, W, C]
 
     # 2. The head, on the block's positions alone: row j of a pass predicts position start + j + shift. A shifted model's
     #    opening pass ends where the block starts or discards the rest (as published): it gives the first token only.
@@ -416,14 +423,16 @@ def group(
 
     A row's quota counts the positions that run through reused layers, None where reuse has no part. Rows that recompute all
     and rows that reuse do not mix, so that a forward either fills the reused layers' state or draws on it. With `lanes`
-    branches, opening passes are apart too: they run for one branch of each row. So are rows with shadows.
+    branches, opening passes are apart too: they run for one branch of each row. So are rows with shadows. Narrow passes of
+    different widths can share a forward if nothing but the network runs in it (`packing.py`).
     """
     buckets: dict[tuple[int, int, bool, int], list[tuple[Row, Pass, int | None]]] = {}
     for row, p, quota, shadows in planned:
-        width = p.stop - p.start
-        bucket = width if width <= NARROW else -(-width // NARROW) * NARROW
+        width, apart = p.stop - p.start, lanes > 1 and row.opening
         kind = 0 if quota is None else 1 if quota == width else 2
-        buckets.setdefault((bucket, kind, lanes > 1 and row.opening, shadows), []).append((row, p, quota))
+        exact = width <= NARROW and (kind or apart or shadows)
+        bucket = width if exact else -(-width // NARROW) * NARROW
+        buckets.setdefault((bucket, kind, apart, shadows), []).append((row, p, quota))
     for bucket in sorted(buckets, reverse=True):
         members, shadows = buckets[bucket], bucket[-1]
         most = max(1, PASS_TOKENS // ((bucket[0] + shadows) * lanes))

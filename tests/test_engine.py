@@ -139,10 +139,10 @@ def counted_forwards(model: fastdllm.Model, monkeypatch: pytest.MonkeyPatch) -> 
     counts: Counter = Counter()
     forward, logits, layer = model.network.forward, model.network.logits, Layer.forward
 
-    def network_forward(ids: Tensor, window: Any, *args: Any) -> Tensor:
+    def network_forward(ids: Tensor, window: Any, store: Any, *args: Any) -> Tensor:
         counts["forwards"] += 1
-        counts["positions"] += ids.numel()
-        return forward(ids, window, *args)
+        counts["positions"] += int((window.pos < store.k.shape[3] - 1).sum())  # without padding, which is in the last slot
+        return forward(ids, window, store, *args)
 
     def layer_forward(self: Layer, h: Tensor, *args: Any) -> Any:
         counts["layer tokens"] += h.shape[:-1].numel()

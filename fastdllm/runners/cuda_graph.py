@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdllm.packing import PIECE
 from fastdllm.runners import eager
 from fastdllm.store import Canvas
 
@@ -54,7 +55,6 @@ class Runner(eager.Runner):
 
     def __init__(self) -> None:
         self.graphs: dict[Hashable, Graph] = {}
-        self.pool: tuple[int, int] | None = None
         self.kept: Canvas | None = None
         self.key: Hashable = None
 
@@ -68,8 +68,8 @@ class Runner(eager.Runner):
         kept = self.kept
         room = (0, 0, 0) if kept is None else (*kept.x.shape, kept.store.k.shape[3] - kept.x.shape[1])
         if any(has < needs for has, needs in zip(room, (rows + 1, length + 1, shadows), strict=True)):
-            self.graphs.clear()  # before the canvas they point to; their memory pool goes with the last of them
-            self.kept, self.pool = None, None
+            self.graphs.clear()  # before the canvas they point to
+            self.kept = None
             length = -(-(length + 1) // LENGTH_BUCKET) * LENGTH_BUCKET - 1
             self.kept = super().canvas(model, rows + 1, length, shadows)
         return self.kept
@@ -80,11 +80,13 @@ class Runner(eager.Runner):
         if static["active"] is None:  # layer reuse counts the positions of a pass
             multiple = WIDTH_BUCKET if width <= WIDE_BUCKET else WIDE_BUCKET
             width = -(-width // multiple) * multiple
-        if rows * width > CAPTURED_POSITIONS:
+        packed = bucket(static["packed"]) if static["packed"] else 0
+        if (packed * PIECE or rows * width) > CAPTURED_POSITIONS:
             return super().__call__(step, plan, noise, **static)
         keys = min(length, -(-static["keys"] // KEY_BUCKET) * KEY_BUCKET)
-        static |= {"width": width, "keys": keys, "uniform": False}
-        idle = [self.kept.x.shape[0] - 1, 0, width, width, width, 0, 1, 0, 0, 0, 1, 0, 0, 0]
+        static |= {"width": width, "keys": keys, "uniform": False, "packed": packed}
+        # Of the scratch row, no position: its pass is padding alone, and one that is packed takes no piece.
+        idle = [self.kept.x.shape[0] - 1, 0, 0, width, width, 0, 1, 0, 0, 0, 1, 0, 0, 0]
         key = (self.key, rows, *static.values(), noise is None)
         if key not in self.graphs:
             self.graphs[key] = self._capture(step, idle, rows, noise, static)
@@ -108,8 +110,9 @@ class Runner(eager.Runner):
             step(plan, noise, **static)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # All graphs share one memory pool, which goes with the last of them.
+        pool = next((kept.graph.pool() for kept in self.graphs.values()), None)
+        with torch.cuda.graph(graph, pool=pool):
             plan.copy_(host, non_blocking=True)
             out = step(plan, noise, **static)
-        self.pool = self.pool or graph.pool()
         return Graph(graph, host, plan, noise, out, step)

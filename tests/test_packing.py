@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed passes: what each row gets alone, in one forward a round."""
+
+import pytest
+import torch
+from random_models import FAMILIES, prompts, random_model
+
+import fastdllm
+from fastdllm.packing import PIECE, forward_packed, pieces
+from fastdllm.store import Window
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lengths, spare", [((13, 8, 1, 32), 0), ((16, 0, 7), 5), ((0, 0), 2), ((9,), 0), ((40, 40), 3)])
+def test_a_packed_forward_is_each_row_s_own(family: str, lengths: tuple[int, ...], spare: int) -> None:
+    network = random_model(family).network
+    rows, width, scratch = len(lengths), max(1, *lengths), 63
+    generator = torch.Generator().manual_seed(sum(lengths))
+    ids = torch.randint(0, network.spec.vocab, (rows, width), generator=generator)
+    length = torch.tensor(lengths)
+    start = torch.randint(0, 20, (rows, 1), generator=generator)
+    pos = start + torch.arange(width)
+    pos = torch.where(torch.arange(width) < length[:, None], pos, scratch)
+    limit = torch.randint(1, 60, (rows, width), generator=generator)
+    hide = torch.tensor([[5, 9], [0, 0], [30, 31], [1, 2]])[:rows]
+    order = torch.randperm(rows, generator=generator)  # a row's place in the store is not its place in the forward
+
+    def store():
+        kept = network.new_store(rows, scratch + 1)
+        kept.k.normal_(generator=torch.Generator().manual_seed(1))
+        kept.v.normal_(generator=torch.Generator().manual_seed(2))
+        return kept
+
+    with torch.inference_mode():
+        got_store, want_store = store(), store()
+        window = Window(order, pos, limit, scratch + 1, hide=hide)
+        count = pieces(lengths) + spare
+        got = forward_packed(network, ids, window, got_store, length, count, scratch)
+        assert got.shape == (rows, width, network.spec.width)
+        for r, n in enumerate(lengths):
+            if n:
+                own = slice(r, r + 1), slice(n)
+                alone = Window(order[r : r + 1], pos[own], limit[own], scratch + 1, hide=hide[r : r + 1])
+                torch.testing.assert_close(got[own], network(ids[own], alone, want_store))
+        for got_kv, want_kv in ((got_store.k, want_store.k), (got_store.v, want_store.v)):
+            torch.testing.assert_close(got_kv[..., :scratch, :], want_kv[..., :scratch, :])
+
+
+def test_pieces_cover_every_pass() -> None:
+    assert pieces([]) == 0
+    assert pieces([1, PIECE, PIECE + 1, 0]) == 4
+
+
+@pytest.mark.parametrize("decoder", ["threshold", "lopa"])
+@pytest.mark.parametrize("family, cache", [("llada", "vicinity"), ("dream", "dual"), ("v2", "sub_block"), ("v2", "block")])
+def test_narrow_passes_take_one_forward_a_round(family: str, cache: str, decoder: str) -> None:
+    """As many forwards as the slowest row, although the rows are in passes of several widths."""
+    model, options = random_model(family, 3), {"gen_length": 24, "block_length": 8, "small_block_size": 4, "stop_ids": ()}
+    given = prompts(4, 9, 13, 6, 7)
+    out = fastdllm.generate(model, given, cache=cache, decoder=decoder, **options)
+    alone = [fastdllm.generate(model, [p], cache=cache, decoder=decoder, **options) for p in given]
+    assert [s.tolist() for s in out.sequences] == [one.sequences[0].tolist() for one in alone]
+    assert out.stats.row_positions == [one.stats.row_positions[0] for one in alone]
+    if decoder == "threshold":  # openings of branches run apart
+        assert out.stats.forwards == max(out.stats.row_forwards)

@@ -145,7 +145,7 @@ def settings_of(model: str, task: str, thorough: bool) -> list[str]:
     fitting = [n for n in registry.names("caches") if registry.find("caches", n).block_causal in (None, causal)]
     found = all_decoders(base)
     found += [f"threshold=0.9+{n}" for n in fitting if n != base] if thorough or causal else ["threshold=0.9+prefix"]
-    found += [f"threshold={t}+{base}" for t in ((0.99, 0.97, 0.8, 0.7) if thorough else (0.97, 0.7))]
+    found += [f"threshold={t}+{base}" for t in ((0.99, 0.97, 0.8, 0.7) if thorough else (0.99, 0.97, 0.7))]
     found += [f"frechet={d}+{base}" for d in ((0.75, 0.5, 0.0) if thorough else (0.75,))]
     if thorough:
         found += [f"{s}+{base}" for s in ("draft_verify=8", "factor=0.5", "entropy_bound=0.3", "hierarchical=0.9:low=0.75")]
@@ -153,8 +153,8 @@ def settings_of(model: str, task: str, thorough: bool) -> list[str]:
         return [*found, f"threshold=0.9:small_block_size=32+{base}"]
     found += [f"threshold=0.9+{NEAR}", f"threshold=0.9:block_length=64+{NEAR}", f"threshold=0.9:block_length=64+{base}"]
     if thorough:
-        found += [f"threshold=0.9:block_length=16+{base}", "quota+none", f"quota:confidence=random+{base}"]
-        found += [f"{s}+{NEAR}" for s in ("threshold=0.97", "frechet=0.75", "threshold=0.97:block_length=64")]
+        found += [f"threshold=0.9:block_length=16+{base}", "quota+none", "quota+top_rho", f"quota:confidence=random+{base}"]
+        found += [f"{s}+{NEAR}" for s in ("threshold=0.97", "threshold=0.99", "threshold=0.97:block_length=64")]
     if family(model) == "dream":
         found += [f"{s}:first_token=rule+{base}" for s in ("quota", "threshold=0.9", "frechet=0.25")]
         found += [f"threshold=0.9:first_token=rule{size}+{NEAR}" for size in ("", ":block_length=64")]

@@ -142,7 +142,9 @@ def attention(
     `swap` [R, W, 3] int64 gives each query (start, stop, instead): it does not see slots [start, stop) but as many
     from `instead` on in their place, whatever its limit; start = stop changes nothing. `hide` holds for both.
     """
-    return _pick(_attention, q).attention(q, k_store, v_store, row, limit, keys, hide, scale, uniform, swap)
+    # Triton multiplies fp32 outside the matrix unit and takes half a minute to compile it; the library has both.
+    chosen = _attention if _CHOICE == "auto" and q.dtype == torch.float32 else _pick(_attention, q)
+    return chosen.attention(q, k_store, v_store, row, limit, keys, hide, scale, uniform, swap)
 
 
 def confidence(logits: Tensor, banned: Tensor | None = None, entropy: bool = False, margin: bool = False) -> Confidence:

@@ -66,7 +66,7 @@ def test_rules(device: torch.device, rule: str, R: int, Q: int) -> None:
 @pytest.mark.parametrize("rule", reference.RULES)
 def test_values_are_per_row(device: torch.device, rule: str) -> None:
     ids, top, conf, masked = rows(12, 9, device)
-    value = torch.rand(12, device=device) * (4 if rule == "quota" else 1)
+    value = torch.rand(24, device=device)[::2] * (4 if rule == "quota" else 1)
     for impl in implementations():
         whole = impl.accept(ids, top, conf, masked, rule, value)
         alone = [

@@ -14,11 +14,13 @@ SHAPES = [(1, 1, 1, 64, 1), (5, 4, 1, 60, 63), (33, 2, 1, 16, 111), (32, 2, 2, 1
 
 
 def inputs(W: int, H: int, K: int, D: int, keys: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Two of three store rows, in reverse order; limits ragged; slots past every limit hold NaN in the kernel's store."""
+    """Two of three store rows, in reverse order, their numbers not side by side; limits ragged; slots past every limit hold
+    NaN in the kernel's store."""
     q = torch.randn(2, W, H, D).to(dtype)
     k, v = (torch.randn(3, K, keys + 7, D).to(dtype) for _ in range(2))
     limit = torch.randint(1, keys + 1, (2, W))
-    return [x.to(device) for x in (q, k, v, torch.tensor([2, 0]), limit)]
+    q, k, v, row, limit = (x.to(device) for x in (q, k, v, torch.tensor([2, 9, 0, 9]), limit))
+    return [q, k, v, row[::2], limit]
 
 
 def poisoned(store: Tensor, row: Tensor, limit: Tensor, hide: Tensor | None) -> Tensor:

@@ -13,14 +13,15 @@ T = 40
 
 
 def inputs(W: int, H: int, K: int, D: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """Two of three store rows in reverse order, positions scattered, stores full of NaN."""
+    """Two of three store rows in reverse order, their numbers not side by side; positions scattered, stores full of NaN."""
     qkv = torch.randn(2, W, (H + 2 * K) * D).to(dtype)
     angle = torch.arange(T)[:, None] * 10000 ** -(torch.arange(D // 2) / (D // 2))
     cos, sin = torch.cat([angle, angle], -1).cos(), torch.cat([angle, angle], -1).sin()
     pos = torch.stack([torch.randperm(T)[:W] for _ in range(2)])
-    row = torch.tensor([2, 0])
+    row = torch.tensor([2, 9, 0, 9], device=device)[::2]
     store = torch.full((3, K, T, D), float("nan"), dtype=dtype)
-    return tuple(x.to(device) for x in (qkv, cos, sin, pos, row, store, store.clone()))
+    qkv, cos, sin, pos, k_store, v_store = (x.to(device) for x in (qkv, cos, sin, pos, store, store.clone()))
+    return qkv, cos, sin, pos, row, k_store, v_store
 
 
 def test_reference_against_complex_rotation() -> None:

@@ -76,7 +76,7 @@ def accept(ids: Tensor, top: Tensor, conf: Tensor, masked: Tensor, rule: str, va
         top.contiguous(),
         conf.contiguous(),
         masked.contiguous(),
-        value,
+        value.contiguous(),
         out,
         Q,
         RULE=rule,

@@ -303,7 +303,7 @@ def launch(
         q,
         k_store,
         v_store,
-        row,
+        row.contiguous(),
         limit.contiguous(),
         limit if hide is None else hide.contiguous(),
         limit if swap is None else swap.contiguous(),

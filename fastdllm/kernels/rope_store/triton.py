@@ -148,7 +148,7 @@ def _launch(
         sin,
         pos.contiguous(),
         pos if slot is None else slot.contiguous(),
-        row,
+        row.contiguous(),
         q,
         k_store,
         v_store,

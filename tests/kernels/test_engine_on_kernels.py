@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole answers on the kernels and on their references: the engine passes the kernels nothing that they do not take."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from random_models import prompts, random_model
+
+import fastdllm
+from fastdllm import kernels
+
+SETTINGS = [
+    ("llada", {"cache": "dual", "decoder": "draft_verify"}),  # branches, which open a block as one
+    ("llada", {"cache": "suffix_window", "suffix": 4, "decoder": "threshold", "threshold": 0.3}),  # hidden slots
+    ("llada", {"cache": "top_rho", "decoder": "quota"}),  # reused layers
+    ("dream", {"cache": "vicinity", "decoder": "lopa", "gen_length": 4}),
+    ("dream", {"cache": "dual", "decoder": "wino"}),  # shadows
+    ("dream", {"cfg_scale": 0.5, "decoder": "factor"}),
+    ("v2", {"cache": "sub_block", "decoder": "entropy_bound", "small_block_size": 4, "block_length": 8}),  # packed passes
+]
+
+
+@pytest.mark.parametrize("family, options", SETTINGS, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values())))
+def test_answers(device: torch.device, family: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = copy.deepcopy(random_model(family, 2))
+    model.network.to(device)
+    given, found = prompts(4, 4, 3), []
+    for choice in ("reference", "triton"):
+        monkeypatch.setattr(kernels, "_CHOICE", choice)
+        arguments = {"gen_length": 8, "block_length": 4, "stop_ids": (), "runner": "eager", **options}
+        out = fastdllm.generate(model, given, **arguments)
+        found.append(([s.tolist() for s in out.sequences], out.stats.row_forwards))
+    assert found[0] == found[1]

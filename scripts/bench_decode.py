@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -200,26 +201,56 @@ def answers(model: Model, batch: int, prompt: int, gen: int, per_step: float, op
     }
 
 
+class Timed:
+    """A captured graph that notes when the device reached its start and its end."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, ends: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> None:
+        self.graph, self.pool, self.ends = graph, graph.pool, ends
+
+    def replay(self) -> None:
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        self.graph.replay()
+        stop.record()
+        self.ends.append((start, stop))
+
+
 def step_times(model: Model, prompt: int, gen: int, options: dict[str, Any]) -> dict[str, float]:
-    """Median wall time of a block step of batch 1 in the engine's loop. On CUDA also the device time of its captured graph,
-    and the host's share: the part of a step in which the device waits for the host."""
+    """Median wall time of a block step of batch 1 in the engine's loop.
+
+    Where all steps of a block replay one CUDA graph, also its time on the device in that loop, its time when replayed back
+    to back, and the host's share of a step: the device has finished a step, and the next one has not been launched yet.
+    """
     request = Request(torch.randint(0, model.spec.vocab - 600, (prompt,), device=model.device), gen)
     config = fastdllm.DecodeConfig(decoder="quota", gen_length=gen, steps=gen // 4, stop_ids=(), **options)
     runner = model.runner("cuda_graph" if model.device.type == "cuda" else "eager")
     graphs: dict[Any, Any] = getattr(runner, "graphs", {})
     graphs.clear()
-    for _ in range(2):  # the first run compiles and captures
-        narrow, began = [], time.perf_counter()
+
+    def walls() -> list[float]:
+        found, began = [], time.perf_counter()
         for _ in decode(model, [request], **assemble(model, config)):
             now = time.perf_counter()
-            narrow.append(now - began)
+            found.append(1e3 * (now - began))
             began = now
-    wall = 1e3 * sorted(narrow)[len(narrow) // 2]
-    widths = {key[2]: kept.graph for key, kept in graphs.items()}
+        return sorted(found)
+
+    walls()  # compiles and captures
+    found = walls()
+    times = {"step_wall_ms": found[len(found) // 2]}
+    widths = {key[2]: kept for key, kept in graphs.items()}
     if len(widths) not in (1, 2):  # besides an opening pass there are steps of several widths, or none was captured
-        return {"step_wall_ms": wall}
-    device = median_ms(widths[min(widths)].replay, model.device, 40)
-    return {"step_wall_ms": wall, "step_device_ms": device, "host_share": 1 - device / wall}
+        return times
+    kept, ends = widths[min(widths)], []
+    replay = kept.graph
+    kept.graph = Timed(replay, ends)
+    walls()
+    synchronise(model.device)
+    device = sorted(start.elapsed_time(stop) for start, stop in ends)
+    gaps = sorted(before.elapsed_time(after) for (_, before), (after, _) in pairwise(ends))
+    device, gap = device[len(device) // 2], gaps[len(gaps) // 2]
+    times |= {"step_device_ms": device, "host_share": gap / (gap + device)}
+    return times | {"step_replay_ms": median_ms(replay.replay, model.device, 40)}
 
 
 def commit() -> str:

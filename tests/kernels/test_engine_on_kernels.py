@@ -23,7 +23,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("family, options", SETTINGS, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values())))
+@pytest.mark.parametrize("family, options", SETTINGS, ids=str)
 def test_answers(device: torch.device, family: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     model = copy.deepcopy(random_model(family, 2))
     model.network.to(device)

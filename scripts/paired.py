@@ -64,7 +64,7 @@ def summarise(grouped: dict[str, list[dict[str, Any]]], reference: str, presets:
         places = [places_that_differ(a["ids"], b["ids"]) for a, b in zip(answers, paired, strict=True)]
         differ, total = np.sum(places, 0)
         cost = {name: np.array([x[name] for x in answers], float) for name in COSTS}
-        seconds = [x["seconds"] for x in answers]
+        timed = [x for x in answers if x["seconds"] is not None]
         rows.append(
             {
                 "setting": setting,
@@ -80,7 +80,7 @@ def summarise(grouped: dict[str, list[dict[str, Any]]], reference: str, presets:
                 "forwards": cost["forwards"].mean(),
                 "positions": cost["positions"].mean(),
                 "tokens_per_forward": cost["tokens"].sum() / cost["forwards"].sum(),
-                "tokens_per_second": None if None in seconds else cost["tokens"].sum() / sum(seconds),
+                "tokens_per_second": sum(x["tokens"] for x in timed) / sum(x["seconds"] for x in timed) if timed else None,
             }
         )
     rows.sort(key=lambda r: -r["forwards"])

@@ -50,5 +50,7 @@ class Decoder(DecoderRule):
         ends = ends & torch.stack([view.top == i for i in self.delimiters or (-1,)]).any(0)
         likely, at = view.conf.masked_fill(~ends, -1).max(1)
         end = torch.where(done, torch.where(likely >= self.delimiter_probability, at + 1, width), end)
-        view.state["end"][view.row] = end
+        # An opening pass that gives the block's first token alone says nothing of its end, which is chosen one step later.
+        blind = (view.step == 0) & (view.masked.sum(1) < view.initial)
+        view.state["end"][view.row] = torch.where(blind, 0, end)
         return RULES[self.rule](self.level).step(replace(view, masked=view.masked & (slot < end[:, None])))

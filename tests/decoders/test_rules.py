@@ -199,6 +199,23 @@ def test_adablock_goes_on_only_when_the_part_is_full() -> None:
     assert written == [[2, 3], [0], [1], [4, 5], [6, 7]]
 
 
+def test_adablock_looks_for_an_end_once_the_block_is_predicted() -> None:
+    """A shifted model's opening pass shows the first position alone; the delimiter at 3 is seen at the next step."""
+    rule = registry.find("decoders", "adablock")(delimiters=(9,), level=0.5, ahead=0.5)
+    state, row = rule.state(8, 40, torch.device("cpu"), 1), torch.tensor([0])
+    top, conf, ids = torch.tensor([[1, 2, 3, 9, 4, 5, 6, 7]]), torch.full((1, 8), 0.9), torch.full((1, 8), MASK)
+    shown = torch.arange(8)[None] == 0
+    for step, written in enumerate(([0], [1, 2, 3], [4, 5, 6, 7])):
+        masked = ids == MASK
+        view = View(
+            ids, masked & shown if step == 0 else masked, top, conf, torch.tensor([step]), torch.tensor([8]), MASK,
+            row=row, state=state,
+        )  # fmt: skip
+        after = rule.step(view)
+        assert (after != ids)[0].nonzero()[:, 0].tolist() == written
+        ids = after
+
+
 @pytest.mark.parametrize("rule, level", [("threshold", 0.8), ("factor", 0.9), ("frechet", 0.3)])
 def test_adablock_without_delimiters_is_its_rule(rule: str, level: float) -> None:
     view = blocks()

@@ -309,8 +309,8 @@ def denoise(
     plan [R, 14] int64 holds the columns of `describe`. `branches` run the forward: all of the decoder's, or branch 0 alone
     where they hold the same (the result counts for all). `shadows` positions are appended to each row of it, 0 where the
     block holds nothing that could be taken back. `packed` is the number of pieces in which passes of unequal widths run, 0
-    where all run to W. Nothing is read on the host and every shape is static, so that a runner may
-    capture the whole function as one graph.
+    where all run to W. Nothing is read on the host and every shape is static, so that a runner may capture the whole
+    function as one graph.
     """
     spec, scratch, lanes = model.spec, canvas.x.shape[1] - 1, decoder.rows
     if lanes > 1:

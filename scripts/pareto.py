@@ -214,10 +214,10 @@ def answer(job: Job) -> tuple[Job, list[dict[str, Any]], str | None]:
         return job, [], f"{type(error).__name__}: {error}"
 
 
-def decoded(job: Job) -> list[dict[str, Any]]:
+def decoded(job: Job, model: Model | None = None) -> list[dict[str, Any]]:
     task, args, study = TASKS[job.args.task], job.args, job.study
     asked = problems(study.split, args.limit, task.folder)
-    model = loaded(study.model, args.device, study.dtype)
+    model = model or loaded(study.model, args.device, study.dtype)
     prompts = [prompt(asked[i]["question"], study.template) for i in job.chosen]
 
     cuda = model.device.type == "cuda"

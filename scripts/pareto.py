@@ -13,9 +13,9 @@ there already, so it may be stopped at any time. `report` writes a table (CSV, J
 file and, with --summary, one JSON and one figure of all of them.
 
 Several workers share one device, where a clock means nothing: only a run with one worker notes seconds, and it runs again
-what has none yet. The whole study, on one GPU:
+what has none yet. The whole study takes some six minutes on one H200:
 
-    FAST="--batch_size 250 --runner eager --workers 8"
+    FAST="--batch_size 250 --runner eager --workers 12"
     python -m scripts.pareto run --models tiny-llada tiny-dream tiny-fast-dllm-v2 --templates chat plain --split test $FAST
     python -m scripts.pareto run --split validation $FAST
     python -m scripts.pareto run --split test --dtype bfloat16 --settings draft_verify=4+dual threshold=0.9+dual $FAST

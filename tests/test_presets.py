@@ -87,8 +87,8 @@ def assert_lossless(model: Model, given: Prompts, **options: Any) -> None:
     assert sum(exact.stats.row_forwards) < sum(one.stats.row_forwards)
 
 
-def questions(count: int) -> list[list[dict[str, str]]]:
-    lines = (TASKS_DIR / "gsm_symbolic" / "test.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+def questions(count: int, task: str = "gsm_symbolic") -> list[list[dict[str, str]]]:
+    lines = (TASKS_DIR / task / "test.jsonl").read_text(encoding="utf-8").splitlines()[:count]
     return [[{"role": "user", "content": json.loads(line)["question"]}] for line in lines]
 
 
@@ -100,12 +100,20 @@ def test_exact_gives_the_tokens_of_one_token_per_step(family: str) -> None:
         assert_lossless(random_model(family, seed), given, gen_length=16, block_length=8)
 
 
-def test_exact_is_lossless_on_a_trained_model() -> None:
-    """Trained confidences crowd near 1, where rounding could change an order; the test below takes whole answers."""
-    assert_lossless(fastdllm.load("tiny-llada", device="cpu"), questions(6), gen_length=32, block_length=16)
+@pytest.mark.parametrize(
+    "name, task, count, options",
+    [
+        ("tiny-sudoku", "mini_sudoku", 300, {"gen_length": 20, "block_length": 20, "cache": "none"}),
+        ("tiny-llada", "gsm_symbolic", 6, {"gen_length": 32, "block_length": 16}),
+    ],
+)
+def test_exact_is_lossless_on_trained_models(name: str, task: str, count: int, options: dict[str, Any]) -> None:
+    """Trained confidences crowd near 1, where rounding could change an order. Whole puzzles, the start of some answers."""
+    model = fastdllm.load(name, device="cpu", dtype="float32")
+    assert_lossless(model, questions(count, task), batch_size=50, **options)
 
 
 @pytest.mark.gpu
-def test_exact_is_lossless_on_300_problems() -> None:
+def test_exact_is_lossless_on_whole_answers() -> None:
     model = fastdllm.load("tiny-llada", device="cuda", dtype="float32")
     assert_lossless(model, questions(300), gen_length=256, block_length=32, batch_size=100, runner="eager")

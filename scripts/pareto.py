@@ -151,13 +151,15 @@ def settings_of(model: str, task: str, thorough: bool) -> list[str]:
         found += [f"{s}+{base}" for s in ("draft_verify=8", "factor=0.5", "entropy_bound=0.3", "hierarchical=0.9:low=0.75")]
     if causal:
         return [*found, f"threshold=0.9:small_block_size=32+{base}"]
-    found += [f"threshold=0.9+{NEAR}", f"threshold=0.9:block_length=64+{NEAR}", f"threshold=0.9:block_length=64+{base}"]
+    found += [f"{s}+{NEAR}" for s in ("threshold=0.9", "threshold=0.9:block_length=64", "threshold=0.97:block_length=64")]
+    found += [f"threshold=0.9:block_length=64+{base}"]
     if thorough:
         found += [f"threshold=0.9:block_length=16+{base}", "quota+none", "quota+top_rho", f"quota:confidence=random+{base}"]
-        found += [f"{s}+{NEAR}" for s in ("threshold=0.97", "threshold=0.99", "threshold=0.97:block_length=64")]
+        found += [f"{s}+{NEAR}" for s in ("threshold=0.97", "threshold=0.99")]
     if family(model) == "dream":
         found += [f"{s}:first_token=rule+{base}" for s in ("quota", "threshold=0.9", "frechet=0.25")]
-        found += [f"threshold=0.9:first_token=rule{size}+{NEAR}" for size in ("", ":block_length=64")]
+        rule, wide = "first_token=rule", "first_token=rule:block_length=64"
+        found += [f"threshold={s}+{NEAR}" for s in (f"0.9:{rule}", f"0.9:{wide}", f"0.97:{wide}")]
     return found
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decoding loop: open a block, step until it holds no mask, go on to the next.
 
-Every row of the batch walks through its own blocks. In each round every row gets one forward. Rows with narrow passes share
-one, and so do rows with wide passes of about the same width. So no row waits for another, a row gives in a batch what it
-gives alone, and a row that finishes leaves its place to the next request.
+Every row of the batch walks through its own blocks. In each round every row gets one forward, which rows with passes of
+about the same width share, on a GPU also those with narrow passes of any width. So no row waits for another, a row gives
+in a batch what it gives alone, and a row that finishes leaves its place to the next request.
 
     round:  rows -> groups of like passes -> one forward each -> commit -> one host read -> each row moves on
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from fastdllm.reuse.values import ValueReuse
     from fastdllm.sampling import Sampler
 
-NARROW = 64  # passes up to this width share a forward, packed; wider ones are padded to the next multiple
+NARROW = 64  # passes up to this width share a forward at equal width or packed; wider ones are padded to the next multiple
 PASS_TOKENS = 16384  # positions of one forward at most: bounds the activations, and a wide pass gains nothing beyond
 
 
@@ -242,7 +242,7 @@ def decode(
             place(canvas, live[-1], lanes, spec.mask_id, spec.pad_id)
         planned = [(row, row.next_pass(cache, lead)) for row in live]
         planned = [(row, p, row.active(p, reuse), shadow * row.revocable) for row, p in planned]
-        for rows, passes, width, quotas, shadows in group(planned, decoder.rows):
+        for rows, passes, width, quotas, shadows in group(planned, decoder.rows, runner.packs):
             started = time.perf_counter()
             keys = max(row.block.reach for row in rows) + shadows if shadows else max(p.read for p in passes)
             uniform = all(p.read == keys and p.hide == (0, 0) and within_block(p, grid) for p in passes)
@@ -417,20 +417,20 @@ def place(canvas: Canvas, row: Row, lanes: int, mask_id: int, pad_id: int) -> No
 
 
 def group(
-    planned: list[tuple[Row, Pass, int | None, int]], lanes: int
+    planned: list[tuple[Row, Pass, int | None, int]], lanes: int, packs: bool
 ) -> Iterator[tuple[list[Row], list[Pass], int, list[int | None], int]]:
     """Rows that can share a forward: (rows, their passes, width, their quotas, shadows of each), wide passes first.
 
     A row's quota counts the positions that run through reused layers, None where reuse has no part. Rows that recompute all
     and rows that reuse do not mix, so that a forward either fills the reused layers' state or draws on it. With `lanes`
-    branches, opening passes are apart too: they run for one branch of each row. So are rows with shadows. Narrow passes of
-    different widths can share a forward if nothing but the network runs in it (`packing.py`).
+    branches, opening passes are apart too: they run for one branch of each row. So are rows with shadows. Where the runner
+    `packs`, other narrow passes share a forward whatever their widths (`packing.py`).
     """
     buckets: dict[tuple[int, int, bool, int], list[tuple[Row, Pass, int | None]]] = {}
     for row, p, quota, shadows in planned:
         width, apart = p.stop - p.start, lanes > 1 and row.opening
         kind = 0 if quota is None else 1 if quota == width else 2
-        exact = width <= NARROW and (kind or apart or shadows)
+        exact = width <= NARROW and (not packs or kind or apart or shadows)
         bucket = width if exact else -(-width // NARROW) * NARROW
         buckets.setdefault((bucket, kind, apart, shadows), []).append((row, p, quota))
     for bucket in sorted(buckets, reverse=True):

@@ -53,6 +53,8 @@ class Runner(eager.Runner):
     `bind(key)` names the choices that shape the step function (decoder, sampler, ...): equal keys share graphs.
     """
 
+    packs = True
+
     def __init__(self) -> None:
         self.graphs: dict[Hashable, Graph] = {}
         self.kept: Canvas | None = None

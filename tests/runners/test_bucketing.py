@@ -22,6 +22,8 @@ CASES = [
     ("llada", {"cache": "top_rho", "threshold": 0.3}),
     ("llada", {"decoder": "draft_verify"}),
     ("llada", {"decoder": "lopa", "cache": "vicinity"}),
+    ("llada", {"decoder": "progress_threshold", "cache": "lazy"}),
+    ("dream", {"decoder": "adablock"}),
     ("dream", {"decoder": "wino", "keep": 1.0, "threshold": 0.2}),
     ("dream", {"cache": "prefix", "first_token": "rule"}),
     ("v2", {"cache": "block", "reuse_k": 3, "layer_subset": "1", "trim_ratio": 0.4}),

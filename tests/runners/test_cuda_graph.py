@@ -39,6 +39,8 @@ CASES = [
     ("llada", {"decoder": "hierarchical", "cache": "suffix_window", "suffix": 4}),
     ("llada", {"decoder": "local_leap", "cache": "vicinity"}),
     ("llada", {"decoder": "credit"}),
+    ("llada", {"decoder": "progress_threshold"}),
+    ("dream", {"decoder": "adablock"}),
     ("llada", {"decoder": "draft_verify"}),
     ("llada", {"decoder": "lopa", "cache": "none"}),
     ("dream", {"decoder": "draft_verify", "first_token": "rule"}),

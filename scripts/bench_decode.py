@@ -245,6 +245,7 @@ def step_times(model: Model, prompt: int, gen: int, options: dict[str, Any]) -> 
     replay = kept.graph
     kept.graph = Timed(replay, ends)
     walls()
+    kept.graph = replay
     synchronise(model.device)
     device = sorted(start.elapsed_time(stop) for start, stop in ends)
     gaps = sorted(before.elapsed_time(after) for (_, before), (after, _) in pairwise(ends))

@@ -110,6 +110,8 @@ def family(model: str) -> str:
 
 def parse(setting: str) -> dict[str, Any]:
     """A setting's text as options of `DecodeConfig`."""
+    if setting.count("+") != 1:
+        raise ValueError(f"setting {setting!r} must read decoder[=value][:option=value...]+cache[:option=value...]")
     options: dict[str, Any] = {}
     for kind, part in zip(("decoder", "cache"), setting.split("+"), strict=True):
         name, *more = part.split(":")

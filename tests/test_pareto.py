@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -93,6 +94,12 @@ def test_the_presets_are_among_the_settings_and_known_by_name() -> None:
         names = pareto.preset_names(settings, model, pareto.arguments(["run"]))
         assert sorted(names.values()) == sorted(PRESETS)
         assert names["draft_verify=4+dual"] == "exact"
+
+
+@pytest.mark.parametrize("setting", ["threshold=0.9", "quota+dual+none"])
+def test_a_setting_that_cannot_be_read_is_named(setting: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"setting {setting!r} must read decoder")):
+        pareto.parse(setting)
 
 
 def test_a_run_resumes_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

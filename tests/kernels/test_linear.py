@@ -121,6 +121,16 @@ def test_many_rows(device: torch.device, assert_close, kind: str) -> None:
     assert_close(triton.linear(x, wq, scale, bias), reference.linear(x, wq, scale, bias), 2e-3)
 
 
+@pytest.mark.parametrize("C", [1, 60, 5000])
+def test_widened_weights(device: torch.device, assert_close, C: int, dtype: torch.dtype, ratio: float) -> None:
+    """More channels than a program takes, too; the scale is applied before rounding."""
+    from fastdllm.kernels.linear import triton
+
+    wq, scale = weight(7, C, "int8", device)
+    want = (wq.float() * scale[:, None]).to(dtype)
+    assert_close(triton.widen(wq, scale, dtype), want, 0.0 if device.type == "cuda" else ratio)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["plain", "fp8", "int8"])
 @pytest.mark.parametrize("M", [1, 64, 65, 200, 1256])

@@ -30,6 +30,7 @@ except ImportError:  # Triton before 3.4 has none: the library multiplies
 # Most rows of the streaming kernel; more go to the library, from where on int8 costs a widened copy of the weight.
 STREAM_ROWS = 64
 WIDENED_ROWS = 256
+WIDEN_BLOCK = 4096  # channels of one output row that a program widens
 
 
 @triton.jit
@@ -94,6 +95,16 @@ def _quantize_kernel(x, xq, scale, C, LARGEST: tl.constexpr, BLOCK: tl.constexpr
     tl.store(scale + i_m, b_scale)
 
 
+@triton.jit
+def _widen_kernel(w, scale, y, C, BLOCK: tl.constexpr):
+    i_n = tl.program_id(0).to(tl.int64)
+    o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m_c = o_c < C
+    begin()
+    b_w = tl.load(w + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
+    tl.store(y + i_n * C + o_c, b_w * tl.load(scale + i_n), mask=m_c)
+
+
 def linear(x: Tensor, wq: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """See `fastdllm.kernels.linear`."""
     parts = sums(x, wq, scale, bias)
@@ -122,8 +133,7 @@ def sums(x: Tensor, wq: Tensor, scale: Tensor | None, bias: Tensor | None) -> Te
         return scaled_mm(xq, wq, scale, bias, token_scale)[None]
     if wq.dtype == FP8:
         return reference.linear(rows, wq, scale, bias)[None]
-    y = F.linear(rows, wq.to(x.dtype)).mul_(scale)
-    return (y if bias is None else y.add_(bias))[None]
+    return F.linear(rows, widen(wq, scale, x.dtype), bias)[None]
 
 
 def streams(rows: Tensor, wq: Tensor) -> bool:
@@ -202,6 +212,16 @@ def stream(
     return y
 
 
+def widen(wq: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """int8 weights wq [N, C] times scale [N], in `dtype`. The library's conversion takes four times as long."""
+    N, C = wq.shape
+    w = torch.empty((N, C), dtype=dtype, device=wq.device)
+    _widen_kernel[(N, triton.cdiv(C, WIDEN_BLOCK))](
+        wq.contiguous(), scale, w, C, BLOCK=min(WIDEN_BLOCK, triton.next_power_of_2(C)), num_warps=8, **LAUNCH
+    )
+    return w
+
+
 def scaled_mm(xq: Tensor, wq: Tensor, scale: Tensor, bias: Tensor | None, token_scale: Tensor) -> Tensor:
     """The library's fp8 product of xq [M, C] and wq [N, C] transposed, scaled by row and channel; bf16."""
     y = torch._scaled_mm(
@@ -220,7 +240,9 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     M, C = x.shape
     xq = torch.empty((M, C), dtype=FP8, device=x.device)
     scale = torch.empty((M,), dtype=torch.float32, device=x.device)
+    # 32 rows of 12288 channels take 5.8, 4.7 and 4.6 us with 8, 16 and 32 warps, of 4096 channels 1.8, 1.6 and 1.8 (H200).
+    warps = 16 if C <= 4096 else 32
     _quantize_kernel[(M,)](
-        x.contiguous(), xq, scale, C, LARGEST=FP8_MAX, BLOCK=triton.next_power_of_2(C), num_warps=8, **LAUNCH
+        x.contiguous(), xq, scale, C, LARGEST=FP8_MAX, BLOCK=triton.next_power_of_2(C), num_warps=warps, **LAUNCH
     )
     return xq, scale

@@ -346,8 +346,9 @@ def denoise(
     else:
         hidden = model.network(ids, window, canvas.store, hook)  # [R, W, C]
 
-    # 2. The head, on the block's positions alone: row j of a pass predicts position start + j + shift. A shifted model's
-    #    opening pass ends where the block starts or discards the rest (as published): it gives the first token only.
+    # 2. The head and the scores, of the block's positions alone: row j of a pass predicts position start + j + shift. A
+    #    shifted model's opening pass ends where the block starts or discards the rest (as published): it gives the first
+    #    token only.
     source = slot - spec.shift - start[:, None]
     learnt = (slot < last[:, None]) & (source >= 0) & (slot - spec.shift < stop[:, None])
     learnt &= (slot == first[:, None]) | (forced == 0)[:, None]
@@ -356,17 +357,21 @@ def denoise(
     predicting = hidden.gather(1, index)
     if shadows:
         predicting = torch.cat([predicting, hidden[:, width :: 1 + spec.shift]])
-    logits, *without = model.network.logits(predicting).split(len(row))  # [R, Q, V] each
-    if cfg_scale:
-        masked_prompt = torch.where(pos < prompt[:, None], spec.mask_id, ids)
-        window = Window((row + 1).clamp(max=len(canvas.x) - 1), pos, limit, keys, uniform, window.hide)
-        free = model.network.logits(model.network(masked_prompt, window, canvas.store).gather(1, index))
-        logits = free + (cfg_scale + 1) * (logits - free)
+    if cfg_scale or shadows or decoder.adjust or sampler.temperature > 0:
+        logits, *without = model.network.logits(predicting).split(len(row))  # [R, Q, V] each
+        if cfg_scale:
+            masked_prompt = torch.where(pos < prompt[:, None], spec.mask_id, ids)
+            window = Window((row + 1).clamp(max=len(canvas.x) - 1), pos, limit, keys, uniform, window.hide)
+            free = model.network.logits(model.network(masked_prompt, window, canvas.store).gather(1, index))
+            logits = free + (cfg_scale + 1) * (logits - free)
+        scores = sampler(logits, model.banned, noise)
+    else:  # nothing looks at the logits themselves, which then need not reach memory
+        stats = model.network.confidence(predicting.flatten(0, 1), model.banned, **sampler.statistics)
+        scores = sampler.scores(stats, slot.shape, noise)
 
-    # 3. Score, decide, write. The decoder returns the block's next ids; a position where it writes the mask stays open.
+    # 3. Decide and write. The decoder returns the block's next ids; a position where it writes the mask stays open.
     #    What is open in branch 0 is open in all: a branch may take back what another one tried. Shadows doubt the tokens of
     #    the block that decoding chose and that can be predicted anew; those, too, the decoder may open.
-    scores = sampler(logits, model.banned, noise)
     before, masked = canvas.x[row[:, None], slot], canvas.masked[row[:, None], slot]
     scored = masked & learnt
     view = View(before, scored, scores.top, scores.conf, step, initial, spec.mask_id, scores.entropy, scores.margin, row)

@@ -58,23 +58,26 @@ class Sampler:
             [torch.rand(width, columns, generator=g, device=g.device, dtype=torch.float32) for g in generators]
         )
 
+    @property
+    def statistics(self) -> dict[str, bool]:
+        """What `kernels.confidence` computes beside the top token and its probability."""
+        return {name: name in self.needs or self.confidence == name for name in ("entropy", "margin")}
+
     def __call__(self, logits: Tensor, banned: Tensor, noise: Tensor | None) -> Scores:
         """logits [R, Q, V] -> scores of every position; banned [V] ids get probability 0."""
-        r, q, v = logits.shape
-        stats = kernels.confidence(
-            logits.reshape(r * q, v),
-            banned,
-            entropy="entropy" in self.needs or self.confidence == "entropy",
-            margin="margin" in self.needs or self.confidence == "margin",
-        )
-        top, prob = stats.top.view(r, q), stats.prob.view(r, q)
-        entropy = stats.entropy.view(r, q) if stats.entropy is not None else None
-        margin = stats.margin.view(r, q) if stats.margin is not None else None
+        stats = kernels.confidence(logits.flatten(0, 1), banned, **self.statistics)
+        raw = logits.float().masked_fill(banned, -torch.inf) if self.temperature > 0 else None
+        return self.scores(stats, logits.shape[:2], noise, raw)
+
+    def scores(
+        self, stats: kernels.Confidence, shape: tuple[int, int], noise: Tensor | None, logits: Tensor | None = None
+    ) -> Scores:
+        """Scores of shape [R, Q] from `stats` [R * Q]; a temperature draws from logits [R, Q, V] fp32, -inf where banned."""
+        top, prob, lse, entropy, margin = (None if x is None else x.view(shape) for x in stats)
         gumbel = -torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7))) if noise is not None else None
         if self.temperature > 0:
-            raw = logits.float().masked_fill(banned, -torch.inf)
-            top = (self._truncate(raw / self.temperature) + gumbel[..., :v]).argmax(-1)
-            prob = (raw.gather(-1, top[..., None])[..., 0] - stats.lse.view(r, q)).exp()
+            top = (self._truncate(logits / self.temperature) + gumbel[..., :-1]).argmax(-1)
+            prob = (logits.gather(-1, top[..., None])[..., 0] - lse).exp()
         conf = {
             "probability": prob,
             "margin": margin,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdllm import kernels
 from fastdllm.models import Model
 from fastdllm.models.spec import ModelSpec
 from fastdllm.models.transformer import Transformer
@@ -29,8 +30,11 @@ class ScriptedNetwork(Transformer):
     def logits(self, hidden: Tensor) -> Tensor:
         at = hidden[..., 0].long() + self.spec.shift
         conf = self.conf[at.clamp(max=len(self.conf) - 1)]
-        out = ((1 - conf) / (self.spec.vocab - 1)).clamp(min=1e-9).log()[..., None].repeat(1, 1, self.spec.vocab)
+        out = ((1 - conf) / (self.spec.vocab - 1)).clamp(min=1e-9).log()[..., None].expand(*at.shape, self.spec.vocab)
         return out.scatter(-1, self.tokens[at.clamp(max=len(self.tokens) - 1)][..., None], conf.log()[..., None])
+
+    def confidence(self, hidden: Tensor, banned: Tensor, entropy: bool, margin: bool) -> kernels.Confidence:
+        return kernels.confidence(self.logits(hidden), banned, entropy, margin)
 
 
 def scripted_model(family: str, tokens: Sequence[int], conf: Sequence[float] = (1.0,), **changes: Any) -> Model:
@@ -43,4 +47,7 @@ def with_logits(model: Model, change: Callable[[Tensor], Tensor]) -> Model:
     """The model with its logits passed through `change`."""
     original = model.network.logits
     model.network.logits = lambda hidden: change(original(hidden))
+    model.network.confidence = lambda hidden, banned, **asked: kernels.confidence(
+        model.network.logits(hidden), banned, **asked
+    )
     return model

@@ -24,6 +24,7 @@ from tests.reference import dream as dream_reference
 from tests.reference import llada as llada_reference
 from tests.reference import v2 as v2_reference
 from tests.reference.network import PlainNetwork
+from tests.scripted_model import with_logits
 
 LLADA = {"none": llada.generate, "prefix": llada.generate_with_prefix_cache, "dual": llada.generate_with_dual_cache}
 V2 = {"none": v2.generate, "prefix": v2.generate_with_prefix_cache, "dual": v2.generate_with_dual_cache}
@@ -200,15 +201,7 @@ def forced(model: Model, token: int) -> Model:
         model.network.head.weight.zero_()
         model.network.embed.weight.abs_()
         model.network.norm.zero_()
-    original = model.network.logits
-
-    def logits(hidden: torch.Tensor) -> torch.Tensor:
-        out = original(hidden)
-        out[..., token] += 20
-        return out
-
-    model.network.logits = logits
-    return model
+    return with_logits(model, lambda logits: logits + 20 * torch.eye(logits.shape[-1])[token])
 
 
 def test_batches() -> None:

@@ -158,10 +158,15 @@ def confidence(logits: Tensor, banned: Tensor | None = None, entropy: bool = Fal
 
 
 def head_confidence(
-    hidden: Tensor, weight: Tensor, banned: Tensor | None = None, entropy: bool = False, margin: bool = False
+    hidden: Tensor,
+    wq: Tensor,
+    banned: Tensor | None = None,
+    entropy: bool = False,
+    margin: bool = False,
+    scale: Tensor | None = None,
 ) -> Confidence:
-    """`confidence` of the logits hidden [N, C] @ weight [V, C] transposed."""
-    return _pick(_confidence, hidden).head_confidence(hidden, weight, banned, entropy, margin)
+    """`confidence` of `linear(hidden, wq, scale)`, hidden [N, C] and wq [V, C]: logits that need not reach memory."""
+    return _pick(_confidence, hidden).head_confidence(hidden, wq, banned, entropy, margin, scale)
 
 
 def accept(ids: Tensor, top: Tensor, conf: Tensor, masked: Tensor, rule: str, value: Tensor) -> Tensor:

@@ -140,6 +140,10 @@ class Transformer(nn.Module):
         """hidden [..., C] -> logits [..., V] in the weights' dtype."""
         return self.head(hidden)
 
+    def confidence(self, hidden: Tensor, banned: Tensor, entropy: bool, margin: bool) -> kernels.Confidence:
+        """`kernels.confidence` of the logits of hidden [N, C], where nothing else needs them."""
+        return kernels.head_confidence(hidden, self.head.weight, banned, entropy, margin, self.head.scale)
+
     def new_store(self, rows: int, length: int) -> KVStore:
         """A store for `rows` sequences of `length` positions in the weights' dtype, on their device."""
         s = self.spec

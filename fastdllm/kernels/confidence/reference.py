@@ -6,8 +6,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from fastdllm.kernels.linear.reference import linear
 
 
 class Confidence(NamedTuple):
@@ -43,7 +44,12 @@ def confidence(logits: Tensor, banned: Tensor | None = None, entropy: bool = Fal
 
 
 def head_confidence(
-    hidden: Tensor, weight: Tensor, banned: Tensor | None = None, entropy: bool = False, margin: bool = False
+    hidden: Tensor,
+    wq: Tensor,
+    banned: Tensor | None = None,
+    entropy: bool = False,
+    margin: bool = False,
+    scale: Tensor | None = None,
 ) -> Confidence:
     """See `fastdllm.kernels.head_confidence`."""
-    return confidence(F.linear(hidden, weight), banned, entropy, margin)
+    return confidence(linear(hidden, wq, scale), banned, entropy, margin)

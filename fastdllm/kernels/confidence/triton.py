@@ -10,13 +10,13 @@ head's matrix product (`head_confidence`), in which case the logits are never wr
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastdllm.kernels.confidence.reference import Confidence
 from fastdllm.kernels.dot import dot
+from fastdllm.kernels.linear.triton import linear
 from fastdllm.kernels.overlap import LAUNCH, begin
 
 BLOCK_V = 4096
@@ -124,7 +124,8 @@ def _head_kernel(
         b_x = dot(b_w, b_h, b_x)
     if BANNED:
         m_v &= tl.load(banned + o_v, mask=m_v, other=1) == 0
-    b_x = tl.where(m_v[:, None], b_x, -float("inf"))
+    # Rounded like logits in memory: which token leads must not depend on how many positions there are.
+    b_x = tl.where(m_v[:, None], b_x.to(hidden.dtype.element_ty).to(tl.float32), -float("inf"))
     i_part = o_n.to(tl.int64) * tl.num_programs(0) + i_v
     _store_tile(b_x, o_v[:, None], m_n, i_part, top, best, total, moment, second, 0, V, ENTROPY, MARGIN)
 
@@ -241,17 +242,22 @@ def confidence(logits: Tensor, banned: Tensor | None = None, entropy: bool = Fal
 
 
 def head_confidence(
-    hidden: Tensor, weight: Tensor, banned: Tensor | None = None, entropy: bool = False, margin: bool = False
+    hidden: Tensor,
+    wq: Tensor,
+    banned: Tensor | None = None,
+    entropy: bool = False,
+    margin: bool = False,
+    scale: Tensor | None = None,
 ) -> Confidence:
     """See `fastdllm.kernels.head_confidence`.
 
-    Up to 64 positions the fused kernel reads the head once, at the memory's speed: 346 us for LLaDA's 32 positions and 362
-    for Dream's, where cuBLAS and `confidence` take 384 and 399 (floors 343 and 361; H100, torch 2.11, triton 3.6,
-    2026-11-24). More positions would read it more than once.
+    Up to 64 positions the fused kernel reads the head once, at the memory's speed; more positions would read it more than
+    once. LLaDA's head at 8, 32 and 64 positions: 241, 244 and 261 us, as two kernels 244, 257 and 286; Dream's 250, 255 and
+    277 against 257, 268 and 305 (H200, torch 2.11, triton 3.6, 2026-11-28).
     """
-    if len(hidden) <= HEAD_ROWS and hidden.itemsize == 2:
-        return launch_head(hidden, weight, banned, entropy, margin)
-    return confidence(F.linear(hidden, weight), banned, entropy, margin)
+    if scale is None and len(hidden) <= HEAD_ROWS and hidden.itemsize == 2:
+        return launch_head(hidden, wq, banned, entropy, margin, *((64, 128) if len(hidden) <= 32 else (128, 64)))
+    return confidence(linear(hidden, wq, scale), banned, entropy, margin)
 
 
 def launch_head(
@@ -260,8 +266,8 @@ def launch_head(
     banned: Tensor | None,
     entropy: bool,
     margin: bool,
-    block_v: int = 64,
-    block_c: int = 128,
+    block_v: int,
+    block_c: int,
     num_warps: int = 4,
     num_stages: int = 4,
 ) -> Confidence:

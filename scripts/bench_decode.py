@@ -27,7 +27,6 @@ from typing import Any
 import torch
 
 import fastdllm
-from fastdllm import kernels
 from fastdllm.build import assemble
 from fastdllm.engine import Request, decode
 from fastdllm.models import Model
@@ -37,6 +36,7 @@ from fastdllm.models.llada import FAMILY as LLADA
 from fastdllm.models.quantize import KINDS, quantize
 from fastdllm.models.spec import ModelSpec
 from fastdllm.models.transformer import Transformer
+from fastdllm.runners.cuda_graph import CAPTURED_POSITIONS
 from fastdllm.store import Window
 
 # config.json of LLaDA-8B-Instruct, Dream-v0-Instruct-7B and Fast_dLLM_v2_7B: the fields that shape the network.
@@ -121,7 +121,7 @@ def full_flops(spec: ModelSpec, tokens: int, head_rows: int) -> float:
 
 
 class Forward:
-    """A forward of the network and its head over a window, captured on CUDA when it is narrow."""
+    """A forward of the network and its head over a window, captured on CUDA where the runner would capture it."""
 
     def __init__(self, model: Model, rows: int, width: int, keys: int, start: int, head_rows: int) -> None:
         spec, device = model.spec, model.device
@@ -132,13 +132,13 @@ class Forward:
         pos = torch.arange(start, start + width, device=device).expand(rows, width).contiguous()
         limit = torch.full_like(pos, keys)
         row = torch.arange(rows, device=device)
-        uniform = device.type != "cuda" or width > 64
+        captured = device.type == "cuda" and rows * width <= CAPTURED_POSITIONS
         self.window = Window(
-            row, pos, limit, keys, uniform, None if uniform else torch.zeros(rows, 2, dtype=torch.long, device=device)
+            row, pos, limit, keys, not captured, torch.zeros(rows, 2, dtype=torch.long, device=device) if captured else None
         )
         self.ids = torch.randint(0, spec.vocab, (rows, width), device=device)
         self.graph = None
-        if device.type == "cuda" and width <= 64:
+        if captured:
             stream = torch.cuda.Stream()
             with torch.cuda.stream(stream):
                 for _ in range(2):
@@ -152,8 +152,7 @@ class Forward:
     @torch.inference_mode()
     def run(self) -> Any:
         hidden = self.model.network(self.ids, self.window, self.store)[:, -self.head_rows :]
-        logits = self.model.network.logits(hidden)
-        return kernels.confidence(logits.flatten(0, 1), self.model.banned)
+        return self.model.network.confidence(hidden.flatten(0, 1), self.model.banned, False, False)
 
     def __call__(self) -> None:
         self.graph.replay() if self.graph else self.run()
@@ -197,7 +196,7 @@ def answers(model: Model, batch: int, prompt: int, gen: int, per_step: float, op
         "tokens_per_forward": stats.tokens_per_forward,
         "seconds": stats.seconds,
         "first_run_seconds": cold,
-        "peak_gib": (stats.peak_memory or 0) / 2**30,
+        "peak_gib": stats.peak_memory and stats.peak_memory / 2**30,
     }
 
 
@@ -280,7 +279,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return out
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["llada", "dream", "v2"], choices=list(SHAPES))
     parser.add_argument("--folder", help="a real checkpoint in place of random weights")
@@ -292,7 +291,7 @@ def main() -> None:
     parser.add_argument("--skip-checks", action="store_true", help="do not run the op tests first")
     parser.add_argument("--compare", help="a file whose last line is an earlier run's JSON")
     parser.add_argument("--repeats", type=int, default=40)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     device = torch.device("cpu" if args.cpu else "cuda")
     if device.type == "cuda" and not args.skip_checks:

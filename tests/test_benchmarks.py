@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decode benchmark and the profile on the tiny models: every figure is there, and what can be counted is right."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import fastdllm
+from fastdllm import kernels
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+    """The scripts as they run from the command line: their neighbours are imported by their bare names."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    return {name: importlib.import_module(name) for name in ("bench_decode", "profile_step")}
+
+
+@pytest.mark.parametrize("name", ["llada", "v2"])
+def test_the_benchmark_reports_what_was_decoded(scripts, name: str, tmp_path: Path, capsys) -> None:
+    bench, given = scripts["bench_decode"], ["--cpu", "--models", name, "--prompts", "40", "--gen", "32", "--repeats", "1"]
+    bench.main([*given, "--batches", "1", "2"])
+    printed = capsys.readouterr().out
+    report = json.loads(printed.splitlines()[-1])
+    assert {"device", "torch", "python", "commit"} < report.keys() and min(report["ceilings"].values()) > 0
+    figures = report[name]
+    cache, step = ("sub_block", 8 / 3) if name == "v2" else ("dual", 4)
+    for batch in (1, 2):
+        answers = figures[f"{cache}_prompt40_batch{batch}"]
+        assert answers["nfe"] == pytest.approx(32 / step, abs=4 if name == "v2" else 0)  # v2 opens its blocks with a pass
+        assert answers["tokens_per_forward"] == pytest.approx(32 * batch / answers["nfe"] / batch)
+        assert answers["peak_gib"] is None
+    for width in ("block", "sub_block") if name == "v2" else ("block",):
+        forward = figures["forward"]
+        assert forward[f"{width}_ratio"] == pytest.approx(forward[f"{width}_forward_ms"] / forward[f"{width}_floor_ms"])
+    earlier = tmp_path / "earlier.txt"
+    earlier.write_text(printed)
+    bench.main([*given, "--batches", "1", "--compare", str(earlier)])
+    assert f"x 1.000 of {earlier}" in capsys.readouterr().out  # the forwards of an answer do not vary
+
+
+def test_the_profile_knows_what_each_operation_moves(scripts) -> None:
+    profile = scripts["profile_step"]
+    model = fastdllm.load("tiny-llada", device="cpu")
+    spec, rows, width, keys = model.spec, 2, 8, 50
+    step = scripts["bench_decode"].Forward(model, rows, width, keys, keys - width, width)
+    before = kernels.linear
+    with profile.recorded() as nbytes:
+        step.run()
+    assert kernels.linear is before
+    n, c, f, v = rows * width, spec.width, spec.ffn, spec.vocab
+    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    integers = 8 * (rows + n)  # rows, and positions or limits
+    assert nbytes == {
+        f"rmsnorm {rows}x{width}x{c}": 4 * (2 * n * c + c),
+        f"linear_rope_store {q + 2 * kv}x{c}": 4 * ((q + 2 * kv) * c + n * (c + q + 2 * kv)) + integers,
+        f"attention {rows}x{width}x{spec.heads}x{spec.head_dim}": 4 * (2 * n * q + 2 * rows * keys * kv) + integers,
+        f"linear_rmsnorm {c}x{q}": 4 * (c * q + c + n * (q + 3 * c)),
+        f"linear_silu_mul {2 * f}x{c}": 4 * (2 * f * c + n * (c + f)),
+        f"linear_rmsnorm {c}x{f}": 4 * (c * f + c + n * (f + 3 * c)),
+        f"head_confidence {v}x{c}": 4 * (v * c + n * c) + v + n * (8 + 4 + 4),  # top, probability, log-sum-exp
+    }
+
+
+def test_a_kernel_belongs_to_the_operation_that_launched_it(scripts) -> None:
+    """Launches are matched by their time on the host, kernels by their launch, whenever they ran."""
+
+    def event(cat: str, name: str, ts: float, dur: float, correlation: int | None = None) -> dict[str, object]:
+        return {"cat": cat, "name": name, "ts": ts, "dur": dur, "args": {"correlation": correlation}}
+
+    events = [
+        event("user_annotation", "attention 1x8", 10, 5),
+        event("user_annotation", "rmsnorm 4x4", 20, 5),
+        event("user_annotation", "somebody else's", 30, 5),
+        event("cuda_driver", "cuLaunchKernelEx", 11, 1, 1),
+        event("cuda_driver", "cuLaunchKernelEx", 13, 1, 2),
+        event("cuda_runtime", "cudaLaunchKernel", 21, 1, 3),
+        event("cuda_runtime", "cudaLaunchKernel", 31, 1, 4),
+        event("kernel", "split", 21, 4.0, 1),
+        event("kernel", "join", 26, 2.0, 2),
+        event("kernel", "gemm", 40, 8.0, 3),
+        event("kernel", "gather", 50, 1.0, 4),
+        event("kernel", "launched before the trace", 51, 1.0, 5),
+    ]
+    profile = scripts["profile_step"]
+    assert profile.attribute(events, cuda=True) == {
+        "attention 1x8": {"split": (1, 4.0), "join": (1, 2.0)},
+        "rmsnorm 4x4": {"gemm": (1, 8.0)},
+        "other": {"gather": (1, 1.0), "launched before the trace": (1, 1.0)},
+    }
+    assert profile.attribute(events, cuda=False) == {
+        "attention 1x8": {"on the host": (1, 5)},
+        "rmsnorm 4x4": {"on the host": (1, 5)},
+    }
+
+
+def test_the_profile_prints_every_operation(scripts, tmp_path: Path, capsys) -> None:
+    profile = scripts["profile_step"]
+    profile.main(["--cpu", "--keys", "64", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert all(f"\n{name} " in printed for name in profile.OPERATIONS)
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]

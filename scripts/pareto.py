@@ -19,7 +19,7 @@ what has none yet. The whole study takes some six minutes on one H200:
     python -m scripts.pareto run --models tiny-llada tiny-dream tiny-fast-dllm-v2 --templates chat plain --split test $FAST
     python -m scripts.pareto run --split validation $FAST
     python -m scripts.pareto run --split test --dtype bfloat16 --settings draft_verify=4+dual threshold=0.9+dual $FAST
-    python -m scripts.pareto run --split test --settings draft_verify=4+dual threshold=0.9+dual --batch_size 250
+    python -m scripts.pareto run --split test --batch_size 64 --limit 128        # seconds, for tokens/s
 
 Which of two decoders looks better changes with the prompt, hence two templates: "chat" (the checkpoint's own) and "plain"
 (Question: ... Answer:). An interval is a paired bootstrap over problems; `p` is McNemar's exact test on the problems that

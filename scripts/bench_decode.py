@@ -20,6 +20,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -299,7 +301,8 @@ def main(arguments: list[str] | None = None) -> None:
     peak = ceilings(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "torch": torch.__version__, "python": platform.python_version(), "commit": commit(), "ceilings": peak,
+        "torch": torch.__version__, "triton": version("triton") if find_spec("triton") else None,
+        "python": platform.python_version(), "commit": commit(), "ceilings": peak,
     }  # fmt: skip
     for name in [args.folder] if args.folder else args.models:
         if args.folder or args.cpu:

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdllm.kernels.confidence.reference import Confidence
+from fastdllm.kernels.device import stages
 from fastdllm.kernels.dot import dot
 from fastdllm.kernels.linear.triton import linear
 from fastdllm.kernels.overlap import LAUNCH, begin
@@ -291,7 +292,7 @@ def launch_head(
         BLOCK_V=block_v,
         BLOCK_C=block_c,
         num_warps=num_warps,
-        num_stages=num_stages,
+        num_stages=stages(num_stages, block_c * (block_v + block_n) * hidden.itemsize, hidden.device),
         **LAUNCH,
     )
     return tiles.join()

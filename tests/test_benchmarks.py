@@ -35,9 +35,14 @@ def test_the_benchmark_reports_what_was_decoded(scripts, name: str, tmp_path: Pa
         assert answers["nfe"] == pytest.approx(32 / step, abs=4 if name == "v2" else 0)  # v2 opens its blocks with a pass
         assert answers["tokens_per_forward"] == pytest.approx(32 * batch / answers["nfe"] / batch)
         assert answers["peak_gib"] is None
+    model = fastdllm.load(bench.TINY[name], device="cpu")
+    spec, keys = model.spec, 64 if name == "v2" else 40 + 32  # a block-causal model sees no further than its block of 32
+    weights = sum(p.nbytes for key, p in model.network.named_parameters() if spec.tied_head or "embed" not in key)
+    read = weights + 4 * keys * 2 * spec.layers * spec.kv_heads * spec.head_dim
     for width in ("block", "sub_block") if name == "v2" else ("block",):
-        forward = figures["forward"]
-        assert forward[f"{width}_ratio"] == pytest.approx(forward[f"{width}_forward_ms"] / forward[f"{width}_floor_ms"])
+        floor = figures["forward"][f"{width}_floor_ms"]
+        assert floor * report["ceilings"]["copy_gb_s"] * 1e6 == pytest.approx(read)
+        assert figures["forward"][f"{width}_ratio"] == pytest.approx(figures["forward"][f"{width}_forward_ms"] / floor)
     earlier = tmp_path / "earlier.txt"
     earlier.write_text(printed)
     bench.main([*given, "--batches", "1", "--compare", str(earlier)])
@@ -49,10 +54,11 @@ def test_the_profile_knows_what_each_operation_moves(scripts) -> None:
     model = fastdllm.load("tiny-llada", device="cpu")
     spec, rows, width, keys = model.spec, 2, 8, 50
     step = scripts["bench_decode"].Forward(model, rows, width, keys, keys - width, width)
-    before = kernels.linear
+    before = {name: getattr(kernels, name) for name in profile.OPERATIONS}
     with profile.recorded() as nbytes:
         step.run()
-    assert kernels.linear is before
+        assert kernels.attention is not before["attention"]
+    assert {name: getattr(kernels, name) for name in profile.OPERATIONS} == before
     n, c, f, v = rows * width, spec.width, spec.ffn, spec.vocab
     q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     integers = 8 * (rows + n)  # rows, and positions or limits

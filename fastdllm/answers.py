@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdllm.build import assemble
+from fastdllm.build import assemble, runner
 from fastdllm.config import DecodeConfig
 from fastdllm.engine import Request, decode
 from fastdllm.generation import answer_length
@@ -43,25 +43,21 @@ def answer(model: Model, asks: list[Ask], batch_size: int, stats: Stats) -> Iter
     What it cost is added to `stats`. Each ask draws from a seed of its own, made from its key.
     """
     config = asks[0].config.replace(batch_size=batch_size)
-    plan = assemble(model, config)
+    run = assemble(model, config)
 
     def request(ask: Ask) -> Request:
         seed = (config.seed + int(ask.key[:12], 16)) % 2**63
         stops = tuple(filter(None, ask.until))
         ends = (lambda ids: is_cut(model.tokenizer.decode(ids, skip_special_tokens=True), stops)) if stops else None
-        return Request(torch.tensor(ask.prompt, device=model.device), config.gen_length, seed, ends=ends)
+        return Request(torch.tensor(ask.prompt), config.gen_length, seed, ends=ends)
 
     requests = [request(ask) for ask in asks]
-    for step in decode(model, requests, **plan):
-        stats.forwards += 1
-        stats.seconds += step.seconds
+    for step in decode(model, requests, run, runner(model, config), rows=batch_size):
+        stats.take(step)
         for at, result in step.done.items():
             ids = result.ids[len(asks[at].prompt) :].cpu()  # sync: a finished answer
-            length = answer_length(ids, (*plan["stop_ids"], model.spec.mask_id))  # masks: blocks that nobody needed
-            stats.row_tokens.append(length)
-            stats.row_forwards.append(result.forwards)
-            stats.row_positions.append(result.positions)
-            stats.row_layer_tokens.append(result.layer_tokens)
+            length = answer_length(ids, (*run.stop_ids, model.spec.mask_id))  # masks: blocks that nobody needed
+            stats.finish(result, length)
             yield at, ids[:length]
     stats.add(Stats(peak_memory=peak_memory(model.device)))
 

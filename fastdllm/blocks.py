@@ -16,7 +16,7 @@ from dataclasses import dataclass
 class Block:
     """Positions [start, stop) decoded together, inside the outer block [outer_start, outer_stop).
 
-    Without sub-blocks the outer block is the block. `reach` is the end of what this block's queries may see (the whole
+    Without sub-blocks the outer block is the block. `visible_end` is the end of what this block's queries may see (the whole
     canvas for a bidirectional model, `outer_stop` for a block-causal one). `index` counts the outer blocks of the row, from
     0; `opens` marks the first (sub-)block of its outer block. `prompt` and `total` are the row's: its answer is
     [prompt, total). `grid` is the size of grid-aligned blocks, 0 for prompt-aligned ones.
@@ -26,7 +26,7 @@ class Block:
     stop: int
     outer_start: int
     outer_stop: int
-    reach: int
+    visible_end: int
     index: int
     opens: bool
     prompt: int
@@ -66,10 +66,16 @@ def prompt_aligned(size: int) -> Geometry:
 
     def blocks(prompt: int, total: int) -> list[Block]:
         starts = range(prompt, total, size)
-        return [
-            Block(s, min(s + size, total), s, min(s + size, total), total, i, True, prompt, total)
-            for i, s in enumerate(starts)
-        ]
+        out = []
+        for index, start in enumerate(starts):
+            stop = min(start + size, total)
+            out.append(
+                Block(
+                    start=start, stop=stop, outer_start=start, outer_stop=stop, visible_end=total, index=index, opens=True,
+                    prompt=prompt, total=total,
+                )
+            )  # fmt: skip
+        return out
 
     return blocks
 
@@ -92,7 +98,12 @@ def grid_aligned(size: int, sub: int) -> Geometry:
                 if start + sub <= prompt or start >= total:
                     continue
                 stop = min(start + sub, total)
-                out.append(Block(start, stop, outer, outer + size, outer + size, index, opens, prompt, total, size))
+                out.append(
+                    Block(
+                        start=start, stop=stop, outer_start=outer, outer_stop=outer + size, visible_end=outer + size,
+                        index=index, opens=opens, prompt=prompt, total=total, grid=size,
+                    )
+                )  # fmt: skip
                 opens = False
         return out
 

@@ -1,26 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place that turns names into objects: a model and a config become the arguments of `engine.decode`."""
+"""The one place that turns names into objects: a model and a config become a `Decoding`, and a runner to execute it."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from fastdllm import registry
 from fastdllm.blocks import Geometry, grid_aligned, prompt_aligned
 from fastdllm.config import DecodeConfig
+from fastdllm.decoding import Decoding
 from fastdllm.models import Model
 from fastdllm.models.spec import ModelSpec
 from fastdllm.presets import fitted
 from fastdllm.reuse import LayerReuse, subset_layers
+from fastdllm.runners.base import Runner
 from fastdllm.sampling import Sampler
 from fastdllm.schedules import SCHEDULES
 
+RUNNERS: WeakKeyDictionary[Model, dict[str, Runner]] = WeakKeyDictionary()
 
-def assemble(model: Model, config: DecodeConfig) -> dict[str, Any]:
-    """Keyword arguments of `engine.decode` for this model. Raises ValueError for a combination that makes no sense."""
+
+def runner(model: Model, config: DecodeConfig) -> Runner:
+    """The runner that the config names, made once for each model: a captured runner keeps its graphs from run to run."""
+    name = config.runner or ("cuda_graph" if model.device.type == "cuda" else "eager")
+    runners = RUNNERS.setdefault(model, {})
+    if name not in runners:
+        runners[name] = registry.find("runners", name)()
+    return runners[name]
+
+
+def assemble(model: Model, config: DecodeConfig) -> Decoding:
+    """What a run of this model chooses. Raises ValueError for a combination that makes no sense."""
     spec = model.spec
     if config.preset:
         config = DecodeConfig(**fitted(config.given(), not spec.block_causal, bool(spec.shift)))
@@ -38,28 +52,24 @@ def assemble(model: Model, config: DecodeConfig) -> dict[str, Any]:
         config.confidence, config.temperature, config.top_p, config.top_k, config.alg_temp, frozenset(decoder.needs)
     )
     stop_ids = spec.stop_ids if config.stop_ids is None else config.stop_ids
-    grid = outer if spec.block_causal else 0
-    lead = _lead(config, spec)
-    reuse = _reuse(config, spec, outer, name) or cache.reuse(spec.layers, size + lead)
+    lookback = _lookback(config, spec)
+    reuse = _reuse(config, spec, outer, name) or cache.reuse(spec.layers, size + lookback)
     _check_decoder(config, name, cache, decoder, sampler, reuse)
-    runner = model.runner(config.runner or ("cuda_graph" if model.device.type == "cuda" else "eager"))
-    return {
-        "geometry": geometry,
-        "block_length": size,
-        "cache": cache,
-        "decoder": decoder,
-        "sampler": sampler,
-        "runner": runner.bind((_fingerprint(decoder), sampler, stop_ids, grid, config.cfg_scale, size, reuse)),
-        "stop_ids": stop_ids,
-        "grid": grid,
-        "lead": lead,
-        "reuse": reuse,
-        "cfg_scale": config.cfg_scale,
-        "batch_size": config.batch_size,
-    }
+    return Decoding(
+        geometry=geometry,
+        cache=cache,
+        decoder=decoder,
+        sampler=sampler,
+        block_length=size,
+        stop_ids=stop_ids,
+        block_causal=outer if spec.block_causal else 0,
+        lookback=lookback,
+        guidance=config.cfg_scale,
+        reuse=reuse,
+    )
 
 
-def _lead(config: DecodeConfig, spec: ModelSpec) -> int:
+def _lookback(config: DecodeConfig, spec: ModelSpec) -> int:
     """Positions recomputed before each block, so that the decoder's rule decides about the block's first token too."""
     if config.first_token == "forced":
         return 0
@@ -75,13 +85,13 @@ def _check_decoder(config: DecodeConfig, name: str, cache: Any, decoder: Any, sa
             f"decoder={config.decoder!r} is lossless, but a forward under cache={name!r} depends on the steps before it; "
             "use another cache"
         )
-    if decoder.rows > 1 and (sampler.random or config.cfg_scale):
+    if decoder.branches > 1 and (sampler.random(sampler.numbers) or config.cfg_scale):
         raise ValueError(
             f"decoder={config.decoder!r} tries several branches and needs temperature=0, alg_temp=0, cfg_scale=0"
         )
     if decoder.shadow and config.cfg_scale:
         raise ValueError(f"decoder={config.decoder!r} asks shadow queries and needs cfg_scale=0")
-    if reuse and (decoder.rows > 1 or decoder.shadow):
+    if reuse and (decoder.branches > 1 or decoder.shadow):
         partly = f"reuse_k={config.reuse_k}" if config.reuse_k > 1 else f"cache={name!r}"
         raise ValueError(f"decoder={config.decoder!r} needs layers that run for whole passes; {partly} skips positions")
 
@@ -98,12 +108,6 @@ def _reuse(config: DecodeConfig, spec: ModelSpec, size: int, cache: str) -> Laye
     return LayerReuse(
         config.reuse_k, layers, config.reuse_mode, config.trim_ratio, config.trim_drift, size, cache == "sub_block"
     )
-
-
-def _fingerprint(component: Any) -> tuple[Any, ...]:
-    """A component's class and field values, hashable: equal fingerprints make equal graphs."""
-    values = (getattr(component, f.name) for f in dataclasses.fields(component))
-    return type(component), *(str(v.tolist()) if isinstance(v, torch.Tensor) else v for v in values)
 
 
 def _fits(name: str, block_causal: bool) -> bool:

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`generate` and `stream`: from prompts to texts, around the one loop of `engine.py`."""
+"""`generate` and `stream`: from prompts to texts, around the one loop of `engine/loop.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdllm.build import assemble
+from fastdllm.build import assemble, runner
 from fastdllm.config import DecodeConfig
 from fastdllm.engine import Request, Step, decode
 from fastdllm.models import Model
@@ -20,13 +20,23 @@ from fastdllm.stats import Stats, peak_memory
 
 @dataclass
 class Output:
-    """sequences: 1-D LongTensors on the CPU, prompt included, cut after the first stop token. texts: the answers without
-    special tokens, None without a tokenizer. trace: the steps, only with trace=True."""
+    """What `generate` returns, on the CPU.
+
+    sequences: 1-D LongTensors, prompt included, cut after the first stop token.
+    texts: the answers without special tokens; None without a tokenizer.
+    stats: what the run cost.
+    trace: the steps, only with trace=True.
+    logprobs: of each answer's tokens, the stop token included, when they were committed, fp32; NaN for fixed tokens. They
+        are natural logarithms of the untempered probability in the forward that committed the token.
+    committed_at: the forward of its answer, from 1, that committed each of these tokens; 0 for fixed tokens.
+    """
 
     sequences: list[Tensor] = field(default_factory=list)
     texts: list[str] | None = None
     stats: Stats = field(default_factory=Stats)
     trace: list[Step] | None = None
+    logprobs: list[Tensor] = field(default_factory=list)
+    committed_at: list[Tensor] = field(default_factory=list)
 
 
 def _requests(
@@ -40,30 +50,21 @@ def _requests(
     if len(fixed) != len(ids):
         raise ValueError(f"constraints has {len(fixed)} entries for {len(ids)} prompts")
     room = model.spec.max_length - config.gen_length
-    for i, (p, tokens) in enumerate(zip(ids, fixed, strict=True)):
+    for i, p in enumerate(ids):
         if len(p) > room:
             raise ValueError(
                 f"prompt {i} has {len(p)} tokens; with gen_length={config.gen_length} at most {max(room, 0)} fit the "
                 f"model's context of {model.spec.max_length}"
             )
-        for at, token in tokens.items():
-            if not 0 <= at < config.gen_length:
-                raise ValueError(f"constraint at position {at} lies outside the answer, 0..{config.gen_length - 1}")
-            if not 0 <= token < model.spec.vocab or token == model.spec.mask_id:
-                raise ValueError(f"constraint token {token} at position {at} is not a token that may be written")
+    # A stop token may be written before a fixed one, so a row with fixed tokens decodes to its end.
     return [
-        Request(p.to(model.device), config.gen_length, config.seed + i, tokens)
+        Request(p, config.gen_length, config.seed + i, tokens, () if tokens else None)
         for i, (p, tokens) in enumerate(zip(ids, fixed, strict=True))
     ]
 
 
 def _configure(config: DecodeConfig | None, options: dict[str, Any]) -> DecodeConfig:
     return config.replace(**options) if config is not None else DecodeConfig(**options)
-
-
-def _reaching(config: DecodeConfig, requests: list[Request]) -> DecodeConfig:
-    """The config without an early stop where tokens are fixed: a stop token may be written before a constraint."""
-    return config.replace(stop_ids=()) if any(r.fixed for r in requests) else config
 
 
 def stream(
@@ -80,7 +81,8 @@ def stream(
     """
     config = _configure(config, options)
     requests = _requests(model, prompts, config, constraints)
-    yield from decode(model, requests, **assemble(model, _reaching(config, requests)), trace=True)
+    run, executor = assemble(model, config), runner(model, config)
+    yield from decode(model, requests, run, executor, rows=config.batch_size, trace=True)
 
 
 def generate(
@@ -100,27 +102,24 @@ def generate(
     """
     config = _configure(config, options)
     requests = _requests(model, prompts, config, constraints)
-    stop_ids = model.spec.stop_ids if config.stop_ids is None else config.stop_ids
-    plan = assemble(model, _reaching(config, requests))
+    run, executor = assemble(model, config), runner(model, config)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     results, steps, stats = {}, [], Stats()
-    for step in decode(model, requests, **plan, trace=trace):
-        stats.forwards += 1
-        stats.seconds += step.seconds
+    for step in decode(model, requests, run, executor, rows=config.batch_size, trace=trace):
+        stats.take(step)
         results.update(step.done)
         if trace:
             steps.append(step)
     out = Output(stats=stats, trace=steps if trace else None)
     for i, request in enumerate(requests):
-        ids, prompt = results[i].ids.cpu(), len(request.prompt)
-        after = max(request.fixed, default=-1) + 1  # a stop token before a constraint does not end the answer
-        length = after + answer_length(ids[prompt + after :], stop_ids)
+        result, prompt = results[i], len(request.prompt)
+        ids = result.ids.cpu()
+        length = answer_length(ids[prompt:], run.stop_ids, request.fixed)
         out.sequences.append(ids[: prompt + length + 1])
-        stats.row_tokens.append(length)
-        stats.row_forwards.append(results[i].forwards)
-        stats.row_positions.append(results[i].positions)
-        stats.row_layer_tokens.append(results[i].layer_tokens)
+        out.logprobs.append(result.logprobs[: length + 1].cpu())
+        out.committed_at.append(result.committed_at[: length + 1].cpu())
+        stats.finish(result, length)
     stats.peak_memory = peak_memory(model.device)
     if model.tokenizer is not None:
         out.texts = [
@@ -130,7 +129,11 @@ def generate(
     return out
 
 
-def answer_length(answer: Tensor, stop_ids: Sequence[int]) -> int:
-    """Tokens before the first stop token of an answer [N] on the CPU; N when there is none."""
-    stops = torch.isin(answer, torch.tensor(stop_ids, dtype=torch.long)).nonzero()  # sync: already on the CPU
-    return int(stops[0]) if len(stops) else len(answer)
+def answer_length(answer: Tensor, stop_ids: Sequence[int], fixed: Iterable[int] = ()) -> int:
+    """Tokens before the first stop token of an answer [N] on the CPU; N when there is none.
+
+    fixed: positions of constraints; a stop token before one of them does not end the answer.
+    """
+    after = max(fixed, default=-1) + 1
+    stops = torch.isin(answer[after:], torch.tensor(stop_ids, dtype=torch.long)).nonzero()  # sync: already on the CPU
+    return after + int(stops[0]) if len(stops) else len(answer)

@@ -24,8 +24,9 @@ from itertools import chain, islice
 import torch
 from torch import Tensor
 
+from fastdllm.forward import Window
 from fastdllm.models import Model
-from fastdllm.store import KVStore, Window
+from fastdllm.store import KVStore
 
 METHODS = {"monte_carlo": False, "chain": None, "first_token": True}  # name -> block-causal models only, None: any model
 HEAD_ROWS = 256  # positions whose logits are held at once: [256, 152064] in fp32 is 150 MB

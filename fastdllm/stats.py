@@ -3,16 +3,20 @@
 
 Tokens are generated ids before the first stop token: never the prompt, never the stop, never re-tokenised text. A stop
 string ends decoding with its block, whose ids were generated and count. Forwards are counted per sample, as a run of that
-sample alone would count them. Seconds end after a host read, so the device is done.
+sample alone would count them. Under guidance one forward runs each sample twice, with and without its prompt: it is one
+forward, whose positions count twice. Seconds end after a host read, so the device is done.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from fastdllm.engine import Result, Step
 
 
 @dataclass
@@ -49,6 +53,18 @@ class Stats:
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
+
+    def take(self, step: Step) -> None:
+        """Count a forward."""
+        self.forwards += 1
+        self.seconds += step.seconds
+
+    def finish(self, result: Result, tokens: int) -> None:
+        """Take in a finished sample of so many tokens."""
+        self.row_tokens.append(tokens)
+        self.row_forwards.append(result.forwards)
+        self.row_positions.append(result.positions)
+        self.row_layer_tokens.append(result.layer_tokens)
 
     def add(self, other: Stats) -> None:
         """Take in another run's figures."""

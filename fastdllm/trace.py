@@ -198,8 +198,6 @@ def watch(
         raise ValueError(f"watch follows one prompt, not {len(ids)}")
     stop_ids = model.spec.stop_ids if config.stop_ids is None else config.stop_ids
     fixed = dict(constraints or {})
-    if fixed:
-        config = config.replace(stop_ids=())  # a stop token may stand before a constraint
     options = {name: list(v) if isinstance(v, tuple) else v for name, v in config.given().items() if v is not None}
     trace = Trace(model.name, options, len(ids[0]), config.gen_length, model.spec.mask_id, stop_ids, fixed)
     trace.texts = {token: spell(model, token) for token in fixed.values()}

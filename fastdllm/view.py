@@ -15,9 +15,11 @@ class View:
 
     ids [R, Q] int64 with the mask id where masked; masked [R, Q] bool: positions that may be committed now; top [R, Q]
     int64: the token each position would take; conf [R, Q] fp32: its confidence; step [R]: forwards spent on the block;
-    initial [R]: masks when it opened; entropy, margin [R, Q] fp32 when the decoder `needs` them; row [R]: where each row's
-    share of the decoder's `state` lies; check [R, Q] fp32 with a decoder's `shadow`: the probability of the token that a
+    initial [R]: masks when it opened; entropy, margin [R, Q] fp32 when the decoder `needs` them; slot [R]: where each row's
+    share of the decoder's `state` lies; unaware [R, Q] fp32 with a decoder's `shadow`: the probability of the token that a
     position holds, from a query to which that position is masked; NaN where the position may not be opened again.
+    logprob [R, Q] fp32: the log-probability of `top` where a position was scored, and of the token there when it was
+    committed elsewhere. A rule that takes over what another branch holds takes this over too.
     """
 
     ids: Tensor
@@ -29,9 +31,20 @@ class View:
     mask_id: int
     entropy: Tensor | None = None
     margin: Tensor | None = None
-    row: Tensor | None = None
+    slot: Tensor | None = None
     state: dict[str, Tensor] | None = None
-    check: Tensor | None = None
+    unaware: Tensor | None = None
+    logprob: Tensor | None = None
+
+    def rows(self, number: float | Tensor) -> Tensor:
+        """A number of the rule, or the rows' own ones [R, 1], as fp32 [R]."""
+        return number.flatten() if isinstance(number, Tensor) else torch.full_like(self.conf[:, 0], number)
+
+    def take_over(self, source: Tensor, branches: int) -> None:
+        """Let all branches of a row have the log-probabilities that branch source [R, 1, Q] holds at each position."""
+        if self.logprob is not None:
+            own = self.logprob.view(-1, branches, self.logprob.shape[1]).gather(1, source)[:, 0]
+            self.logprob = repeat(own, branches)
 
     def scores(self) -> Tensor:
         """Confidence [R, Q], -inf where nothing may be committed."""
@@ -46,3 +59,8 @@ class View:
         """The next ids when `pick` [R, Q] is committed, and at least the most confident masked position of each row."""
         best = torch.zeros_like(pick).scatter_(1, self.scores().argmax(1, keepdim=True), True)
         return torch.where((pick | best) & self.masked, self.top, self.ids)
+
+
+def repeat(x: Tensor, branches: int) -> Tensor:
+    """x [R, ...] -> [R * branches, ...], each row once for every branch."""
+    return x[:, None].expand(-1, branches, *x.shape[1:]).flatten(0, 1) if branches > 1 else x

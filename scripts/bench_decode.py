@@ -31,6 +31,7 @@ import torch
 import fastdllm
 from fastdllm.build import assemble
 from fastdllm.engine import Request, decode
+from fastdllm.forward import Window
 from fastdllm.models import Model
 from fastdllm.models.dream import FAMILY as DREAM
 from fastdllm.models.fast_dllm_v2 import FAMILY as V2
@@ -39,7 +40,6 @@ from fastdllm.models.quantize import KINDS, quantize
 from fastdllm.models.spec import ModelSpec
 from fastdllm.models.transformer import Transformer
 from fastdllm.runners.cuda_graph import CAPTURED_POSITIONS
-from fastdllm.store import Window
 
 # config.json of LLaDA-8B-Instruct, Dream-v0-Instruct-7B and Fast_dLLM_v2_7B: the fields that shape the network.
 LLADA_8B = {

@@ -23,10 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastdllm
+from fastdllm.forward import Window
 from fastdllm.likelihood import Probe
 from fastdllm.models import Model
 from fastdllm.prompts import encode, encode_text
-from fastdllm.store import Window
 from scripts.paired import summarise
 from scripts.pareto import TASKS, Job, Study, decoded, problems, prompt, reference_of
 
@@ -54,7 +54,7 @@ def logits_of(model: Model, probe: Probe) -> Tensor:
     spec, device, length = model.spec, model.device, len(probe.ids)
     block, pos = spec.block_causal or length, torch.arange(length, device=device)[None]
     limit = ((pos // block + 1) * block).clamp(max=length)
-    window = Window(torch.zeros(1, dtype=torch.long, device=device), pos, limit, length, uniform=not spec.block_causal)
+    window = Window(torch.zeros(1, dtype=torch.long, device=device), pos, limit, length, dense=not spec.block_causal)
     hidden = model.network(probe.ids[None].to(device), window, model.network.new_store(1, length))
     return model.network.logits(hidden[0, (probe.at - spec.shift).to(device)]).float()
 

@@ -3,15 +3,22 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 
 import fastdllm
+from fastdllm import registry
 from fastdllm.build import assemble
 from fastdllm.models import Model
 from fastdllm.models.spec import ModelSpec
 from fastdllm.models.transformer import Transformer
+from fastdllm.runners import eager
+from fastdllm.store import Canvas
 
 FAMILIES = ("llada", "dream", "v2")
 VOCAB, MASK, STOP = 40, 38, 37
@@ -51,6 +58,19 @@ def random_model(family: str = "llada", seed: int = 0) -> Model:
     return Model(network, spec, None, f"random-{family}-{seed}")
 
 
+class WatchedRunner(eager.Runner):
+    """An eager runner whose canvases can be looked at."""
+
+    def __init__(self) -> None:
+        self.canvases: list[Canvas] = []
+
+    @contextmanager
+    def canvas(self, *given: Any) -> Iterator[Canvas]:
+        with super().canvas(*given) as canvas:
+            self.canvases.append(canvas)
+            yield canvas
+
+
 @cache
 def accepted(family: str, cache: str, decoder: str) -> bool:
     """Whether this cache and this decoder go together for this family (`test_invariants.py` lists those that do not)."""
@@ -59,6 +79,13 @@ def accepted(family: str, cache: str, decoder: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+@cache
+def triples() -> tuple[tuple[str, str, str], ...]:
+    """Every (family, cache, decoder) that goes together."""
+    every = itertools.product(FAMILIES, registry.names("caches"), registry.names("decoders"))
+    return tuple(triple for triple in every if accepted(*triple))
 
 
 def prompts(*lengths: int) -> list[torch.Tensor]:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 import fastdllm
 from fastdllm import registry
-from fastdllm.build import assemble
+from fastdllm.build import assemble, runner
 from fastdllm.engine import Request, decode
 from fastdllm.models.transformer import Layer
-from tests.random_models import FAMILIES, MASK, STOP, VOCAB, accepted, prompts, random_model
+from fastdllm.store import UNIT
+from tests.random_models import FAMILIES, MASK, STOP, VOCAB, WatchedRunner, accepted, prompts, random_model
 from tests.reference.network import PlainNetwork
 from tests.scripted_model import scripted_model
 
@@ -194,28 +195,29 @@ def test_one_host_read_per_forward(family: str, cache: str, monkeypatch: pytest.
         if not accepted(family, cache, decoder):
             continue
         options = {"gen_length": 12, "block_length": 8, "decoder": decoder, "cache": cache}
-        arguments = assemble(model, fastdllm.DecodeConfig(**options))
+        config = fastdllm.DecodeConfig(**options)
+        run, executor = assemble(model, config), runner(model, config)
         requests = [Request(p, 12) for p in prompts(5, 9)]
         with monkeypatch.context() as patch:
             for name in READS:
                 patch.setattr(Tensor, name, counting(name, getattr(Tensor, name)))
             reads.clear()
-            steps = sum(1 for _ in decode(model, requests, **arguments))
-        assert sum(reads.values()) <= steps, (decoder, dict(reads))
+            steps = sum(1 for _ in decode(model, requests, run, executor))
+        assert sum(reads.values()) <= steps + len(requests), (decoder, dict(reads))
 
 
 @pytest.mark.parametrize("family, cache", PAIRS)
 def test_the_store_is_allocated_once(family: str, cache: str) -> None:
     model = random_model(family)
-    arguments = assemble(model, fastdllm.DecodeConfig(gen_length=24, block_length=8, cache=cache))
-    made: list[Any] = []
-    canvas = arguments["runner"].canvas
-    arguments["runner"].canvas = lambda *a: made.append(canvas(*a)) or made[-1]
+    watched = WatchedRunner()
+    made = watched.canvases
+    run = assemble(model, fastdllm.DecodeConfig(gen_length=24, block_length=8, cache=cache))
     addresses = set()
-    for _ in decode(model, [Request(p, 24) for p in prompts(5, 9, 3)], **{**arguments, "batch_size": 2}):
+    for _ in decode(model, [Request(p, 24) for p in prompts(5, 9, 3)], run, watched, rows=2):
         addresses.add((made[0].store.k.data_ptr(), made[0].store.v.data_ptr(), made[0].x.data_ptr()))
     assert len(made) == 1 and len(addresses) == 1
-    assert made[0].store.k.shape[1] == 2, "two requests at once need two rows"
+    slots = (made[0].store.k.shape[1] - 1) * UNIT + made[0].store.k.shape[3]
+    assert slots == 4 * UNIT, "two requests of two units each at once"
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
@@ -254,7 +256,7 @@ def test_guidance_of_a_row_does_not_depend_on_the_batch() -> None:
 
 @pytest.mark.parametrize("temperature", [0.1, 0.5, 2.0])
 def test_confidence_is_the_untempered_probability_of_the_chosen_token(temperature: float) -> None:
-    sampler = assemble(random_model(), fastdllm.DecodeConfig(temperature=temperature, top_p=0.8, top_k=9))["sampler"]
+    sampler = assemble(random_model(), fastdllm.DecodeConfig(temperature=temperature, top_p=0.8, top_k=9)).sampler
     logits, banned = torch.randn(3, 8, VOCAB), random_model().banned
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-6)):
         given = logits.to(dtype)
@@ -288,7 +290,7 @@ def test_sampled_tokens_follow_the_truncated_distribution() -> None:
 
 
 def test_extreme_logits_are_sampled_without_overflow() -> None:
-    sampler = assemble(random_model(), fastdllm.DecodeConfig(temperature=1.0))["sampler"]
+    sampler = assemble(random_model(), fastdllm.DecodeConfig(temperature=1.0)).sampler
     logits = torch.randn(1, 4, VOCAB) * 1e3
     noise = sampler.draw([torch.Generator().manual_seed(0)], 4, VOCAB)
     noise[0, 0, 0], noise[0, 1, 1] = 0.0, 1.0  # the ends of the uniform draw

@@ -220,9 +220,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many answers each call of `decode` was asked for."""
     calls: list[int] = []
 
-    def counted(model: Any, requests: list, **plan: Any) -> Any:
+    def counted(model: Any, requests: list, *chosen: Any, **limits: Any) -> Any:
         calls.append(len(requests))
-        return decode(model, requests, **plan)
+        return decode(model, requests, *chosen, **limits)
 
     decode = answers.decode
     monkeypatch.setattr(answers, "decode", counted)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastdllm.forward import Window
 from fastdllm.likelihood import draw_masks, log_likelihoods
 from fastdllm.models import Model
 from fastdllm.models.spec import ModelSpec
 from fastdllm.models.transformer import Transformer
-from fastdllm.store import Window
 
 FAMILIES = {"llada": (0, 0), "dream": (1, 0), "fast_dllm_v2": (1, 4)}  # shift, block size
 BIDIRECTIONAL = ["llada", "dream"]

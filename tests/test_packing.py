@@ -3,13 +3,14 @@
 
 import pytest
 import torch
-from random_models import FAMILIES, prompts, random_model
-from runners.test_bucketing import emulated
 
 import fastdllm
-from fastdllm.packing import PIECE, forward_packed, pieces
+from fastdllm.engine.batch import pieces
+from fastdllm.engine.forwards import packed as forward_packed
+from fastdllm.forward import PIECE, Window
 from fastdllm.runners import cuda_graph
-from fastdllm.store import Window
+from tests.random_models import FAMILIES, prompts, random_model
+from tests.runners.test_bucketing import emulated
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -37,7 +38,7 @@ def test_a_packed_forward_is_each_row_s_own(family: str, lengths: tuple[int, ...
         got_store, want_store = store(), store()
         window = Window(order, pos, limit, scratch + 1, hide=hide)
         count = pieces(lengths) + spare
-        got = forward_packed(network, ids, window, got_store, length, count, scratch)
+        got = forward_packed(lambda *a: network(*a, got_store), ids, window, length, count, torch.full_like(length, scratch))
         assert got.shape == (rows, width, network.spec.width)
         for r, n in enumerate(lengths):
             if n:

@@ -32,15 +32,15 @@ def test_every_family_takes_every_preset(preset: str, family: str) -> None:
 def test_v2_keeps_its_own_blocks_and_cache(preset: str) -> None:
     model = random_model("v2")
     built, plain = (assemble(model, fastdllm.DecodeConfig(gen_length=16, **o)) for o in ({"preset": preset}, {}))
-    assert built["grid"] == plain["grid"] == 8 and built["cache"] == plain["cache"]
-    assert assemble(model, fastdllm.DecodeConfig(preset=preset, gen_length=16, block_length=16))["grid"] == 16
+    assert built.block_causal == plain.block_causal == 8 and built["cache"] == plain["cache"]
+    assert assemble(model, fastdllm.DecodeConfig(preset=preset, gen_length=16, block_length=16)).block_causal == 16
 
 
 def test_the_first_token_of_a_preset_is_dreams_alone() -> None:
     for family, lead in (("llada", 0), ("dream", 1), ("v2", 0)):
-        assert assemble(random_model(family), fastdllm.DecodeConfig(preset="balanced", gen_length=16))["lead"] == lead
+        assert assemble(random_model(family), fastdllm.DecodeConfig(preset="balanced", gen_length=16)).lookback == lead
     forced = fastdllm.DecodeConfig(preset="balanced", first_token="forced", gen_length=16)
-    assert assemble(random_model("dream"), forced)["lead"] == 0
+    assert assemble(random_model("dream"), forced).lookback == 0
     with pytest.raises(ValueError, match="first_token='rule'"):
         assemble(random_model("llada"), fastdllm.DecodeConfig(preset="paper", first_token="rule", gen_length=16))
 

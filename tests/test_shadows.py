@@ -14,9 +14,10 @@ from torch import Tensor
 
 import fastdllm
 from fastdllm import engine, registry
-from fastdllm.build import assemble
+from fastdllm.build import assemble, runner
 from fastdllm.decoders.base import DecoderRule
 from fastdllm.engine import Request, decode
+from fastdllm.forward import Window
 from fastdllm.models import Model
 from fastdllm.models.transformer import Transformer
 from fastdllm.view import View
@@ -48,7 +49,7 @@ class Fickle(DecoderRule):
 
     def step(self, view: View) -> Tensor:
         commit = view.masked & (view.ranked()[1] < 2)
-        allowed = ~view.check.isnan()
+        allowed = ~view.unaware.isnan()
         revoke = allowed & (allowed.cumsum(1) < commit.sum(1, keepdim=True))
         return torch.where(commit, view.top, view.ids.masked_fill(revoke, view.mask_id))
 
@@ -67,7 +68,7 @@ def run(model: Model, rule: DecoderRule, given: list[Tensor], **options: Any) ->
     fixed = options.pop("fixed", {})
     config = fastdllm.DecodeConfig(**{**OPTIONS, **options})
     requests = [Request(p, config.gen_length, 0, fixed) for p in given]
-    return list(decode(model, requests, trace=True, **{**assemble(model, config), "decoder": rule}))
+    return list(decode(model, requests, replace(assemble(model, config), decoder=rule), runner(model, config), trace=True))
 
 
 def plain(model: Model, ids: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ def plain(model: Model, ids: Tensor) -> Tensor:
     if spec.block_causal:
         limit = torch.minimum(limit, (pos // spec.block_causal + 1) * spec.block_causal)
     store = model.network.new_store(1, len(ids))
-    window = fastdllm.store.Window(torch.zeros(1, dtype=torch.long), pos, limit, len(ids))
+    window = Window(torch.zeros(1, dtype=torch.long), pos, limit, len(ids))
     logits = model.network.logits(model.network(ids[None], window, store)[0])
     logits = logits.masked_fill(model.banned, -torch.inf).log_softmax(-1)
     return logits.roll(spec.shift, 0)
@@ -100,12 +101,12 @@ def test_in_one_layer_a_shadow_is_a_forward_with_the_token_masked(family: str, c
         for view, step in zip(seen, steps, strict=True):
             first = max(step.starts[0], len(prompt))
             end = (first // 8 + 1) * 8 if family == "v2" else length
-            for at in (~view.check[0].isnan()).nonzero()[:, 0].tolist():
+            for at in (~view.unaware[0].isnan()).nonzero()[:, 0].tolist():
                 assert not view.masked[0, at]
                 without = x[:end].clone()
                 without[first + at] = MASK
                 want = plain(model, without)[first + at, view.ids[0, at]].exp()
-                torch.testing.assert_close(view.check[0, at], want, rtol=1e-4, atol=1e-6)
+                torch.testing.assert_close(view.unaware[0, at], want, rtol=1e-4, atol=1e-6)
                 compared += 1
             x[first : step.stops[0]] = step.ids[0, : step.stops[0] - first]
     assert compared > 40
@@ -186,10 +187,10 @@ def test_padded_passes_keep_their_shadows_apart(family: str) -> None:
     requests = [Request(given[0], 90), Request(given[1], 81)]
     for cache in ("none", "dual"):
         config = fastdllm.DecodeConfig(decoder="wino", cache=cache, gen_length=90, block_length=90, stop_ids=())
-        plan = {**assemble(model, config), "decoder": Fickle()}
-        together = {row: r for step in decode(model, requests, **plan) for row, r in step.done.items()}
+        chosen = replace(assemble(model, config), decoder=Fickle()), runner(model, config)
+        together = {row: r for step in decode(model, requests, *chosen) for row, r in step.done.items()}
         for row, request in enumerate(requests):
-            (alone,) = (r for step in decode(model, [request], **plan) for r in step.done.values())
+            (alone,) = (r for step in decode(model, [request], *chosen) for r in step.done.values())
             assert torch.equal(together[row].ids, alone.ids)
             assert (together[row].forwards, together[row].positions) == (alone.forwards, alone.positions)
 

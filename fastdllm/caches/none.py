@@ -18,4 +18,4 @@ class Cache(CachePlan):
         return Pass(0, block.outer_start, block.outer_start)
 
     def step(self, block: Block, progress: Progress) -> Pass:
-        return Pass(0, block.reach, block.reach)
+        return Pass(0, block.visible_end, block.visible_end)

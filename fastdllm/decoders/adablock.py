@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdllm.decoders.base import DecoderRule
-from fastdllm.decoders.credit import RULES
+from fastdllm.decoders.credit import RULES, decider
 from fastdllm.view import View
 
 
@@ -27,6 +27,8 @@ class Decoder(DecoderRule):
     rule: str = "threshold"
     ahead: float = 0.25
     delimiter_probability: float = 0.3
+
+    per_request = ("level", "delimiter_probability")
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -43,14 +45,14 @@ class Decoder(DecoderRule):
     def step(self, view: View) -> Tensor:
         width = view.ids.shape[1]
         slot = torch.arange(width, device=view.ids.device)
-        end = view.state["end"][view.row]
+        end = view.state["end"][view.slot]
         done = (view.step == 0) | ~(view.masked & (slot < end[:, None])).any(1)
         first = view.masked.long().argmax(1)[:, None]
         ends = view.masked & (slot < first + max(1, int(self.ahead * width)))
         ends = ends & torch.stack([view.top == i for i in self.delimiters or (-1,)]).any(0)
         likely, at = view.conf.masked_fill(~ends, -1).max(1)
-        end = torch.where(done, torch.where(likely >= self.delimiter_probability, at + 1, width), end)
+        end = torch.where(done, torch.where(likely >= view.rows(self.delimiter_probability), at + 1, width), end)
         # An opening pass that gives the block's first token alone says nothing of its end, which is chosen one step later.
         blind = (view.step == 0) & (view.masked.sum(1) < view.initial)
-        view.state["end"][view.row] = torch.where(blind, 0, end)
-        return RULES[self.rule](self.level).step(replace(view, masked=view.masked & (slot < end[:, None])))
+        view.state["end"][view.slot] = torch.where(blind, 0, end)
+        return decider(self.rule, self.level).step(replace(view, masked=view.masked & (slot < end[:, None])))

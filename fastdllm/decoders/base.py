@@ -11,34 +11,58 @@ fewer of them than before: what it revokes is less than what it commits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from fastdllm.view import View
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 class DecoderRule:
     """`needs`: extra statistics of the head, of {"entropy", "margin"}. `probability`: the rule compares the confidence
-    with a probability, so that another confidence makes no sense. `rows`: branches of each row that run in the same
+    with a probability, so that another confidence makes no sense. `branches`: contents of each row that run in the same
     forward; branch 0 is the row's content, the others are tries. `lossless`: the tokens are those of one token per step.
-    `shadow`: shadow queries ask each token of the block what the model would say without it (`view.check`), and where that
-    is not NaN the rule may write the mask again; one branch only.
+    `shadow`: shadow queries ask each token of the block what the model would say without it (`view.unaware`), and where that
+    is not NaN the rule may write the mask again; one branch only. `per_request`: options that a request may replace by its
+    own number. In `step` they are columns [R, 1] then, floats otherwise (`view.rows` gives [R] of either).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     probability: ClassVar[bool] = True
-    rows: int = 1
+    branches: int = 1
     lossless: ClassVar[bool] = False
     shadow: ClassVar[bool] = False
+    per_request: ClassVar[tuple[str, ...]] = ()
 
     # Optional. state(width, vocab, device, rows) -> tensors kept from step to step, first dimension `rows` (index them with
-    # `view.row`); they are made once, so a rule resets a row's share where `view.step` is 0.
+    # `view.slot`); they are made once, so a rule resets a row's share where `view.step` is 0.
     state: ClassVar[Callable[..., dict[str, Tensor]] | None] = None
     # Optional. adjust(view, logits [R, Q, V] fp32) -> the logits to score instead; `view` holds the scores of `logits`.
     adjust: ClassVar[Callable[..., Tensor] | None] = None
 
     def step(self, view: View) -> Tensor:
-        """The next ids [R, Q]. Branches of a row are neighbours: with `rows` = n, row r has r * n to r * n + n - 1."""
+        """The next ids [R, Q]. With n branches, those of request i are the rows i * n to i * n + n - 1."""
         raise NotImplementedError
+
+    def of(self, numbers: Mapping[str, Tensor]) -> Self:
+        """This rule with the rows' own numbers, columns [R, 1], in place of its options."""
+        own = {name: numbers[name] for name in self.per_request}
+        return self._with(own) if own else self
+
+    def _with(self, options: Mapping[str, Any]) -> Self:
+        """A copy with other values, which are not checked: columns cannot be, without a read on the host."""
+        rule = copy.copy(self)
+        for name, value in options.items():
+            object.__setattr__(rule, name, value)
+        return rule
+
+    def checked(self, numbers: Mapping[str, float]) -> None:
+        """Raise ValueError for numbers that this rule's own checks refuse."""
+        if numbers:
+            dataclasses.replace(self, **numbers)  # type: ignore[type-var]

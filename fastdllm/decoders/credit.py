@@ -17,6 +17,12 @@ from fastdllm.view import View
 RULES = {"threshold": threshold.Decoder, "factor": factor.Decoder, "frechet": frechet.Decoder}
 
 
+def decider(rule: str, level: float | Tensor) -> DecoderRule:
+    """The rule of that name with `level`, a number or the rows' own [R, 1], as its first option."""
+    chosen = RULES[rule]()
+    return chosen._with({chosen.per_request[0]: level})
+
+
 @dataclass(frozen=True)
 class Decoder(DecoderRule):
     """rule: the decoder that decides, "threshold", "factor" or "frechet". level: its first option. alpha: weight of the
@@ -27,6 +33,8 @@ class Decoder(DecoderRule):
     alpha: float = 0.7
     gamma: float = 0.2
     beta: float = 0.8
+
+    per_request = ("level", "alpha", "gamma", "beta")
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -41,12 +49,13 @@ class Decoder(DecoderRule):
         return {"credit": torch.zeros(rows, width, vocab, device=device)}
 
     def adjust(self, view: View, logits: Tensor) -> Tensor:
-        kept = view.state["credit"][view.row] * self.beta
+        alpha, gamma, beta = (view.rows(number)[:, None] for number in (self.alpha, self.gamma, self.beta))
+        kept = view.state["credit"][view.slot] * beta[..., None]
         kept = kept.masked_fill((view.step == 0)[:, None, None], 0)
-        gain = (view.conf**self.gamma).masked_fill(~view.masked, 0)
+        gain = (view.conf**gamma).masked_fill(~view.masked, 0)
         credit = kept.scatter_add(2, view.top[..., None], gain[..., None])
-        view.state["credit"][view.row] = credit
-        return logits + self.alpha * credit.log1p()
+        view.state["credit"][view.slot] = credit
+        return logits + alpha[..., None] * credit.log1p()
 
     def step(self, view: View) -> Tensor:
-        return RULES[self.rule](self.level).step(view)
+        return decider(self.rule, self.level).step(view)

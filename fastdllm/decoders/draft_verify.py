@@ -30,7 +30,7 @@ class Decoder(DecoderRule):
             raise ValueError(f"depth={self.depth} must be at least 1")
 
     @property
-    def rows(self) -> int:
+    def branches(self) -> int:  # type: ignore[override]
         return self.depth
 
     def step(self, view: View) -> Tensor:
@@ -40,6 +40,9 @@ class Decoder(DecoderRule):
         single = torch.where((rank == 0) & masked, top, ids)  # what one token per step makes of each branch
         right = (single[:, :-1] == ids[:, 1:]).all(2)
         deepest = right.long().cumprod(1).sum(1)[:, None, None].expand(-1, 1, shape[2])
+        # A token that a right branch holds was committed by the last branch before it in which it was still masked.
+        branch = torch.arange(self.depth, device=ids.device)[:, None]
+        by = ((masked & (branch <= deepest)).sum(1, keepdim=True) - 1).clamp(min=0)
+        view.take_over(by, self.depth)
         ids, masked, top, rank = (t.gather(1, deepest) for t in (ids, masked, top, rank))  # [R, 1, Q]
-        depth = torch.arange(self.depth, device=ids.device)[:, None]
-        return torch.where((rank <= depth) & masked, top, ids).flatten(0, 1)
+        return torch.where((rank <= branch) & masked, top, ids).flatten(0, 1)

@@ -20,6 +20,8 @@ class Decoder(DecoderRule):
 
     gamma: float = 0.1
 
+    per_request = ("gamma",)
+
     needs = frozenset({"entropy"})
 
     def __post_init__(self) -> None:

@@ -7,7 +7,6 @@ equality. `factor_rule="published"` does the same, for results that must equal t
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fastdllm import kernels
@@ -24,6 +23,8 @@ class Decoder(DecoderRule):
     factor: float = 1.0
     factor_rule: str = "paper"
 
+    per_request = ("factor",)
+
     def __post_init__(self) -> None:
         if self.factor <= 0:
             raise ValueError(f"factor={self.factor} must be above 0")
@@ -31,5 +32,5 @@ class Decoder(DecoderRule):
             raise ValueError(f"factor_rule={self.factor_rule!r} is unknown; allowed are {', '.join(RULES)}")
 
     def step(self, view: View) -> Tensor:
-        value = torch.full_like(view.conf[:, 0], self.factor)
-        return kernels.accept(view.ids, view.top, view.conf, view.masked, RULES[self.factor_rule], value)
+        rule = RULES[self.factor_rule]
+        return kernels.accept(view.ids, view.top, view.conf, view.masked, rule, view.rows(self.factor))

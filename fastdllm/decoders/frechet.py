@@ -21,6 +21,8 @@ class Decoder(DecoderRule):
 
     delta: float = 0.25
 
+    per_request = ("delta",)
+
     def __post_init__(self) -> None:
         if not -1 <= self.delta <= 1:
             raise ValueError(f"delta={self.delta} must lie in [-1, 1]")

@@ -21,6 +21,8 @@ class Decoder(DecoderRule):
     threshold: float = 0.8
     low: float = 0.62
 
+    per_request = ("threshold", "low")
+
     def __post_init__(self) -> None:
         for name in ("threshold", "low"):
             if not 0 <= getattr(self, name) <= 1:

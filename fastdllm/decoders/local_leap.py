@@ -23,6 +23,8 @@ class Decoder(DecoderRule):
     relaxed: float = 0.75
     radius: int = 4
 
+    per_request = ("threshold", "relaxed")
+
     def __post_init__(self) -> None:
         for name in ("threshold", "relaxed"):
             if not 0 <= getattr(self, name) <= 1:

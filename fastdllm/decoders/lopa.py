@@ -21,15 +21,13 @@ class Decoder(DecoderRule):
     threshold: float = 0.9
     branches: int = 4
 
+    per_request = ("threshold",)
+
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold={self.threshold} must lie in [0, 1]")
         if self.branches < 1:
             raise ValueError(f"branches={self.branches} must be at least 1")
-
-    @property
-    def rows(self) -> int:
-        return self.branches
 
     def step(self, view: View) -> Tensor:
         shape = (-1, self.branches, view.ids.shape[1])
@@ -39,8 +37,10 @@ class Decoder(DecoderRule):
         # A branch without masks has nothing left that could speak for its last token; it wins only if all are full.
         mean = scores.masked_fill(~masked, 0).sum(2) / open_slots.clamp(min=1)
         winner = mean.masked_fill(open_slots == 0, -1).argmax(1)[:, None, None].expand(-1, 1, shape[2])
+        view.take_over(winner, self.branches)
         ids, masked, top, scores, rank = (t.gather(1, winner) for t in (ids, masked, top, scores, rank))  # [R, 1, Q]
-        sure = ((scores >= self.threshold) & masked).sum(2, keepdim=True).clamp(min=1)  # the first `sure` ranks
+        least = view.rows(self.threshold)[:: self.branches, None, None]
+        sure = ((scores >= least) & masked).sum(2, keepdim=True).clamp(min=1)  # the first `sure` ranks
         branch = torch.arange(self.branches, device=ids.device)[:, None]
         extra = (branch > 0) & (rank == sure + branch - 1)
         return torch.where(((rank < sure) | extra) & masked, top, ids).flatten(0, 1)

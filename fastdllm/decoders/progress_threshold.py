@@ -17,6 +17,8 @@ class Decoder(DecoderRule):
     threshold: float = 0.9
     alpha: float = 0.3
 
+    per_request = ("threshold", "alpha")
+
     def __post_init__(self) -> None:
         for name in ("threshold", "alpha"):
             if not 0 <= getattr(self, name) <= 1:
@@ -24,5 +26,5 @@ class Decoder(DecoderRule):
 
     def step(self, view: View) -> Tensor:
         left = view.masked.sum(1) / view.initial.clamp(min=1)
-        value = self.threshold * (1 - self.alpha * (1 - left))
+        value = view.rows(self.threshold) * (1 - view.rows(self.alpha) * (1 - left))
         return kernels.accept(view.ids, view.top, view.conf, view.masked, "threshold", value)

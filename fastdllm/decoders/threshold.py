@@ -7,7 +7,6 @@ likely value (theorem 1 there), which is why independent commits do so little ha
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fastdllm import kernels
@@ -22,11 +21,12 @@ class Decoder(DecoderRule):
     threshold: float = 0.9
     strict: bool = False
 
+    per_request = ("threshold",)
+
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold={self.threshold} must lie in [0, 1]")
 
     def step(self, view: View) -> Tensor:
         rule = "threshold_strict" if self.strict else "threshold"
-        value = torch.full_like(view.conf[:, 0], self.threshold)
-        return kernels.accept(view.ids, view.top, view.conf, view.masked, rule, value)
+        return kernels.accept(view.ids, view.top, view.conf, view.masked, rule, view.rows(self.threshold))

@@ -23,6 +23,8 @@ class Decoder(DecoderRule):
     threshold: float = 0.6
     keep: float = 0.9
 
+    per_request = ("threshold", "keep")
+
     shadow = True
 
     def __post_init__(self) -> None:
@@ -34,7 +36,7 @@ class Decoder(DecoderRule):
         scores, rank = view.scores(), view.ranked()[1]
         most = (view.masked.sum(1, keepdim=True) * 7 // 10).clamp(5, 20)  # the paper's cap on commits, 0.7 of the masks
         commit = view.masked & ((rank == 0) | ((scores > self.threshold) & (rank < most)))
-        doubted = view.check < self.keep  # never where it is NaN
-        worst = view.check.masked_fill(~doubted, torch.inf).argsort(dim=1, stable=True).argsort(1)
+        doubted = view.unaware < self.keep  # never where it is NaN
+        worst = view.unaware.masked_fill(~doubted, torch.inf).argsort(dim=1, stable=True).argsort(1)
         revoke = doubted & (worst < commit.sum(1, keepdim=True) - 1)
         return torch.where(commit, view.top, view.ids.masked_fill(revoke, view.mask_id))

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastdllm import registry
 from fastdllm.models.quantize import quantize as quantize_network
 from fastdllm.models.spec import Family, ModelSpec
 from fastdllm.models.transformer import Transformer
@@ -27,7 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 PUBLISHED_FILES = ["*.json", "*.safetensors", "merges.txt", "*.jinja"]
 
 
-@dataclass
+@dataclass(eq=False)
 class Model:
     """A network, its spec and its tokenizer (None when the folder has none).
 
@@ -39,19 +38,12 @@ class Model:
     tokenizer: PreTrainedTokenizerFast | None = None
     name: str = ""
     banned: Tensor = field(init=False)
-    _runners: dict[str, Any] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.banned = torch.zeros(self.spec.vocab, dtype=torch.bool, device=self.device)
         self.banned[self.spec.mask_id] = True
         if self.tokenizer is not None:
             self.banned[len(self.tokenizer) :] = True
-
-    def runner(self, name: str) -> Any:
-        """The runner of that name, made once: a captured runner keeps its graphs from one run to the next."""
-        if name not in self._runners:
-            self._runners[name] = registry.find("runners", name)()
-        return self._runners[name]
 
     @property
     def device(self) -> torch.device:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdllm import kernels
+from fastdllm.forward import Window
 from fastdllm.models.spec import ModelSpec
-from fastdllm.store import KVStore, Window
+from fastdllm.store import KVStore
 
 SLACK = 1024  # positions beyond the context that a store may hold: rounding, masks up to the grid, the scratch column
 LayerHook = Callable[["Layer", int, Tensor, Window, KVStore, Tensor, Tensor], Tensor]
@@ -73,7 +74,7 @@ class Layer(nn.Module):
             y, qkv.weight, spec.heads, spec.kv_heads, cos, sin, pos, row, k, v, qkv.scale, qkv.bias, slot
         )  # [R, W, H, D]
         y = kernels.attention(
-            q, k, v, row, window.limit, window.keys, hide=window.hide, uniform=window.uniform, swap=window.swap
+            q, k, v, row, window.kv_len, window.max_kv_len, hide=window.hide, uniform=window.dense, swap=window.swap
         )
         y, h = kernels.linear_rmsnorm(y.flatten(2), out.weight, self.ffn_norm, spec.rms_eps, h, out.scale)
         y = kernels.linear_silu_mul(y, self.gate_up.weight, self.gate_up.scale)
@@ -144,7 +145,7 @@ class Transformer(nn.Module):
         """`kernels.confidence` of the logits of hidden [N, C], where nothing else needs them."""
         return kernels.head_confidence(hidden, self.head.weight, banned, entropy, margin, self.head.scale)
 
-    def new_store(self, rows: int, length: int) -> KVStore:
-        """A store for `rows` sequences of `length` positions in the weights' dtype, on their device."""
+    def new_store(self, rows: int, length: int, apart: int | None = None) -> KVStore:
+        """A store for `rows` sequences of `length` positions, `apart` slots from one to the next, on the weights' device."""
         s = self.spec
-        return KVStore(s.layers, rows, s.kv_heads, length, s.head_dim, self.norm.dtype, self.norm.device)
+        return KVStore(s.layers, rows, s.kv_heads, length, s.head_dim, self.norm.dtype, self.norm.device, apart)

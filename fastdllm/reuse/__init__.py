@@ -26,8 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdllm import kernels
-from fastdllm.store import KVStore, Window
+from fastdllm.forward import Window
+from fastdllm.reuse.base import Cursor, Work, part, take, whole
+from fastdllm.store import KVStore
 
 if TYPE_CHECKING:
     from fastdllm.models import Model
@@ -59,7 +60,7 @@ def subset_layers(subset: str | Sequence[int], layers: int) -> tuple[int, ...]:
 
 @dataclass
 class ReuseState:
-    """What the reused layers last computed, by canvas row and position in the block.
+    """What the reused layers last computed, by request and position in the block.
 
     cached [S, n, D, C]: delta (or output) of each reused layer; entry [S, D, C]: input of the first one; ids [S, D]: token.
     drifted [S]: positions of the row's last pass over the drift threshold.
@@ -95,13 +96,11 @@ class LayerReuse:
             torch.zeros(rows, dtype=torch.long, device=model.device),
         )
 
-    def active(self, width: int, since: int, committed: int, remaining: int, drifted: int = 0) -> int:
-        """How many positions of a denoising pass run through the reused layers; `width` means all.
+    def cursor(self) -> Cursor:
+        return Cursor(self)
 
-        since: passes since everything was recomputed (negative: never in this block). committed: tokens the row's last
-        forward wrote. remaining: open masks of its sub-block. drifted: positions over the drift threshold in the row's last
-        pass. All known to the host, so that shapes are.
-        """
+    def fresh(self, width: int, since: int, committed: int, remaining: int, drifted: int = 0) -> int:
+        """See `base.Reuse`."""
         if since < 0 or since + 1 >= self.period or (self.whole_refreshes and width == self.size):
             return width
         if self.ratio is None and self.drift is None:
@@ -109,26 +108,10 @@ class LayerReuse:
         wanted = drifted if self.ratio is None else math.ceil(self.ratio * width)
         return min(width, max(wanted, committed + remaining))
 
-    def hook(
-        self,
-        state: ReuseState,
-        row: Tensor,
-        pos: Tensor,
-        ids: Tensor,
-        needed: Tensor,
-        active: int,
-        quota: Tensor,
-        scratch: int,
-    ) -> LayerHook:
-        """Runs the layers of one pass.
-
-        row [R]; pos, ids [R, W]; needed [R, W] bool: positions whose output predicts an open mask. active: the shape, the
-        most positions of any row that run through the reused layers; quota [R]: each row's own number (see `active`).
-        scratch: the position that padding writes to.
-        """
-        at, rows, width = pos % self.size, row[:, None], pos.shape[1]
+    def hook(self, state: ReuseState, work: Work) -> LayerHook:
+        """Runs the layers of one pass."""
+        at, rows, mine, ids = work.window.pos % self.size, work.slot[:, None], work.mine, work.ids
         chosen: Tensor | None = None
-        mine = (torch.arange(active, device=pos.device) < quota[:, None])[..., None]  # [R, active, 1]
 
         def run(layer: Layer, index: int, h: Tensor, window: Window, store: KVStore, cos: Tensor, sin: Tensor) -> Tensor:
             nonlocal chosen
@@ -136,8 +119,8 @@ class LayerReuse:
                 return whole(layer, index, h, window, store, cos, sin)
             j = self.layers.index(index)
             if j == 0 and self.drift is not None:
-                state.drifted[row] = (_drift(h, state, rows, at) >= self.drift).sum(1)
-            if active == width:
+                state.drifted[work.slot] = (_drift(h, state, rows, at) >= self.drift).sum(1)
+            if work.most == work.width:
                 out = whole(layer, index, h, window, store, cos, sin)
                 state.cached[rows, j, at] = out - h if self.mode == "delta" else out
                 if j == 0:
@@ -145,15 +128,15 @@ class LayerReuse:
                 return out
             cached = state.cached[rows, j, at]
             out = h + cached if self.mode == "delta" else cached
-            if active == 0:
+            if work.most == 0:
                 return out
             if j == 0:
-                chosen = self._choose(h, state, rows, at, ids, needed, active)
+                chosen = self._choose(h, state, rows, at, work)
             picked, inputs = at.gather(1, chosen), take(h, chosen)
             if j == 0:
                 state.entry[rows, picked] = torch.where(mine, inputs, state.entry[rows, picked])
                 state.ids[rows, picked] = torch.where(mine[..., 0], ids.gather(1, chosen), state.ids[rows, picked])
-            fresh = whole(layer, index, inputs, part(window, chosen, mine, scratch), store, cos, sin)
+            fresh = whole(layer, index, inputs, part(work, chosen), store, cos, sin)
             fresh = torch.where(mine, fresh, take(out, chosen))
             value = fresh - inputs if self.mode == "delta" else fresh
             state.cached[rows, j, picked] = torch.where(mine, value, take(cached, chosen))
@@ -161,32 +144,12 @@ class LayerReuse:
 
         return run
 
-    def _choose(
-        self, h: Tensor, state: ReuseState, rows: Tensor, at: Tensor, ids: Tensor, needed: Tensor, active: int
-    ) -> Tensor:
-        """`active` positions [R, active], the ones to recompute first: the mandatory ones, then by drift of the input."""
-        mandatory = needed | (ids != state.ids[rows, at])
-        return (_drift(h, state, rows, at) + 4.0 * mandatory).topk(active, 1).indices
-
-
-def whole(layer: Layer, index: int, h: Tensor, window: Window, store: KVStore, cos: Tensor, sin: Tensor) -> Tensor:
-    """The layer's output [R, W, C] for its input h [R, W, C]; its norm for the next layer is not needed."""
-    y, _ = kernels.rmsnorm(h, layer.attn_norm, layer.spec.rms_eps)
-    return layer(y, h, layer.attn_norm, index, window, store, cos, sin)[1]
+    def _choose(self, h: Tensor, state: ReuseState, rows: Tensor, at: Tensor, work: Work) -> Tensor:
+        """The positions [R, most] to recompute first: the mandatory ones, then by drift of the input."""
+        mandatory = work.needed | (work.ids != state.ids[rows, at])
+        return (_drift(h, state, rows, at) + 4.0 * mandatory).topk(work.most, 1).indices
 
 
 def _drift(h: Tensor, state: ReuseState, rows: Tensor, at: Tensor) -> Tensor:
     """How far the subset's input is from the one it last ran on: 1 - cosine, in [0, 2], [R, W] fp32."""
     return 1 - F.cosine_similarity(h.float(), state.entry[rows, at].float(), dim=-1)
-
-
-def part(window: Window, chosen: Tensor, mine: Tensor, scratch: int) -> Window:
-    """The window of the positions at chosen [R, n]; where `mine` [R, n, 1] is false a row only fills the shape, and its keys
-    go to `scratch`."""
-    pos = torch.where(mine[..., 0], window.pos.gather(1, chosen), scratch)
-    return Window(window.row, pos, window.limit.gather(1, chosen), window.keys, window.uniform, window.hide)
-
-
-def take(h: Tensor, index: Tensor) -> Tensor:
-    """h [R, W, C] at index [R, n]: [R, n, C]."""
-    return h.gather(1, index[..., None].expand(-1, -1, h.shape[-1]))

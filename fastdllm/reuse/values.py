@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdllm.reuse import part, take, whole
-from fastdllm.store import KVStore, Window
+from fastdllm.forward import Window
+from fastdllm.reuse.base import Cursor, Work, part, take, whole
+from fastdllm.store import KVStore
 
 if TYPE_CHECKING:
     from fastdllm.models import Model
@@ -29,7 +30,7 @@ STILL = 1e-4  # a drift below it is rounding: the projection of the same input i
 
 @dataclass
 class ValueState:
-    """cached [S, L, D + 1, C]: what each layer last added, by canvas row and position in the block (the last place is
+    """cached [S, L, D + 1, C]: what each layer last added, by request and position in the block (the last place is
     padding's). drifted [S]: see `ReuseState`; the number of positions is fixed here, and it stays 0."""
 
     cached: Tensor
@@ -54,37 +55,31 @@ class ValueReuse:
             torch.zeros(rows, dtype=torch.long, device=model.device),
         )
 
-    def active(self, width: int, since: int, committed: int, remaining: int, drifted: int = 0) -> int:
-        """How many positions of a denoising pass run in each layer; see `LayerReuse.active`."""
+    def cursor(self) -> Cursor:
+        return Cursor(self)
+
+    def fresh(self, width: int, since: int, committed: int, remaining: int, drifted: int = 0) -> int:
+        """See `base.Reuse`; the layers with reuse are all of them."""
         return width if since < 0 or since + 1 >= self.period else math.ceil(self.ratio * width)
 
-    def hook(
-        self,
-        state: ValueState,
-        row: Tensor,
-        pos: Tensor,
-        ids: Tensor,
-        needed: Tensor,
-        active: int,
-        quota: Tensor,
-        scratch: int,
-    ) -> LayerHook:
-        """Runs the layers of one pass; arguments as `LayerReuse.hook`."""
-        rows, at = row[:, None], torch.where(pos == scratch, self.size, pos % self.size)
-        mine = (torch.arange(active, device=pos.device) < quota[:, None])[..., None]  # [R, active, 1]
+    def hook(self, state: ValueState, work: Work) -> LayerHook:
+        """Runs the layers of one pass."""
+        pos, row, rows, mine = work.window.pos, work.window.row[:, None], work.slot[:, None], work.mine
+        padding = pos == work.scratch[:, None]
+        at = torch.where(padding, self.size, pos % self.size)
 
         def run(layer: Layer, index: int, h: Tensor, window: Window, store: KVStore, cos: Tensor, sin: Tensor) -> Tensor:
-            if active == pos.shape[1]:
+            if work.most == work.width:
                 out = whole(layer, index, h, window, store, cos, sin)
                 state.cached[rows, index, at] = out - h
                 return out
-            stored = store.v[index][rows, :, pos].flatten(2)  # [R, W, K * D]
+            stored = store.v[index][row, :, pos].flatten(2)  # [R, W, K * D]
             drift = 1 - F.cosine_similarity(layer.values(h).float(), stored.float(), dim=-1)
-            drift = torch.where(drift < STILL, STILL / 2 * needed, drift).masked_fill(pos == scratch, -1)
-            chosen = drift.argsort(dim=1, descending=True, stable=True)[:, :active]
+            drift = torch.where(drift < STILL, STILL / 2 * work.needed, drift).masked_fill(padding, -1)
+            chosen = drift.argsort(dim=1, descending=True, stable=True)[:, : work.most]
             inputs, cached = take(h, chosen), state.cached[rows, index, at]
             out = h + cached
-            fresh = whole(layer, index, inputs, part(window, chosen, mine, scratch), store, cos, sin)
+            fresh = whole(layer, index, inputs, part(work, chosen), store, cos, sin)
             fresh = torch.where(mine, fresh, take(out, chosen))
             state.cached[rows, index, at.gather(1, chosen)] = torch.where(mine, fresh - inputs, take(cached, chosen))
             return out.scatter(1, chosen[..., None].expand_as(fresh), fresh)

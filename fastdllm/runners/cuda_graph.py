@@ -2,28 +2,35 @@
 """Replay each step as one captured CUDA graph.
 
 A step of an 8B model is some three hundred kernel launches, which take the host longer than the device needs to run them for
-up to a thousand positions. Captured, they are one launch. A graph is keyed by what shapes it: rows, width, key bucket and
-the step function's choices; prompts of different lengths share it, because starts and lengths are tensors. Larger passes run
-eagerly: they take the device so long that their launches are hidden.
+up to a thousand positions. Captured, they are one launch. A graph belongs to the canvas on which it was captured, and is
+keyed by the run's choices and by what shapes it: rows, width, key bucket and the step's other choices. Prompts of different
+lengths share it, because starts and lengths are tensors. Larger passes run eagerly: they take the device so long that their
+launches are hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from typing import Any
+import threading
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fastdllm.packing import PIECE
-from fastdllm.runners import eager
-from fastdllm.store import Canvas
+from fastdllm.forward import Plan, Shape
+from fastdllm.runners.base import Result, Step
+from fastdllm.store import UNIT, Canvas, Room, new_canvas, units
+
+if TYPE_CHECKING:
+    from fastdllm.models import Model
 
 CAPTURED_POSITIONS = 2048  # of all rows together; larger passes run eagerly
 WIDTH_BUCKET, WIDE_BUCKET = 8, 64  # positions of a pass, rounded up to a multiple of this; of the second above it
 KEY_BUCKET = 256  # keys a graph looks at, rounded up: attention skips what lies beyond a row's own length
-LENGTH_BUCKET = 512  # canvas lengths are rounded up to this, so that later prompts find room and keep the graphs
+LENGTH_BUCKET = 512  # slots: canvases are rounded up to this, so that later prompts find room and keep the graphs
+IDLE = 1  # units before the first row: the row that fills up a graph
 
 
 def bucket(rows: int) -> int:
@@ -34,87 +41,105 @@ def bucket(rows: int) -> int:
     return power if rows <= 8 else -(-rows // step) * step
 
 
+def captured(shape: Shape, rows: int, length: int) -> Shape | None:
+    """The shape that a graph for `rows` rows has in the place of `shape`, on a canvas of `length` slots a row; None if the
+    pass is too large to capture."""
+    width = shape.width
+    if shape.fresh is None:  # layer reuse counts the positions of a pass
+        multiple = WIDTH_BUCKET if width <= WIDE_BUCKET else WIDE_BUCKET
+        width = -(-width // multiple) * multiple
+    keys = min(length, -(-shape.max_kv_len // KEY_BUCKET) * KEY_BUCKET)
+    pieces = bucket(shape.pieces) if shape.pieces else 0
+    shape = replace(shape, width=width, max_kv_len=keys, dense=False, pieces=pieces)
+    return shape if shape.positions(rows) <= CAPTURED_POSITIONS else None
+
+
 @dataclass
 class Graph:
-    """A captured step. `host` is its plan in pinned memory, from where the graph fetches it to `plan` first; `noise` is its
-    other input, and `out` its result. `step` keeps alive what else the graph's kernels point to."""
+    """A captured step. `host` is its plans in pinned memory, from where the graph fetches them to `table` first; `noise` is
+    its other input, and `out` its result. `key` keeps alive what else the graph's kernels point to."""
 
     graph: torch.cuda.CUDAGraph
     host: Tensor
-    plan: Tensor
+    table: Tensor
     noise: Tensor | None
     out: Any
-    step: Callable[..., Any]
+    key: Hashable
 
 
-class Runner(eager.Runner):
-    """Keeps one canvas and its graphs across runs; both are made anew when a run needs more room.
+class Runner:
+    """Lends canvases and keeps those that come back, with their graphs, for later runs."""
 
-    `bind(key)` names the choices that shape the step function (decoder, sampler, ...): equal keys share graphs.
-    """
-
-    packs = True
+    packs: ClassVar[bool] = True
 
     def __init__(self) -> None:
-        self.graphs: dict[Hashable, Graph] = {}
-        self.kept: Canvas | None = None
-        self.key: Hashable = None
+        self.free: list[Canvas] = []
+        self._lock = threading.Lock()
 
-    def bind(self, key: Hashable) -> Runner:
-        self.key = key
-        return self
+    @contextmanager
+    def canvas(self, model: Model, room: Room) -> Iterator[Canvas]:
+        canvas = self._borrow(room) or self._make(model, room)
+        try:
+            yield canvas
+        finally:
+            canvas.clear()
+            with self._lock:
+                self.free.append(canvas)
 
-    def canvas(self, model: Any, rows: int, length: int, shadows: int = 0) -> Canvas:
-        """Room for `rows` sequences of `length` positions and a scratch row, which warm-up and padding write to, and in the
-        store for `shadows` slots."""
-        kept = self.kept
-        room = (0, 0, 0) if kept is None else (*kept.x.shape, kept.store.k.shape[3] - kept.x.shape[1])
-        if any(has < needs for has, needs in zip(room, (rows + 1, length + 1, shadows), strict=True)):
-            self.graphs.clear()  # before the canvas they point to
-            self.kept = None
-            length = -(-(length + 1) // LENGTH_BUCKET) * LENGTH_BUCKET - 1
-            self.kept = super().canvas(model, rows + 1, length, shadows)
-        return self.kept
+    def _borrow(self, room: Room) -> Canvas | None:
+        """The smallest free canvas with that room. If there is none, all free ones are dropped first: a new one takes their
+        memory."""
+        with self._lock:
+            fitting = [canvas for canvas in self.free if canvas.holds(room)]
+            if not fitting:
+                for canvas in self.free:
+                    canvas.graphs.clear()  # before the tensors that they point to
+                self.free.clear()
+                return None
+            canvas = min(fitting, key=lambda canvas: len(canvas.x))
+            self.free = [kept for kept in self.free if kept is not canvas]
+            return canvas
 
-    def __call__(self, step: Callable[..., Any], plan: list[list[int]], noise: Tensor | None, **static: Any) -> Any:
-        """As `eager.Runner`, with passes up to CAPTURED_POSITIONS replayed. The result is valid until the next call."""
-        width, rows, length = static["width"], bucket(len(plan)), self.kept.store.k.shape[3]
-        if static["active"] is None:  # layer reuse counts the positions of a pass
-            multiple = WIDTH_BUCKET if width <= WIDE_BUCKET else WIDE_BUCKET
-            width = -(-width // multiple) * multiple
-        packed = bucket(static["packed"]) if static["packed"] else 0
-        if (packed * PIECE or rows * width) > CAPTURED_POSITIONS:
-            return super().__call__(step, plan, noise, **static)
-        keys = min(length, -(-static["keys"] // KEY_BUCKET) * KEY_BUCKET)
-        static |= {"width": width, "keys": keys, "uniform": False, "packed": packed}
-        # Of the scratch row, no position: its pass is padding alone, and one that is packed takes no piece.
-        idle = [self.kept.x.shape[0] - 1, 0, 0, width, width, 0, 1, 0, 0, 0, 1, 0, 0, 0]
-        key = (self.key, rows, *static.values(), noise is None)
-        if key not in self.graphs:
-            self.graphs[key] = self._capture(step, idle, rows, noise, static)
-        graph = self.graphs[key]
+    def _make(self, model: Model, room: Room) -> Canvas:
+        step = units(LENGTH_BUCKET)
+        longest, more = -(-room.longest // step) * step, -(-(room.rows - 1) // step) * step
+        room = replace(room, longest=longest, total=more + room.shortest, requests=bucket(room.requests))
+        return new_canvas(room, model.network.new_store, model.device, IDLE)
+
+    def __call__(
+        self, canvas: Canvas, step: Step[Result], key: Hashable, plans: list[Plan], noise: Tensor | None, shape: Shape
+    ) -> Result:
+        rows = bucket(len(plans))
+        graphed = captured(shape, rows, canvas.x.shape[1])
+        if graphed is None:
+            return step(torch.tensor(plans, dtype=torch.long, device=canvas.x.device), noise, shape)
+        idle = Plan.idle(len(canvas.numbers) - 1, IDLE * UNIT - 1, graphed.width)
+        name = (key, rows, graphed, None if noise is None else noise.shape[1:])
+        if name not in canvas.graphs:
+            canvas.graphs[name] = self._capture(canvas, step, name, idle, noise)
+        graph = canvas.graphs[name]
         # The graph's last fetch from this memory is over: the host has read its result since.
-        graph.host.numpy()[:] = plan + [idle] * (rows - len(plan))
+        graph.host.numpy()[:] = plans + [idle] * (rows - len(plans))
         if noise is not None:
-            graph.noise[: len(plan)].copy_(noise)
+            graph.noise[: len(plans)].copy_(noise)
         graph.graph.replay()
-        return graph.out.first(len(plan))
+        return graph.out.head(len(plans))
 
-    def _capture(
-        self, step: Callable[..., Any], idle: list[int], rows: int, noise: Tensor | None, static: dict[str, Any]
-    ) -> Graph:
+    def _capture(self, canvas: Canvas, step: Step[Any], name: Any, idle: Plan, noise: Tensor | None) -> Graph:
+        _, rows, shape, _ = name
         host = torch.tensor([idle] * rows, dtype=torch.long).pin_memory()
-        plan = host.to(self.kept.x.device)
+        table = host.to(canvas.x.device)
         noise = None if noise is None else noise.new_full((rows, *noise.shape[1:]), 0.5)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles the kernels and lets cuBLAS take its workspace outside the capture
-            step(plan, noise, **static)
+            step(table, noise, shape)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # All graphs share one memory pool, which goes with the last of them.
-        pool = next((kept.graph.pool() for kept in self.graphs.values()), None)
-        with torch.cuda.graph(graph, pool=pool):
-            plan.copy_(host, non_blocking=True)
-            out = step(plan, noise, **static)
-        return Graph(graph, host, plan, noise, out, step)
+        # All graphs of a canvas share one memory pool, which goes with the last of them.
+        pool = next((kept.graph.pool() for kept in canvas.graphs.values()), None)
+        # Other threads may use the device meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            table.copy_(host, non_blocking=True)
+            out = step(table, noise, shape)
+        return Graph(graph, host, table, noise, out, name)

@@ -176,7 +176,7 @@ def describe(model: Model, config: DecodeConfig) -> str:
     """The settings in one line, the family's defaults filled in."""
     cache = config.cache or model.spec.defaults["cache"]
     block = config.block_length or model.spec.defaults.get("block_length", 32)
-    rule = assemble(model, config)["decoder"]
+    rule = assemble(model, config).decoder
     values = [
         f"{f.name} {value}" for f in dataclasses.fields(rule) if isinstance(value := getattr(rule, f.name), float | str)
     ]

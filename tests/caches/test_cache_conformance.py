@@ -40,11 +40,13 @@ def test_passes_stay_in_the_sequence_and_cover_the_block(name: str) -> None:
                 assert p.start <= block.start and block.stop <= p.stop, "a step must recompute the whole block"
             opening = cache.open(block)
             for p in ([opening] if opening else []) + passes:
-                assert 0 <= p.start < p.stop <= block.reach and p.stop <= p.read <= block.reach
+                assert 0 <= p.start < p.stop <= block.visible_end and p.stop <= p.read <= block.visible_end
                 assert p.start <= known, "keys before the pass were never computed"
                 known = max(known, p.stop)
                 first, last = p.hide
-                assert first >= last or block.stop <= first < last < block.reach, "the block or the last slot is hidden"
+                assert first >= last or block.stop <= first < last < block.visible_end, (
+                    "the block or the last slot is hidden"
+                )
                 assert p.read <= known or p.hide[1] >= known, "a pass reads keys that were never computed"
 
 

@@ -21,14 +21,14 @@ KINDS = ("spread", "sure", "hopeless", "equal", "certain")
 
 def decoder(name: str, width: int = 8) -> DecoderRule:
     config = fastdllm.DecodeConfig(decoder=name, gen_length=4 * width, block_length=width)
-    return assemble(random_model(), config)["decoder"]
+    return assemble(random_model(), config).decoder
 
 
 def view(rule: DecoderRule, rows: int, width: int, kind: str = "spread", seed: int = 0) -> View:
     """A step of `rows` rows; from row to row fewer positions are masked, and none in the last. Every branch holds what
     branch 0 holds, and may have more of it filled."""
     g = torch.Generator().manual_seed(seed)
-    n = rows * rule.rows
+    n = rows * rule.branches
     conf = {
         "spread": torch.rand(n, width, generator=g),
         "sure": 1 - 0.1 * torch.rand(n, width, generator=g) ** 3,
@@ -38,7 +38,7 @@ def view(rule: DecoderRule, rows: int, width: int, kind: str = "spread", seed: i
     }[kind]
     keep = torch.rand(n, width, generator=g) < torch.linspace(1, 0, n)[:, None]
     keep[0] = True
-    lead = torch.arange(n) // rule.rows * rule.rows
+    lead = torch.arange(n) // rule.branches * rule.branches
     keep = keep[lead] & (keep | (torch.arange(n) == lead)[:, None])
     top = torch.randint(0, MASK, (n, width), generator=g)
     text, tried = (torch.randint(0, MASK, (n, width), generator=g) for _ in range(2))
@@ -64,20 +64,20 @@ def part(v: View, index: Tensor) -> View:
 def test_each_step_commits_and_stays_inside(name: str, kind: str, width: int) -> None:
     rule = decoder(name, width)
     v = view(rule, 9, width, kind)
-    ids, masked, checked = v.ids.clone(), v.masked.clone(), v.check.clone() if rule.shadow else None
+    ids, masked, checked = v.ids.clone(), v.masked.clone(), v.unaware.clone() if rule.shadow else None
     after = rule.step(v)
     assert after.shape == ids.shape and after.dtype == ids.dtype
     assert torch.equal(v.ids, ids) and torch.equal(v.masked, masked), "a rule changes what it was given"
-    lead = slice(None, None, rule.rows)  # branch 0 is the row's content
+    lead = slice(None, None, rule.branches)  # branch 0 is the row's content
     left = (after[lead] == MASK).sum(1)
     had = masked[lead].sum(1)
     assert (left[had > 0] < had[had > 0]).all(), "a row with masks gained nothing"
-    if rule.rows == 1:
+    if rule.branches == 1:
         written, taken_back = after != ids, ~masked & (after == MASK)
         assert not (written & ~masked & ~taken_back).any(), "a position was written that is not open"
         assert torch.equal(after[written & masked], v.top[written & masked])
         if rule.shadow:
-            assert torch.equal(v.check.isnan(), checked.isnan()), "a rule changes what it was given"
+            assert torch.equal(v.unaware.isnan(), checked.isnan()), "a rule changes what it was given"
             assert not (taken_back & checked.isnan()).any(), "a token was taken back that nothing speaks against"
         else:
             assert not taken_back.any(), "a token was taken back without shadows"
@@ -88,7 +88,7 @@ def test_each_step_commits_and_stays_inside(name: str, kind: str, width: int) ->
 @pytest.mark.parametrize("name", DECODERS)
 def test_rows_do_not_see_each_other(name: str) -> None:
     rule = decoder(name)
-    n = rule.rows
+    n = rule.branches
     together = rule.step(view(rule, 7, 8))
     for row in (0, 3, 6):
         alone = torch.arange(row * n, row * n + n)

@@ -118,15 +118,15 @@ def test_frechet_equals_the_factor_rule_at_equal_confidences() -> None:
 
 def test_wino_takes_back_the_most_doubtful_and_fewer_than_it_commits() -> None:
     view, g = blocks(), torch.Generator().manual_seed(1)
-    view.check = torch.rand(ROWS, WIDTH, generator=g).masked_fill(view.masked, torch.nan)
-    view.check[:, 0] = torch.nan
+    view.unaware = torch.rand(ROWS, WIDTH, generator=g).masked_fill(view.masked, torch.nan)
+    view.unaware[:, 0] = torch.nan
     after = registry.find("decoders", "wino")(threshold=0.6, keep=0.7).step(view)
     taken_back = 0
     for row in range(ROWS):
         conf = [c if m else -1.0 for c, m in zip(view.conf[row].tolist(), view.masked[row].tolist(), strict=True)]
         most = min(max(int(view.masked[row].sum()) * 7 // 10, 5), 20)
         commit = {falling(conf)[0]} | {i for i in falling(conf)[:most] if conf[i] > 0.6}
-        doubted = sorted((c, i) for i, c in enumerate(view.check[row].tolist()) if c < 0.7)
+        doubted = sorted((c, i) for i, c in enumerate(view.unaware[row].tolist()) if c < 0.7)
         revoke = {i for _, i in doubted[: len(commit) - 1]}
         want = [view.top[row, i] if i in commit else MASK if i in revoke else view.ids[row, i] for i in range(WIDTH)]
         assert after[row].tolist() == [int(w) for w in want]
@@ -138,7 +138,7 @@ def test_wino_commits_no_more_than_its_cap() -> None:
     rule, n = registry.find("decoders", "wino")(), torch.zeros(1, dtype=torch.long)
     for masks, cap in ((1, 1), (4, 4), (9, 6), (20, 14), (64, 20)):
         ids, conf = torch.full((1, masks), MASK), torch.full((1, masks), 0.95)
-        view = View(ids, ids == MASK, ids - MASK, conf, n, n + masks, MASK, check=torch.full((1, masks), torch.nan))
+        view = View(ids, ids == MASK, ids - MASK, conf, n, n + masks, MASK, unaware=torch.full((1, masks), torch.nan))
         assert (rule.step(view) != MASK).sum() == cap
 
 
@@ -177,7 +177,7 @@ def test_credit_grows_for_what_stays_on_top_and_starts_anew_with_the_block() -> 
     logits = torch.tensor([[[0.0, 2.0, 1.0, 0.0], [9.0, 0.0, 0.0, 0.0]]])
     for step, credit in ((0, 0.8), (1, 0.5 * 0.8 + 0.8), (0, 0.8)):
         view = View(ids, masked, logits.argmax(-1), torch.full((1, 2), 0.8), torch.tensor([step]), torch.tensor([2]), MASK)
-        view.row, view.state = torch.tensor([1]), state
+        view.slot, view.state = torch.tensor([1]), state
         gain = rule.adjust(view, logits) - logits
         assert gain[0, 0].tolist() == pytest.approx([0, torch.tensor(1 + credit).log().item(), 0, 0], abs=1e-6)
         assert not gain[0, 1].any(), "a position that is not masked gains nothing"
@@ -192,7 +192,7 @@ def test_adablock_goes_on_only_when_the_part_is_full() -> None:
     conf = torch.tensor([[0.4, 0.3, 0.9, 0.6, 0.9, 0.9, 0.9, 0.9]])
     ids, written = torch.full((1, 8), MASK), []
     for step in range(5):
-        view = View(ids, ids == MASK, top, conf, torch.tensor([step]), torch.tensor([8]), MASK, row=row, state=state)
+        view = View(ids, ids == MASK, top, conf, torch.tensor([step]), torch.tensor([8]), MASK, slot=row, state=state)
         after = rule.step(view)
         written.append(((after != ids)[0]).nonzero()[:, 0].tolist())
         ids = after
@@ -209,7 +209,7 @@ def test_adablock_looks_for_an_end_once_the_block_is_predicted() -> None:
         masked = ids == MASK
         view = View(
             ids, masked & shown if step == 0 else masked, top, conf, torch.tensor([step]), torch.tensor([8]), MASK,
-            row=row, state=state,
+            slot=row, state=state,
         )  # fmt: skip
         after = rule.step(view)
         assert (after != ids)[0].nonzero()[:, 0].tolist() == written
@@ -220,7 +220,7 @@ def test_adablock_looks_for_an_end_once_the_block_is_predicted() -> None:
 def test_adablock_without_delimiters_is_its_rule(rule: str, level: float) -> None:
     view = blocks()
     adablock = registry.find("decoders", "adablock")((), level, rule)
-    view.row, view.state = torch.arange(ROWS), adablock.state(WIDTH, 40, torch.device("cpu"), ROWS)
+    view.slot, view.state = torch.arange(ROWS), adablock.state(WIDTH, 40, torch.device("cpu"), ROWS)
     assert torch.equal(adablock.step(view), registry.find("decoders", rule)(level).step(view))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastdllm
-from fastdllm.store import Window
+from fastdllm.forward import Window
 from tests.published_checkpoints import FFN, HEADS, KV_HEADS, LAYERS, WIDTH, write_checkpoint
 
 T = 21

@@ -14,11 +14,13 @@ import torch
 
 import fastdllm
 from fastdllm.engine import decode
+from fastdllm.forward import Window
 from fastdllm.models import Model
 from fastdllm.models.spec import ModelSpec
 from fastdllm.models.transformer import Layer, Transformer
 from fastdllm.reuse import LayerReuse, subset_layers
-from fastdllm.store import Window
+from fastdllm.reuse.base import Work
+from tests.random_models import WatchedRunner
 
 LAYERS, SIZE = 6, 8
 OPTIONS: dict[str, Any] = {"gen_length": 29, "block_length": SIZE, "small_block_size": 4, "threshold": 0.5, "stop_ids": ()}
@@ -109,13 +111,12 @@ def test_committed_blocks_stay_exact(model: Model, reuse: dict[str, Any]) -> Non
     from fastdllm.engine import Request
 
     prompt = prompts(11)[0]
-    arguments = assemble(model, fastdllm.DecodeConfig(cache="block", **OPTIONS, **reuse))
-    kept: list[Any] = []
-    make = arguments["runner"].canvas
-    arguments["runner"].canvas = lambda *a: kept.append(make(*a)) or kept[-1]
-    for step in decode(model, [Request(prompt, OPTIONS["gen_length"])], **arguments):
+    config = fastdllm.DecodeConfig(cache="block", **OPTIONS, **reuse)
+    run = assemble(model, config)
+    watched = WatchedRunner()
+    for step in decode(model, [Request(prompt, OPTIONS["gen_length"])], run, watched):
         result = step.done
-    ids, store = result[0].ids, kept[0].store
+    ids, store = result[0].ids, watched.canvases[0].store
     committed = (len(ids) - 1) // SIZE * SIZE  # the last block is never committed: nothing follows it
     pos = torch.arange(committed)[None]
     plain = model.network.new_store(1, committed)
@@ -152,7 +153,9 @@ def test_trim_always_recomputes_what_changed_and_what_predicts() -> None:
     needed[0, 2] = True
     h[0, 4] = -h[0, 4]
     at, rows = torch.arange(SIZE)[None], torch.zeros(1, 1, dtype=torch.long)
-    chosen = reuse._choose(h, State, rows, at, ids, needed, 3)
+    window = Window(torch.zeros(1, dtype=torch.long), at, torch.full_like(at, SIZE), SIZE)
+    work = Work(window.row, window, ids, needed, 3, torch.tensor([3]), torch.tensor([SIZE]))
+    chosen = reuse._choose(h, State, rows, at, work)
     assert set(chosen[0].tolist()) == {2, 4, 6}
     assert set(chosen[0, :2].tolist()) == {2, 6}
 
@@ -173,7 +176,7 @@ def test_at_most_period_minus_one_reuse_passes_in_a_row(period: int) -> None:
     reuse = LayerReuse(period, (1, 2), "delta", None, None, SIZE, False)
     since, run, longest = -1, 0, 0
     for _ in range(40):
-        active = reuse.active(SIZE, since, 1, 3)
+        active = reuse.fresh(SIZE, since, 1, 3)
         since = 0 if active == SIZE else since + 1
         run = 0 if active == SIZE else run + 1
         longest = max(longest, run)
@@ -182,8 +185,8 @@ def test_at_most_period_minus_one_reuse_passes_in_a_row(period: int) -> None:
 
 def test_a_whole_pass_of_the_sub_block_cache_recomputes_everything() -> None:
     reuse = LayerReuse(9, (1, 2), "delta", None, None, SIZE, True)
-    assert reuse.active(SIZE, 3, 1, 3) == SIZE
-    assert reuse.active(4, 3, 1, 3) == 0
+    assert reuse.fresh(SIZE, 3, 1, 3) == SIZE
+    assert reuse.fresh(4, 3, 1, 3) == 0
 
 
 def test_subsets_leave_layer_0_out_and_fit_the_depth() -> None:

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import fastdllm
-from fastdllm.build import assemble
+from fastdllm.build import assemble, runner
 from fastdllm.engine import Request, decode
+from fastdllm.forward import Window
 from fastdllm.models.quantize import quantize
 from fastdllm.models.transformer import Layer
+from fastdllm.reuse.base import Work
 from fastdllm.reuse.values import ValueReuse
-from fastdllm.store import Window
 from tests.random_models import MASK, prompts, random_model
 
 OPTIONS: dict[str, Any] = {"cache": "top_rho", "gen_length": 29, "block_length": 8, "stop_ids": (), "threshold": 0.3}
@@ -54,8 +55,8 @@ class Passes:
         pos = torch.tensor([[*range(PROMPT, PROMPT + BLOCK), *[T] * padding]])
         ids, marks = self.x[pos % T], torch.isin(pos, torch.tensor(needed, dtype=torch.long))
         quota = torch.tensor([active])
-        hook = self.reuse.hook(self.state, self.row, pos, ids, marks, active, quota, T)
         window = Window(self.row, pos, torch.full_like(pos, T), T, True)
+        hook = self.reuse.hook(self.state, Work(self.row, window, ids, marks, active, quota, torch.tensor([T])))
         return self.model.network(ids, window, self.store, hook)
 
 
@@ -141,12 +142,13 @@ def test_padded_passes_keep_their_own_share(family: str) -> None:
     model, given = random_model(family), prompts(3, 9)
     requests = [Request(given[0], 90), Request(given[1], 75)]
     long = {"gen_length": 90, "block_length": 90, "ratio": 0.3, "refresh": 99, "threshold": 0.9}
-    plan = assemble(model, fastdllm.DecodeConfig(**{**OPTIONS, **long}))
-    shared = list(decode(model, requests, **plan))
+    config = fastdllm.DecodeConfig(**{**OPTIONS, **long})
+    chosen = assemble(model, config), runner(model, config)
+    shared = list(decode(model, requests, *chosen))
     assert max(len(step.rows) for step in shared) == 2
     together = {row: r for step in shared for row, r in step.done.items()}
     for row, request in enumerate(requests):
-        (alone,) = (r for step in decode(model, [request], **plan) for r in step.done.values())
+        (alone,) = (r for step in decode(model, [request], *chosen) for r in step.done.values())
         assert torch.equal(together[row].ids, alone.ids)
         assert (together[row].forwards, together[row].layer_tokens) == (alone.forwards, alone.layer_tokens)
 

@@ -11,7 +11,10 @@ import pytest
 import torch
 
 import fastdllm
+from fastdllm import build
+from fastdllm.forward import Plan
 from fastdllm.runners import cuda_graph
+from fastdllm.store import Canvas
 from tests.random_models import prompts, random_model
 
 CASES = [
@@ -31,16 +34,22 @@ CASES = [
 ]
 
 
-def emulated(self: cuda_graph.Runner, step: Any, idle: list[int], rows: int, noise: Any, static: dict[str, Any]) -> Any:
+def emulated(self: cuda_graph.Runner, canvas: Canvas, step: Any, name: Any, idle: Plan, noise: Any) -> Any:
+    _, rows, shape, _ = name
     host = torch.tensor([idle] * rows)
     noise = None if noise is None else noise.new_full((rows, *noise.shape[1:]), 0.5)
-    step(host.clone(), noise, **static)  # the warm-up writes to the idle row alone
+    step(host.clone(), noise, shape)  # the warm-up writes to the idle row only
 
     def replay() -> None:
-        graph.out = step(host.clone(), noise, **static)
+        graph.out = step(host.clone(), noise, shape)
 
-    graph = cuda_graph.Graph(SimpleNamespace(replay=replay), host, host, noise, None, step)
+    graph = cuda_graph.Graph(SimpleNamespace(replay=replay), host, host, noise, None, name)
     return graph
+
+
+def graphs(model: fastdllm.Model) -> dict[Any, cuda_graph.Graph]:
+    """All that the model's graph runner keeps."""
+    return {key: kept for canvas in build.RUNNERS[model]["cuda_graph"].free for key, kept in canvas.graphs.items()}
 
 
 @pytest.mark.parametrize("family, options", CASES, ids=str)
@@ -54,7 +63,7 @@ def test_padding_changes_nothing(monkeypatch: pytest.MonkeyPatch, family: str, o
         assert [s.tolist() for s in graph.sequences] == [s.tolist() for s in eager.sequences]
         assert graph.stats.row_forwards == eager.stats.row_forwards
         assert graph.stats.row_layer_tokens == eager.stats.row_layer_tokens
-    assert model.runner("cuda_graph").graphs
+    assert graphs(model)
 
 
 def test_large_passes_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +71,7 @@ def test_large_passes_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graph, "CAPTURED_POSITIONS", 128)
     model = random_model()
     fastdllm.generate(model, prompts(90, 95), cache="dual", gen_length=24, runner="cuda_graph", stop_ids=())
-    sizes = {key[1] * key[2] for key in model.runner("cuda_graph").graphs}
+    sizes = {key[2].positions(key[1]) for key in graphs(model)}
     assert sizes and max(sizes) <= 128
 
 
@@ -71,7 +80,7 @@ def test_prompts_of_other_lengths_share_graphs(monkeypatch: pytest.MonkeyPatch) 
     model = random_model()
     for n in range(1, 200, 3):
         fastdllm.generate(model, prompts(n), gen_length=8, runner="cuda_graph", stop_ids=())
-    assert len(model.runner("cuda_graph").graphs) <= 1 + 8 + 3  # block steps; openings up to 64 positions; up to 208
+    assert len(graphs(model)) <= 1 + 8 + 3  # block steps; openings up to 64 positions; up to 208
 
 
 def test_rows_are_padded_by_little() -> None:

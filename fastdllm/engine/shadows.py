@@ -34,23 +34,24 @@ class Widened:
     masked: Tensor | None = None
 
 
-def widen(pos: Tensor, block: Tensor, reach: Tensor, shift: int, scratch: int, sink: int) -> Widened:
+def widen(pos: Tensor, block: Tensor, visible_end: Tensor, shift: int, scratch: Tensor) -> Widened:
     """Append the shadows of a block to its pass.
 
-    pos [R, W]: the pass. block [R, Q]: the block's positions. Both hold `scratch` where they are padded; padding writes to
-    the slot `sink`. reach [R]: the first slot behind all that the block's queries may see.
+    pos [R, W]: the pass. block [R, Q]: the block's positions. Both hold scratch [R] where they are padded. visible_end [R]:
+    the first slot after all that the block's queries may see; the shadows' keys and values lie from there on.
     """
     rows, width, size = *pos.shape, 1 + shift
     member = torch.arange(size, device=pos.device)
     order = torch.arange(width + block.shape[1] * size, device=pos.device)
-    own = reach[:, None] + order[: len(order) - width : size]  # [R, Q]: the first slot of each shadow
+    own = visible_end[:, None] + order[: len(order) - width : size]  # [R, Q]: the first slot of each shadow
+    scratch = scratch[:, None]
     padded = (block == scratch)[..., None]
     copies = block[..., None] - shift + member  # [R, Q, 1 + shift]
-    copies = copies.masked_fill(padded | (copies < 0), scratch)
+    copies = torch.where(padded | (copies < 0), scratch[..., None], copies)
     swap = torch.stack([block - shift, block + 1, own], -1).masked_fill(padded, 0)
     swap = swap[:, :, None].expand(-1, -1, size, -1).flatten(1, 2)
     swap = torch.cat([swap.new_zeros(rows, width, 3), swap], 1)
     wide = torch.cat([pos, copies.flatten(1)], 1)
     slot = torch.cat([pos, (own[..., None] + member).flatten(1)], 1)
     masked = (order >= width) & ((order - width) % size == shift)
-    return Widened(wide, torch.where(wide == scratch, sink, slot), swap, masked)
+    return Widened(wide, torch.where(wide == scratch, scratch, slot), swap, masked)

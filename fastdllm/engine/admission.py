@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who waits, who gets a place on the canvas, and who leaves."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastdllm.decoding import Decoding
+from fastdllm.engine.row import Place, Request, Result, Row
+from fastdllm.engine.source import Source
+from fastdllm.sampling import draws, truncates
+from fastdllm.store import UNIT, Canvas, Room, units
+
+if TYPE_CHECKING:
+    from fastdllm.models import Model
+    from fastdllm.models.spec import ModelSpec
+
+ROWS = 64  # requests of a live source at once, unless the caller says otherwise
+STOPS = 16  # stop tokens of a request of a live source at most
+
+
+def check(model: Model, run: Decoding, request: Request) -> None:
+    """Raise ValueError, naming what is wrong, for a request that this run cannot answer."""
+    spec, prompt, length = model.spec, request.prompt, request.length
+    if prompt.ndim != 1 or prompt.dtype != torch.long:
+        raise ValueError(f"a prompt must be token ids [P] of type int64, not {prompt.dtype} {list(prompt.shape)}")
+    if length < 1:
+        raise ValueError(f"gen_length={length} must be at least 1")
+    if not len(prompt):
+        raise ValueError("a prompt is empty; at least one token is needed")
+    if len(prompt) + length > spec.max_length:
+        raise ValueError(
+            f"a prompt of {len(prompt)} tokens and gen_length={length} exceed the model's context of {spec.max_length}"
+        )
+    low, high = torch.stack(prompt.aminmax()).tolist()  # sync: once a request; bad ids would read outside the embedding
+    if low < 0 or high >= spec.vocab:
+        raise ValueError(f"a prompt has token ids outside 0..{spec.vocab - 1}")
+    for at, token in request.fixed.items():
+        if not 0 <= at < length:
+            raise ValueError(f"constraint at position {at} lies outside the answer, 0..{length - 1}")
+        if not 0 <= token < spec.vocab or token == spec.mask_id:
+            raise ValueError(f"constraint token {token} at position {at} is not a token that may be written")
+    for name, value in request.numbers.items():
+        if name not in run.numbers:
+            raise ValueError(f"{name}={value!r} is not a number of this run; allowed are {', '.join(run.numbers)}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name}={value!r} must be a finite number")
+    numbers = {**run.numbers, **request.numbers}
+    for name in ("temperature", "top_k", "alg_temp", "cfg_scale"):
+        if numbers.get(name, 0) < 0:
+            raise ValueError(f"{name}={numbers[name]} must be at least 0")
+    if not 0 < numbers["top_p"] <= 1:
+        raise ValueError(f"top_p={numbers['top_p']} must lie in (0, 1]")
+    if run.decoder.branches > 1 and run.sampler.random(numbers):
+        raise ValueError(
+            f"temperature={numbers['temperature']} and alg_temp={numbers['alg_temp']} must be 0: the decoder tries branches"
+        )
+    run.decoder.checked({name: value for name, value in request.numbers.items() if name in run.decoder.per_request})
+
+
+def room(model: Model, source: Source, run: Decoding, rows: int | None, positions: int | None) -> Room:
+    """What a run needs. rows: requests at once. positions: slots in all at most, as far as the longest request allows."""
+    spec, known = model.spec, source.known()
+    if known is None:
+        longest = units(spec.max_length + max(run.block_causal, run.block_length) + _shadows(run, spec) + 1)
+        rows = rows or ROWS
+        total = longest * rows if positions is None else units(positions)
+        return Room(longest, 1, max(longest * run.lanes, total), rows, STOPS)
+    sizes = sorted((size_of(request, run, spec) for request in known), reverse=True) or [1]
+    rows = max(1, min(rows or len(sizes), len(sizes)))
+    total = sum(sizes[:rows]) * run.lanes
+    if positions is not None:
+        total = max(sizes[0] * run.lanes, min(total, units(positions)))
+    stops = max((len(_stops(request, run)) for request in known), default=1)
+    return Room(sizes[0], sizes[-1], total, rows, max(4, stops))
+
+
+def size_of(request: Request, run: Decoding, spec: ModelSpec) -> int:
+    """Units of a request's row: its canvas, its shadows and the scratch position."""
+    total = len(request.prompt) + request.length
+    return units(run.geometry(len(request.prompt), total)[-1].visible_end + _shadows(run, spec) + 1)
+
+
+def _shadows(run: Decoding, spec: ModelSpec) -> int:
+    return run.block_length * (1 + spec.shift) if run.decoder.shadow else 0
+
+
+def _stops(request: Request, run: Decoding) -> tuple[int, ...]:
+    return run.stop_ids if request.stop_ids is None else request.stop_ids
+
+
+class Desk:
+    """Receives requests, gives them places in the order in which they came, and takes the places back.
+
+    live: the rows on the canvas.
+    """
+
+    def __init__(self, model: Model, run: Decoding, canvas: Canvas, source: Source) -> None:
+        self.model, self.run, self.canvas, self.source = model, run, canvas, source
+        self.waiting: deque[tuple[int, Request]] = deque()
+        self.live: list[Row] = []
+        self._count, self._closed = 0, False
+
+    def open(self) -> bool:
+        """Between two rounds: receive, withdraw, admit. False when there is nothing left to do."""
+        if not self._closed:
+            new = self.source.take(idle=not (self.live or self.waiting))
+            self._closed = new is None
+            for request in new or ():
+                check(self.model, self.run, request)
+                self.waiting.append((self._count, request))
+                self._count += 1
+        if gone := set(self.source.withdrawn()):
+            self.waiting = deque(item for item in self.waiting if item[0] not in gone)
+            for row in self.live:
+                row.finished = row.finished or row.number in gone
+            self._dismiss()
+        while self.waiting and self._admit(*self.waiting[0]):
+            self.waiting.popleft()
+        return bool(self.live or self.waiting) or not self._closed
+
+    def settle(self, rows: Sequence[Row]) -> dict[int, Result]:
+        """The results of those of `rows` that have finished, by number; their places are free again."""
+        done = {row.number: self._result(row) for row in rows if row.finished}
+        self._dismiss()
+        return done
+
+    def _dismiss(self) -> None:
+        for row in self.live:
+            if row.finished:
+                self.canvas.places.give(row.place.row)
+                self.canvas.slots.append(row.place.slot)
+        self.live = [row for row in self.live if not row.finished]
+
+    def _result(self, row: Row) -> Result:
+        prompt, total, canvas = len(row.request.prompt), len(row.request.prompt) + row.request.length, self.canvas
+        at = row.place.row
+        return Result(
+            canvas.x[at, :total].clone(),
+            canvas.logprobs[at, prompt:total].clone(),
+            canvas.committed_at[at, prompt:total].clone(),
+            row.cost,
+            row.stopped,
+        )
+
+    def _admit(self, number: int, request: Request) -> bool:
+        """Give the request a place and write it there, if there is room."""
+        model, run, canvas = self.model, self.run, self.canvas
+        size = size_of(request, run, model.spec)
+        at = canvas.places.take(size, run.lanes) if canvas.slots else None
+        if at is None:
+            return False
+        place = Place(at, size, canvas.slots.pop(), size * UNIT - 1)
+        blocks = run.geometry(len(request.prompt), len(request.prompt) + request.length)
+        numbers = {**run.numbers, **request.numbers}
+        write(canvas, place, run.lanes, request, blocks[-1].visible_end, model.spec)
+        write_numbers(canvas, place.slot, list(numbers.values()), _stops(request, run))
+        generator = None
+        if run.sampler.random(numbers):
+            generator = torch.Generator(model.device).manual_seed(request.seed)
+        reuse = None if run.reuse is None else run.reuse.cursor()
+        self.live.append(Row(number, request, blocks, place, generator, draws(numbers), truncates(numbers), reuse))
+        return True
+
+
+def write(canvas: Canvas, place: Place, lanes: int, request: Request, end: int, spec: ModelSpec) -> None:
+    """Write a request into its lanes: prompt, masks up to `end`, fixed tokens, padding."""
+    prompt, total, span = len(request.prompt), len(request.prompt) + request.length, place.size * UNIT
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor.as_strided((lanes, span), (span, 1), tensor.storage_offset() + place.row * UNIT)
+
+    x, masked = own(canvas.x), own(canvas.masked)
+    x.fill_(spec.pad_id)
+    x[:, :prompt] = _sent(request.prompt, x.device)
+    x[:, prompt:end] = spec.mask_id
+    masked.fill_(False)
+    masked[:, prompt:total] = True
+    for offset, token in request.fixed.items():
+        x[:, prompt + offset], masked[:, prompt + offset] = token, False
+    own(canvas.chosen).copy_(masked)
+    own(canvas.logprobs).fill_(torch.nan)
+    own(canvas.committed_at).zero_()
+
+
+def write_numbers(canvas: Canvas, slot: int, numbers: list[float], stops: tuple[int, ...]) -> None:
+    """Write what a request brings along."""
+    width = canvas.stops.shape[1]
+    padded = torch.tensor([*stops, *[-1] * (width - len(stops))])
+    canvas.stops[slot] = _sent(padded, canvas.stops.device)
+    canvas.numbers[slot, : len(numbers)] = _sent(torch.tensor(numbers, dtype=torch.float32), canvas.numbers.device)
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """x on `device`, without waiting for the device."""
+    return x if x.device == device or device.type != "cuda" else x.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows share a forward, and the shape of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdllm.blocks import Pass
+from fastdllm.decoding import Decoding
+from fastdllm.engine.row import Row
+from fastdllm.forward import PIECE, Plan, Shape
+
+NARROW = 64  # up to this width passes are grouped by equal width, or packed; above it they are padded to a multiple of it
+PASS_TOKENS = 16384  # positions of one forward at most: bounds the activations, and a wide pass gains nothing beyond
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One row's part of a round: its pass, how many positions of it run through layers with reuse (None: reuse has no
+    part), and its shadow positions."""
+
+    row: Row
+    work: Pass
+    fresh: int | None
+    shadows: int
+
+    @property
+    def width(self) -> int:
+        return self.work.stop - self.work.start
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Turns that share one forward."""
+
+    turns: list[Turn]
+    shape: Shape
+
+    @property
+    def rows(self) -> list[Row]:
+        return [turn.row for turn in self.turns]
+
+    def plans(self, shift: int) -> list[Plan]:
+        return [turn.row.plan(turn.work, turn.fresh, shift) for turn in self.turns]
+
+    def noise(self, run: Decoding, vocab: int) -> Tensor | None:
+        """The step's draws, see `Sampler.draw`."""
+        generators: list[torch.Generator | None] = [row.generator for row in self.rows]
+        return run.sampler.draw(generators, run.block_length, vocab, [row.drawn for row in self.rows])
+
+    def advance(self, run: Decoding, status: list[list[int]], layers: int) -> None:
+        """Each row takes in what the forward did and what it cost."""
+        lanes = 2 if run.guidance else self.shape.branches
+        for turn, (remaining, stopped, first_masked, drifted) in zip(self.turns, status, strict=True):
+            row, positions, skipped = turn.row, turn.width * lanes + turn.shadows, 0
+            if turn.fresh is not None:
+                skipped = (turn.width - turn.fresh) * len(run.reuse.layers)
+                row.reuse.took(turn.fresh == turn.width, drifted)
+            row.cost.add(positions, positions * layers - skipped)
+            row.advance(remaining, bool(stopped), bool(first_masked))
+
+
+def batches(rows: list[Row], run: Decoding, shift: int, packs: bool) -> Iterator[Batch]:
+    """One round: every row gets one forward, wide passes first, rows with like passes together.
+
+    What may not share a forward: passes of different widths (narrow ones may where the runner `packs` them); rows that
+    recompute everything and rows that reuse, so that a forward either fills the reused layers' state or draws on it; with
+    several branches, opening passes, which run for one branch of each row; rows with shadows and rows without.
+    """
+    shadow = run.block_length * (1 + shift) if run.decoder.shadow else 0
+    buckets: dict[tuple[int, int, bool, int], list[Turn]] = {}
+    for row in rows:
+        work = row.next_pass(run)
+        width = work.stop - work.start
+        turn = Turn(row, work, row.fresh(width), shadow * row.revocable)
+        kind = 0 if turn.fresh is None else 1 if turn.fresh == width else 2
+        apart = run.decoder.branches > 1 and row.opening
+        exact = width <= NARROW and (not packs or kind or apart or turn.shadows)
+        bucket = width if exact else -(-width // NARROW) * NARROW
+        buckets.setdefault((bucket, kind, apart, turn.shadows), []).append(turn)
+    for bucket in sorted(buckets, reverse=True):
+        turns, most = buckets[bucket], max(1, PASS_TOKENS // ((bucket[0] + bucket[-1]) * run.lanes))
+        for i in range(0, len(turns), most):
+            yield Batch(turns[i : i + most], shape_of(turns[i : i + most], run))
+
+
+def shape_of(turns: list[Turn], run: Decoding) -> Shape:
+    """The shape of the forward that these turns share."""
+    widths, shadows, rows = [turn.width for turn in turns], turns[0].shadows, [turn.row for turn in turns]
+    keys = max(row.block.visible_end for row in rows) + shadows if shadows else max(turn.work.read for turn in turns)
+    branches = 1 if rows[0].opening else run.decoder.branches
+    uneven = min(widths) < max(widths) <= NARROW
+    return Shape(
+        width=max(widths),
+        max_kv_len=keys,
+        dense=all(t.work.read == keys and t.work.hide == (0, 0) and sees_alike(t.work, run.block_causal) for t in turns),
+        branches=branches,
+        shadows=shadows,
+        pieces=(2 if run.guidance else branches) * pieces(widths) if uneven else 0,
+        fresh=None if turns[0].fresh is None else max(turn.fresh or 0 for turn in turns),
+        drawn=any(row.drawn for row in rows),
+        truncated=any(row.truncated for row in rows),
+    )
+
+
+def pieces(widths: list[int]) -> int:
+    """How many pieces passes of these widths make."""
+    return sum(-(-width // PIECE) for width in widths)
+
+
+def sees_alike(work: Pass, block_causal: int) -> bool:
+    """Whether all queries of a pass see the same: in a bidirectional model always, in a block-causal one within a block."""
+    return not block_causal or work.start // block_causal == (work.stop - 1) // block_causal

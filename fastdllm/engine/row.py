@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A request on its way through its blocks, as the host sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastdllm.blocks import Block, Pass, Progress
+from fastdllm.decoding import Decoding
+from fastdllm.forward import Plan
+
+if TYPE_CHECKING:
+    from fastdllm.reuse.base import Cursor
+
+
+class NothingCommitted(RuntimeError):
+    """A forward committed nothing that it should have; `number` is the request's. Without this error it would never end."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for.
+
+    prompt [P] int64: token ids, on the CPU or the model's device.
+    length: new positions.
+    seed: of the request's own random draws.
+    fixed: tokens by position of the answer, present from the start and never masked.
+    stop_ids: tokens that end the answer; None for the run's.
+    numbers: values of its own in place of the run's, by name (`Decoding.numbers`): temperature, threshold, ...
+    ends: asked after each block whether the answer so far [N], on the CPU, is enough.
+    """
+
+    prompt: Tensor
+    length: int
+    seed: int = 0
+    fixed: Mapping[int, int] = field(default_factory=dict)
+    stop_ids: tuple[int, ...] | None = None
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    ends: Callable[[Tensor], bool] | None = None
+
+
+@dataclass
+class Cost:
+    """forwards; positions they recomputed, of every lane and shadow; positions times the layers that ran for them."""
+
+    forwards: int = 0
+    positions: int = 0
+    layer_tokens: int = 0
+
+    def add(self, positions: int, layer_tokens: int) -> None:
+        self.forwards += 1
+        self.positions += positions
+        self.layer_tokens += layer_tokens
+
+
+@dataclass
+class Result:
+    """A finished request, on the model's device.
+
+    ids [P + length]: masks are left only after a stop token, or after the block at which `ends` was content.
+    logprobs [length] fp32: of each token when it was committed, untempered; NaN where none was (fixed tokens, masks).
+    committed_at [length] int64: the request's forward that committed it, from 1; 0 for a fixed token or a mask.
+    stopped: a stop token or `ends` ended it before its length did.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    committed_at: Tensor
+    cost: Cost
+    stopped: bool = False
+
+    @property
+    def forwards(self) -> int:
+        return self.cost.forwards
+
+    @property
+    def positions(self) -> int:
+        return self.cost.positions
+
+    @property
+    def layer_tokens(self) -> int:
+        return self.cost.layer_tokens
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a request lies: its first row of the canvas, the units of each of its lanes, and its slot for numbers."""
+
+    row: int
+    size: int
+    slot: int
+    scratch: int
+
+
+@dataclass
+class Row:
+    """A request, its place, and where it stands.
+
+    number: of the request. drawn, truncated: whether it draws its tokens, and leaves out unlikely ones. reuse: where layer
+    reuse stands. at: index of the current block. opening: its next forward opens the block. first_masked: the block's first
+    position is masked. step, denoised, outer_step: forwards of this block, those after its opening pass, and those of the
+    outer block. initial, remaining: masks when it opened and now. committed: tokens gained by the last forward. stopped: it
+    ended before its length did.
+    """
+
+    number: int
+    request: Request
+    blocks: list[Block]
+    place: Place
+    generator: torch.Generator | None = None
+    drawn: bool = False
+    truncated: bool = False
+    reuse: Cursor | None = None
+    at: int = 0
+    opening: bool = True
+    first_masked: bool = True
+    finished: bool = False
+    stopped: bool = False
+    step: int = 0
+    denoised: int = 0
+    outer_step: int = 0
+    initial: int = 0
+    remaining: int = 0
+    committed: int = 0
+    cost: Cost = field(default_factory=Cost)
+
+    def __post_init__(self) -> None:
+        self._enter()
+
+    @property
+    def block(self) -> Block:
+        return self.blocks[self.at]
+
+    @property
+    def first(self) -> int:
+        """The block's first position that belongs to the answer."""
+        return max(self.block.start, self.block.prompt)
+
+    @property
+    def revocable(self) -> bool:
+        """Whether the block holds a token that decoding chose."""
+        return self.remaining < self.initial
+
+    def _enter(self) -> None:
+        fixed = sum(self.first <= self.block.prompt + offset < self.block.stop for offset in self.request.fixed)
+        self.initial = self.remaining = self.block.stop - self.first - fixed
+
+    def next_pass(self, run: Decoding) -> Pass:
+        """What the next forward recomputes: the cache's plan, and at least `lookback` positions before the block."""
+        opening = run.cache.open(self.block) if self.opening else None
+        self.opening = opening is not None
+        p = opening or run.cache.step(self.block, Progress(self.denoised, self.outer_step, self.first_masked))
+        return replace(p, start=min(p.start, self.block.start - run.lookback)) if run.lookback else p
+
+    def fresh(self, width: int) -> int | None:
+        """Positions of a pass of `width` that run through layers with reuse; None in an opening pass and without reuse."""
+        return None if self.reuse is None or self.opening else self.reuse.fresh(width, self.committed, self.remaining)
+
+    def plan(self, work: Pass, fresh: int | None, shift: int) -> Plan:
+        """shift: of a model whose opening passes predict a block's first token only, else 0."""
+        block, place = self.block, self.place
+        return Plan(
+            row=place.row, lane=place.size, slot=place.slot, scratch=place.scratch, start=work.start, stop=work.stop,
+            read=work.read, hide_start=work.hide[0], hide_stop=work.hide[1], visible_end=block.visible_end,
+            first=self.first, end=block.stop, prompt=block.prompt, first_only=int(bool(shift and self.opening)),
+            step=self.step, forward=self.cost.forwards + 1, initial=self.initial, fresh=fresh or 0,
+        )  # fmt: skip
+
+    def advance(self, remaining: int, stopped: bool, first_masked: bool) -> None:
+        """Take in what a forward did; go on to the next block when this one is full.
+
+        Raises NothingCommitted for a denoising pass that left as many masks as there were.
+        """
+        if self.remaining and remaining >= self.remaining and not self.opening:
+            raise NothingCommitted(
+                self.number,
+                f"request {self.number}: a forward over its block at positions {self.block.start}..{self.block.stop - 1} "
+                f"committed none of {self.remaining} masks; a decoder must commit more than it takes back",
+            )
+        self.step += 1
+        self.denoised += not self.opening
+        self.outer_step += not self.opening
+        self.opening = False
+        self.committed, self.remaining = self.remaining - remaining, remaining
+        self.first_masked = first_masked and self.block.start >= self.block.prompt
+        self.stopped = stopped
+        self.finished = stopped or (remaining == 0 and self.at + 1 == len(self.blocks))
+        if remaining == 0 and not self.finished:
+            self._next_block()
+
+    def _next_block(self) -> None:
+        self.at += 1
+        self.opening, self.first_masked, self.step, self.denoised = True, True, 0, 0
+        self._enter()
+        if self.block.opens:
+            self.outer_step = 0
+            if self.reuse is not None:
+                self.reuse.restart()

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one forward is: its static `Shape`, the `Plan` of its rows, and the `Window` that the network gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+PIECE = 8  # positions of a packed piece: what Fast-dLLM v2 recomputes of a block, and the narrowest captured pass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What fixes the tensors' shapes: a forward of the same shape, on the same canvas and for the same run, replays a graph.
+
+    width: positions of the widest pass, W.
+    max_kv_len: slots that any of the queries may see.
+    dense: every query sees all `max_kv_len` slots, so that no mask is needed.
+    branches: branches that run; 1 while all of them hold the same tokens.
+    shadows: query positions appended to each row (`engine/shadows.py`).
+    pieces: pieces of PIECE positions in which passes of unequal widths run; 0 where all run to W.
+    fresh: positions that run through layers with reuse; None where reuse has no part in this forward.
+    drawn: some row draws its tokens, so that the logits themselves are needed.
+    truncated: some row that draws them leaves out unlikely ones.
+    """
+
+    width: int
+    max_kv_len: int
+    dense: bool
+    branches: int = 1
+    shadows: int = 0
+    pieces: int = 0
+    fresh: int | None = None
+    drawn: bool = False
+    truncated: bool = False
+
+    def positions(self, rows: int) -> int:
+        """Positions that a forward of `rows` rows computes for each branch."""
+        return self.pieces * PIECE or rows * self.width
+
+
+class Plan(NamedTuple):
+    """One row of a forward: ints on the host, int64 columns [R] on the device. Only this class knows their order.
+
+    row: the row of the canvas and the store. lane: how many rows apart the lanes of a request lie. slot: where the request's
+    own numbers and the states of its rules lie. scratch: the position that padding reads and writes.
+    start, stop: the pass. read: it sees the slots [0, read) without [hide_start, hide_stop).
+    visible_end: end of what the block's queries may ever see. first, end: the block's positions. prompt: its length.
+    first_only: 1 if the pass predicts the block's first token only. step: forwards spent on the block. forward: the number
+    of this forward of the request, from 1. initial: masks when the block opened. fresh: positions that run through layers
+    with reuse.
+    """
+
+    row: Any
+    lane: Any
+    slot: Any
+    scratch: Any
+    start: Any
+    stop: Any
+    read: Any
+    hide_start: Any
+    hide_stop: Any
+    visible_end: Any
+    first: Any
+    end: Any
+    prompt: Any
+    first_only: Any
+    step: Any
+    forward: Any
+    initial: Any
+    fresh: Any
+
+    @classmethod
+    def columns(cls, table: Tensor) -> Plan:
+        """table [R, len(Plan._fields)] -> its columns [R]."""
+        return cls(*table.t().contiguous().unbind(0))
+
+    @classmethod
+    def idle(cls, slot: int, scratch: int, width: int) -> Plan:
+        """A row that fills up a graph. It is row 0 of the canvas, which no request gets: its pass is padding, it takes no
+        piece, and its block is one position that never counts."""
+        return cls(
+            row=0, lane=0, slot=slot, scratch=scratch, start=0, stop=0, read=width, hide_start=0, hide_stop=0,
+            visible_end=width, first=0, end=1, prompt=0, first_only=0, step=0, forward=0, initial=1, fresh=0,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one forward recomputes and sees, as tensors (R rows of the batch, W positions each).
+
+    row [R]: the row's place in the store. pos [R, W]: positions recomputed; their slots are overwritten. kv_len [R, W]: each
+    query sees the slots [0, kv_len), except [hide[0], hide[1]) with hide [R, 2]. `max_kv_len` bounds every length; `dense`
+    says that every length equals it and nothing is hidden, so that no mask is needed. Shadows only: slot [R, W], where the
+    keys and values go if not to `pos`; swap [R, W, 3], the slots that a query sees in place of others (`kernels.attention`).
+    """
+
+    row: Tensor
+    pos: Tensor
+    kv_len: Tensor
+    max_kv_len: int
+    dense: bool = False
+    hide: Tensor | None = None
+    slot: Tensor | None = None
+    swap: Tensor | None = None

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Set up, lint, check the format, test. Arguments go to pytest: bash scripts/test.sh tests/test_blocks.py -k grid
+# Set up, lint, check the format, test. Arguments go to pytest: bash scripts/test.sh tests/test_engine.py -k row
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh

@@ -20,9 +20,9 @@ from fastdllm.models.tokenizer import load_tokenizer
 from fastdllm.tasks import TASKS_DIR
 from fastdllm.training.model import Fast_dLLM_QwenForCausalLM
 from fastdllm.training.objective import IGNORE
-from scripts import tiny_corpus, tiny_data, tiny_formats, train_tiny
-from scripts.tiny_corpus import RESULT_FLAG, Corpus
-from scripts.tiny_network import Network
+from scripts.recipes.tiny import tiny_corpus, tiny_data, tiny_formats, train_tiny
+from scripts.recipes.tiny.tiny_corpus import RESULT_FLAG, Corpus
+from scripts.recipes.tiny.tiny_network import Network
 
 CPU = torch.device("cpu")
 SHIPPED = {"llada": "tiny-llada", "dream": "tiny-dream", "v2": "tiny-fast-dllm-v2"}

@@ -16,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
-from kernel_cases import DEVICE, Case, Run, cases, rand
+
+from scripts.benchmarks.kernel_cases import DEVICE, Case, Run, cases, rand
 
 
 def compile_all(case: Case) -> None:

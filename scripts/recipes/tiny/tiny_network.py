@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastdllm.models.spec import ModelSpec
 from fastdllm.training.objective import target_states
-from scripts.tiny_formats import FAMILIES, expected_shapes
+from scripts.recipes.tiny.tiny_formats import FAMILIES, expected_shapes
 
 try:
     from torch.nn.attention.varlen import varlen_attn

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the tiny checkpoints that ship with fastdllm: minutes on one GPU, a few steps on a CPU.
 
-    python -m scripts.tiny_data --train runs/data --stages 1 2
-    python -m scripts.train_tiny --family llada --init fastdllm/tiny/tiny-llada --text runs/data/stage*.xz \\
+    python -m scripts.recipes.tiny.tiny_data --train runs/data --stages 1 2
+    python -m scripts.recipes.tiny.train_tiny --family llada --init fastdllm/tiny/tiny-llada --text runs/data/stage*.xz \\
         --seconds 440 --out runs/tiny-llada
 
 Families: `llada` and `dream` (masked diffusion, the second with token shift), `qwen` (the autoregressive parent of v2)
@@ -32,9 +32,9 @@ from torch import Tensor
 from fastdllm.models.spec import ModelSpec
 from fastdllm.training.masks import dense_mask
 from fastdllm.training.objective import IGNORE, Noise, choose_masked, complementary_views, noisy_and_clean
-from scripts.tiny_corpus import RESULT_FLAG, BlockRows, Corpus, Sampler, load_corpus, pack_rows
-from scripts.tiny_formats import END_OF_TEXT, create, family_of, load_published, read, save
-from scripts.tiny_network import Batch, Network, initialise
+from scripts.recipes.tiny.tiny_corpus import RESULT_FLAG, BlockRows, Corpus, Sampler, load_corpus, pack_rows
+from scripts.recipes.tiny.tiny_formats import END_OF_TEXT, create, family_of, load_published, read, save
+from scripts.recipes.tiny.tiny_network import Batch, Network, initialise
 
 WINDOWS = (8, 16, 32, 32, 64)
 WINDOW_SHARE, AFTER_EQUAL_SIGN_SHARE, DIGITS_LATE_SHARE = 0.65, 0.5, 0.5
@@ -426,7 +426,7 @@ def train(trainer: Trainer, sampler: Sampler, args: argparse.Namespace, checkpoi
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--family", choices=("llada", "dream", "qwen", "v2"), required=True)
-    parser.add_argument("--text", type=Path, nargs="+", required=True, help="files of scripts.tiny_data --train")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help="files that tiny_data --train wrote")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder, in the published format")
     parser.add_argument("--init", type=Path, help="checkpoint folder to start from, of this or another family")
     parser.add_argument("--tiny-llada", type=Path, default=Path("fastdllm/tiny/tiny-llada"), help="whose tokens all use")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Problems for the tiny checkpoints: GSM-Symbolic from the `reasoning-gym` generator, in GSM8K's format.
 
-    python -m scripts.tiny_data --train runs/data --stages 1 2     # training text (two minutes on one core)
-    python -m scripts.tiny_data --tasks fastdllm/tasks/gsm_symbolic  # the files that ship with the tasks
+    python -m scripts.recipes.tiny.tiny_data --train runs/data --stages 1 2     # training text (two minutes on one core)
+    python -m scripts.recipes.tiny.tiny_data --tasks fastdllm/tasks/gsm_symbolic  # the files that ship with the tasks
 
 Every problem is drawn by the generator from `seed + index`, so seeds and index ranges reproduce everything. Stage n
 trains on the indices from n * 600,000 on. No question of the test, validation or few-shot split is trained on, except

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What bench_kernels.py times: every op at the published models' shapes, its candidates, its floor and its reference."""
+"""What kernels.py times: every op at the published models' shapes, its candidates, its floor and its reference."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What layer reuse and TRIM save and cost on a trained model: accuracy against layer-token products and tokens/s.
 
-    python scripts/reuse_study.py                     # tiny-fast-dllm-v2, 500 held-out problems, all settings
-    python scripts/reuse_study.py --limit 100 --threshold 0.9 --caches block
+    python -m scripts.studies.reuse_study                     # tiny-fast-dllm-v2, 500 held-out problems, all settings
+    python -m scripts.studies.reuse_study --limit 100 --threshold 0.9 --caches block
 
 Sweeps reuse_k, layer_subset, reuse_mode and trim_ratio under each cache at one threshold, each setting on the same problems,
 and compares each with k=1 problem by problem (the interval is a paired bootstrap). Finished settings are kept in the output

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How close a decode step comes to the hardware: floors, forwards, steps, whole answers and batches, in one run.
 
-    python scripts/bench_decode.py                            # published shapes, random bf16 weights made on the device
-    python scripts/bench_decode.py --models llada --quantize fp8 --batches 1 32
-    python scripts/bench_decode.py --folder /path/to/checkpoint
-    python scripts/bench_decode.py --cpu                      # the shipped tiny models
+    python -m scripts.benchmarks.decode                          # published shapes, random bf16 weights made on the device
+    python -m scripts.benchmarks.decode --models llada --quantize fp8 --batches 1 32
+    python -m scripts.benchmarks.decode --folder /path/to/checkpoint
+    python -m scripts.benchmarks.decode --cpu                    # the shipped tiny models
 
 The floor of a block forward is the time to read its weights and keys once at the copy bandwidth measured in the same run;
 that of a full forward is its matrix products at the matrix rate measured in the same run. A table is printed last, then one
@@ -262,7 +262,7 @@ def commit() -> str:
 
 def check_kernels() -> None:
     """The op tests, before any number is printed."""
-    folder = Path(__file__).parent.parent / "tests" / "kernels"
+    folder = Path(__file__).parents[2] / "tests" / "kernels"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", str(folder)], capture_output=True, text=True
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast a checkpoint in LLaDA-8B's published format loads, and in how much memory, against its size.
 
-    python scripts/bench_loading.py                              # 16 GB in six shards, onto the GPU
-    python scripts/bench_loading.py --device cpu --layers 1      # 2.5 GB onto the CPU
+    python -m scripts.benchmarks.loading                              # 16 GB in six shards, onto the GPU
+    python -m scripts.benchmarks.loading --device cpu --layers 1      # 2.5 GB onto the CPU
 
 Writes a synthetic checkpoint into a temporary folder and loads it twice, each time in a new process: once after its pages
 were dropped from the page cache, once straight after. Whether they really came from the disk is in `from_disk`, the bytes
@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_decode import LLADA_8B, commit, median_ms, synchronise
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -37,6 +36,7 @@ from fastdllm.models.llada import FAMILY
 from fastdllm.models.spec import ModelSpec
 from fastdllm.models.transformer import Transformer
 from fastdllm.models.weights import expected_shape
+from scripts.benchmarks.decode import LLADA_8B, commit, median_ms, synchronise
 
 HEAD_DIM = LLADA_8B["d_model"] // LLADA_8B["n_heads"]
 POOL = 2**22 + 15  # odd, so that equal columns of neighbouring rows hold different values

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fastdllm.training.masks import PADDING
 from fastdllm.training.objective import IGNORE
-from scripts.tiny_data import DRILL_PROMPT, RESULT, Problem, drills, line_difficulty, read_training_text
-from scripts.tiny_formats import END_OF_TEXT, END_OF_TURN, SYSTEM, read
+from scripts.recipes.tiny.tiny_data import DRILL_PROMPT, RESULT, Problem, drills, line_difficulty, read_training_text
+from scripts.recipes.tiny.tiny_formats import END_OF_TEXT, END_OF_TURN, SYSTEM, read
 
 PLAIN_SHARE = 0.18  # documents in the form of stock lm-eval tasks, without a chat template
 DRILLS_PER_PROBLEM = 0.3

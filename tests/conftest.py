@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every test gets: fixed seeds, no network, and uninitialised memory that shows itself.
 
-Hangs are guarded by pytest-timeout (120 s a test, pyproject.toml).
+Hangs are guarded by pytest-timeout (pyproject.toml), children of a test included: no test sets a limit of its own.
 """
 
 from __future__ import annotations

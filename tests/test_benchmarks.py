@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastdllm
 from fastdllm import kernels
 from scripts.benchmarks import decode, profile_step
+
+CACHES = {"llada": ("none", "prefix", "dual"), "dream": ("none", "prefix", "dual"), "v2": ("none", "block", "sub_block")}
 
 
 @pytest.mark.parametrize("name", ["llada", "v2"])
@@ -100,3 +104,24 @@ def test_the_profile_prints_every_operation(tmp_path: Path, capsys) -> None:
     printed = capsys.readouterr().out
     assert all(f"\n{name} " in printed for name in profile_step.OPERATIONS)
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+@pytest.mark.gpu
+def test_models_settings_and_batch_sizes_share_a_process_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forwards of the benchmark and whole answers, captured, drawn in random order: each gives what it gives eagerly."""
+    monkeypatch.setattr(kernels, "_CHOICE", "triton")  # one attention for both, so that tokens can be compared
+    models = {name: fastdllm.load(tiny, device="cuda") for name, tiny in decode.TINY.items()}
+    work = [(name, rows, width) for name in models for rows in (1, 2, 8) for width in (8, 32)] * 2
+    order = random.Random(0)
+    order.shuffle(work)
+    for name, rows, width in work:
+        model = models[name]
+        step = decode.Forward(model, rows, width, keys=96, start=96 - width, head_rows=8)
+        step()
+        captured = step.out.top.clone(), step.out.prob.clone()
+        eager = step.run()
+        assert torch.equal(captured[0], eager.top) and torch.allclose(captured[1], eager.prob, atol=1e-4)
+        cache, prompts = order.choice(CACHES[name]), [torch.randint(0, 512, (order.randint(1, 90),)) for _ in range(rows)]
+        options = {"gen_length": 40, "cache": cache, "threshold": order.choice((0.5, 0.9)), "stop_ids": ()}
+        eager, graph = (fastdllm.generate(model, prompts, runner=r, **options) for r in ("eager", "cuda_graph"))
+        assert [s.tolist() for s in graph.sequences] == [s.tolist() for s in eager.sequences]

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 import fastdllm
 from fastdllm.tasks import TASKS_DIR
+from scripts.studies.paired import interval
 
 PLAIN: dict[str, Any] = {}
 
@@ -59,13 +60,6 @@ def measure(model: Any, problems: list[dict[str, str]], options: dict[str, Any],
     out = fastdllm.generate(model, prompts, batch_size=batch_size, **options)
     right = [correct(t, p["answer"]) for t, p in zip(out.texts, problems, strict=True)]
     return {**out.stats.summary(), "right": right, "accuracy": sum(right) / len(right)}
-
-
-def interval(right: list[bool], reference: list[bool], draws: int = 2000) -> tuple[float, float]:
-    """95 % interval of the accuracy difference in points, by a bootstrap over the same problems."""
-    rng, difference = random.Random(0), [a - b for a, b in zip(right, reference, strict=True)]
-    means = sorted(100 * sum(rng.choices(difference, k=len(difference))) / len(difference) for _ in range(draws))
-    return means[int(0.025 * draws)], means[int(0.975 * draws)]
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -125,7 +119,7 @@ def main() -> None:
     ]
     for row in rows:
         base = next(r for r in rows if r["cache"] == row["cache"] and r["name"] == "k=1")
-        low, high = interval(row["right"], base["right"])
+        low, high = interval(100.0 * (np.array(row["right"], int) - np.array(base["right"], int)))
         row["share"] = row["layer_tokens"] / base["layer_tokens"]
         change = 100 * (row["accuracy"] - base["accuracy"])
         table.append(

@@ -190,7 +190,11 @@ def orthogonalise(gradient: Tensor) -> Tensor:
 
 
 class Muon:
-    """Muon over equal shapes at once, decoupled weight decay; the rate is a device scalar, in AdamW's units."""
+    """Muon over equal shapes at once, decoupled weight decay; the rate is a device scalar, in AdamW's units.
+
+    Not `torch.optim.Muon`: that takes one matrix at a time (eight times the launches here) and its rate as a host number,
+    which a captured step would never see change.
+    """
 
     def __init__(self, parameters: list[Tensor], rate: Tensor, weight_decay: float, momentum: float = 0.95) -> None:
         shapes: dict[torch.Size, list[Tensor]] = {}
@@ -210,41 +214,6 @@ class Muon:
             torch._foreach_copy_([p.detach() for p in group], list(new.unbind(0)))
 
 
-class Adam:
-    """Adam without weight decay, its rate and step count on the device so that a captured step can use them."""
-
-    def __init__(self, parameters: list[Tensor], rate: Tensor, betas: tuple[float, float] = (0.9, 0.98)) -> None:
-        self.parameters, self.rate, self.betas = parameters, rate, betas
-        self.count = torch.zeros((), device=rate.device)
-        self.first = [torch.zeros_like(p) for p in parameters]
-        self.second = [torch.zeros_like(p) for p in parameters]
-        self.state = [self.count, *self.first, *self.second]
-
-    @torch.no_grad()
-    def step(self) -> None:
-        beta1, beta2 = self.betas
-        gradients = [p.grad for p in self.parameters]
-        self.count += 1
-        torch._foreach_lerp_(self.first, gradients, 1 - beta1)
-        torch._foreach_mul_(self.second, beta2)
-        torch._foreach_addcmul_(self.second, gradients, gradients, 1 - beta2)
-        update = torch._foreach_div(self.first, 1 - beta1**self.count)
-        scale = torch._foreach_div(self.second, 1 - beta2**self.count)
-        torch._foreach_sqrt_(scale)
-        torch._foreach_add_(scale, 1e-9)
-        torch._foreach_div_(update, scale)
-        torch._foreach_mul_(update, self.rate)
-        torch._foreach_sub_([p.detach() for p in self.parameters], update)
-
-
-def clip(parameters: list[Tensor], largest: float) -> Tensor:
-    """Scale all gradients to a joint norm of at most `largest`; returns the norm, without a host read."""
-    gradients = [p.grad for p in parameters]
-    norm = torch.stack(torch._foreach_norm(gradients)).norm()
-    torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp_max(1.0))
-    return norm
-
-
 class Trainer:
     """One optimisation step over static buffers: run as it is on a CPU, captured once and replayed on a GPU."""
 
@@ -262,7 +231,10 @@ class Trainer:
         matrices = [p for p in parameters if p.ndim == 2 and p is not network.embed]
         rest = [p for p in parameters if not any(p is m for m in matrices)]
         self.rates = torch.zeros((), device=device), torch.zeros((), device=device)
-        self.optimisers = Muon(matrices, self.rates[0], recipe.weight_decay), Adam(rest, self.rates[1])
+        # Capturable: the rate and the step count stay on the device. On a CPU, where nothing is captured, it is refused.
+        cuda = device.type == "cuda"
+        self.adam = torch.optim.Adam(rest, lr=self.rates[1], betas=(0.9, 0.98), eps=1e-9, capturable=cuda, foreach=cuda)
+        self.muon = Muon(matrices, self.rates[0], recipe.weight_decay)
         self.chosen = torch.zeros(documents, dtype=torch.long, device=device)
         self.sums = torch.zeros(5, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -272,9 +244,9 @@ class Trainer:
         losses, hits = self.network.losses(batch)
         loss = (losses * batch.weights).sum()
         loss.backward()
-        norm = clip(self.parameters, self.recipe.clip)
-        for optimiser in self.optimisers:
-            optimiser.step()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
+        self.muon.step()
+        self.adam.step()
         digits = (batch.weights > 0) & self.digit[batch.targets]
         digits = digits & ~batch.drill if batch.drill is not None else digits
         self.sums += torch.stack([loss.detach(), norm, (digits & hits).sum(), digits.sum(), (batch.weights > 0).sum()])
@@ -303,8 +275,9 @@ class Trainer:
         self.graph = graph
         with torch.no_grad():
             torch._foreach_copy_([p.detach() for p in self.parameters], before)
-            for state in [*self.optimisers[0].state, *self.optimisers[1].state, self.sums]:
-                state.zero_()
+            adam = [value for state in self.adam.state.values() for value in state.values()]
+            for value in [*self.muon.state, *adam, self.sums]:
+                value.zero_()
         torch.cuda.synchronize()
 
     def run(self, chosen: Tensor, rate: float) -> None:

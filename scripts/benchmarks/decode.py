@@ -247,8 +247,8 @@ def step_times(model: Model, prompt: int, gen: int, options: dict[str, Any]) -> 
     widths = {key[2]: kept for key, kept in graphs.items()}
     if len(widths) not in (1, 2):  # besides an opening pass there are steps of several widths, or none was captured
         return times
-    kept, ends = widths[min(widths)], []
-    replay = kept.graph
+    kept, replay = widths[min(widths)], widths[min(widths)].graph
+    ends: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
     kept.graph = Timed(replay, ends)
     walls()
     kept.graph = replay

@@ -74,11 +74,12 @@ class Values:
 def write_checkpoint(folder: Path, config: dict[str, Any], shards: int) -> list[str]:
     """The published files, one shard in memory at a time; returns the last tensor of each shard."""
     values = Values(FAMILY.spec(config, {}))
-    total, parts, filled = sum(map(values.nbytes, values.table)), [[] for _ in range(shards)], 0
+    total, filled = sum(map(values.nbytes, values.table)), 0
+    parts: list[list[str]] = [[] for _ in range(shards)]
     for name in values.table:
         parts[min(shards - 1, filled * shards // total)].append(name)
         filled += values.nbytes(name)
-    where = {}
+    where: dict[str, str] = {}
     for i, part in enumerate(parts, 1):
         path = folder / f"model-{i:05d}-of-{shards:05d}.safetensors"
         save_file({name: values[name] for name in part}, path, metadata={"format": "pt"})
@@ -109,7 +110,7 @@ def counter(file: str, name: str) -> int | None:
 def floors(folder: Path, device: torch.device) -> dict[str, float]:
     """GB/s of reading the files into a buffer that stays, and on CUDA of copying that buffer to the device."""
     buffer = torch.zeros(2**26, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    view, size = memoryview(buffer.numpy()), 0
+    view, size = memoryview(buffer.numpy().data), 0
     began = time.perf_counter()
     for path in folder.glob("*.safetensors"):
         with path.open("rb", buffering=0) as file:

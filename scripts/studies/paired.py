@@ -126,8 +126,8 @@ def plot(panels: list[tuple[str, list[dict[str, Any]]]], columns: int, path: Pat
     lines = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(lines, columns, figsize=(1 + 5.2 * columns, 1.2 + 4 * lines), dpi=100, squeeze=False)
     names = sorted({re.split("[+=:]", r["setting"])[0] for _, rows in panels for r in rows})
-    colours = pyplot.get_cmap("tab20").colors
-    marks = {name: {"color": colours[i % 20], "marker": "osD^v<>P*Xph"[i % 12]} for i, name in enumerate(names)}
+    colours = pyplot.get_cmap("tab20")
+    marks = {name: {"color": colours(i % 20), "marker": "osD^v<>P*Xph"[i % 12]} for i, name in enumerate(names)}
     for axis, (title, rows) in zip(axes.flat, panels, strict=False):
         for name, mark in marks.items():
             own = [r for r in rows if re.split("[+=:]", r["setting"])[0] == name]

@@ -145,7 +145,8 @@ def settings_of(model: str, task: str, thorough: bool) -> list[str]:
         return [*all_decoders("none"), *(f"{s}+none" for s in (*levels, *orders))]
     causal = family(model) == "fast_dllm_v2"
     base = "block" if causal else "dual"
-    fitting = [n for n in registry.names("caches") if registry.find("caches", n).block_causal in (None, causal)]
+    rules: dict[str, Any] = {name: registry.find("caches", name) for name in registry.names("caches")}
+    fitting = [name for name, rule in rules.items() if rule.block_causal in (None, causal)]
     found = all_decoders(base)
     found += [f"threshold=0.9+{n}" for n in fitting if n != base] if thorough or causal else ["threshold=0.9+prefix"]
     found += [f"threshold={t}+{base}" for t in ((0.99, 0.97, 0.8, 0.7) if thorough else (0.99, 0.97, 0.7))]
@@ -235,6 +236,7 @@ def decoded(job: Job, model: Model | None = None) -> list[dict[str, Any]]:
     seconds = (time.perf_counter() - began) / len(job.chosen)
     if cuda:
         torch.cuda.empty_cache()  # the other workers need the memory too
+    assert out.texts is not None  # every model of the study has a tokenizer
     device = torch.cuda.get_device_name(model.device) if cuda else platform.processor() or platform.machine()
     return [
         {

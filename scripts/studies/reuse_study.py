@@ -58,7 +58,7 @@ def correct(text: str, gold: str) -> bool:
 def measure(model: Any, problems: list[dict[str, str]], options: dict[str, Any], batch_size: int) -> dict[str, Any]:
     prompts = [[{"role": "user", "content": p["question"]}] for p in problems]
     out = fastdllm.generate(model, prompts, batch_size=batch_size, **options)
-    right = [correct(t, p["answer"]) for t, p in zip(out.texts, problems, strict=True)]
+    right = [correct(t, p["answer"]) for t, p in zip(out.texts or [], problems, strict=True)]
     return {**out.stats.summary(), "right": right, "accuracy": sum(right) / len(right)}
 
 

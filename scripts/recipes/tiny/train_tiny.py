@@ -206,7 +206,7 @@ class Muon:
     @torch.no_grad()
     def step(self) -> None:
         for group, average in zip(self.groups, self.state, strict=True):
-            gradient = torch.stack([p.grad for p in group])
+            gradient = torch.stack([p.grad for p in group if p.grad is not None])
             average.lerp_(gradient, 1 - self.momentum)
             update = orthogonalise(gradient.lerp(average, self.momentum)).float()
             scale = self.rate * (0.2 * max(gradient.shape[-2:]) ** 0.5)
@@ -339,6 +339,7 @@ def main() -> None:
     parameters = {name: tensor.to(device).requires_grad_() for name, tensor in start.items()}
     network = Network(args.family, spec, parameters, cuda and not args.no_compile, dtype)
     end_token = tokenizer.token_to_id(END_OF_TEXT[args.family])
+    assert end_token is not None, END_OF_TEXT[args.family]
     batch, pools, documents = objective(args.family, corpus, spec, end_token, args, dtype)
     recipe = RECIPES[args.family, family_of(args.init) if args.init else None]
     trainer = Trainer(network, list(parameters.values()), recipe, batch, corpus.digit, documents)

@@ -10,5 +10,5 @@ from fastdllm.config import DecodeConfig
 from fastdllm.generation import Output, generate, stream
 from fastdllm.models import Model, load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["DecodeConfig", "Model", "Output", "generate", "load", "stream"]

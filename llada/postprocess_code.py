@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published call, python postprocess_code.py FILE; it needs --allow-code-execution, see scripts/score_code.py."""
+"""The published call, python postprocess_code.py FILE; it needs --allow-code-execution, see `fastdllm score --help`."""
 
 import sys
 

@@ -5,7 +5,7 @@
 # Writes results/quickstart.json and results/quickstart.png.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/setup_env.sh
+source scripts/setup_env.sh studies
 
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-python scripts/quickstart.py "$@"
+python -m scripts.quickstart "$@"

@@ -1,11 +1,32 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Set up, lint, check the format, test. Arguments go to pytest: bash scripts/test.sh tests/test_blocks.py -k grid
+# Set up, lint, check the types and the documentation, then test: what continuous integration does.
+#   bash scripts/test.sh [arguments of pytest]     for example tests/test_engine.py -k row
+#   CHECKS="lint tests" bash scripts/test.sh       some of lint, types, docs, tests, and gpu (the tests that need one)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/setup_env.sh
+# Without arguments: those of this script are pytest's.
+setup() { source scripts/setup_env.sh; }
+setup
 
-ruff check .
-ruff format --check .
-# Two workers with one thread each: small tensors gain nothing from more threads, and two cores stay busy.
-OMP_NUM_THREADS=1 python -m pytest -q -m "not gpu" -n 2 "$@"
+for check in ${CHECKS:-lint types docs tests}; do
+    case $check in
+        lint)
+            ruff check .
+            ruff format --check .
+            ;;
+        types) mypy ;;
+        docs)
+            site=$(mktemp -d)
+            mkdocs build --strict --quiet --site-dir "$site"
+            rm -r "$site"
+            ;;
+        # Two workers with one thread each: small tensors gain nothing from more threads, and two cores stay busy.
+        tests) OMP_NUM_THREADS=1 python -m pytest -q -m "not gpu" -n 2 "$@" ;;
+        gpu) python -m pytest -q -m gpu "$@" ;;
+        *)
+            echo "test.sh: unknown check '$check'; allowed are lint, types, docs, tests, gpu" >&2
+            exit 2
+            ;;
+    esac
+done

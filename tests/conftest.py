@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every test gets: fixed seeds, no network, and uninitialised memory that shows itself.
 
-Hangs are guarded by pytest-timeout (120 s a test, pyproject.toml).
+Hangs are guarded by pytest-timeout (pyproject.toml), children of a test included: no test sets a limit of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import random
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 # Before anything imports a hub client: these are read once, at import.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -66,9 +66,8 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill what the package allocates uninitialised with NaN: reading it before writing fails a test."""
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
-    yield

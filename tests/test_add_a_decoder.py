@@ -11,8 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "add_a_decoder.md"
 
@@ -21,7 +19,6 @@ def code(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
 
-@pytest.mark.timeout(240)
 def test_the_page_works_as_it_stands(tmp_path: Path) -> None:
     left_out = shutil.ignore_patterns("__pycache__", "tiny", "*.jsonl")
     for folder in ("fastdllm", "tests"):
@@ -40,6 +37,6 @@ def test_the_page_works_as_it_stands(tmp_path: Path) -> None:
     assert len(commands) == 2
     for command in commands:
         command = [sys.executable, *command[1:], "-q", "-p", "no:cacheprovider"]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=110)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
         assert " passed" in done.stdout

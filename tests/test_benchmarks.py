@@ -3,28 +3,24 @@
 
 from __future__ import annotations
 
-import importlib
 import json
+import random
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import torch
 
 import fastdllm
 from fastdllm import kernels
+from scripts.benchmarks import decode, profile_step
 
-
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
-    """The scripts as they run from the command line: their neighbours are imported by their bare names."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
-    return {name: importlib.import_module(name) for name in ("bench_decode", "profile_step")}
+CACHES = {"llada": ("none", "prefix", "dual"), "dream": ("none", "prefix", "dual"), "v2": ("none", "block", "sub_block")}
 
 
 @pytest.mark.parametrize("name", ["llada", "v2"])
-def test_the_benchmark_reports_what_was_decoded(scripts, name: str, tmp_path: Path, capsys) -> None:
-    bench, given = scripts["bench_decode"], ["--cpu", "--models", name, "--prompts", "40", "--gen", "32", "--repeats", "1"]
-    bench.main([*given, "--batches", "1", "2"])
+def test_the_benchmark_reports_what_was_decoded(name: str, tmp_path: Path, capsys) -> None:
+    given = ["--cpu", "--models", name, "--prompts", "40", "--gen", "32", "--repeats", "1"]
+    decode.main([*given, "--batches", "1", "2"])
     printed = capsys.readouterr().out
     report = json.loads(printed.splitlines()[-1])
     assert {"device", "torch", "python", "commit"} < report.keys() and min(report["ceilings"].values()) > 0
@@ -35,7 +31,7 @@ def test_the_benchmark_reports_what_was_decoded(scripts, name: str, tmp_path: Pa
         assert answers["nfe"] == pytest.approx(32 / step, abs=4 if name == "v2" else 0)  # v2 opens its blocks with a pass
         assert answers["tokens_per_forward"] == pytest.approx(32 * batch / answers["nfe"] / batch)
         assert answers["peak_gib"] is None
-    model = fastdllm.load(bench.TINY[name], device="cpu")
+    model = fastdllm.load(decode.TINY[name], device="cpu")
     spec, keys = model.spec, 64 if name == "v2" else 40 + 32  # a block-causal model sees no further than its block of 32
     weights = sum(p.nbytes for key, p in model.network.named_parameters() if spec.tied_head or "embed" not in key)
     read = weights + 4 * keys * 2 * spec.layers * spec.kv_heads * spec.head_dim
@@ -45,20 +41,19 @@ def test_the_benchmark_reports_what_was_decoded(scripts, name: str, tmp_path: Pa
         assert figures["forward"][f"{width}_ratio"] == pytest.approx(figures["forward"][f"{width}_forward_ms"] / floor)
     earlier = tmp_path / "earlier.txt"
     earlier.write_text(printed)
-    bench.main([*given, "--batches", "1", "--compare", str(earlier)])
+    decode.main([*given, "--batches", "1", "--compare", str(earlier)])
     assert f"x 1.000 of {earlier}" in capsys.readouterr().out  # the forwards of an answer do not vary
 
 
-def test_the_profile_knows_what_each_operation_moves(scripts) -> None:
-    profile = scripts["profile_step"]
+def test_the_profile_knows_what_each_operation_moves() -> None:
     model = fastdllm.load("tiny-llada", device="cpu")
     spec, rows, width, keys = model.spec, 2, 8, 50
-    step = scripts["bench_decode"].Forward(model, rows, width, keys, keys - width, width)
-    before = {name: getattr(kernels, name) for name in profile.OPERATIONS}
-    with profile.recorded() as nbytes:
+    step = decode.Forward(model, rows, width, keys, keys - width, width)
+    before = {name: getattr(kernels, name) for name in profile_step.OPERATIONS}
+    with profile_step.recorded() as nbytes:
         step.run()
         assert kernels.attention is not before["attention"]
-    assert {name: getattr(kernels, name) for name in profile.OPERATIONS} == before
+    assert {name: getattr(kernels, name) for name in profile_step.OPERATIONS} == before
     n, c, f, v = rows * width, spec.width, spec.ffn, spec.vocab
     q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     integers = 8 * (rows + n)  # rows, and positions or limits
@@ -73,7 +68,7 @@ def test_the_profile_knows_what_each_operation_moves(scripts) -> None:
     }
 
 
-def test_a_kernel_belongs_to_the_operation_that_launched_it(scripts) -> None:
+def test_a_kernel_belongs_to_the_operation_that_launched_it() -> None:
     """Launches are matched by their time on the host, kernels by their launch, whenever they ran."""
 
     def event(cat: str, name: str, ts: float, dur: float, correlation: int | None = None) -> dict[str, object]:
@@ -93,21 +88,40 @@ def test_a_kernel_belongs_to_the_operation_that_launched_it(scripts) -> None:
         event("kernel", "gather", 50, 1.0, 4),
         event("kernel", "launched before the trace", 51, 1.0, 5),
     ]
-    profile = scripts["profile_step"]
-    assert profile.attribute(events, cuda=True) == {
+    assert profile_step.attribute(events, cuda=True) == {
         "attention 1x8": {"split": (1, 4.0), "join": (1, 2.0)},
         "rmsnorm 4x4": {"gemm": (1, 8.0)},
         "other": {"gather": (1, 1.0), "launched before the trace": (1, 1.0)},
     }
-    assert profile.attribute(events, cuda=False) == {
+    assert profile_step.attribute(events, cuda=False) == {
         "attention 1x8": {"on the host": (1, 5)},
         "rmsnorm 4x4": {"on the host": (1, 5)},
     }
 
 
-def test_the_profile_prints_every_operation(scripts, tmp_path: Path, capsys) -> None:
-    profile = scripts["profile_step"]
-    profile.main(["--cpu", "--keys", "64", "--out", str(tmp_path)])
+def test_the_profile_prints_every_operation(tmp_path: Path, capsys) -> None:
+    profile_step.main(["--cpu", "--keys", "64", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert all(f"\n{name} " in printed for name in profile.OPERATIONS)
+    assert all(f"\n{name} " in printed for name in profile_step.OPERATIONS)
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+@pytest.mark.gpu
+def test_models_settings_and_batch_sizes_share_a_process_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forwards of the benchmark and whole answers, captured, drawn in random order: each gives what it gives eagerly."""
+    monkeypatch.setattr(kernels, "_CHOICE", "triton")  # one attention for both, so that tokens can be compared
+    models = {name: fastdllm.load(tiny, device="cuda") for name, tiny in decode.TINY.items()}
+    work = [(name, rows, width) for name in models for rows in (1, 2, 8) for width in (8, 32)] * 2
+    order = random.Random(0)
+    order.shuffle(work)
+    for name, rows, width in work:
+        model = models[name]
+        step = decode.Forward(model, rows, width, keys=96, start=96 - width, head_rows=8)
+        step()
+        captured = step.out.top.clone(), step.out.prob.clone()
+        eager = step.run()
+        assert torch.equal(captured[0], eager.top) and torch.allclose(captured[1], eager.prob, atol=1e-4)
+        cache, prompts = order.choice(CACHES[name]), [torch.randint(0, 512, (order.randint(1, 90),)) for _ in range(rows)]
+        options = {"gen_length": 40, "cache": cache, "threshold": order.choice((0.5, 0.9)), "stop_ids": ()}
+        eager, graph = (fastdllm.generate(model, prompts, runner=r, **options) for r in ("eager", "cuda_graph"))
+        assert [s.tolist() for s in graph.sequences] == [s.tolist() for s in eager.sequences]

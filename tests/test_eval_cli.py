@@ -27,7 +27,7 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 def run(command: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=110)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 
 def results(done: subprocess.CompletedProcess[str], folder: Path, model: str) -> dict[str, Any]:

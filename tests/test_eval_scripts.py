@@ -44,7 +44,7 @@ def run(tmp_path: Path):
         env = {**os.environ, "PATH": path, "CALLS": str(calls), **settings}
         calls.write_text("")
         command = ["bash", str(ROOT / script), *arguments]  # an absolute path stays itself
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
         return done, [json.loads(line) for line in calls.read_text().splitlines()]
 
     return run

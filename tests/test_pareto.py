@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""scripts/pareto.py: the statistics against cases worked out by hand, the lists of settings, and runs that resume."""
+"""studies/pareto.py: the statistics against cases worked out by hand, the lists of settings, and runs that resume."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import fastdllm
 from fastdllm import registry
 from fastdllm.build import assemble
 from fastdllm.presets import PRESETS
-from scripts import paired, pareto
+from scripts.studies import paired, pareto
 from tests.random_models import random_model
 
 FAMILY = {"tiny-llada": "llada", "tiny-dream": "dream", "tiny-fast-dllm-v2": "v2"}

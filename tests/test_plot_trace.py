@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="figures need matplotlib")
 
 from fastdllm.trace import Change, Trace, TraceStep
-from scripts.plot_trace import draw, main
+from scripts.studies.plot_trace import draw, main
 
 
 def test_a_question_becomes_a_trace_and_a_figure(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""scripts/quantize_study.py: errors that are known, the forward against the likelihood's, and a short run."""
+"""studies/quantize_study.py: errors that are known, the forward against the likelihood's, and a short run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 import fastdllm
 from fastdllm.likelihood import read
-from scripts import quantize_study
-from scripts.pareto import problems
-from scripts.quantize_study import errors, half_masked, logit_errors, logits_of
+from scripts.studies import quantize_study
+from scripts.studies.pareto import problems
+from scripts.studies.quantize_study import errors, half_masked, logit_errors, logits_of
 
 MODELS = ["tiny-llada", "tiny-dream", "tiny-fast-dllm-v2"]
 ASKED = problems("validation", 2, "gsm_symbolic")

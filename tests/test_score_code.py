@@ -341,14 +341,13 @@ def test_nothing_runs_without_permission(tmp_path: Path, capsys: pytest.CaptureF
     assert "absent.jsonl" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("entry", ["scripts/score_code.py", "llada/postprocess_code.py", "dream/postprocess_code.py"])
+@pytest.mark.parametrize("entry", ["llada/postprocess_code.py", "dream/postprocess_code.py"])
 def test_every_entry_scores_a_file(entry: str, tmp_path: Path) -> None:
     path = _samples(tmp_path / "samples.jsonl", {"doc": HUMANEVAL, "resps": [["    return 2 * n"]]})
     done = subprocess.run(
         [sys.executable, ROOT / entry, path, "--allow-code-execution"],
         capture_output=True,
         text=True,
-        timeout=100,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr

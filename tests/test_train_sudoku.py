@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 import fastdllm
 from fastdllm.models import TINY
 from fastdllm.tasks import TASKS_DIR
-from scripts import tiny_formats, train_sudoku
-from scripts.tiny_data import Problem
+from scripts.recipes.tiny import tiny_formats, train_sudoku
+from scripts.recipes.tiny.tiny_data import Problem
 
 FOLDER = TINY / "tiny-sudoku"
 

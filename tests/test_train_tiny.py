@@ -20,9 +20,9 @@ from fastdllm.models.tokenizer import load_tokenizer
 from fastdllm.tasks import TASKS_DIR
 from fastdllm.training.model import Fast_dLLM_QwenForCausalLM
 from fastdllm.training.objective import IGNORE
-from scripts import tiny_corpus, tiny_data, tiny_formats, train_tiny
-from scripts.tiny_corpus import RESULT_FLAG, Corpus
-from scripts.tiny_network import Network
+from scripts.recipes.tiny import tiny_corpus, tiny_data, tiny_formats, train_tiny
+from scripts.recipes.tiny.tiny_corpus import RESULT_FLAG, Corpus
+from scripts.recipes.tiny.tiny_network import Network
 
 CPU = torch.device("cpu")
 SHIPPED = {"llada": "tiny-llada", "dream": "tiny-dream", "v2": "tiny-fast-dllm-v2"}
@@ -185,18 +185,9 @@ def test_learning_rate_warms_up_and_ends_low() -> None:
     assert rates[2:] == sorted(rates[2:], reverse=True)
 
 
-def test_muon_steps_are_orthogonal_and_adam_matches_torch() -> None:
-    torch.manual_seed(0)
+def test_muon_steps_are_orthogonal() -> None:
     singular = torch.linalg.svdvals(train_tiny.orthogonalise(torch.randn(3, 24, 16)).float())
     assert (singular > 0.5).all() and (singular < 1.5).all()
-    ours, theirs = torch.ones(5, requires_grad=True), torch.ones(5, requires_grad=True)
-    rate = torch.tensor(0.1)
-    adam, reference = train_tiny.Adam([ours], rate), torch.optim.Adam([theirs], lr=0.1, betas=(0.9, 0.98), eps=1e-9)
-    for _ in range(4):
-        ours.grad = theirs.grad = torch.randn(5)
-        adam.step()
-        reference.step()
-    assert torch.allclose(ours, theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llada", "dream", "qwen", "v2"])

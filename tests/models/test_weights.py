@@ -232,18 +232,25 @@ def test_the_device_holds_the_weights_alone(tmp_path: Path) -> None:
     """No second copy of a tensor on the device, not even of the largest for a moment."""
     tensors = write_checkpoint(tmp_path, "llada", tokenizer=False, dtype=torch.bfloat16, d_model=512, embedding_size=16384)
     size, largest = (f(2 * t.numel() for t in tensors.values()) for f in (sum, max))
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    # In a process of its own: what other tests left on the device may be freed at any moment.
+    code = (
+        "import sys, torch, fastdllm\n"
+        "model = fastdllm.load(sys.argv[1], device='cuda', dtype='bfloat16')\n"
+        "print(torch.cuda.max_memory_allocated())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[2], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert size <= int(done.stdout) < size + largest / 2
     model = fastdllm.load(str(tmp_path), device="cuda", dtype="bfloat16")
-    assert size <= torch.cuda.max_memory_allocated() - before < size + largest / 2
     assert torch.equal(model.network.head.weight.cpu(), tensors["model.transformer.ff_out.weight"].bfloat16())
 
 
 def test_loading_does_not_import_the_compiler() -> None:
     """It costs every start over a second, and comes in with the first random number on the meta device."""
     code = "import sys, fastdllm; fastdllm.load('tiny-llada', 'cpu'); sys.exit('torch._dynamo' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], timeout=100).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
 
 
 def test_json_index_of_a_sharded_checkpoint_is_what_is_read(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def losses(output: Path) -> list[float]:
 def launch(command: list[object], **environment: object) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     env |= {name: str(value) for name, value in environment.items()}
-    done = subprocess.run([str(c) for c in command], env=env, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([str(c) for c in command], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 

@@ -210,7 +210,7 @@ def test_printable_shows_control_characters_and_keeps_the_rest() -> None:
     assert printable("a\x1b[2J\x07\n\té😀\u202e\x9b") == "a␛[2J␇\n\té😀\ufffd\ufffd"
 
 
-def until(read: Callable[[], str], text: str, seconds: float = 60) -> str:
+def until(read: Callable[[], str], text: str, seconds: float = 600) -> str:
     seen, end = "", time.monotonic() + seconds
     while text not in seen:
         assert time.monotonic() < end, f"no {text!r} in {seen!r}"

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +19,12 @@ from torch import Tensor
 
 from fastdllm.models.spec import ModelSpec
 from fastdllm.training.objective import target_states
-from scripts.tiny_formats import FAMILIES, expected_shapes
+from scripts.recipes.tiny.tiny_formats import FAMILIES, expected_shapes
 
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # before torch 2.10; a CPU does not need it
-    varlen_attn = None
+    varlen_attn = None  # type: ignore[assignment]
 
 Parameters = dict[str, Tensor]  # published name -> fp32 tensor
 MAX_DOCUMENT = 1024  # tokens of the longest packed document, its tail included
@@ -99,8 +101,10 @@ def rope(spec: ModelSpec, positions: Tensor) -> tuple[Tensor, Tensor]:
 def attend(q: Tensor, k: Tensor, v: Tensor, ends: Tensor | None, mask: Tensor | None, causal: bool) -> Tensor:
     """q, k, v [N, H, D] -> [N, H, D], within documents (`ends`) or under `mask`."""
     if mask is None and q.is_cuda:
-        return varlen_attn(q, k, v, ends, ends, MAX_DOCUMENT, MAX_DOCUMENT, **(ONLY_PAST if causal else {}))
+        only_past: dict[str, Any] = ONLY_PAST if causal else {}
+        return varlen_attn(q, k, v, ends, ends, MAX_DOCUMENT, MAX_DOCUMENT, **only_past)  # type: ignore
     if mask is None:
+        assert ends is not None
         place = torch.arange(q.shape[0], device=q.device)
         document = torch.searchsorted(ends[1:].long(), place, right=True)
         mask = (document[:, None] == document)[None, None]
@@ -157,8 +161,8 @@ class Network:
         self.embed, self.norm = grouped["embed.weight"][0], grouped["norm"][0]
         self.head = grouped.get("head.weight", [self.embed])[0]
         self.layers = [[grouped.get(f"layers.{i}.{part}") for part in LAYER_PARTS] for i in range(spec.layers)]
-        compiler = torch.compile(dynamic=False) if compiled else lambda function: function
-        self.layer, self.cross_entropy = compiler(layer), compiler(cross_entropy)
+        self.layer: Callable[..., Tensor] = torch.compile(layer, dynamic=False) if compiled else layer
+        self.cross_entropy = torch.compile(cross_entropy, dynamic=False) if compiled else cross_entropy
 
     def hidden(self, ids: Tensor, positions: Tensor, ends: Tensor | None, mask: Tensor | None) -> Tensor:
         """[N, C] before the final norm; row i predicts the token at position i + shift."""

@@ -8,20 +8,19 @@ paired with a reference, problem by problem: a bootstrap interval of the differe
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
 
 COSTS = ("forwards", "positions", "tokens")
 
 
 def mcnemar(lost: int, won: int) -> float:
     """Two-sided exact p: chance of a split at least this uneven of `lost + won` disagreements between equals."""
-    n, k = lost + won, min(lost, won)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+    return float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
 
 
 def interval(difference: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
@@ -90,8 +89,8 @@ def summarise(grouped: dict[str, list[dict[str, Any]]], reference: str, presets:
 def compare(a: dict[str, list[dict[str, Any]]], b: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """How two templates rank the settings that both have: 1 is the most accurate, equals share the better rank.
 
-    Over all pairs of settings: Kendall's tau (ties count as neither), the pairs that change places, and those of them whose
-    order McNemar's test confirms at 5 % under both templates.
+    Over all pairs of settings: Kendall's tau-a (ties count as neither; scipy has tau-b, which leaves them out), pairs that
+    change places, and those of them whose order McNemar's test confirms at 5 % under both templates.
     """
     shared = [s for s in a if s in b]
     solved = [{s: correct(x[s]).sum() for s in shared} for x in (a, b)]
@@ -127,8 +126,8 @@ def plot(panels: list[tuple[str, list[dict[str, Any]]]], columns: int, path: Pat
     lines = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(lines, columns, figsize=(1 + 5.2 * columns, 1.2 + 4 * lines), dpi=100, squeeze=False)
     names = sorted({re.split("[+=:]", r["setting"])[0] for _, rows in panels for r in rows})
-    colours = pyplot.get_cmap("tab20").colors
-    marks = {name: {"color": colours[i % 20], "marker": "osD^v<>P*Xph"[i % 12]} for i, name in enumerate(names)}
+    colours = pyplot.get_cmap("tab20")
+    marks = {name: {"color": colours(i % 20), "marker": "osD^v<>P*Xph"[i % 12]} for i, name in enumerate(names)}
     for axis, (title, rows) in zip(axes.flat, panels, strict=False):
         for name, mark in marks.items():
             own = [r for r in rows if re.split("[+=:]", r["setting"])[0] == name]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ def write_tokenizer(family: str, folder: Path, tiny_llada: Path) -> int:
         named["pad_token"] = "<|endoftext|>"
     elif family == "v2":
         named["mask_token"] = "|<MASK>|"
-    config = {
+    config: dict[str, Any] = {
         "add_bos_token": False,
         "add_prefix_space": False,
         "added_tokens_decoder": {str(i): {"content": t, **flags} for t, i in ids.items()},
@@ -155,8 +156,7 @@ def write_tokenizer(family: str, folder: Path, tiny_llada: Path) -> int:
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / "special_tokens_map.json", named)
     if family != "dream":
-        tokenizer = load_tokenizer(folder).backend_tokenizer
-        tokenizer.save(str(folder / "tokenizer.json"))
+        backend(folder).save(str(folder / "tokenizer.json"))
     return len(vocab)
 
 
@@ -170,7 +170,7 @@ def create(family: str, folder: Path, tiny_llada: Path) -> None:
     write_json(folder / "config.json", config_for(family, write_tokenizer(family, folder, tiny_llada)))
 
 
-def qwen2_spec(config: dict[str, Any], ids: dict[str, int]) -> ModelSpec:
+def qwen2_spec(config: Mapping[str, Any], ids: Mapping[str, int]) -> ModelSpec:
     """Qwen2 read as a member of the core's families: causal attention is the trainer's business."""
     return replace(fast_dllm_v2.FAMILY.spec(config, ids), family="qwen2", block_causal=0)
 
@@ -183,8 +183,16 @@ FAMILIES = {
 }
 
 
+def backend(folder: Path) -> Tokenizer:
+    """The folder's tokenizer as the library that trains and saves it has it."""
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer is not None, folder
+    return tokenizer.backend_tokenizer
+
+
 def read(family: str, folder: Path) -> tuple[ModelSpec, Tokenizer]:
     tokenizer = load_tokenizer(folder)
+    assert tokenizer is not None, folder
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return FAMILIES[family].spec(config, special_ids(tokenizer)), tokenizer.backend_tokenizer
 
@@ -200,7 +208,7 @@ def expected_shapes(family: str, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     rows = {("qkv", 0): q, ("qkv", q): kv, ("qkv", q + kv): kv, ("out", 0): c, ("gate_up", 0): f}
     rows |= {("gate_up", f): f, ("down", 0): c, ("embed", 0): spec.vocab}
     columns = {"qkv": c, "out": q, "gate_up": c, "down": f, "embed": c}
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, (target, row) in FAMILIES[family].names(spec).items():
         part = target.split(".")[-2] if target.endswith((".weight", ".bias")) else ""
         if not part:

@@ -16,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
-from kernel_cases import DEVICE, Case, Run, cases, rand
+
+from scripts.benchmarks.kernel_cases import DEVICE, Case, Run, cases, rand
 
 
 def compile_all(case: Case) -> None:
@@ -99,7 +100,7 @@ def main() -> None:
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
     print(f"{device}, {versions}: {copy / 1e12:.2f} TB/s, {matmul / 1e12:.0f} TFLOP/s")
     report: list[dict[str, object]] = []
-    lines = [f"{'op':<16}{'shape':<34}{'candidate':<26}{'us':>9}{'floor us':>10}{'x floor':>9}{'error':>10}"]
+    print(f"{'op':<16}{'shape':<34}{'candidate':<26}{'us':>9}{'floor us':>10}{'x floor':>9}{'error':>10}")
     for op, make in cases(args.sweep):
         if args.only not in (None, op):
             continue
@@ -111,14 +112,13 @@ def main() -> None:
             seconds = measure(run, case.copies)
             result = case.results.get(name, {}) | {"us": seconds * 1e6, "floor_us": floor * 1e6}
             report.append({"op": case.op, "shape": case.shape, "candidate": name, **result})
-            lines.append(
+            print(
                 f"{case.op:<16}{case.shape:<34}{name:<26}{seconds * 1e6:>9.1f}{floor * 1e6:>10.1f}"
-                f"{seconds / floor:>9.2f}{result.get('error', float('nan')):>10.1e}"
+                f"{seconds / floor:>9.2f}{result.get('error', float('nan')):>10.1e}",
+                flush=True,
             )
-        print(*lines[-len(case.runs) :], sep="\n", flush=True)
         del case
         torch.cuda.empty_cache()
-    print("\n".join(lines))
     line = json.dumps({"device": device, "torch": torch.__version__, "copy": copy, "matmul": matmul, "results": report})
     if args.json:
         with open(args.json, "w") as f:

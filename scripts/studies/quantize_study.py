@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What 8-bit weights cost in fidelity: fp8 and int8 against bf16 on the same problems; bf16 against fp32 is the yardstick.
 
-    python -m scripts.quantize_study                          # three tiny models, 500 held-out problems, two decoders
-    python -m scripts.quantize_study --models tiny-llada --limit 200 --logit_limit 100 --settings threshold=0.9
+    python -m scripts.studies.quantize_study                         # three tiny models, 500 held-out problems, two decoders
+    python -m scripts.studies.quantize_study --models tiny-llada --limit 200 --logit_limit 100 --settings threshold=0.9
 
 Logits: one full forward of prompt + reference answer with a random half of the answer masked, read at the masked positions
 over the ids that may be predicted. Error ||l_q - l|| / ||l - mean of l over the ids||, squares summed over all positions;
@@ -27,8 +27,8 @@ from fastdllm.forward import Window
 from fastdllm.likelihood import Probe
 from fastdllm.models import Model
 from fastdllm.prompts import encode, encode_text
-from scripts.paired import summarise
-from scripts.pareto import TASKS, Job, Study, decoded, problems, prompt, reference_of
+from scripts.studies.paired import summarise
+from scripts.studies.pareto import TASKS, Job, Study, decoded, problems, prompt, reference_of
 
 TASK, TEMPLATE = "gsm_symbolic", "chat"
 WEIGHTS = {"fp32": ("float32", None), "bf16": ("bfloat16", None), "fp8": ("bfloat16", "fp8"), "int8": ("bfloat16", "int8")}

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fastdllm.training.masks import PADDING
 from fastdllm.training.objective import IGNORE
-from scripts.tiny_data import DRILL_PROMPT, RESULT, Problem, drills, line_difficulty, read_training_text
-from scripts.tiny_formats import END_OF_TEXT, END_OF_TURN, SYSTEM, read
+from scripts.recipes.tiny.tiny_data import DRILL_PROMPT, RESULT, Problem, drills, line_difficulty, read_training_text
+from scripts.recipes.tiny.tiny_formats import END_OF_TEXT, END_OF_TURN, SYSTEM, read
 
 PLAIN_SHARE = 0.18  # documents in the form of stock lm-eval tasks, without a chat template
 DRILLS_PER_PROBLEM = 0.3
@@ -62,7 +62,7 @@ def encode_chunk(job: tuple[str, Path, list[Problem], int]) -> tuple[np.ndarray,
         hardest = max(map(line_difficulty, text.split("\n")))
         documents.append((np.array(prompt.ids + answer.ids, np.uint16), len(prompt.ids), hardest, 0))
 
-    prompt = np.array(tokenizer.encode(chat_prompt(family, DRILL_PROMPT), add_special_tokens=False).ids, np.uint16)
+    opening = np.array(tokenizer.encode(chat_prompt(family, DRILL_PROMPT), add_special_tokens=False).ids, np.uint16)
     end = np.array(tokenizer.encode(END_OF_TURN[family], add_special_tokens=False).ids, np.uint16)
     texts = drills(problems, int(len(problems) * DRILLS_PER_PROBLEM), rng)
     for text, encoded in zip(texts, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True):
@@ -71,7 +71,7 @@ def encode_chunk(job: tuple[str, Path, list[Problem], int]) -> tuple[np.ndarray,
             asked[slice(*match.span(1))] = True
         starts, stops = np.array(encoded.offsets).T
         flags = (asked[starts] & asked[stops - 1]).astype(np.uint16) * np.uint16(RESULT_FLAG)
-        documents.append((np.concatenate([prompt, np.array(encoded.ids, np.uint16) | flags, end]), len(prompt), 0, 1))
+        documents.append((np.concatenate([opening, np.array(encoded.ids, np.uint16) | flags, end]), len(opening), 0, 1))
     documents = [d for d in documents if len(d[0]) <= LONGEST]
     return np.concatenate([d[0] for d in documents]), np.array([(len(d[0]), *d[1:]) for d in documents])
 

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """How close a decode step comes to the hardware: floors, forwards, steps, whole answers and batches, in one run.
 
-    python scripts/bench_decode.py                            # published shapes, random bf16 weights made on the device
-    python scripts/bench_decode.py --models llada --quantize fp8 --batches 1 32
-    python scripts/bench_decode.py --folder /path/to/checkpoint
-    python scripts/bench_decode.py --cpu                      # the shipped tiny models
+    python -m scripts.benchmarks.decode                          # published shapes, random bf16 weights made on the device
+    python -m scripts.benchmarks.decode --models llada --quantize fp8 --batches 1 32
+    python -m scripts.benchmarks.decode --folder /path/to/checkpoint
+    python -m scripts.benchmarks.decode --cpu                    # the shipped tiny models
 
 The floor of a block forward is the time to read its weights and keys once at the copy bandwidth measured in the same run;
-that of a full forward is its matrix products at the matrix rate measured in the same run. A table is printed last, then one
-JSON line. `--compare FILE` (an earlier run's line) adds ratios. The kernels are checked against their references first.
+that of a full forward is its matrix products at the matrix rate measured in the same run. Each figure is printed when it has
+been measured, and one JSON line at the end. `--compare FILE` (an earlier run's line) adds ratios. On a GPU the kernels are
+checked against their references first. On a CPU fewer and smaller runs are the default: two minutes on two cores.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import pairwise
@@ -39,6 +40,8 @@ from fastdllm.models.llada import FAMILY as LLADA
 from fastdllm.models.quantize import KINDS, quantize
 from fastdllm.models.spec import ModelSpec
 from fastdllm.models.transformer import Transformer
+from fastdllm.runners import cuda_graph, eager
+from fastdllm.runners.base import Runner
 from fastdllm.runners.cuda_graph import CAPTURED_POSITIONS
 
 # config.json of LLaDA-8B-Instruct, Dream-v0-Instruct-7B and Fast_dLLM_v2_7B: the fields that shape the network.
@@ -53,6 +56,9 @@ QWEN2_7B = {
 }  # fmt: skip
 SHAPES = {"llada": (LLADA, LLADA_8B), "dream": (DREAM, QWEN2_7B), "v2": (V2, QWEN2_7B)}
 TINY = {"llada": "tiny-llada", "dream": "tiny-dream", "v2": "tiny-fast-dllm-v2"}
+# What a run measures if the command line does not say: on a GPU, and on a CPU.
+GPU_RUN = {"batches": [1, 4, 16, 32, 64], "prompts": [1000, 128], "gen": 256, "repeats": 40}
+CPU_RUN = {"batches": [1, 4], "prompts": [128], "gen": 64, "repeats": 10}
 
 
 def random_model(name: str, device: torch.device, kind: str | None) -> Model:
@@ -141,14 +147,15 @@ class Forward:
         self.ids = torch.randint(0, spec.vocab, (rows, width), device=device)
         self.graph = None
         if captured:
-            stream = torch.cuda.Stream()
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))  # the ids and the store are still being filled there
             with torch.cuda.stream(stream):
                 for _ in range(2):
                     self.run()
-            torch.cuda.synchronize()
+            torch.cuda.current_stream(device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                self.run()
+                self.out = self.run()
             self.graph = graph
 
     @torch.inference_mode()
@@ -224,13 +231,11 @@ def step_times(model: Model, prompt: int, gen: int, options: dict[str, Any]) -> 
     """
     request = Request(torch.randint(0, model.spec.vocab - 600, (prompt,), device=model.device), gen)
     config = fastdllm.DecodeConfig(decoder="quota", gen_length=gen, steps=gen // 4, stop_ids=(), **options)
-    runner = model.runner("cuda_graph" if model.device.type == "cuda" else "eager")
-    graphs: dict[Any, Any] = getattr(runner, "graphs", {})
-    graphs.clear()
+    runner: Runner = cuda_graph.Runner() if model.device.type == "cuda" else eager.Runner()
 
     def walls() -> list[float]:
         found, began = [], time.perf_counter()
-        for _ in decode(model, [request], **assemble(model, config)):
+        for _ in decode(model, [request], assemble(model, config), runner):
             now = time.perf_counter()
             found.append(1e3 * (now - began))
             began = now
@@ -239,11 +244,12 @@ def step_times(model: Model, prompt: int, gen: int, options: dict[str, Any]) -> 
     walls()  # compiles and captures
     found = walls()
     times = {"step_wall_ms": found[len(found) // 2]}
-    widths = {key[2]: kept for key, kept in graphs.items()}
+    free = runner.free if isinstance(runner, cuda_graph.Runner) else []
+    widths = {shape.width: kept for canvas in free for (_, _, shape, _), kept in canvas.graphs.items()}
     if len(widths) not in (1, 2):  # besides an opening pass there are steps of several widths, or none was captured
         return times
-    kept, ends = widths[min(widths)], []
-    replay = kept.graph
+    kept, replay = widths[min(widths)], widths[min(widths)].graph
+    ends: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
     kept.graph = Timed(replay, ends)
     walls()
     kept.graph = replay
@@ -262,7 +268,7 @@ def commit() -> str:
 
 def check_kernels() -> None:
     """The op tests, before any number is printed."""
-    folder = Path(__file__).parent.parent / "tests" / "kernels"
+    folder = Path(__file__).parents[2] / "tests" / "kernels"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", str(folder)], capture_output=True, text=True
     )
@@ -281,21 +287,53 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return out
 
 
-def main(arguments: list[str] | None = None) -> None:
+def measured(model: Model, peak: dict[str, float], args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Forwards, steps and whole answers of one model: the name and the figures of each, when they have been taken."""
+    prompt = min(args.prompts[0], model.spec.max_length - args.gen)
+    yield "forward", forwards(model, peak, prompt, args.gen, args.repeats)
+    caches = ["block", "sub_block"] if model.spec.block_causal else ["prefix", "dual"]
+    per_step = 8 / 3 if model.spec.block_causal else 4
+    for cache in caches:
+        yield f"step_{cache}", step_times(model, prompt, args.gen, {"cache": cache})
+    for length in dict.fromkeys(min(p, prompt) for p in args.prompts):
+        for batch in args.batches:
+            name = f"{caches[-1]}_prompt{length}_batch{batch}"
+            try:
+                yield name, answers(model, batch, length, args.gen, per_step, {"cache": caches[-1]})
+            except torch.OutOfMemoryError as error:
+                print(f"{model.name} {name}: {str(error).splitlines()[0]}", flush=True)
+
+
+def show(figures: dict[str, Any], before: dict[str, float], earlier: str | None) -> None:
+    """A line for each figure, with its ratio to that of an earlier run."""
+    for key, value in flatten(figures).items():
+        ratio = f"   x {value / before[key]:.3f} of {earlier}" if before.get(key) else ""
+        print(f"{key:56s} {value:12.3f}{ratio}", flush=True)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["llada", "dream", "v2"], choices=list(SHAPES))
     parser.add_argument("--folder", help="a real checkpoint in place of random weights")
     parser.add_argument("--quantize", choices=KINDS, help="8-bit weights")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 32, 64])
-    parser.add_argument("--prompts", nargs="+", type=int, default=[1000, 128], help="the first one also shapes the forwards")
-    parser.add_argument("--gen", type=int, default=256)
+    parser.add_argument("--batches", nargs="+", type=int, help=f"{GPU_RUN['batches']}, on a CPU {CPU_RUN['batches']}")
+    parser.add_argument("--prompts", nargs="+", type=int, help="lengths of prompts; the first also shapes the forwards")
+    parser.add_argument("--gen", type=int, help=f"new tokens: {GPU_RUN['gen']}, on a CPU {CPU_RUN['gen']}")
     parser.add_argument("--cpu", action="store_true", help="the shipped tiny models on the CPU")
     parser.add_argument("--skip-checks", action="store_true", help="do not run the op tests first")
     parser.add_argument("--compare", help="a file whose last line is an earlier run's JSON")
-    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--repeats", type=int, help="of which the median is taken")
     args = parser.parse_args(arguments)
+    for name, value in (CPU_RUN if args.cpu else GPU_RUN).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
 
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
     device = torch.device("cpu" if args.cpu else "cuda")
+    before = flatten(json.loads(Path(args.compare).read_text().strip().splitlines()[-1])) if args.compare else {}
     if device.type == "cuda" and not args.skip_checks:
         check_kernels()
     peak = ceilings(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -304,34 +342,20 @@ def main(arguments: list[str] | None = None) -> None:
         "torch": torch.__version__, "triton": version("triton") if find_spec("triton") else None,
         "python": platform.python_version(), "commit": commit(), "ceilings": peak,
     }  # fmt: skip
+    print(f"{report['device']}, torch {report['torch']}, commit {report['commit']}")
+    show({"ceilings": peak}, before, args.compare)
     for name in [args.folder] if args.folder else args.models:
         if args.folder or args.cpu:
             model = fastdllm.load(args.folder or TINY[name], device=device, quantize=args.quantize)
         else:
             model = random_model(name, device, args.quantize)
-        prompt = min(args.prompts[0], model.spec.max_length - args.gen)
-        entry = report[name] = {"forward": forwards(model, peak, prompt, args.gen, args.repeats)}
-        caches = ["block", "sub_block"] if model.spec.block_causal else ["prefix", "dual"]
-        per_step = 8 / 3 if model.spec.block_causal else 4
-        for cache in caches:
-            entry[f"step_{cache}"] = step_times(model, prompt, args.gen, {"cache": cache})
-        for length in dict.fromkeys(min(p, prompt) for p in args.prompts):
-            for batch in args.batches:
-                try:
-                    entry[f"{caches[-1]}_prompt{length}_batch{batch}"] = answers(
-                        model, batch, length, args.gen, per_step, {"cache": caches[-1]}
-                    )
-                except torch.OutOfMemoryError as error:
-                    print(f"{name} batch {batch} prompt {length}: {str(error).splitlines()[0]}")
+        report[name] = {}
+        for what, figures in measured(model, peak, args):
+            report[name][what] = figures
+            show({name: {what: figures}}, before, args.compare)
         del model
         if device.type == "cuda":
             torch.cuda.empty_cache()
-
-    before = flatten(json.loads(Path(args.compare).read_text().strip().splitlines()[-1])) if args.compare else {}
-    print(f"\n{report['device']}, torch {report['torch']}, commit {report['commit']}")
-    for key, value in flatten(report).items():
-        ratio = f"   x {value / before[key]:.3f} of {args.compare}" if before.get(key) else ""
-        print(f"{key:56s} {value:12.3f}{ratio}")
     print(json.dumps(report))
 
 

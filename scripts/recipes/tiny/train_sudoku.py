@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train tiny-sudoku: 4x4 sudoku, where a cell may be unclear until others are filled. Minutes on a CPU core.
 
-    python -m scripts.train_sudoku --tasks fastdllm/tasks/mini_sudoku     # the held-out problems
-    python -m scripts.train_sudoku --out fastdllm/tiny/tiny-sudoku
+    python -m scripts.recipes.tiny.train_sudoku --tasks fastdllm/tasks/mini_sudoku     # the held-out problems
+    python -m scripts.recipes.tiny.train_sudoku --out fastdllm/tiny/tiny-sudoku
 
 Puzzles are those of `reasoning-gym` (`mini_sudoku`, 10 to 12 of 16 cells empty, one solution), in one line. The objective
 is LLaDA's: every token of the answer is masked with ratio t ~ U(0, 1). Optimisers and loop are train_tiny's.
@@ -22,11 +22,11 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from scripts.tiny_corpus import Sampler, chat_prompt
-from scripts.tiny_data import Problem, unique, write_jsonl
-from scripts.tiny_formats import END_OF_TURN, read, save, write_json
-from scripts.tiny_network import Batch, Network, initialise
-from scripts.train_tiny import LEAST_RATIO, Recipe, Trainer, train
+from scripts.recipes.tiny.tiny_corpus import Sampler, chat_prompt
+from scripts.recipes.tiny.tiny_data import Problem, unique, write_jsonl
+from scripts.recipes.tiny.tiny_formats import END_OF_TURN, read, save, write_json
+from scripts.recipes.tiny.tiny_network import Batch, Network, initialise
+from scripts.recipes.tiny.train_tiny import LEAST_RATIO, Recipe, Trainer, train
 
 TRAIN_SEED, TEST_SEED = 20251, 977
 TRAIN_PUZZLES, TEST_CANDIDATES, SPLIT_SIZE = 300_000, 1100, 500

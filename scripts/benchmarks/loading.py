@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast a checkpoint in LLaDA-8B's published format loads, and in how much memory, against its size.
 
-    python scripts/bench_loading.py                              # 16 GB in six shards, onto the GPU
-    python scripts/bench_loading.py --device cpu --layers 1      # 2.5 GB onto the CPU
+    python -m scripts.benchmarks.loading                              # 16 GB in six shards, onto the GPU
+    python -m scripts.benchmarks.loading --device cpu --layers 1      # 2.5 GB onto the CPU
 
 Writes a synthetic checkpoint into a temporary folder and loads it twice, each time in a new process: once after its pages
 were dropped from the page cache, once straight after. Whether they really came from the disk is in `from_disk`, the bytes
 that the kernel counts as fetched (null where it does not say). The floors are measured in the same run: reading the cached
 files into a buffer, and copying pinned memory to the device. Host memory is the peak of resident pages, mapped files
 included, above what the process held before (on the CPU the weights are part of it). Some tensors are compared with what
-was written, and the model decodes once from a prompt of ids. A table is printed last, then one JSON line.
+was written, and the model decodes once from a prompt of ids. A line is printed after each step, and one JSON line last.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_decode import LLADA_8B, commit, median_ms, synchronise
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -37,8 +36,10 @@ from fastdllm.models.llada import FAMILY
 from fastdllm.models.spec import ModelSpec
 from fastdllm.models.transformer import Transformer
 from fastdllm.models.weights import expected_shape
+from scripts.benchmarks.decode import LLADA_8B, commit, median_ms, synchronise
 
 HEAD_DIM = LLADA_8B["d_model"] // LLADA_8B["n_heads"]
+IN_BYTES, OTHER = ("from_disk", "host_peak", "device_peak"), ("seconds", "gb_s", "first_answer_seconds")
 POOL = 2**22 + 15  # odd, so that equal columns of neighbouring rows hold different values
 
 
@@ -73,11 +74,12 @@ class Values:
 def write_checkpoint(folder: Path, config: dict[str, Any], shards: int) -> list[str]:
     """The published files, one shard in memory at a time; returns the last tensor of each shard."""
     values = Values(FAMILY.spec(config, {}))
-    total, parts, filled = sum(map(values.nbytes, values.table)), [[] for _ in range(shards)], 0
+    total, filled = sum(map(values.nbytes, values.table)), 0
+    parts: list[list[str]] = [[] for _ in range(shards)]
     for name in values.table:
         parts[min(shards - 1, filled * shards // total)].append(name)
         filled += values.nbytes(name)
-    where = {}
+    where: dict[str, str] = {}
     for i, part in enumerate(parts, 1):
         path = folder / f"model-{i:05d}-of-{shards:05d}.safetensors"
         save_file({name: values[name] for name in part}, path, metadata={"format": "pt"})
@@ -108,7 +110,7 @@ def counter(file: str, name: str) -> int | None:
 def floors(folder: Path, device: torch.device) -> dict[str, float]:
     """GB/s of reading the files into a buffer that stays, and on CUDA of copying that buffer to the device."""
     buffer = torch.zeros(2**26, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    view, size = memoryview(buffer.numpy()), 0
+    view, size = memoryview(buffer.numpy().data), 0
     began = time.perf_counter()
     for path in folder.glob("*.safetensors"):
         with path.open("rb", buffering=0) as file:
@@ -152,6 +154,13 @@ def load(folder: str, device: torch.device, checked: list[str]) -> dict[str, Any
     return out
 
 
+def row(state: str, figures: dict[str, Any], size: int) -> str:
+    """A line of the table: what a load took, in bytes and as a multiple of the checkpoint's size, and in seconds."""
+    sizes = [(n := figures[c]) is not None and f"{n / 1e9:.2f} GB ({n / size:.2f}x)" for c in IN_BYTES]
+    rest = [f"{figures[c]:.2f}" for c in OTHER]
+    return f"{state:12s}" + "".join(f"{cell or '-':>22s}" for cell in sizes + rest)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
@@ -167,6 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "torch": torch.__version__, "python": platform.python_version(), "commit": commit(),
     }  # fmt: skip
+    print(f"{report['device']}, torch {report['torch']}, commit {report['commit']}", flush=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         began = time.perf_counter()
@@ -176,23 +186,17 @@ def main(arguments: list[str] | None = None) -> None:
         report["write_seconds"] = time.perf_counter() - began
         report["bytes"] = json.loads((folder / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
         report["largest_tensor"] = args.vocab * args.width * torch.bfloat16.itemsize
+        size = report["bytes"]
+        print(f"{size / 1e9:.2f} GB in {args.shards} shards written, largest tensor {report['largest_tensor'] / 1e9:.2f} GB")
+        print("page cache  " + "".join(f"{column:>22s}" for column in (*IN_BYTES, *OTHER)), flush=True)
         drop_pages(folder)
         for state in ("dropped", "cached"):
             with ProcessPoolExecutor(1, get_context("spawn")) as process:
                 report[state] = process.submit(load, name, device, checked).result()
-            report[state]["gb_s"] = report["bytes"] / report[state]["seconds"] / 1e9
+            report[state]["gb_s"] = size / report[state]["seconds"] / 1e9
+            print(row(state, report[state], size), flush=True)
         report["floors"] = floors(folder, device)
-
-    size = report["bytes"]
-    print(f"{report['device']}, torch {report['torch']}, commit {report['commit']}")
-    print(f"{size / 1e9:.2f} GB in {args.shards} shards, largest tensor {report['largest_tensor'] / 1e9:.2f} GB")
     print("floors: " + ", ".join(f"{name} {value:.2f}" for name, value in report["floors"].items()))
-    in_bytes, other = ("from_disk", "host_peak", "device_peak"), ("seconds", "gb_s", "first_answer_seconds")
-    print("page cache  " + "".join(f"{column:>22s}" for column in (*in_bytes, *other)))
-    for state in ("dropped", "cached"):
-        sizes = [(n := report[state][c]) is not None and f"{n / 1e9:.2f} GB ({n / size:.2f}x)" for c in in_bytes]
-        rest = [f"{report[state][c]:.2f}" for c in other]
-        print(f"{state:12s}" + "".join(f"{cell or '-':>22s}" for cell in sizes + rest))
     print(json.dumps(report))
 
 

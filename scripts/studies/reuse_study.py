@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What layer reuse and TRIM save and cost on a trained model: accuracy against layer-token products and tokens/s.
 
-    python scripts/reuse_study.py                     # tiny-fast-dllm-v2, 500 held-out problems, all settings
-    python scripts/reuse_study.py --limit 100 --threshold 0.9 --caches block
+    python -m scripts.studies.reuse_study                     # tiny-fast-dllm-v2, 500 held-out problems, all settings
+    python -m scripts.studies.reuse_study --limit 100 --threshold 0.9 --caches block
 
 Sweeps reuse_k, layer_subset, reuse_mode and trim_ratio under each cache at one threshold, each setting on the same problems,
 and compares each with k=1 problem by problem (the interval is a paired bootstrap). Finished settings are kept in the output
@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 import fastdllm
 from fastdllm.tasks import TASKS_DIR
+from scripts.studies.paired import interval
 
 PLAIN: dict[str, Any] = {}
 
@@ -57,15 +58,8 @@ def correct(text: str, gold: str) -> bool:
 def measure(model: Any, problems: list[dict[str, str]], options: dict[str, Any], batch_size: int) -> dict[str, Any]:
     prompts = [[{"role": "user", "content": p["question"]}] for p in problems]
     out = fastdllm.generate(model, prompts, batch_size=batch_size, **options)
-    right = [correct(t, p["answer"]) for t, p in zip(out.texts, problems, strict=True)]
+    right = [correct(t, p["answer"]) for t, p in zip(out.texts or [], problems, strict=True)]
     return {**out.stats.summary(), "right": right, "accuracy": sum(right) / len(right)}
-
-
-def interval(right: list[bool], reference: list[bool], draws: int = 2000) -> tuple[float, float]:
-    """95 % interval of the accuracy difference in points, by a bootstrap over the same problems."""
-    rng, difference = random.Random(0), [a - b for a, b in zip(right, reference, strict=True)]
-    means = sorted(100 * sum(rng.choices(difference, k=len(difference))) / len(difference) for _ in range(draws))
-    return means[int(0.025 * draws)], means[int(0.975 * draws)]
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -125,7 +119,7 @@ def main() -> None:
     ]
     for row in rows:
         base = next(r for r in rows if r["cache"] == row["cache"] and r["name"] == "k=1")
-        low, high = interval(row["right"], base["right"])
+        low, high = interval(100.0 * (np.array(row["right"], int) - np.array(base["right"], int)))
         row["share"] = row["layer_tokens"] / base["layer_tokens"]
         change = 100 * (row["accuracy"] - base["accuracy"])
         table.append(

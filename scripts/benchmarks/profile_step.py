@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the time of one forward goes: a trace, and each operation's kernels against the bytes that it must move.
 
-    python scripts/profile_step.py --model llada --out results/profile     # published shape, random bf16 weights
-    python scripts/profile_step.py --model llada --quantize fp8
-    python scripts/profile_step.py --cpu                                    # the shipped tiny model
+    python -m scripts.benchmarks.profile_step --model llada --out results/profile     # published shape, random bf16 weights
+    python -m scripts.benchmarks.profile_step --model llada --quantize fp8
+    python -m scripts.benchmarks.profile_step --cpu                                    # the shipped tiny model
 
 Writes trace.json (open it in chrome://tracing or Perfetto) and prints a table: per operation of `fastdllm.kernels`, launched
 one by one, the time of a call, its floor (what it must read and write, once, at the copy bandwidth measured in the same run)
@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_decode import SHAPES, TINY, Forward, ceilings, median_ms, random_model, synchronise, weight_bytes
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import fastdllm
 from fastdllm import kernels
 from fastdllm.models.quantize import KINDS
+from scripts.benchmarks.decode import SHAPES, TINY, Forward, ceilings, median_ms, random_model, synchronise, weight_bytes
 
 OPERATIONS = (
     "rmsnorm", "linear_rmsnorm", "linear_silu_mul", "linear_rope_store", "attention", "head_confidence"

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Accuracy against forwards: decoders x caches x thresholds, paired with one token per step on the same problems.
 
-    python -m scripts.pareto run --split validation --limit 100
-    python -m scripts.pareto run --models tiny-llada tiny-dream tiny-fast-dllm-v2 --templates chat plain --split test
-    python -m scripts.pareto report --models tiny-llada tiny-dream tiny-fast-dllm-v2 --templates chat plain --split test \\
-        --summary docs/frontier
+    python -m scripts.studies.pareto run --split validation --limit 100
+    MODELS="--models tiny-llada tiny-dream tiny-fast-dllm-v2 --templates chat plain"
+    python -m scripts.studies.pareto run --split test $MODELS
+    python -m scripts.studies.pareto report --split test $MODELS --summary docs/frontier
 
 A setting reads decoder[=value][:option=value...]+cache[:option=value...], with any option of DecodeConfig; without
 --settings a list is taken that fits the model, with every decoder and every cache of the registry in it. `quota` is one
@@ -16,16 +16,17 @@ Several workers share one device, where a clock means nothing: only a run with o
 what has none yet. The whole study takes some six minutes on one H200:
 
     FAST="--batch_size 250 --runner eager --workers 12"
-    python -m scripts.pareto run --models tiny-llada tiny-dream tiny-fast-dllm-v2 --templates chat plain --split test $FAST
-    python -m scripts.pareto run --split validation $FAST
-    python -m scripts.pareto run --split test --dtype bfloat16 --settings draft_verify=4+dual threshold=0.9+dual $FAST
-    python -m scripts.pareto run --split test --batch_size 64 --limit 128        # seconds, for tokens/s
+    python -m scripts.studies.pareto run --split test $MODELS $FAST
+    python -m scripts.studies.pareto run --split validation $FAST
+    python -m scripts.studies.pareto run --split test --dtype bfloat16 $FAST \\
+        --settings draft_verify=4+dual threshold=0.9+dual
+    python -m scripts.studies.pareto run --split test --batch_size 64 --limit 128        # seconds, for tokens/s
 
 Which of two decoders looks better changes with the prompt, hence two templates: "chat" (the checkpoint's own) and "plain"
 (Question: ... Answer:). An interval is a paired bootstrap over problems; `p` is McNemar's exact test on the problems that
 only one of the two solves; `same` is the share of answers that are the same tokens, `tokens differ` the share of places.
 
-    python -m scripts.pareto run --task sudoku --split test       # 4x4 sudoku, where the order of filling matters
+    python -m scripts.studies.pareto run --task sudoku --split test       # 4x4 sudoku, where the order of filling matters
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ from fastdllm import registry
 from fastdllm.models import FAMILIES, Model, find_folder
 from fastdllm.presets import PRESETS, fitted
 from fastdllm.tasks import TASKS_DIR
-from scripts.paired import by_setting, compare, markdown, plot, summarise
+from scripts.studies.paired import by_setting, compare, markdown, plot, summarise
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "pareto"
+RESULTS = Path(__file__).resolve().parents[2] / "results" / "pareto"
 CHUNK = 50  # problems between two writes, at least two canvases full
 NEAR = "suffix_window:suffix=32:keep_last=false:refresh_blocks=4"
 
@@ -144,7 +145,8 @@ def settings_of(model: str, task: str, thorough: bool) -> list[str]:
         return [*all_decoders("none"), *(f"{s}+none" for s in (*levels, *orders))]
     causal = family(model) == "fast_dllm_v2"
     base = "block" if causal else "dual"
-    fitting = [n for n in registry.names("caches") if registry.find("caches", n).block_causal in (None, causal)]
+    rules: dict[str, Any] = {name: registry.find("caches", name) for name in registry.names("caches")}
+    fitting = [name for name, rule in rules.items() if rule.block_causal in (None, causal)]
     found = all_decoders(base)
     found += [f"threshold=0.9+{n}" for n in fitting if n != base] if thorough or causal else ["threshold=0.9+prefix"]
     found += [f"threshold={t}+{base}" for t in ((0.99, 0.97, 0.8, 0.7) if thorough else (0.99, 0.97, 0.7))]
@@ -234,6 +236,7 @@ def decoded(job: Job, model: Model | None = None) -> list[dict[str, Any]]:
     seconds = (time.perf_counter() - began) / len(job.chosen)
     if cuda:
         torch.cuda.empty_cache()  # the other workers need the memory too
+    assert out.texts is not None  # every model of the study has a tokenizer
     device = torch.cuda.get_device_name(model.device) if cuda else platform.processor() or platform.machine()
     return [
         {

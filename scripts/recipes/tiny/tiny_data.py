@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Problems for the tiny checkpoints: GSM-Symbolic from the `reasoning-gym` generator, in GSM8K's format.
 
-    python -m scripts.tiny_data --train runs/data --stages 1 2     # training text (two minutes on one core)
-    python -m scripts.tiny_data --tasks fastdllm/tasks/gsm_symbolic  # the files that ship with the tasks
+    python -m scripts.recipes.tiny.tiny_data --train runs/data --stages 1 2     # training text (two minutes on one core)
+    python -m scripts.recipes.tiny.tiny_data --tasks fastdllm/tasks/gsm_symbolic  # the files that ship with the tasks
 
 Every problem is drawn by the generator from `seed + index`, so seeds and index ranges reproduce everything. Stage n
 trains on the indices from n * 600,000 on. No question of the test, validation or few-shot split is trained on, except
@@ -38,8 +38,10 @@ def generate(seed: int, start: int, stop: int) -> list[Problem]:
 
 def unique(problems: list[Problem], excluded: set[str]) -> list[Problem]:
     """The first problem of every question that is not in `excluded`."""
-    seen = set(excluded)
-    return [p for p in problems if not (p[0] in seen or seen.add(p[0]))]
+    first: dict[str, Problem] = {}
+    for problem in problems:
+        first.setdefault(problem[0], problem)
+    return [problem for question, problem in first.items() if question not in excluded]
 
 
 def stage_problems(stage: int, workers: int) -> list[Problem]:
@@ -125,7 +127,7 @@ def write_training_text(folder: Path, stages: list[int], workers: int) -> None:
 
 def read_training_text(path: Path) -> list[Problem]:
     text = lzma.decompress(path.read_bytes()).decode()
-    return [tuple(record.split("\1")) for record in text.split("\0")]
+    return [(question, answer) for question, _, answer in (record.partition("\1") for record in text.split("\0"))]
 
 
 # Drills: reasoning lines out of context, in which only the results are to be predicted. What a stage-1 model still got

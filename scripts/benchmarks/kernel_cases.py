@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What bench_kernels.py times: every op at the published models' shapes, its candidates, its floor and its reference."""
+"""What kernels.py times: every op at the published models' shapes, its candidates, its floor and its reference."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,7 @@ class Model:
 LLADA = Model("llada-8b", 4096, 32, 32, 12288, 126464)
 DREAM = Model("dream-7b", 3584, 28, 4, 18944, 152064)
 
-Run = Callable[[int], object]
+Run = Callable[[int], Any]
 
 
 @dataclass

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw a saved trace: in which order the tokens came, how sure the model was, how many came per forward.
 
-    python scripts/plot_trace.py trace.json -o trace.png
-    python scripts/plot_trace.py --prompt "..." --model tiny-llada --set cache=none -o trace.png     (records one first)
+    python -m scripts.studies.plot_trace trace.json -o trace.png
+    python -m scripts.studies.plot_trace --prompt "..." --model tiny-llada --set cache=none -o trace.png  (records one first)
 
 A trace is what `fastdllm.trace.watch` yields; `trace.save("trace.json")` writes it.
 """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the tiny checkpoints that ship with fastdllm: minutes on one GPU, a few steps on a CPU.
 
-    python -m scripts.tiny_data --train runs/data --stages 1 2
-    python -m scripts.train_tiny --family llada --init fastdllm/tiny/tiny-llada --text runs/data/stage*.xz \\
+    python -m scripts.recipes.tiny.tiny_data --train runs/data --stages 1 2
+    python -m scripts.recipes.tiny.train_tiny --family llada --init fastdllm/tiny/tiny-llada --text runs/data/stage*.xz \\
         --seconds 440 --out runs/tiny-llada
 
 Families: `llada` and `dream` (masked diffusion, the second with token shift), `qwen` (the autoregressive parent of v2)
@@ -32,9 +32,9 @@ from torch import Tensor
 from fastdllm.models.spec import ModelSpec
 from fastdllm.training.masks import dense_mask
 from fastdllm.training.objective import IGNORE, Noise, choose_masked, complementary_views, noisy_and_clean
-from scripts.tiny_corpus import RESULT_FLAG, BlockRows, Corpus, Sampler, load_corpus, pack_rows
-from scripts.tiny_formats import END_OF_TEXT, create, family_of, load_published, read, save
-from scripts.tiny_network import Batch, Network, initialise
+from scripts.recipes.tiny.tiny_corpus import RESULT_FLAG, BlockRows, Corpus, Sampler, load_corpus, pack_rows
+from scripts.recipes.tiny.tiny_formats import END_OF_TEXT, create, family_of, load_published, read, save
+from scripts.recipes.tiny.tiny_network import Batch, Network, initialise
 
 WINDOWS = (8, 16, 32, 32, 64)
 WINDOW_SHARE, AFTER_EQUAL_SIGN_SHARE, DIGITS_LATE_SHARE = 0.65, 0.5, 0.5
@@ -190,7 +190,11 @@ def orthogonalise(gradient: Tensor) -> Tensor:
 
 
 class Muon:
-    """Muon over equal shapes at once, decoupled weight decay; the rate is a device scalar, in AdamW's units."""
+    """Muon over equal shapes at once, decoupled weight decay; the rate is a device scalar, in AdamW's units.
+
+    Not `torch.optim.Muon`: that takes one matrix at a time (eight times the launches here) and its rate as a host number,
+    which a captured step would never see change.
+    """
 
     def __init__(self, parameters: list[Tensor], rate: Tensor, weight_decay: float, momentum: float = 0.95) -> None:
         shapes: dict[torch.Size, list[Tensor]] = {}
@@ -202,47 +206,12 @@ class Muon:
     @torch.no_grad()
     def step(self) -> None:
         for group, average in zip(self.groups, self.state, strict=True):
-            gradient = torch.stack([p.grad for p in group])
+            gradient = torch.stack([p.grad for p in group if p.grad is not None])
             average.lerp_(gradient, 1 - self.momentum)
             update = orthogonalise(gradient.lerp(average, self.momentum)).float()
             scale = self.rate * (0.2 * max(gradient.shape[-2:]) ** 0.5)
             new = torch.stack([p.detach() for p in group]) * (1 - self.rate * self.weight_decay) - update * scale
             torch._foreach_copy_([p.detach() for p in group], list(new.unbind(0)))
-
-
-class Adam:
-    """Adam without weight decay, its rate and step count on the device so that a captured step can use them."""
-
-    def __init__(self, parameters: list[Tensor], rate: Tensor, betas: tuple[float, float] = (0.9, 0.98)) -> None:
-        self.parameters, self.rate, self.betas = parameters, rate, betas
-        self.count = torch.zeros((), device=rate.device)
-        self.first = [torch.zeros_like(p) for p in parameters]
-        self.second = [torch.zeros_like(p) for p in parameters]
-        self.state = [self.count, *self.first, *self.second]
-
-    @torch.no_grad()
-    def step(self) -> None:
-        beta1, beta2 = self.betas
-        gradients = [p.grad for p in self.parameters]
-        self.count += 1
-        torch._foreach_lerp_(self.first, gradients, 1 - beta1)
-        torch._foreach_mul_(self.second, beta2)
-        torch._foreach_addcmul_(self.second, gradients, gradients, 1 - beta2)
-        update = torch._foreach_div(self.first, 1 - beta1**self.count)
-        scale = torch._foreach_div(self.second, 1 - beta2**self.count)
-        torch._foreach_sqrt_(scale)
-        torch._foreach_add_(scale, 1e-9)
-        torch._foreach_div_(update, scale)
-        torch._foreach_mul_(update, self.rate)
-        torch._foreach_sub_([p.detach() for p in self.parameters], update)
-
-
-def clip(parameters: list[Tensor], largest: float) -> Tensor:
-    """Scale all gradients to a joint norm of at most `largest`; returns the norm, without a host read."""
-    gradients = [p.grad for p in parameters]
-    norm = torch.stack(torch._foreach_norm(gradients)).norm()
-    torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp_max(1.0))
-    return norm
 
 
 class Trainer:
@@ -262,7 +231,10 @@ class Trainer:
         matrices = [p for p in parameters if p.ndim == 2 and p is not network.embed]
         rest = [p for p in parameters if not any(p is m for m in matrices)]
         self.rates = torch.zeros((), device=device), torch.zeros((), device=device)
-        self.optimisers = Muon(matrices, self.rates[0], recipe.weight_decay), Adam(rest, self.rates[1])
+        # Capturable: the rate and the step count stay on the device. On a CPU, where nothing is captured, it is refused.
+        cuda = device.type == "cuda"
+        self.adam = torch.optim.Adam(rest, lr=self.rates[1], betas=(0.9, 0.98), eps=1e-9, capturable=cuda, foreach=cuda)
+        self.muon = Muon(matrices, self.rates[0], recipe.weight_decay)
         self.chosen = torch.zeros(documents, dtype=torch.long, device=device)
         self.sums = torch.zeros(5, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -272,9 +244,9 @@ class Trainer:
         losses, hits = self.network.losses(batch)
         loss = (losses * batch.weights).sum()
         loss.backward()
-        norm = clip(self.parameters, self.recipe.clip)
-        for optimiser in self.optimisers:
-            optimiser.step()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
+        self.muon.step()
+        self.adam.step()
         digits = (batch.weights > 0) & self.digit[batch.targets]
         digits = digits & ~batch.drill if batch.drill is not None else digits
         self.sums += torch.stack([loss.detach(), norm, (digits & hits).sum(), digits.sum(), (batch.weights > 0).sum()])
@@ -303,8 +275,9 @@ class Trainer:
         self.graph = graph
         with torch.no_grad():
             torch._foreach_copy_([p.detach() for p in self.parameters], before)
-            for state in [*self.optimisers[0].state, *self.optimisers[1].state, self.sums]:
-                state.zero_()
+            adam = [value for state in self.adam.state.values() for value in state.values()]
+            for value in [*self.muon.state, *adam, self.sums]:
+                value.zero_()
         torch.cuda.synchronize()
 
     def run(self, chosen: Tensor, rate: float) -> None:
@@ -366,6 +339,7 @@ def main() -> None:
     parameters = {name: tensor.to(device).requires_grad_() for name, tensor in start.items()}
     network = Network(args.family, spec, parameters, cuda and not args.no_compile, dtype)
     end_token = tokenizer.token_to_id(END_OF_TEXT[args.family])
+    assert end_token is not None, END_OF_TEXT[args.family]
     batch, pools, documents = objective(args.family, corpus, spec, end_token, args, dtype)
     recipe = RECIPES[args.family, family_of(args.init) if args.init else None]
     trainer = Trainer(network, list(parameters.values()), recipe, batch, corpus.digit, documents)
@@ -426,7 +400,7 @@ def train(trainer: Trainer, sampler: Sampler, args: argparse.Namespace, checkpoi
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--family", choices=("llada", "dream", "qwen", "v2"), required=True)
-    parser.add_argument("--text", type=Path, nargs="+", required=True, help="files of scripts.tiny_data --train")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help="files that tiny_data --train wrote")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder, in the published format")
     parser.add_argument("--init", type=Path, help="checkpoint folder to start from, of this or another family")
     parser.add_argument("--tiny-llada", type=Path, default=Path("fastdllm/tiny/tiny-llada"), help="whose tokens all use")

@@ -153,7 +153,7 @@ def test_who_decides_the_length_of_an_answer() -> None:
 
 def test_generation_kwargs_are_honoured_and_model_args_win() -> None:
     config = adapter(threshold=0.8)._configure({"temperature": 0.5, "top_p": 0.9, "do_sample": True, "threshold": 0.6})
-    assert (config.temperature, config.top_p, config.options["threshold"]) == (0.5, 0.9, 0.8)
+    assert (config.temperature, config.top_p, config.threshold) == (0.5, 0.9, 0.8)
     assert adapter()._configure({"temperature": 0.5, "do_sample": False}).temperature == 0
     with pytest.raises(ValueError, match="unknown option temprature"):
         adapter()._configure({"temprature": 1})

@@ -19,7 +19,7 @@ import torch
 
 import fastdllm
 from fastdllm import registry
-from fastdllm.config import DecodeConfig
+from fastdllm.config import DecodeConfig, rename
 from fastdllm.models import Model
 from fastdllm.trace import Trace, watch
 from fastdllm.ui import options
@@ -151,7 +151,8 @@ def config_of(common: Common, choice: Choice) -> DecodeConfig:
         name, equals, value = (part.strip() for part in item.partition("="))
         if not equals:
             raise ValueError(f"more options: {item.strip()!r} must be name=value")
-        more[options.ALIASES.get(name, name)] = value
+        more[name] = value
+    more = rename(more)
     if "preset" not in more:  # a preset stands for a decoder, a cache, their options and a block length
         given["block_length"] = common.block_length
         known = registry.options("decoders", choice.decoder)
@@ -171,8 +172,7 @@ def choose_model(models: Models, name: str) -> tuple[str, list[str], int]:
     about = options.about(name)
     if about:
         text += f"<br>{escape(about.note[0].upper() + about.note[1:])}."
-    fitting = (None, bool(model.spec.block_causal))
-    caches = [n for n in registry.names("caches") if registry.find("caches", n).block_causal in fitting]
+    caches = registry.caches_for(bool(model.spec.block_causal))
     return f'<div class="status">{text}</div>', ["default", *caches], about.gen_length if about else Common.gen_length
 
 

@@ -69,7 +69,9 @@ class Option:
         kind = member(self.kind)
         if typing.get_origin(kind) is tuple:
             return "ids"
-        return {str: "name", Any: "name or object"}.get(kind, getattr(kind, "__name__", "object"))
+        if kind is Any:
+            return "name or object" if self.bounds.choices else "function"
+        return "name" if kind is str else kind.__name__
 
 
 def read(owner: type) -> dict[str, Option]:

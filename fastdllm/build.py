@@ -204,9 +204,13 @@ def _reuse(config: DecodeConfig, spec: ModelSpec, size: int, cache: str) -> Laye
 def _fingerprint(component: Any) -> tuple[Any, ...]:
     """A component's class and field values, hashable: equal fingerprints make equal graphs."""
     if not dataclasses.is_dataclass(component):
-        return (component,)
+        return (component,)  # its fields are unknown, so it equals itself only
     values = (getattr(component, f.name) for f in dataclasses.fields(component))
-    return type(component), *(str(v.tolist()) if isinstance(v, torch.Tensor) else v for v in values)
+    return type(component), *(v if isinstance(v, str | float | int | tuple) else _spelled(v) for v in values)
+
+
+def _spelled(value: Any) -> str:
+    return str(value.tolist()) if isinstance(value, torch.Tensor) else repr(value)
 
 
 def _decoder(model: Model, config: DecodeConfig, geometry: Geometry, size: int, cache: Any) -> Any:

@@ -255,8 +255,7 @@ def test_which_decoder_options_select(given: dict[str, Any], decoder: str) -> No
     flags = [part for name, value in given.items() for part in (f"--{name}", str(value))]
     assert config_of(parser.parse_args(flags)).decoder == decoder
     more = ", ".join(f"{name}={value}" for name, value in given.items())
-    if "preset" in given:  # else the page's own decoder field stands
-        assert handlers.config_of(Common("m"), Choice(more=more)).decoder == decoder
+    assert handlers.config_of(Common("m"), Choice(more=more)).decoder == decoder
 
 
 def test_the_latest_wish_counts_in_a_replaced_config() -> None:

@@ -19,7 +19,7 @@ import torch
 
 import fastdllm
 from fastdllm import registry
-from fastdllm.config import DecodeConfig, rename
+from fastdllm.config import DecodeConfig
 from fastdllm.models import Model
 from fastdllm.trace import Trace, watch
 from fastdllm.ui import options
@@ -140,7 +140,7 @@ def notice(*texts: str) -> str:
 
 
 def config_of(common: Common, choice: Choice) -> DecodeConfig:
-    """The form as a config; ValueError names what is wrong."""
+    """The form as a config, the text field "more options" last; ValueError names what is wrong."""
     given: dict[str, Any] = {
         "gen_length": common.gen_length,
         "temperature": common.temperature,
@@ -152,14 +152,13 @@ def config_of(common: Common, choice: Choice) -> DecodeConfig:
         if not equals:
             raise ValueError(f"more options: {item.strip()!r} must be name=value")
         more[name] = value
-    more = rename(more)
     if "preset" not in more:  # a preset stands for a decoder, a cache, their options and a block length
         given["block_length"] = common.block_length
         known = registry.options("decoders", choice.decoder)
         given |= {"cache": None if choice.cache == "default" else choice.cache, "decoder": choice.decoder}
         given |= {name: getattr(choice, name) for name in ("threshold", "factor") if name in known}
         given |= {"steps": choice.steps} if choice.decoder == "quota" else {}
-    return DecodeConfig(**{**given, **more})
+    return options.change(DecodeConfig(**given), more)
 
 
 def choose_model(models: Models, name: str) -> tuple[str, list[str], int]:

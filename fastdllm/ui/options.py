@@ -65,7 +65,7 @@ def add_model_options(parser: argparse.ArgumentParser, default: str) -> None:
 
 def add_decode_options(parser: argparse.ArgumentParser, gen_length: int) -> None:
     """Every option of `DecodeConfig`, of the decoders and of the caches, documented by their own lines."""
-    group = parser.add_argument_group("decoding")
+    group = parser.add_argument_group("decoding", "Other spellings, such as --max-new-tokens, are understood as well.")
     for name, option in OPTIONS.items():
         if name not in NOT_TYPED:
             _add_option(group, option, gen_length if name == "gen_length" else None)
@@ -83,32 +83,41 @@ def add_decode_options(parser: argparse.ArgumentParser, gen_length: int) -> None
     )
     for kind in (Kind.DECODERS, Kind.CACHES):
         group = parser.add_argument_group(f"options of one {kind.option}")
-        for option, owners in component_options(kind).items():
-            _add_option(group, dataclasses.replace(option, doc=f"{', '.join(owners)}: {option.doc}"))
+        for option in component_options(kind):
+            _add_option(group, option)
 
 
-def component_options(kind: Kind) -> dict[Option, list[str]]:
-    """The options of all decoders or caches, one by name, with those that have it."""
-    found: dict[str, tuple[Option, list[str]]] = {}
+def component_options(kind: Kind) -> list[Option]:
+    """The options of all decoders or caches, one by name; its line says what it does in each.
+
+    Where a decoder carries the option's name, its line stands for all.
+    """
+    found: dict[str, dict[str, Option]] = {}
     for owner in registry.names(kind):
         for name, option in registry.settable(kind, owner).items():
-            found.setdefault(name, (dataclasses.replace(option, default=None), []))[1].append(owner)
-    return dict(found.values())
+            found.setdefault(name, {})[owner] = option
+    out = []
+    for name, owners in found.items():
+        lines: dict[str, list[str]] = {}
+        for owner, option in owners.items():
+            lines.setdefault(owners.get(name, option).doc, []).append(owner)
+        doc = " ".join(f"{', '.join(names)}: {line}" for line, names in lines.items())
+        out.append(dataclasses.replace(option, default=None, doc=doc))
+    return out
 
 
 def _add_option(group: Any, option: Option, default: Any = None) -> None:
+    """A flag with its documentation; with underscores and under its other names it is understood, and not listed."""
     names = [option.name, *(alias for alias, own in ALIASES.items() if own == option.name)]
-    spellings = [f"--{spelled}" for name in names for spelled in dict.fromkeys((name.replace("_", "-"), name))]
+    first, *others = [f"--{name}" for given in names for name in dict.fromkeys((given.replace("_", "-"), given))]
     shown = option.default if default is None else default
     choices = str(option.bounds) if option.bounds.choices else ""
     notes = "; ".join(part for part in (choices, "" if shown is None else f"default {shown}") if part)
-    group.add_argument(
-        *spellings,
-        dest=option.name,
-        default=default,
-        metavar=option.type_name.upper().replace(" ", "_"),
-        help=f"{option.doc.rstrip('.')}{f' ({notes})' if notes else ''}".replace("%", "%%"),
-    )
+    text = f"{option.doc.rstrip('.')}{f' ({notes})' if notes else ''}".replace("%", "%%")
+    metavar = option.type_name.split()[0].upper()
+    group.add_argument(first, dest=option.name, default=default, metavar=metavar, help=text)
+    if others:
+        group.add_argument(*others, dest=option.name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def config_of(args: argparse.Namespace) -> DecodeConfig:

@@ -25,7 +25,7 @@ OVERSHOOT = 512  # positions beyond the context that the last block of a block-c
 
 
 def resolve(spec: ModelSpec, config: DecodeConfig) -> DecodeConfig:
-    """The config with every option that this family leaves to nobody else: its defaults < the preset < what was given.
+    """The config with every option filled in: the family's defaults < the preset < what was given.
 
     The result names no preset, and resolves to itself. A default or a preset's value that exceeds what the model or the
     block allows is cut to it; the same value given is a ValueError, as are options that this family cannot run.
@@ -36,9 +36,6 @@ def resolve(spec: ModelSpec, config: DecodeConfig) -> DecodeConfig:
         family["cache"] = "none"
     taken = presets.for_family(given.pop("preset"), bool(spec.block_causal), bool(spec.shift)) if config.preset else {}
     values = configs.merge(given, family, taken)
-    if values["cfg_scale"] and values["cache"] != "none":
-        at = registry.name_of(values["cache"])
-        raise ValueError(f"cfg_scale={values['cfg_scale']} needs cache='none', not the {at!r} of preset={config.preset!r}")
     if values["gen_length"] >= spec.max_length and "gen_length" in given:
         raise ValueError(
             f"gen_length={values['gen_length']} leaves no room for a question in the model's context of {spec.max_length}"

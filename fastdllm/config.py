@@ -78,13 +78,14 @@ class DecodeConfig:
 
     It keeps what was given. An attribute has the value that was given, else the preset's, else the default; a default of
     None is the family's own, and `fastdllm.build.resolve(model.spec, config)` fills it in. The options of the chosen
-    cache and decoder (`suffix`, `threshold`, ...; docs/caches.md and docs/decoders.md) are given by name like all others.
+    decoder and cache (docs/decoders.md, docs/caches.md) are given by name like all others.
 
     * What is given overrides the preset, and the preset overrides the family's defaults.
     * An option that carries a decoder's name selects it: `factor=1.0` means `decoder="factor"`. `steps` or `schedule`
       without a decoder mean `decoder="quota"`, which keeps to a number of steps; adaptive decoders do not heed them.
-    * A decoder or cache may be a name, an object (`decoder=MyRule(0.8)`), or a class, whose fields are then options here.
-    * Other spellings are understood: {aliases}.
+    * A decoder or cache may be a name, an object (`decoder=MyRule(0.8)`), or a class, whose fields are options then.
+    * Other spellings are understood:
+    {aliases}
 
     Raises ValueError, naming the option, the value and what is allowed.
 
@@ -344,7 +345,9 @@ def _cross_check(values: Mapping[str, Any]) -> None:
             "probabilities; use decoder='quota' or confidence='probability'"
         )
     if values["cfg_scale"] and cache not in (None, "none"):
-        raise ValueError(f"cfg_scale={values['cfg_scale']} needs cache='none', not {registry.name_of(cache)!r}")
+        preset = values["preset"]
+        of = f", which preset={preset!r} sets" if preset and cache == PRESETS[preset].get("cache") else ""
+        raise ValueError(f"cfg_scale={values['cfg_scale']} needs cache='none', not {registry.name_of(cache)!r}{of}")
     for kind, chosen in ((Kind.DECODERS, decoder), (Kind.CACHES, cache)):
         own = registry.settable(kind, chosen)
         if own and own.keys() == registry.field_names(registry.class_of(kind, chosen)):
@@ -385,6 +388,14 @@ def unknown(name: str, value: Any, known: Iterable[str], chosen: Mapping[str, An
     return f"unknown option {name}={shown(value)}; {hint}allowed are {', '.join(sorted(known))}"
 
 
+def _spellings() -> str:
+    """The aliases of each option, a line each."""
+    found: dict[str, list[str]] = {}
+    for alias, own in ALIASES.items():
+        found.setdefault(own, []).append(alias)
+    return "\n".join(f"  {own}: {', '.join(aliases)}" for own, aliases in found.items())
+
+
 def _documented() -> str:
     """One line an option, for `help(DecodeConfig)`."""
     width = max(map(len, OPTIONS))
@@ -392,15 +403,13 @@ def _documented() -> str:
     for option in OPTIONS.values():
         default = "" if option.default is None else f" (default {option.default})"
         lines.append(f"{option.name:<{width}}  {option.doc.rstrip('.')}{default}.")
-    return "\n    ".join(lines)
+    return "\n".join(lines)
 
 
 OPTIONS: dict[str, fields.Option] = {
     name: option for name, option in fields.read(DecodeConfig).items() if not name.startswith("_")
 }
-DecodeConfig.__doc__ = (DecodeConfig.__doc__ or "").format(
-    aliases=", ".join(f"{alias} = {own}" for alias, own in ALIASES.items()), table=_documented()
-)
+DecodeConfig.__doc__ = inspect.cleandoc(DecodeConfig.__doc__ or "").format(aliases=_spellings(), table=_documented())
 DecodeConfig.__signature__ = inspect.Signature(
     [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=option.kind)

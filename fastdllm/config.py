@@ -277,9 +277,9 @@ def known_options(decoder: Any, cache: Any) -> dict[str, fields.Option]:
     out = dict(OPTIONS)
     for kind, chosen in ((Kind.DECODERS, decoder), (Kind.CACHES, cache)):
         own = registry.settable(kind, chosen)
-        if twice := sorted(own.keys() & out.keys()):
+        if twice := sorted(own.keys() & {*out, *dir(DecodeConfig)}):
             raise ValueError(
-                f"{kind.option} {registry.name_of(chosen)} declares {twice[0]!r}, an option of its own already; rename it"
+                f"{kind.option} {registry.name_of(chosen)} declares {twice[0]!r}, a name of DecodeConfig; rename it"
             )
         out |= own
     return out

@@ -344,9 +344,10 @@ def test_what_cannot_be_registered_says_why(kind: str, component: Any, options: 
 
 
 def test_a_rule_whose_option_has_the_name_of_another_is_refused() -> None:
-    rule = dataclasses.make_dataclass("Rule", [("seed", int, 3)], bases=(DecoderRule,), frozen=True)
-    with pytest.raises(ValueError, match="decoder Rule declares 'seed', an option of its own already"):
-        DecodeConfig(decoder=rule)
+    for name in ("seed", "given", "replace"):
+        rule = dataclasses.make_dataclass("Rule", [(name, int, 3)], bases=(DecoderRule,), frozen=True)
+        with pytest.raises(ValueError, match=f"decoder Rule declares '{name}', a name of DecodeConfig"):
+            DecodeConfig(decoder=rule)
 
 
 def test_a_geometry_of_ones_own_cuts_the_answer() -> None:

@@ -132,7 +132,7 @@ def test_settings_say_what_runs(chat: Chat) -> None:
     assert "cache dual" in shown["cfg_scale 0"] and "guidance" not in shown["cfg_scale 0"]
     assert "decoder quota (8 steps)" in shown["steps 8"]
     assert "threshold 0.8" in shown["threshold 0.8"] and "40 new tokens" in shown["max-new-tokens 40"]
-    assert "stop_ids=()" in shown["all"] and "gen_length=40" in shown["all"] and "threshold=0.9" in shown["all"]
+    assert "stop_ids=()" in shown["all"] and "gen_length=40" in shown["all"] and "threshold=0.8" in shown["all"]
 
 
 def test_history_goes_into_the_next_turn_until_reset(model: Model, monkeypatch: pytest.MonkeyPatch, question: str) -> None:

@@ -12,7 +12,7 @@ class DreamEvalHarness(DiffusionLM):
     defaults: ClassVar = {"decoder": "quota", "confidence": "entropy", "cache": "none"}
 
     def complete(self, options: dict[str, Any]) -> dict[str, Any]:
-        if options["cache"] == "none":
+        if options.get("cache") == "none":
             options.setdefault("block_length", options["gen_length"])
         return options
 

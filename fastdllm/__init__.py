@@ -9,6 +9,7 @@ print(out.texts[0], out.stats.to_json())
 from fastdllm.config import DecodeConfig
 from fastdllm.generation import Output, generate, stream
 from fastdllm.models import Model, load
+from fastdllm.registry import register
 
 __version__ = "0.2.0"
-__all__ = ["DecodeConfig", "Model", "Output", "generate", "load", "stream"]
+__all__ = ["DecodeConfig", "Model", "Output", "generate", "load", "register", "stream"]

@@ -8,6 +8,7 @@ whole sequence on a fixed grid, so that a finished block's keys never change, an
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,6 +33,12 @@ class Block:
     prompt: int
     total: int
     grid: int = 0
+
+    @property
+    def reach(self) -> int:
+        """The old name of `visible_end`."""
+        warnings.warn("Block.reach is now Block.visible_end", DeprecationWarning, stacklevel=2)
+        return self.visible_end
 
 
 @dataclass(frozen=True)

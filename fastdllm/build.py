@@ -3,25 +3,102 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
-from fastdllm import registry
-from fastdllm.blocks import Geometry, grid_aligned, prompt_aligned
+from fastdllm import config as configs
+from fastdllm import presets, registry
+from fastdllm.blocks import Block, Geometry, grid_aligned, prompt_aligned
 from fastdllm.config import DecodeConfig
 from fastdllm.decoding import Decoding
 from fastdllm.models import Model
 from fastdllm.models.spec import ModelSpec
-from fastdllm.presets import fitted
+from fastdllm.registry import Kind
 from fastdllm.reuse import LayerReuse, subset_layers
 from fastdllm.runners.base import Runner
 from fastdllm.sampling import Sampler
 from fastdllm.schedules import SCHEDULES
 
 RUNNERS: WeakKeyDictionary[Model, dict[str, Runner]] = WeakKeyDictionary()
+BLOCK_LENGTH = 32  # of a family that names none
+OVERSHOOT = 512  # positions beyond the context that the last block of a block-causal model may reach
+
+
+def resolve(spec: ModelSpec, config: DecodeConfig) -> DecodeConfig:
+    """The config with every option filled in: the family's defaults < the preset < what was given.
+
+    The result names no preset, and resolves to itself. A default or a preset's value that exceeds what the model or the
+    block allows is cut to it; the same value given is a ValueError, as are options that this family cannot run.
+    """
+    given = config.given()
+    family = {"block_length": BLOCK_LENGTH, **spec.defaults}
+    if config.cfg_scale:
+        family["cache"] = "none"
+    taken = presets.for_family(given.pop("preset"), bool(spec.block_causal), bool(spec.shift)) if config.preset else {}
+    values = configs.merge(given, family, taken)
+    if values["gen_length"] >= spec.max_length and "gen_length" in given:
+        raise ValueError(
+            f"gen_length={values['gen_length']} leaves no room for a question in the model's context of {spec.max_length}"
+        )
+    _within_bounds(spec, values, given)
+    _check_family(spec, values)
+    values |= _steps(values)
+    if values["stop_ids"] is None:
+        values["stop_ids"] = spec.stop_ids
+    return DecodeConfig(**values)
+
+
+def _within_bounds(spec: ModelSpec, values: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """Hold options to those that bound them: what was given is refused beyond, what was not is cut."""
+    known = configs.known_options(values["decoder"], values["cache"])
+    limits = {"context": spec.max_length}
+    for name in sorted(known, key=lambda name: name != "block_length"):  # it bounds others
+        bound = known[name].bounds.at_most
+        limit = limits.get(bound)
+        if limit is not None and values[name] is not None and values[name] > limit:
+            if name in given:
+                of = "the model's context of " if bound == "context" else f"{bound}="
+                raise ValueError(f"{name}={values[name]} must be at most {of}{limit}")
+            values[name] = limit
+        if name == "block_length":
+            limits[name] = values[name]
+
+
+def _check_family(spec: ModelSpec, values: Mapping[str, Any]) -> None:
+    """Raise ValueError for a cache, a geometry or blocks that the family cannot run."""
+    causal, cache = bool(spec.block_causal), values["cache"]
+    if registry.class_of(Kind.CACHES, cache).block_causal not in (None, causal):
+        raise ValueError(
+            f"cache={registry.name_of(cache)!r} does not fit the family {spec.family!r}; "
+            f"allowed are {', '.join(registry.caches_for(causal))}"
+        )
+    if causal and values["geometry"] is not None:
+        raise ValueError(f"geometry is a choice of families that read both ways; {spec.family!r} has its own blocks")
+    size = values["block_length"]
+    if causal and -spec.max_length % size > OVERSHOOT:
+        raise ValueError(f"block_length={size} must divide the model's context of {spec.max_length}, or nearly so")
+    if causal and size % values["small_block_size"]:
+        raise ValueError(f"small_block_size={values['small_block_size']} must divide block_length={size}")
+
+
+def _steps(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Steps and schedule as they run: none of an adaptive decoder, and of a fixed one no more steps than there are tokens.
+
+    Following timesteps or a cosine, more steps than tokens are another plan than one token a step, and Dream's users ask for
+    it; its length is bounded.
+    """
+    if not configs.keeps_to_steps(values["decoder"]):
+        return dict.fromkeys(configs.STEPPED)
+    length, schedule = values["gen_length"], values["schedule"] or "even"
+    steps = values["steps"] or length
+    if schedule == "even":
+        steps = min(steps, length)
+    elif steps > 100 * length:
+        raise ValueError(f"steps={steps} must be at most 100 times gen_length={length}")
+    return {"steps": steps, "schedule": schedule}
 
 
 def runner(model: Model, config: DecodeConfig) -> Runner:
@@ -36,22 +113,18 @@ def runner(model: Model, config: DecodeConfig) -> Runner:
 def assemble(model: Model, config: DecodeConfig) -> Decoding:
     """What a run of this model chooses. Raises ValueError for a combination that makes no sense."""
     spec = model.spec
-    if config.preset:
-        config = DecodeConfig(**fitted(config.given(), not spec.block_causal, bool(spec.shift)))
-    outer = config.block_length or spec.defaults.get("block_length", 32)
+    config = resolve(spec, config)
+    outer = config.block_length
     size = config.small_block_size if spec.block_causal else min(outer, config.gen_length)
     geometry = grid_aligned(outer, size) if spec.block_causal else prompt_aligned(size)
-    name = config.cache or ("none" if config.cfg_scale else spec.defaults["cache"])
-    kind = registry.find("caches", name)
-    if kind.block_causal is not None and kind.block_causal != bool(spec.block_causal):
-        fitting = [n for n in registry.names("caches") if _fits(n, bool(spec.block_causal))]
-        raise ValueError(f"cache={name!r} does not fit the family {spec.family!r}; allowed are {', '.join(fitting)}")
-    cache = kind(**_options(config, "caches", name, spec.defaults))
+    if config.geometry is not None:
+        geometry = _tiling(config.geometry, size)
+    name = config.name_of("cache")
+    cache = configs.make(Kind.CACHES, config.cache, vars(config))
     decoder = _decoder(model, config, geometry, size, cache)
     sampler = Sampler(
         config.confidence, config.temperature, config.top_p, config.top_k, config.alg_temp, frozenset(decoder.needs)
     )
-    stop_ids = spec.stop_ids if config.stop_ids is None else config.stop_ids
     lookback = _lookback(config, spec)
     reuse = _reuse(config, spec, outer, name) or cache.reuse(spec.layers, size + lookback)
     _check_decoder(config, name, cache, decoder, sampler, reuse)
@@ -61,7 +134,7 @@ def assemble(model: Model, config: DecodeConfig) -> Decoding:
         decoder=decoder,
         sampler=sampler,
         block_length=size,
-        stop_ids=stop_ids,
+        stop_ids=config.stop_ids,
         block_causal=outer if spec.block_causal else 0,
         lookback=lookback,
         guidance=config.cfg_scale,
@@ -69,31 +142,54 @@ def assemble(model: Model, config: DecodeConfig) -> Decoding:
     )
 
 
+def check_runner(model: Model, config: DecodeConfig) -> None:
+    """Raise ValueError for a runner that the model's device cannot serve."""
+    if config.runner == "cuda_graph" and model.device.type != "cuda":
+        raise ValueError(
+            f"runner='cuda_graph' needs a model on a GPU, and this one is on {model.device.type!r}; use 'eager'"
+        )
+
+
+def _tiling(geometry: Geometry, widest: int) -> Geometry:
+    """A geometry of the user's, whose blocks must follow one another from the prompt to the end, none wider than the canvas
+    was made for."""
+
+    def blocks(prompt: int, total: int) -> list[Block]:
+        out = geometry(prompt, total)
+        ends = [prompt, *(block.stop for block in out)]
+        if not out or ends[-1] != total or any(b.start != end or b.stop <= end for b, end in zip(out, ends, strict=False)):
+            raise ValueError(f"geometry must cut [{prompt}, {total}) into blocks that follow one another, not {out}")
+        if max(block.stop - block.start for block in out) > widest:
+            raise ValueError(f"geometry cuts blocks wider than block_length={widest}; give the widest as block_length")
+        return out
+
+    return blocks
+
+
 def _lookback(config: DecodeConfig, spec: ModelSpec) -> int:
     """Positions recomputed before each block, so that the decoder's rule decides about the block's first token too."""
     if config.first_token == "forced":
         return 0
     if not spec.shift or spec.block_causal:
-        raise ValueError(f"first_token={config.first_token!r} is a choice of Dream alone, not of the family {spec.family!r}")
+        raise ValueError(f"first_token={config.first_token!r} is a choice of Dream only, not of the family {spec.family!r}")
     return spec.shift
 
 
 def _check_decoder(config: DecodeConfig, name: str, cache: Any, decoder: Any, sampler: Sampler, reuse: Any) -> None:
     """Raises ValueError where branches, shadows or a lossless decoder meet an option they cannot be combined with."""
+    rule = config.name_of("decoder")
     if decoder.lossless and not cache.pure:
         raise ValueError(
-            f"decoder={config.decoder!r} is lossless, but a forward under cache={name!r} depends on the steps before it; "
+            f"decoder={rule!r} is lossless, but a forward under cache={name!r} depends on the steps before it; "
             "use another cache"
         )
     if decoder.branches > 1 and (sampler.random(sampler.numbers) or config.cfg_scale):
-        raise ValueError(
-            f"decoder={config.decoder!r} tries several branches and needs temperature=0, alg_temp=0, cfg_scale=0"
-        )
+        raise ValueError(f"decoder={rule!r} tries several branches and needs temperature=0, alg_temp=0, cfg_scale=0")
     if decoder.shadow and config.cfg_scale:
-        raise ValueError(f"decoder={config.decoder!r} asks shadow queries and needs cfg_scale=0")
+        raise ValueError(f"decoder={rule!r} asks shadow queries and needs cfg_scale=0")
     if reuse and (decoder.branches > 1 or decoder.shadow):
         partly = f"reuse_k={config.reuse_k}" if config.reuse_k > 1 else f"cache={name!r}"
-        raise ValueError(f"decoder={config.decoder!r} needs layers that run for whole passes; {partly} skips positions")
+        raise ValueError(f"decoder={rule!r} needs layers that run for whole passes; {partly} skips positions")
 
 
 def _reuse(config: DecodeConfig, spec: ModelSpec, size: int, cache: str) -> LayerReuse | None:
@@ -110,44 +206,38 @@ def _reuse(config: DecodeConfig, spec: ModelSpec, size: int, cache: str) -> Laye
     )
 
 
-def _fits(name: str, block_causal: bool) -> bool:
-    return registry.find("caches", name).block_causal in (None, block_causal)
-
-
-def _options(config: DecodeConfig, kind: str, name: str, defaults: Any) -> dict[str, Any]:
-    """What the config gives, over the family's defaults, over the component's own."""
-    known = registry.options(kind, name)
-    return {
-        **{k: v for k, v in defaults.items() if k in known},
-        **{k: v for k, v in config.options.items() if k in known},
-    }
-
-
 def _decoder(model: Model, config: DecodeConfig, geometry: Geometry, size: int, cache: Any) -> Any:
-    rule, options = (
-        registry.find("decoders", config.decoder),
-        _options(config, "decoders", config.decoder, model.spec.defaults),
-    )
-    if any(f.name == "delimiters" for f in dataclasses.fields(rule)):
+    """The decoder, with the fields that need the model or the geometry filled in."""
+    if not isinstance(config.decoder, str | type):
+        return config.decoder
+    rule = registry.class_of(Kind.DECODERS, config.decoder)
+    missing = registry.field_names(rule) - registry.settable(Kind.DECODERS, rule).keys()
+    filled: dict[str, Any] = {}
+    if "delimiters" in missing:
         newline = model.tokenizer("\n", add_special_tokens=False)["input_ids"] if model.tokenizer else ()
-        options["delimiters"] = tuple(newline)
-    if config.decoder != "quota":
-        return rule(**options)
+        filled["delimiters"] = tuple(newline)
+    if "counts" in missing:
+        filled["counts"] = _counts(model, config, geometry, size, cache)
+    return configs.make(Kind.DECODERS, config.decoder, vars(config), **filled)
+
+
+def _counts(model: Model, config: DecodeConfig, geometry: Geometry, size: int, cache: Any) -> torch.Tensor:
+    """[masks + 1, steps]: tokens to commit in each step of a block that opened with so many masks."""
     blocks = -(-config.gen_length // size)
-    steps = config.steps or config.gen_length
-    if steps < blocks:
-        raise ValueError(f"steps={steps} must be at least the number of blocks, {blocks}")
+    if config.steps < blocks:
+        raise ValueError(f"steps={config.steps} must be at least the number of blocks, {blocks}")
     # A shifted model whose blocks open with a refresh gets the first token from it; Dream's schedule then starts at step 1.
     forced = bool(
         model.spec.shift
         and not model.spec.block_causal
         and config.first_token == "forced"
-        and cache.open(geometry(1, 1 + size)[0])
+        and cache.open(geometry(1, 1 + config.gen_length)[0])
     )
-    schedule = SCHEDULES[config.schedule or model.spec.defaults["schedule"]]
-    per_block = steps * size // config.gen_length  # by length: a last block that is cut short takes no steps from the others
+    schedule = SCHEDULES[config.schedule]
+    # By length: a last block that is cut short takes no steps from the others.
+    per_block = config.steps * size // config.gen_length
     counts = torch.full((size + 1, max(size, per_block) + 1), float(size))
     for masks in range(1, size + 1):
         plan = [1, *schedule(masks - 1, per_block, 1)] if forced else schedule(masks, per_block, 0)
         counts[masks, : len(plan)] = torch.tensor(plan, dtype=torch.float32)
-    return rule(**options, counts=counts.to(model.device))
+    return counts.to(model.device)

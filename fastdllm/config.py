@@ -2,7 +2,8 @@
 """Every option of a run, strict: an unknown name or a bad value is an error that says what is allowed.
 
 Options arrive from Python, from lm-eval's command line (which guesses types: -1 may come as -1.0, 256 as "256") and from web
-forms (floats everywhere), so each value is coerced by its declared type, once, here.
+forms (floats everywhere), so each value is coerced by its declared type, once, here. What a model makes of the options (its
+family's defaults, what it takes of a preset) is `build.resolve`'s to say.
 """
 
 from __future__ import annotations
@@ -10,189 +11,409 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-import math
-import types
-import typing
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Annotated, Any
 
-from fastdllm import registry
-from fastdllm.presets import DECIDED, expand
+from fastdllm import fields, registry
+from fastdllm.fields import Bounds, coerce, shown
+from fastdllm.presets import PRESETS
+from fastdllm.registry import Kind
 from fastdllm.sampling import CONFIDENCES
 from fastdllm.schedules import SCHEDULES
 
+# Spellings of transformers, of OpenAI's protocol and of the published scripts.
+ALIASES = {
+    "max_new_tokens": "gen_length",
+    "max_gen_toks": "gen_length",
+    "max_tokens": "gen_length",
+    "max_completion_tokens": "gen_length",
+    "diffusion_steps": "steps",
+    "bd_size": "block_length",
+    "block_size": "block_length",
+    "cfg": "cfg_scale",
+}
+# What people ask for under names of other libraries, where the answer is another option or another place.
+ELSEWHERE = {
+    "max_length": "gen_length counts the new tokens only, without the prompt",
+    "min_length": "stop_ids=() always writes gen_length tokens",
+    "min_new_tokens": "stop_ids=() always writes gen_length tokens",
+    "stop": "stop strings belong to lm-eval's `until`; stop_ids takes token ids",
+    "stop_strings": "stop strings belong to lm-eval's `until`; stop_ids takes token ids",
+    "stopping_criteria": "stop_ids takes token ids, and fastdllm.stream can be left at any step",
+    "eos_token_id": "stop_ids takes the token ids that end an answer",
+    "stop_token": "stop_ids takes the token ids that end an answer",
+    "do_sample": "temperature=0 takes the most likely token, above 0 tokens are drawn",
+    "num_beams": "there is no beam search; decoder='draft_verify' and 'lopa' try several branches",
+    "num_return_sequences": "repeat the prompt: row i draws from seed + i",
+    "n": "repeat the prompt: row i draws from seed + i",
+    "attention_mask": "pass a list of prompts without padding",
+    "streamer": "fastdllm.stream yields every step",
+    "stream": "fastdllm.stream yields every step",
+    "guidance_scale": "classifier-free guidance is cfg_scale",
+    "num_steps": "the number of denoising steps is steps",
+    "num_inference_steps": "the number of denoising steps is steps",
+    "logits_processor": "a decoder of your own may change logits (`adjust`): decoder=MyRule()",
+    "repetition_penalty": "a decoder of your own may change logits (`adjust`): decoder=MyRule()",
+    "use_cache": "cache='prefix', or 'none'",
+    "dual_cache": "cache='dual'",
+    "use_block_cache": "cache='sub_block', or 'block'",
+    "if_cache_position": "cache='dual'",
+    "remasking": "confidence='probability' or 'random'",
+    "alg": "decoder='quota' with confidence='entropy', 'probability', 'margin' or 'random'",
+    "dtype": "it is an argument of fastdllm.load",
+    "torch_dtype": "dtype is an argument of fastdllm.load",
+    "device": "it is an argument of fastdllm.load",
+    "device_map": "device is an argument of fastdllm.load",
+    "quantize": "it is an argument of fastdllm.load",
+}
+STEPPED = ("steps", "schedule")  # options that a decoder with a fixed number of steps heeds, and no other does
 
-@dataclass(frozen=True, init=False)
+Name = Any  # a name, or an object or class of that kind
+Call = Any  # blocks.Geometry
+
+
 class DecodeConfig:
-    """Options of `fastdllm.generate`. None means the family's default.
+    """Options of `fastdllm.generate`, given by name; immutable, hashable, equal when the same was given.
 
-    The options of the chosen decoder and cache (their dataclass fields: `threshold`, `strict`, `factor`, ...) are given by
-    name like all others and kept in `options`. An option that carries a decoder's own name selects it: `factor=1.0` means
-    `decoder="factor"`.
+    It keeps what was given. An attribute has the value that was given, else the preset's, else the default; a default of
+    None is the family's own, and `fastdllm.build.resolve(model.spec, config)` fills it in. The options of the chosen
+    decoder and cache (docs/decoders.md, docs/caches.md) are given by name like all others.
 
-    preset: a setting by name (`presets.py`); what is given beside it goes before it, and v2 takes its decoder alone.
-    gen_length: new positions per prompt (published scripts: 256). block_length: positions decoded together (32 in
-    Fast-dLLM's scripts; bd_size in v2). small_block_size: v2's sub-block (8). steps: denoising steps of the whole answer
-    for fixed-step decoding (`quota`), default one per token; adaptive decoders ignore it. cache: default "dual" for
-    LLaDA and Dream, "block" for v2. decoder: default "threshold" at 0.9. schedule: of `quota`; default "even" (LLaDA,
-    v2), "timesteps" (Dream). confidence, temperature, top_p, top_k, alg_temp: see `sampling.Sampler`. cfg_scale:
-    classifier-free guidance, cache "none" only (LLaDA's `generate.py`; 0 is off). seed: row i draws from seed + i.
-    stop_ids: default the model's; () never stops early. batch_size: prompts on the canvas at once, default all. runner:
-    default "cuda_graph" on CUDA, else "eager". first_token: of Dream's blocks; "forced" commits it from the opening
-    pass, as published, "rule" leaves it to the decoder. reuse_k, layer_subset, reuse_mode, trim_ratio, trim_drift: layer
-    reuse and TRIM of v2, see `fastdllm/reuse`; reuse_k=1 is none.
+    * What is given overrides the preset, and the preset overrides the family's defaults.
+    * An option that carries a decoder's name selects it: `factor=1.0` means `decoder="factor"`. `steps` or `schedule`
+      without a decoder mean `decoder="quota"`, which keeps to a number of steps; adaptive decoders do not heed them.
+    * A decoder or cache may be a name, an object (`decoder=MyRule(0.8)`), or a class, whose fields are options then.
+    * Other spellings are understood:
+    {aliases}
+
+    Raises ValueError, naming the option, the value and what is allowed.
+
+    {table}
     """
 
-    preset: str | None = None
-    gen_length: int = 256
-    block_length: int | None = None
-    small_block_size: int = 8
-    steps: int | None = None
-    cache: str | None = None
-    decoder: str = "threshold"
-    schedule: str | None = None
-    confidence: str = "probability"
-    temperature: float = 0.0
-    top_p: float | None = None
-    top_k: int | None = None
-    alg_temp: float = 0.0
-    cfg_scale: float = 0.0
-    seed: int = 0
-    stop_ids: tuple[int, ...] | None = None
-    batch_size: int | None = None
-    runner: str | None = None
-    first_token: str = "forced"
-    reuse_k: int = 1
-    layer_subset: str | None = None
-    reuse_mode: str = "delta"
-    trim_ratio: float | None = None
-    trim_drift: float | None = None
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    preset: Annotated[str | None, "A setting by name.", Bounds(choices=tuple(PRESETS))] = None
+    gen_length: Annotated[int, "New positions per prompt.", Bounds(1)] = 256
+    block_length: Annotated[
+        int | None, "Positions decoded together; for v2 the size of its blocks.", Bounds(1, at_most="context")
+    ] = None
+    small_block_size: Annotated[int, "Sub-blocks that v2 decodes its blocks in.", Bounds(1)] = 8
+    geometry: Annotated[Call, "How an answer is cut into blocks, a function (prompt, total) -> list of `Block`."] = None
+    cache: Annotated[Name, "What is kept between forwards.", Bounds(choices=partial(registry.names, Kind.CACHES))] = None
+    decoder: Annotated[Name, "Which tokens a forward commits.", Bounds(choices=partial(registry.names, Kind.DECODERS))] = (
+        "threshold"
+    )
+    steps: Annotated[int | None, "Forwards for the whole answer, of decoder quota; default one a token.", Bounds(1)] = None
+    schedule: Annotated[str | None, "How decoder quota spreads tokens over its steps.", Bounds(choices=tuple(SCHEDULES))] = (
+        None
+    )
+    confidence: Annotated[str, "What ranks positions: the first to be committed has most.", Bounds(choices=CONFIDENCES)] = (
+        "probability"
+    )
+    temperature: Annotated[float, "0 takes the most likely token; above 0 tokens are drawn.", Bounds(0)] = 0.0
+    top_p: Annotated[float | None, "Draws come from the likeliest tokens, of this sum.", Bounds(0, 1, True)] = None
+    top_k: Annotated[int | None, "Draws come from so many of the likeliest tokens; 0 is no limit.", Bounds(0)] = None
+    alg_temp: Annotated[float, "Randomness in the order of positions (Dream's); 0 is none.", Bounds(0)] = 0.0
+    cfg_scale: Annotated[float, "Classifier-free guidance, with cache none only; 0 is off.", Bounds(0, 1000)] = 0.0
+    seed: Annotated[int, "Of the draws; row i draws from seed + i.", Bounds(-(2**62), 2**62)] = 0
+    stop_ids: Annotated[tuple[int, ...] | None, "Tokens that end an answer; () never stops early."] = None
+    batch_size: Annotated[int | None, "Prompts decoded together; all of them if left open.", Bounds(1)] = None
+    runner: Annotated[
+        str | None,
+        "How a forward is executed; cuda_graph on a GPU, else eager.",
+        Bounds(choices=partial(registry.names, Kind.RUNNERS)),
+    ] = None
+    first_token: Annotated[
+        str,
+        "Of Dream's blocks: forced by the opening pass (published) or left to the rule.",
+        Bounds(choices=("forced", "rule")),
+    ] = "forced"
+    reuse_k: Annotated[int, "Layer reuse of v2: every so many passes all layers run; 1 is none.", Bounds(1)] = 1
+    layer_subset: Annotated[str | None, "Layers that reuse: first, middle, last, or indices such as 2+3."] = None
+    reuse_mode: Annotated[str, "What a layer reuses.", Bounds(choices=("delta", "output"))] = "delta"
+    trim_ratio: Annotated[float | None, "Share of positions that run all the same.", Bounds(0, 1)] = None
+    trim_drift: Annotated[float | None, "Drift from which positions run all the same.", Bounds(0, 2)] = None
+
+    _given: dict[str, Any]
 
     def __init__(self, **given: Any) -> None:
-        hints = typing.get_type_hints(DecodeConfig)
-        own = {f.name for f in dataclasses.fields(DecodeConfig)} - {"options"}
-        given = {k: v for k, v in given.items() if v is not None}
+        given = {name: value for name, value in rename(given).items() if value is not None}
         if "preset" in given:
-            given = expand(given)
-        if isinstance(given.get("layer_subset"), list | tuple | int):
-            chosen = given["layer_subset"]
-            given["layer_subset"] = str(chosen) if isinstance(chosen, int) else "+".join(map(str, chosen))
-        if "decoder" not in given:
-            selected = [k for k in given if k not in own and k in registry.names("decoders")]
-            given["decoder"] = selected[0] if selected else "threshold"
-        types_of = {**{k: hints[k] for k in own}, **registry.options("decoders", given["decoder"])}
-        if "cache" in given:
-            types_of |= registry.options("caches", given["cache"])
-        values = {}
+            OPTIONS["preset"].bounds.check("preset", given["preset"])
+        preset = PRESETS[given["preset"]] if "preset" in given else {}
+        decoder = selected_decoder(given, preset.get("decoder", "threshold"))
+        known = known_options(decoder, given.get("cache", preset.get("cache")))
         for name, value in given.items():
-            if name not in types_of:
-                raise ValueError(_unknown(name, value, types_of, given))
-            values[name] = coerce(name, value, types_of[name])
-        for f in dataclasses.fields(DecodeConfig):
-            if f.name != "options":
-                object.__setattr__(self, f.name, values.get(f.name, f.default))
-        object.__setattr__(self, "options", {k: v for k, v in values.items() if k not in own})
-        self._check()
+            if name not in known:
+                chosen = {"decoder": decoder, "cache": given.get("cache", preset.get("cache"))}
+                raise ValueError(unknown(name, value, known, chosen))
+            given[name] = _checked(known[name], value)
+        values = merge(given, preset)
+        vars(self).update(values, _given=given)
+        _cross_check(values)
 
-    def _check(self) -> None:
-        at_least = dict.fromkeys(
-            ("gen_length", "block_length", "small_block_size", "steps", "batch_size", "reuse_k"), 1
-        ) | dict.fromkeys(("top_k", "temperature", "alg_temp", "cfg_scale"), 0)
-        for name, low in at_least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"{name}={value} must be at least {low}")
-        allowed = {
-            "confidence": CONFIDENCES,
-            "schedule": tuple(SCHEDULES),
-            "runner": registry.names("runners"),
-            "first_token": ("forced", "rule"),
-            "reuse_mode": ("delta", "output"),
-        }
-        for name, values in allowed.items():
-            if getattr(self, name) is not None and getattr(self, name) not in values:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; allowed are {', '.join(values)}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
-        if self.trim_ratio is not None and not 0 <= self.trim_ratio <= 1:
-            raise ValueError(f"trim_ratio={self.trim_ratio} must lie in [0, 1]")
-        if self.trim_drift is not None and not 0 <= self.trim_drift <= 2:
-            raise ValueError(f"trim_drift={self.trim_drift} must lie in [0, 2]")
-        if self.trim_ratio is not None and self.trim_drift is not None:
-            raise ValueError(f"trim_ratio={self.trim_ratio} and trim_drift={self.trim_drift} exclude each other")
-        if self.reuse_k > 1 and self.layer_subset is None:
-            raise ValueError(
-                f"reuse_k={self.reuse_k} needs layer_subset: first, middle, last or layer indices such as '2+3'"
-            )
-        # Following timesteps, more steps than tokens are another plan than one token a step, and Dream's users ask for it.
-        spread = self.schedule in ("timesteps", "cosine")
-        if self.steps is not None and self.decoder == "quota" and self.steps > self.gen_length and not spread:
-            raise ValueError(f"steps={self.steps} must be at most gen_length={self.gen_length}")
-        if registry.find("decoders", self.decoder).probability and self.confidence != "probability":
-            raise ValueError(
-                f"confidence={self.confidence!r} has no meaning for decoder={self.decoder!r}, which compares probabilities; "
-                "use decoder='quota' or confidence='probability'"
-            )
-        if self.cfg_scale and self.cache not in (None, "none"):
-            raise ValueError(f"cfg_scale={self.cfg_scale} needs cache='none', not {self.cache!r}")
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"DecodeConfig has no option {name!r} with decoder={self.name_of('decoder')}")
 
-    def replace(self, **changes: Any) -> DecodeConfig:
-        """A copy with some options changed (None resets one to its default; a preset replaces whatever presets decide)."""
-        chosen = {*DECIDED, *self.options} if changes.get("preset") else ()
-        return DecodeConfig(**{**{k: v for k, v in self.given().items() if k not in chosen}, **changes})
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise dataclasses.FrozenInstanceError(f"cannot assign {name!r}; config.replace({name}=...) makes a changed copy")
+
+    def __delattr__(self, name: str) -> None:
+        raise dataclasses.FrozenInstanceError(f"cannot delete {name!r}; config.replace({name}=None) resets it")
+
+    def __eq__(self, other: object) -> bool:
+        return self._given == other._given if isinstance(other, DecodeConfig) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(frozenset((name, _hashable(value)) for name, value in self._given.items()))
+
+    def __repr__(self) -> str:
+        return f"DecodeConfig({', '.join(f'{name}={shown(value)}' for name, value in self._given.items())})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self._given,)
 
     def given(self) -> dict[str, Any]:
-        """Every option by name, as the constructor takes them."""
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "options"}
-        return {**own, **self.options}
+        """What was given, by this project's names: `DecodeConfig(**config.given()) == config`."""
+        return dict(self._given)
+
+    def name_of(self, option: str) -> str | None:
+        """The name of the decoder, cache or runner that the option of that name chooses; None where it is left open."""
+        chosen = vars(self).get(option)
+        return None if chosen is None else registry.name_of(chosen)
+
+    def replace(self, **changes: Any) -> DecodeConfig:
+        """A copy with some options changed; None resets one to its default.
+
+        The latest wish counts: an option named like a decoder selects it, a preset replaces what was given of the options it
+        sets, and what only the decoder or cache before had is left out.
+        """
+        changes = rename(changes)
+        wished = {name: value for name, value in changes.items() if value is not None}
+        kept = {name: value for name, value in self._given.items() if name not in changes}
+        preset = {}
+        if "preset" in wished:
+            OPTIONS["preset"].bounds.check("preset", wished["preset"])
+            preset = PRESETS[wished["preset"]]
+            kept = {k: v for k, v in kept.items() if k not in preset}
+        for kind in (Kind.DECODERS, Kind.CACHES):
+            kept = _without_other(kind, vars(self)[kind.option], kept, changes, preset)
+        return DecodeConfig(**kept, **wished)
+
+    __replace__ = replace
 
 
+def _without_other(
+    kind: Kind, before: Any, kept: dict[str, Any], changes: Mapping[str, Any], preset: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`kept` without the options of the decoder or cache `before`, as far as `changes` choose another one."""
+    name = kind.option
+    wished = {k: v for k, v in changes.items() if v is not None}
+    after = wished.get(name, preset.get(name, None if changes.get(name, 0) is None else before))
+    if kind is Kind.DECODERS:
+        after = selected_decoder(wished, after)
+    if after == before and name not in preset:
+        return kept
+    old, new = registry.settable(kind, before), registry.settable(kind, after)
+    anew = name in preset or (name in changes and changes[name] is None)
+    out = {k: v for k, v in kept.items() if k != name and (k not in old or (k in new and not anew))}
+    if kind is Kind.DECODERS and not keeps_to_steps(after):
+        out = {k: v for k, v in out.items() if k not in STEPPED}
+    return out
+
+
+def _rebuild(given: dict[str, Any]) -> DecodeConfig:
+    return DecodeConfig(**given)
+
+
+def _hashable(value: Any) -> Any:
+    """The value, or its type where it cannot be hashed (an object of a class that is no frozen dataclass)."""
+    try:
+        hash(value)
+    except TypeError:
+        return type(value)
+    return value
+
+
+def rename(given: Mapping[str, Any], aliases: Mapping[str, str] = ALIASES) -> dict[str, Any]:
+    """`given` under this project's names. ValueError where two names of one option disagree."""
+    out: dict[str, Any] = {}
+    source: dict[str, str] = {}
+    for name, value in given.items():
+        own = aliases.get(name, name)
+        if own in out and out[own] != value:
+            raise ValueError(
+                f"{source[own]}={shown(out[own])} and {name}={shown(value)} are the same option; give one of them"
+            )
+        out[own], source[own] = value, name
+    return out
+
+
+def keeps_to_steps(decoder: Any) -> bool:
+    """Whether a decoder follows a schedule of a fixed number of steps (`build.py` fills in its field `counts`)."""
+    return isinstance(decoder, str | type) and "counts" in registry.field_names(registry.class_of(Kind.DECODERS, decoder))
+
+
+def selected_decoder(given: Mapping[str, Any], beneath: Any = "threshold") -> Any:
+    """The decoder that options choose over `beneath` (a preset's, an evaluation's, or the one before).
+
+    `decoder` itself; else the one whose name an option carries, unless `beneath` has an option of that name; else, where
+    steps or a schedule are given, one that keeps to them.
+    """
+    beneath = "threshold" if beneath is None else beneath
+    if given.get("decoder") is not None:
+        return given["decoder"]
+    own = registry.settable(Kind.DECODERS, beneath)
+    for name in given:
+        if name in registry.names(Kind.DECODERS) and name not in OPTIONS and name not in own:
+            return name
+    if any(name in given for name in STEPPED) and not any(name in given for name in own) and not keeps_to_steps(beneath):
+        return "quota"
+    return beneath
+
+
+def known_options(decoder: Any, cache: Any) -> dict[str, fields.Option]:
+    """All options by name, with those of this decoder and cache."""
+    out = dict(OPTIONS)
+    for kind, chosen in ((Kind.DECODERS, decoder), (Kind.CACHES, cache)):
+        own = registry.settable(kind, chosen)
+        if twice := sorted(own.keys() & {*out, *dir(DecodeConfig)}):
+            raise ValueError(
+                f"{kind.option} {registry.name_of(chosen)} declares {twice[0]!r}, a name of DecodeConfig; rename it"
+            )
+        out |= own
+    return out
+
+
+def merge(given: Mapping[str, Any], *layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Every option's value: the declared default, then each layer's (the lowest first), then what is given.
+
+    What a layer says of its decoder or cache is left out where another one is chosen.
+    """
+    beneath: dict[str, Any] = {}
+    for layer in layers:
+        beneath |= layer
+    chosen = {
+        Kind.DECODERS: selected_decoder(given, beneath.get("decoder", "threshold")),
+        Kind.CACHES: given.get("cache", beneath.get("cache")),
+    }
+    known = known_options(chosen[Kind.DECODERS], chosen[Kind.CACHES])
+    out = {name: option.default for name, option in known.items()}
+    for layer in layers:
+        others: set[str] = set()
+        for kind, choice in chosen.items():
+            named = layer.get(kind.option)
+            if named is not None and named != choice:
+                others.update(registry.settable(kind, named))
+        out |= {k: v for k, v in layer.items() if k in known and k not in others}
+    return {**out, **given, **{kind.option: choice for kind, choice in chosen.items()}}
+
+
+def _checked(option: fields.Option, value: Any) -> Any:
+    """A given value, coerced and within its bounds."""
+    name = option.name
+    if name in ("decoder", "cache"):
+        registry.class_of(Kind(name), value)
+        return value
+    if name == "geometry":
+        if not callable(value):
+            raise ValueError(f"geometry={shown(value)} must be a function (prompt, total) -> list of blocks.Block")
+        return value
+    if name == "layer_subset" and isinstance(value, list | tuple | int):
+        value = str(value) if isinstance(value, int) else "+".join(map(str, value))
+    value = coerce(name, value, option.kind)
+    if value is not None:
+        option.bounds.check(name, value)
+    return value
+
+
+def _cross_check(values: Mapping[str, Any]) -> None:
+    """Raise ValueError where options contradict each other, naming both."""
+    for name in ("temperature", "alg_temp"):
+        if 0 < values[name] < 1e-6:  # logits divided by less overflow
+            raise ValueError(f"{name}={values[name]} must be 0 or at least 1e-06")
+    if values["trim_ratio"] is not None and values["trim_drift"] is not None:
+        raise ValueError(f"trim_ratio={values['trim_ratio']} and trim_drift={values['trim_drift']} exclude each other")
+    if values["reuse_k"] > 1 and values["layer_subset"] is None:
+        raise ValueError(
+            f"reuse_k={values['reuse_k']} needs layer_subset: first, middle, last or layer indices such as '2+3'"
+        )
+    decoder, cache = values["decoder"], values["cache"]
+    if registry.class_of(Kind.DECODERS, decoder).probability and values["confidence"] != "probability":
+        raise ValueError(
+            f"confidence={values['confidence']!r} has no meaning for decoder={registry.name_of(decoder)!r}, which compares "
+            "probabilities; use decoder='quota' or confidence='probability'"
+        )
+    if values["cfg_scale"] and cache not in (None, "none"):
+        preset = values["preset"]
+        of = f", which preset={preset!r} sets" if preset and cache == PRESETS[preset].get("cache") else ""
+        raise ValueError(f"cfg_scale={values['cfg_scale']} needs cache='none', not {registry.name_of(cache)!r}{of}")
+    for kind, chosen in ((Kind.DECODERS, decoder), (Kind.CACHES, cache)):
+        own = registry.settable(kind, chosen)
+        if own and own.keys() == registry.field_names(registry.class_of(kind, chosen)):
+            make(kind, chosen, values)  # it checks the values of its fields
+
+
+def make(kind: Kind, chosen: Any, values: Mapping[str, Any], **filled: Any) -> Any:
+    """The decoder or cache that was chosen: the object itself, else one of that name or class with its options."""
+    if not isinstance(chosen, str | type):
+        return chosen
+    own = registry.settable(kind, chosen)
+    return registry.class_of(kind, chosen)(**{name: values[name] for name in own}, **filled)
+
+
+def nearest(name: str, known: Iterable[str], show: str = "{!r}") -> str:
+    """ "did you mean ...? ", or nothing where no known name is close."""
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.7)
+    return f"did you mean {show.format(near[0])}? " if near else ""
+
+
+def unknown(name: str, value: Any, known: Iterable[str], chosen: Mapping[str, Any] | None = None) -> str:
+    """What to say of an option that is not known: whose it is, what it is called here, or what is close to it.
+
+    chosen: the decoder and the cache of the run, where they are known.
+    """
+    for kind in (Kind.DECODERS, Kind.CACHES) if chosen is not None else ():
+        at = chosen.get(kind.option)
+        if at is not None and not isinstance(at, str | type) and name in registry.field_names(type(at)):
+            return f"{name}={shown(value)} belongs into the object: {kind.option}={registry.name_of(at)}({name}=...)"
+        owners = [n for n in registry.names(kind) if name in registry.settable(kind, n)]
+        if owners:
+            taken = "the family's default" if at is None else repr(registry.name_of(at))
+            of = f"{kind.option} {' or '.join(owners)}"
+            return f"{name}={shown(value)} is an option of {of}, but {kind.option} is {taken}"
+    if name in ELSEWHERE:
+        return f"unknown option {name}={shown(value)}: {ELSEWHERE[name]}"
+    hint = nearest(name, {*known, *ALIASES})
+    return f"unknown option {name}={shown(value)}; {hint}allowed are {', '.join(sorted(known))}"
+
+
+def _spellings() -> str:
+    """The aliases of each option, a line each."""
+    found: dict[str, list[str]] = {}
+    for alias, own in ALIASES.items():
+        found.setdefault(own, []).append(alias)
+    return "\n".join(f"  {own}: {', '.join(aliases)}" for own, aliases in found.items())
+
+
+def _documented() -> str:
+    """One line an option, for `help(DecodeConfig)`."""
+    width = max(map(len, OPTIONS))
+    lines = []
+    for option in OPTIONS.values():
+        default = "" if option.default is None else f" (default {option.default})"
+        lines.append(f"{option.name:<{width}}  {option.doc.rstrip('.')}{default}.")
+    return "\n".join(lines)
+
+
+OPTIONS: dict[str, fields.Option] = {
+    name: option for name, option in fields.read(DecodeConfig).items() if not name.startswith("_")
+}
+DecodeConfig.__doc__ = inspect.cleandoc(DecodeConfig.__doc__ or "").format(aliases=_spellings(), table=_documented())
 DecodeConfig.__signature__ = inspect.Signature(
     [
-        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
-        for f in dataclasses.fields(DecodeConfig)
-        if f.name != "options"
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=option.kind)
+        for name, option in OPTIONS.items()
     ]
     + [inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD)]
 )
-
-
-def _unknown(name: str, value: Any, known: Mapping[str, Any], given: Mapping[str, Any]) -> str:
-    for kind in ("decoders", "caches"):
-        owners = [n for n in registry.names(kind) if name in registry.options(kind, n)]
-        if owners:
-            chosen = given.get(kind[:-1], "the family's default")
-            return f"{name}={value!r} is an option of {kind[:-1]} {' or '.join(owners)}, but {kind[:-1]} is {chosen!r}"
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown option {name}={value!r}; {hint}allowed are {', '.join(sorted(known))}"
-
-
-def coerce(name: str, value: Any, kind: Any) -> Any:
-    """`value` as the declared type `kind` (int, float, bool, str, tuple[int, ...], or a union of one with None)."""
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
-        # lm-eval may hand over the text "None" for a number; for a text option "none" is a name (cache="none").
-        if value is None or (kind is not str and isinstance(value, str) and value.lower() == "none"):
-            return None
-    try:
-        if typing.get_origin(kind) is tuple:
-            items = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
-            return tuple(coerce(name, v, typing.get_args(kind)[0]) for v in items)
-        if kind is bool:
-            words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-            return words[str(value).lower().removesuffix(".0")]
-        if kind is int:
-            if isinstance(value, bool) or float(value) != int(float(value)):
-                raise ValueError
-            return int(float(value))
-        # Not a number passes every comparison of a range check.
-        if kind is float and not isinstance(value, bool) and not math.isnan(float(value)):
-            return float(value)
-        if kind is str and isinstance(value, str):
-            return value
-    except (TypeError, ValueError, KeyError, OverflowError):
-        pass
-    raise ValueError(f"{name}={value!r} must be of type {kind.__name__ if isinstance(kind, type) else kind}")

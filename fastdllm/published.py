@@ -9,28 +9,17 @@ commands keep working, both spellings are accepted, and contradictions are error
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastdllm import registry
-from fastdllm.config import DecodeConfig, coerce
-from fastdllm.presets import expand
+from fastdllm import config, registry
+from fastdllm.fields import coerce
+from fastdllm.presets import PRESETS
+from fastdllm.registry import Kind
 
-ALIASES = {
-    "model_path": "pretrained",
-    "model": "pretrained",
-    "max_new_tokens": "gen_length",
-    "max_gen_toks": "gen_length",
-    "max_tokens": "gen_length",
-    "max_completion_tokens": "gen_length",
-    "diffusion_steps": "steps",
-    "bd_size": "block_length",
-    "block_size": "block_length",
-    "cfg": "cfg_scale",
-}
+ALIASES = {**config.ALIASES, "model_path": "pretrained", "model": "pretrained"}
 CONFIDENCE = {
     "remasking": {"low_confidence": "probability", "random": "random"},
     "alg": {"entropy": "entropy", "maskgit_plus": "probability", "topk_margin": "margin", "origin": "random"},
@@ -65,16 +54,7 @@ class HarnessOptions:
 
 def rename(given: Mapping[str, Any]) -> dict[str, Any]:
     """`given` under this project's names, without what is None. ValueError where two names of one option disagree."""
-    out: dict[str, Any] = {}
-    source: dict[str, str] = {}
-    for name, value in given.items():
-        own = ALIASES.get(name, name)
-        if value is None:
-            continue
-        if own in out and out[own] != value:
-            raise ValueError(f"{source[own]}={out[own]!r} and {name}={value!r} are the same option; give one of them")
-        out[own], source[own] = value, name
-    return out
+    return config.rename({k: v for k, v in given.items() if v is not None}, ALIASES)
 
 
 def split(given: Mapping[str, Any], extra: type = HarnessOptions) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -84,22 +64,18 @@ def split(given: Mapping[str, Any], extra: type = HarnessOptions) -> tuple[dict[
     """
     hints = typing.get_type_hints(extra)
     fields = [f.name for f in dataclasses.fields(extra)]
-    known = {*fields, *ALIASES, *SWITCHES, *_decode_options()}
+    known = {*fields, *SWITCHES, *_decode_options()}
     for name, value in given.items():
         if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"unknown option {name}={value!r}; {hint}known are {', '.join(sorted(known))}")
+            raise ValueError(config.unknown(name, value, known))
     # lm-eval guesses types: a model folder called 2026 arrives as a number.
     own = {k: coerce(k, str(v) if hints[k] is str else v, hints[k]) for k, v in given.items() if k in fields}
     return own, {k: v for k, v in given.items() if k not in fields}
 
 
 def _decode_options() -> set[str]:
-    names = {f.name for f in dataclasses.fields(DecodeConfig)} - {"options"}
-    for kind in ("decoders", "caches"):
-        names.update(*(registry.options(kind, name) for name in registry.names(kind)))
-    return names
+    components = [registry.settable(kind, name) for kind in (Kind.DECODERS, Kind.CACHES) for name in registry.names(kind)]
+    return set(config.OPTIONS).union(*components) - {"geometry"}
 
 
 def decode_options(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,15 +105,13 @@ def decode_options(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dic
             raise ValueError(f"{switch}={value!r} is confidence={names[value]!r}, not {out['confidence']!r}")
         if switch == "alg" and out.setdefault("decoder", "quota") != "quota":
             raise ValueError(f"alg={value!r} is decoder='quota', not {out['decoder']!r}; leave alg out")
-    if "preset" in out:
-        out = expand(out)
-    selected = [name for name in registry.names("decoders") if name in out]
-    decoder = out.get("decoder") or (selected or [defaults.get("decoder", "threshold")])[0]
+    preset = PRESETS.get(out.get("preset", ""), {})
+    decoder = config.selected_decoder(out, preset.get("decoder", defaults.get("decoder", "threshold")))
     for name, value in defaults.items():
-        if name == "decoder" and selected:
+        if name in preset or (name == "decoder" and value != decoder):
             continue
         # A default confidence is meant for fixed schedules: thresholds and the like compare probabilities.
-        if name == "confidence" and registry.find("decoders", decoder).probability:
+        if name == "confidence" and registry.find(Kind.DECODERS, decoder).probability:
             continue
         out.setdefault(name, value)
     return out

@@ -1,38 +1,159 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file name is the name: decoders, caches and runners are found by their file, so that adding one is adding a file."""
+"""Components by name: a file of decoders/, caches/ or runners/ is one, and `register` adds a class from anywhere else.
+
+The file name is the name, so that adding a component is adding a file. A module that registers its own need only be imported
+before the name is used.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import typing
+import re
+from enum import Enum
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-CLASSES = {"decoders": "Decoder", "caches": "Cache", "runners": "Runner"}
+from fastdllm import fields
+from fastdllm.fields import Option
+
+
+class Kind(str, Enum):
+    """The kinds of components; the value names the folder."""
+
+    DECODERS = "decoders"
+    CACHES = "caches"
+    RUNNERS = "runners"
+
+    @classmethod
+    def _missing_(cls, value: object) -> Kind:
+        """The singular is understood too."""
+        for kind in cls:
+            if kind.option == value:
+                return kind
+        raise ValueError(f"kind={fields.shown(value)} is unknown; allowed are {', '.join(kind.value for kind in cls)}")
+
+    @property
+    def option(self) -> str:
+        """The option of `DecodeConfig` that chooses one."""
+        return {"decoders": "decoder", "caches": "cache", "runners": "runner"}[self.value]
+
+    @property
+    def class_name(self) -> str:
+        """What the class is called in each file."""
+        return self.option.capitalize()
+
+    @property
+    def base(self) -> type:
+        """The class that all of them derive from."""
+        base = {"decoders": "DecoderRule", "caches": "CachePlan"}.get(self.value)
+        return getattr(import_module(f"fastdllm.{self.value}.base"), base) if base else object
+
+
+_registered: dict[Kind, dict[str, type]] = {kind: {} for kind in Kind}
 
 
 @cache
-def names(kind: str) -> tuple[str, ...]:
-    """The names of one kind ("decoders", "caches" or "runners"), sorted."""
-    folder = Path(__file__).parent / kind
+def shipped(kind: Kind) -> tuple[str, ...]:
+    """The names that have a file, sorted."""
+    folder = Path(__file__).parent / kind.value
     return tuple(sorted(p.stem for p in folder.glob("*.py") if p.stem not in ("__init__", "base")))
 
 
-@cache
-def find(kind: str, name: str) -> type:
+def names(kind: Kind | str) -> tuple[str, ...]:
+    """The names of one kind, sorted, registered ones included."""
+    kind = Kind(kind)
+    return tuple(sorted({*shipped(kind), *_registered[kind]}))
+
+
+def register(kind: Kind | str, component: type, *, name: str | None = None) -> type:
+    """Make a class selectable by name, wherever a name of the package is; returns the class.
+
+    kind: "decoders" or "caches" (or "runners").
+    component: a class, derived from `decoders.base.DecoderRule` or `caches.base.CachePlan`; as a dataclass, its fields with
+        defaults are its options.
+    name: default the class's own, in small letters with underscores (`MyRule` is "my_rule").
+
+    Registering a name again replaces the class, so that a notebook's cell can be run twice. Raises ValueError for a class of
+    another kind and for a name that ships with the package.
+    """
+    kind = Kind(kind)
+    if not isinstance(component, type):
+        raise ValueError(
+            f"register takes a class, not the object {fields.shown(component)}; pass objects as {kind.option}=..."
+        )
+    if not issubclass(component, kind.base):
+        raise ValueError(f"{component.__name__} must derive from fastdllm.{kind.value}.base.{kind.base.__name__}")
+    name = name or snake_case(component.__name__)
+    if not name.isidentifier():
+        raise ValueError(f"name={name!r} must be an identifier, such as my_rule")
+    if name in shipped(kind):
+        raise ValueError(f"name={name!r} is a {kind.option} that ships with fastdllm; give another name=")
+    _registered[kind][name] = component
+    return component
+
+
+def unregister(kind: Kind | str, name: str) -> None:
+    """Forget a registered name; one that is not registered is left alone."""
+    _registered[Kind(kind)].pop(name, None)
+
+
+def snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def find(kind: Kind | str, name: str) -> type:
     """The class of that name; ValueError lists the known ones."""
-    if name not in names(kind):
-        raise ValueError(f"{kind[:-1]}={name!r} is unknown; allowed are {', '.join(names(kind))}")
-    return getattr(import_module(f"fastdllm.{kind}.{name}"), CLASSES[kind])
+    kind = Kind(kind)
+    if name in _registered[kind]:
+        return _registered[kind][name]
+    if name not in shipped(kind):
+        raise ValueError(f"{kind.option}={fields.shown(name)} is unknown; allowed are {', '.join(names(kind))}")
+    return getattr(import_module(f"fastdllm.{kind.value}.{name}"), kind.class_name)
+
+
+def class_of(kind: Kind | str, chosen: Any) -> type:
+    """The class of what an option chose: a name, a class, or an object. ValueError where it is none of this kind."""
+    kind = Kind(kind)
+    if isinstance(chosen, str):
+        return find(kind, chosen)
+    component = chosen if isinstance(chosen, type) else type(chosen)
+    if not issubclass(component, kind.base):
+        raise ValueError(
+            f"{kind.option}={fields.shown(chosen)} must be a name ({', '.join(names(kind))}), or an object or class derived "
+            f"from fastdllm.{kind.value}.base.{kind.base.__name__}"
+        )
+    return component
+
+
+def name_of(chosen: Any) -> str:
+    """How a message calls what an option chose: its name, else the name of its class."""
+    return chosen if isinstance(chosen, str) else getattr(chosen, "__name__", type(chosen).__name__)
+
+
+def settable(kind: Kind | str, chosen: Any) -> dict[str, Option]:
+    """The options of what was chosen by name or as a class; an object has its values already, and so has none."""
+    if chosen is None or not isinstance(chosen, str | type):
+        return {}
+    return _declared(class_of(kind, chosen))
 
 
 @cache
-def options(kind: str, name: str) -> dict[str, Any]:
+def _declared(component: type) -> dict[str, Option]:
+    return fields.read(component) if dataclasses.is_dataclass(component) else {}
+
+
+def field_names(component: type) -> set[str]:
+    """The names of a dataclass's fields, those without a default included."""
+    return {f.name for f in dataclasses.fields(component)} if dataclasses.is_dataclass(component) else set()
+
+
+def options(kind: Kind | str, name: str) -> dict[str, Any]:
     """Option -> declared type: the dataclass fields that have a default (the others are filled in by `build.py`)."""
-    component = find(kind, name)
-    if not dataclasses.is_dataclass(component):
-        return {}
-    hints = typing.get_type_hints(component)
-    return {f.name: hints[f.name] for f in dataclasses.fields(component) if f.default is not dataclasses.MISSING}
+    return {option.name: option.kind for option in settable(kind, name).values()}
+
+
+def caches_for(block_causal: bool) -> tuple[str, ...]:
+    """The caches that fit a family: one whose finished blocks never change, or one that reads both ways."""
+    return tuple(n for n in names(Kind.CACHES) if find(Kind.CACHES, n).block_causal in (None, block_causal))

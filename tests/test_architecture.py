@@ -32,8 +32,9 @@ EXTRAS = [
     "matplotlib",
     "tqdm",
 ]
+ABOVE = {("engine", "sampling")}  # the engine takes the sampler apart; nothing imports the engine
 SYNC_CALLS = ("item", "tolist", "cpu", "nonzero")
-SYNC_FREE = ("engine.py", "models", "caches", "kernels", "decoders")
+SYNC_FREE = ("engine", "models", "caches", "kernels", "decoders")
 
 
 def tracked() -> list[Path]:
@@ -84,7 +85,7 @@ def relative(paths: list[Path]) -> list[str]:
 
 @pytest.mark.parametrize("part", SIBLINGS)
 def test_siblings_do_not_import_one_another(part: str) -> None:
-    others = [f"fastdllm.{other}" for other in SIBLINGS if other != part]
+    others = [f"fastdllm.{other}" for other in SIBLINGS if other != part and (part, other) not in ABOVE]
     files = [path for path in python_files(CORE) if part_of_core(path) == part]
     assert files, f"fastdllm/{part} is gone; the rule about it needs a new home"
     assert not {str(path): names for path in files if (names := imports_any(path, *others))}

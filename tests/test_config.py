@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import argparse
+import copy
 import dataclasses
+import pickle
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,18 @@ from hypothesis import strategies as st
 
 import fastdllm
 from fastdllm import DecodeConfig, registry
-from fastdllm.config import coerce
-from tests.random_models import MASK, prompts, random_model
+from fastdllm.blocks import Block, Pass, Progress
+from fastdllm.build import resolve
+from fastdllm.caches.base import CachePlan
+from fastdllm.config import OPTIONS
+from fastdllm.decoders.base import DecoderRule
+from fastdllm.fields import coerce
+from fastdllm.published import decode_options, rename, split
+from fastdllm.ui import handlers
+from fastdllm.ui.handlers import Choice, Common
+from fastdllm.ui.options import add_decode_options, change, config_of
+from fastdllm.view import View
+from tests.random_models import FAMILIES, MASK, prompts, random_model
 
 
 @pytest.mark.parametrize(
@@ -42,6 +56,11 @@ from tests.random_models import MASK, prompts, random_model
         ("stop_ids", [1.0, "2"], (1, 2)),
         ("stop_ids", 5, (5,)),
         ("stop_ids", (), ()),
+        ("stop_ids", "()", ()),
+        ("stop_ids", "(3,)", (3,)),
+        ("stop_ids", "[3, 4]", (3, 4)),
+        ("seed", 2**60 + 1, 2**60 + 1),
+        ("seed", str(2**60 + 1), 2**60 + 1),
         ("batch_size", "4", 4),
         ("layer_subset", [2, 3], "2+3"),
         ("layer_subset", 2, "2"),
@@ -49,7 +68,7 @@ from tests.random_models import MASK, prompts, random_model
 )
 def test_values_are_coerced_by_their_declared_type(name: str, given_value: Any, expected: Any) -> None:
     config = DecodeConfig(**{name: given_value})
-    value = config.options[name] if name in config.options else getattr(config, name)
+    value = getattr(config, name)
     assert value == expected
     assert type(value) is type(expected)
 
@@ -65,7 +84,32 @@ def test_values_are_coerced_by_their_declared_type(name: str, given_value: Any, 
         ({"gen_length": float("nan")}, "gen_length=nan must be of type int"),
         ({"block_length": 0}, "block_length=0 must be at least 1"),
         ({"steps": 0}, "steps=0 must be at least 1"),
-        ({"decoder": "quota", "steps": 300}, "steps=300 must be at most gen_length=32"),
+        ({"steps": 3300, "schedule": "cosine"}, "steps=3300 must be at most 100 times gen_length=32"),
+        ({"steps": 10**9, "schedule": "timesteps"}, "steps=1000000000 must be at most 100 times"),
+        ({"block_length": 257}, "block_length=257 must be at most the model's context of 256"),
+        ({"gen_length": 10**9}, "gen_length=1000000000"),
+        ({"decoder": "draft_verify", "depth": 10**6}, "depth=1000000 must be at most block_length=8"),
+        ({"decoder": "lopa", "branches": 9}, "branches=9 must be at most block_length=8"),
+        ({"decoder": "local_leap", "radius": 10**9, "block_length": 16}, "radius=.* must be at most block_length=16"),
+        ({"seed": 10**30}, "seed=1000"),
+        ({"temperature": "inf"}, "temperature='inf' must be of type float, and finite"),
+        ({"temperature": "1e999"}, "temperature='1e999' must be of type float, and finite"),
+        ({"temperature": 1e39}, r"temperature=1e\+39 must be of type float, and finite"),
+        ({"temperature": 1e-50}, "temperature=1e-50 must be 0 or at least 1e-06"),
+        ({"factor": float("inf")}, "factor=inf must be of type float, and finite"),
+        ({"cfg_scale": float("inf")}, "cfg_scale=inf must be of type float, and finite"),
+        ({"preset": "paper", "cfg_scale": 1}, "cfg_scale=1.0 needs cache='none', not 'prefix', which preset='paper' sets"),
+        ({"max_length": 64}, "unknown option max_length=64: gen_length counts the new tokens only"),
+        ({"stop": ["x"]}, r"unknown option stop=\['x'\]: stop strings"),
+        ({"do_sample": True}, "unknown option do_sample=True: temperature=0"),
+        ({"num_return_sequences": 2}, "unknown option num_return_sequences=2: repeat the prompt"),
+        ({"attention_mask": torch.ones(40, 40)}, r"attention_mask=tensor\(.{0,60}\.\.\.: pass a list of prompts"),
+        ({"gen_length": 8, "max_new_tokens": 9}, "gen_length=8 and max_new_tokens=9 are the same option"),
+        ({"max_new_token": 9}, "did you mean 'max_new_tokens'"),
+        ({"decoder": 5}, "decoder=5 must be a name .*threshold.*, or an object or class derived from .*DecoderRule"),
+        ({"decoder": dict}, "decoder=<class 'dict'> must be a name"),
+        ({"cache": 1j}, "cache=1j must be a name .*dual.*, or an object or class derived from .*CachePlan"),
+        ({"geometry": 8}, r"geometry=8 must be a function \(prompt, total\)"),
         ({"threshold": 1.5}, r"threshold=1.5 must lie in \[0, 1\]"),
         ({"threshold": "high"}, "threshold='high' must be of type float"),
         ({"factor": 0}, "factor=0.0 must be above 0"),
@@ -91,6 +135,7 @@ def test_values_are_coerced_by_their_declared_type(name: str, given_value: Any, 
             {"decoder": "quota", "threshold": 0.9},
             "threshold=0.9 is an option of decoder .*threshold.*, but decoder is 'quota'",
         ),
+        ({"threshold": 0.9, "depth": 2}, "depth=2 is an option of decoder draft_verify, but decoder is 'threshold'"),
         ({"refresh_blocks": 2}, "refresh_blocks=2 is an option of cache lazy or suffix_window, but cache is"),
         ({"cfg_scale": 1.0, "cache": "dual"}, "cfg_scale=1.0 needs cache='none', not 'dual'"),
     ],
@@ -157,19 +202,194 @@ def test_every_form_of_prompt_gives_the_same() -> None:
 
 
 @pytest.mark.parametrize("decoder", registry.names("decoders"))
-def test_given_rebuilds_the_config(decoder: str) -> None:
-    options = {n: getattr(registry.find("decoders", decoder), n) for n in registry.options("decoders", decoder)}
-    config = DecodeConfig(decoder=decoder, cache="prefix", steps=4, gen_length=64, stop_ids=(3,), **options)
-    assert DecodeConfig(**config.given()) == config
+def test_a_config_is_a_value(decoder: str) -> None:
+    options = {option.name: option.default for option in registry.settable("decoders", decoder).values()}
+    given = dict(decoder=decoder, cache="prefix", steps=4, gen_length=64, stop_ids=[3], **options)
+    config = DecodeConfig(**given)
+    assert all(getattr(config, name) == value for name, value in {**given, "stop_ids": (3,)}.items())
+    for same in (DecodeConfig(**config.given()), pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):
+        assert same == config and hash(same) == hash(config) and same.given() == config.given()
+    assert config != config.replace(gen_length=65) and config != DecodeConfig()
     assert config.replace(gen_length=32, steps=None) == DecodeConfig(
         decoder=decoder, cache="prefix", gen_length=32, stop_ids=(3,), **options
     )
+    assert config.replace(**config.given()) == config == eval(repr(config))
 
 
-def test_an_option_named_like_a_decoder_selects_it() -> None:
-    assert DecodeConfig(factor=1.0).decoder == "factor"
-    assert DecodeConfig(threshold=0.8).decoder == "threshold"
-    assert DecodeConfig().decoder == "threshold"
+def test_an_attribute_has_the_given_value_or_the_default() -> None:
+    config = DecodeConfig(threshold=0.8, max_new_tokens=8)
+    assert (config.threshold, config.strict, config.gen_length, config.cache) == (0.8, False, 8, None)
+    assert config.given() == {"threshold": 0.8, "gen_length": 8}
+    for name in ("factor", "suffix", "treshold", "_nothing"):
+        with pytest.raises(AttributeError, match=name):
+            getattr(config, name)
+
+
+@pytest.mark.parametrize(
+    ("given", "decoder"),
+    [
+        ({}, "threshold"),
+        ({"factor": 1.0}, "factor"),
+        ({"threshold": 0.8}, "threshold"),
+        ({"steps": 8}, "quota"),
+        ({"schedule": "cosine"}, "quota"),
+        ({"steps": 8, "threshold": 0.8}, "threshold"),
+        ({"steps": 8, "strict": True}, "threshold"),
+        ({"steps": 8, "factor": 0.8}, "factor"),
+        ({"steps": 8, "decoder": "lopa", "threshold": 0.8}, "lopa"),
+        ({"steps": 8, "preset": "balanced"}, "quota"),
+        ({"steps": 8, "preset": "balanced", "threshold": 0.8}, "threshold"),
+        ({"preset": "exact"}, "draft_verify"),
+        ({"preset": "exact", "factor": 0.8}, "factor"),
+        ({"preset": "exact", "decoder": "frechet"}, "frechet"),
+    ],
+)
+def test_which_decoder_options_select(given: dict[str, Any], decoder: str) -> None:
+    """The same through every door: Python, the chat's flags and /set, lm-eval's arguments, the page's text field."""
+    assert DecodeConfig(**given).decoder == decoder
+    assert DecodeConfig().replace(**given).decoder == decoder
+    assert change(DecodeConfig(), {name.replace("_", "-"): str(value) for name, value in given.items()}).decoder == decoder
+    assert DecodeConfig(**decode_options(rename(given), {"cache": "none"})).decoder == decoder
+    parser = argparse.ArgumentParser()
+    add_decode_options(parser, 64)
+    flags = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    assert config_of(parser.parse_args(flags)).decoder == decoder
+    more = ", ".join(f"{name}={value}" for name, value in given.items())
+    assert handlers.config_of(Common("m"), Choice(more=more)).decoder == decoder
+
+
+def test_the_latest_wish_counts_in_a_replaced_config() -> None:
+    config = DecodeConfig(decoder="hierarchical", threshold=0.9, low=0.5, cache="lazy", refresh_blocks=2)
+    assert config.replace(threshold=0.8).decoder == "hierarchical", "an option of the decoder at hand selects none"
+    assert config.replace(decoder="lopa").given() == {
+        "decoder": "lopa", "threshold": 0.9, "cache": "lazy", "refresh_blocks": 2
+    }  # fmt: skip
+    assert config.replace(factor=1).given() == {"factor": 1.0, "cache": "lazy", "refresh_blocks": 2}
+    assert config.replace(steps=8).given() == {"steps": 8, "cache": "lazy", "refresh_blocks": 2}
+    assert config.replace(steps=8).replace(threshold=0.7).given() == {"threshold": 0.7, "cache": "lazy", "refresh_blocks": 2}
+    assert config.replace(cache="dual", decoder=None).given() == {"cache": "dual"}
+    assert config.replace(cache=None).given() == {"decoder": "hierarchical", "threshold": 0.9, "low": 0.5}
+    assert config.replace(cache="suffix_window").refresh_blocks == 2, "what both have is kept"
+
+
+@dataclasses.dataclass(frozen=True)
+class Half(DecoderRule):
+    """A rule of somebody's own: commit what is likelier than `level`, and the likeliest."""
+
+    level: float = 0.5
+
+    def step(self, view: View) -> torch.Tensor:
+        scores, rank = view.scores(), view.ranked()[1]
+        return view.commit((rank == 0) | (scores > self.level))
+
+
+class Everything(CachePlan):
+    """A plan of somebody's own, and no dataclass."""
+
+    block_causal = None
+
+    def step(self, block: Block, progress: Progress) -> Pass:
+        return Pass(0, block.visible_end, block.visible_end)
+
+
+def test_a_rule_of_ones_own_is_an_object_a_class_or_a_registered_name() -> None:
+    model, given = random_model(), prompts(5, 9)
+
+    def run(**options: Any) -> list[list[int]]:
+        out = fastdllm.generate(model, given, gen_length=16, block_length=8, stop_ids=(), **options)
+        return [s.tolist() for s in out.sequences]
+
+    expected = run(decoder="threshold", threshold=0.3, strict=True, cache="none")
+    assert run(decoder=Half(0.3), cache=Everything()) == expected
+    assert run(decoder=Half, level=0.3, cache=Everything) == expected
+    with pytest.raises(ValueError, match=r"level=0\.3 belongs into the object: decoder=Half\(level=\.\.\.\)"):
+        run(decoder=Half(0.3), level=0.3)
+    try:
+        assert fastdllm.register("decoders", Half) is Half
+        fastdllm.register("cache", Everything, name="whole")
+        assert run(decoder="half", level=0.3, cache="whole") == expected
+        assert "half" in registry.names("decoders") and "whole" in registry.caches_for(True)
+        assert DecodeConfig(**decode_options(split(rename({"decoder": "half", "level": "0.3"}))[1], {})).level == 0.3
+        with pytest.raises(ValueError, match=r"level=0.3 is an option of decoder .*half, but decoder is 'threshold'"):
+            run(level=0.3)
+        fastdllm.register("decoders", Half)  # a notebook's cell, run again
+    finally:
+        registry.unregister("decoders", "half")
+        registry.unregister("caches", "whole")
+    with pytest.raises(ValueError, match="decoder='half' is unknown"):
+        run(decoder="half")
+
+
+def test_a_config_with_objects_is_a_value_too() -> None:
+    config = DecodeConfig(decoder=Half(0.3), cache=Everything())
+    assert pickle.loads(pickle.dumps(DecodeConfig(decoder=Half(0.3)))) == DecodeConfig(decoder=Half(0.3))
+    assert DecodeConfig(**config.given()) == config and hash(DecodeConfig(**config.given())) == hash(config)
+    assert config.name_of("decoder") == "Half" and "Half(level=0.3)" in repr(config)
+    assert config.replace(decoder="threshold", threshold=0.9).given().keys() == {"decoder", "threshold", "cache"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "component", "options", "message"),
+    [
+        ("decoders", Everything, {}, "Everything must derive from fastdllm.decoders.base.DecoderRule"),
+        ("decoders", Half(0.1), {}, "register takes a class"),
+        ("rules", Half, {}, "kind='rules' is unknown; allowed are decoders, caches, runners"),
+        ("decoders", Half, {"name": "threshold"}, "name='threshold' is a decoder that ships with fastdllm"),
+        ("decoders", Half, {"name": "my rule"}, "name='my rule' must be an identifier"),
+    ],
+)
+def test_what_cannot_be_registered_says_why(kind: str, component: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fastdllm.register(kind, component, **options)
+
+
+def test_a_rule_whose_option_has_the_name_of_another_is_refused() -> None:
+    for name in ("seed", "given", "replace"):
+        rule = dataclasses.make_dataclass("Rule", [(name, int, 3)], bases=(DecoderRule,), frozen=True)
+        with pytest.raises(ValueError, match=f"decoder Rule declares '{name}', a name of DecodeConfig"):
+            DecodeConfig(decoder=rule)
+
+
+def test_a_geometry_of_ones_own_cuts_the_answer() -> None:
+    model, given = random_model(), prompts(5, 9)
+
+    def growing(prompt: int, total: int) -> list[Block]:
+        cuts = [prompt, min(prompt + 2, total), min(prompt + 6, total), total]
+        return [Block(a, b, a, b, total, i, True, prompt, total) for i, (a, b) in enumerate(pairwise(cuts)) if a < b]
+
+    options = {"gen_length": 12, "decoder": "quota", "stop_ids": ()}
+    out = fastdllm.generate(model, given, geometry=growing, block_length=6, trace=True, **options)
+    assert all(MASK not in s[len(p) :] and len(s) == len(p) + 12 for s, p in zip(out.sequences, given, strict=True))
+    assert {b - a for step in out.trace for a, b in zip(step.starts, step.stops, strict=True)} == {2, 4, 6}
+    with pytest.raises(ValueError, match="wider than block_length=4"):
+        fastdllm.generate(model, given, geometry=growing, block_length=4, **options)
+    with pytest.raises(ValueError, match=r"must cut .* into blocks that follow one another"):
+        fastdllm.generate(model, given, geometry=lambda prompt, total: growing(prompt, total)[1:], **options)
+    with pytest.raises(ValueError, match="geometry is a choice of families that read both ways"):
+        fastdllm.generate(random_model("v2"), given, geometry=growing, **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_resolving_again_changes_nothing(family: str) -> None:
+    spec = random_model(family).spec
+    for options in ({}, {"preset": "balanced"}, {"preset": "exact", "block_length": 2}, {"steps": 99}, {"cfg_scale": 1.0}):
+        run = resolve(spec, DecodeConfig(gen_length=16, small_block_size=2, **options))
+        assert resolve(spec, run) == run and run.preset is None and run.stop_ids == spec.stop_ids
+        assert DecodeConfig(**run.given()) == run
+
+
+def test_more_steps_than_tokens_are_one_token_a_step() -> None:
+    """A number of steps that suits one task must not end a run at another, whose answers are short."""
+    model, given = random_model(), prompts(5)
+    runs = [fastdllm.generate(model, given, gen_length=8, decoder="quota", steps=s) for s in (None, 8, 9, 256, 10**9)]
+    assert len({str(run.sequences) + str(run.stats.row_forwards) for run in runs}) == 1
+
+
+def test_every_option_is_documented_in_one_line() -> None:
+    text = DecodeConfig.__doc__
+    for option in OPTIONS.values():
+        lines = [line for line in text.splitlines() if line.strip().startswith(f"{option.name}  ")]
+        assert len(lines) == 1 and option.doc.rstrip(".") in lines[0] and len(lines[0]) <= 125
 
 
 def test_a_config_cannot_be_changed_in_place() -> None:

@@ -153,7 +153,7 @@ def test_who_decides_the_length_of_an_answer() -> None:
 
 def test_generation_kwargs_are_honoured_and_model_args_win() -> None:
     config = adapter(threshold=0.8)._configure({"temperature": 0.5, "top_p": 0.9, "do_sample": True, "threshold": 0.6})
-    assert (config.temperature, config.top_p, config.options["threshold"]) == (0.5, 0.9, 0.8)
+    assert (config.temperature, config.top_p, config.threshold) == (0.5, 0.9, 0.8)
     assert adapter()._configure({"temperature": 0.5, "do_sample": False}).temperature == 0
     with pytest.raises(ValueError, match="unknown option temprature"):
         adapter()._configure({"temprature": 1})
@@ -171,7 +171,7 @@ def test_a_long_prompt_loses_its_beginning(caplog: pytest.LogCaptureFixture) -> 
         model.generate_until(generations((text, {})), disable_tqdm=True)
     assert "is cut on the left to 496: gen_length=16 tokens follow" in caplog.text
     assert [kind for kind, *_ in told] == ["generate_until"]
-    with pytest.raises(ValueError, match="gen_length=512 tokens leave no room for a prompt in the model's context of 512"):
+    with pytest.raises(ValueError, match="gen_length=512 leaves no room for a question in the model's context of 512"):
         adapter(gen_length=512).generate_until(generations(("hello", {})), disable_tqdm=True)
 
 
@@ -308,7 +308,7 @@ def test_batch_sizes(value: Any, largest: int | None, size: int) -> None:
         ({"pretrained": None}, r"pretrained \(or model_path\) is missing"),
         ({"pretrained": None, "model_path": "nowhere"}, "'nowhere' is neither a folder nor a shipped name"),
         ({"gen_lenght": 8}, "did you mean 'gen_length'"),
-        ({"steps": 300, "gen_length": 64, "decoder": "quota"}, "steps=300 must be at most gen_length=64"),
+        ({"block_length": 10**6}, "block_length=1000000 must be at most the model's context of 512"),
         ({"cache": "sub_block"}, "cache='sub_block' does not fit the family 'llada'; allowed are"),
         ({"reuse_k": 2, "layer_subset": "middle"}, "reuse_k=2 needs cache='block'"),
         ({"likelihood": "first_token"}, "likelihood='first_token' does not fit the family 'llada'"),

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 import fastdllm
-from fastdllm.build import assemble
+from fastdllm.build import assemble, resolve
 from fastdllm.models import Model
 from fastdllm.presets import PRESETS
 from fastdllm.prompts import Prompts
@@ -32,7 +33,7 @@ def test_every_family_takes_every_preset(preset: str, family: str) -> None:
 def test_v2_keeps_its_own_blocks_and_cache(preset: str) -> None:
     model = random_model("v2")
     built, plain = (assemble(model, fastdllm.DecodeConfig(gen_length=16, **o)) for o in ({"preset": preset}, {}))
-    assert built.block_causal == plain.block_causal == 8 and built["cache"] == plain["cache"]
+    assert built.block_causal == plain.block_causal == 8 and built.cache == plain.cache
     assert assemble(model, fastdllm.DecodeConfig(preset=preset, gen_length=16, block_length=16)).block_causal == 16
 
 
@@ -45,17 +46,37 @@ def test_the_first_token_of_a_preset_is_dreams_alone() -> None:
         assemble(random_model("llada"), fastdllm.DecodeConfig(preset="paper", first_token="rule", gen_length=16))
 
 
-def test_what_is_given_goes_before_the_preset() -> None:
+def test_what_is_given_overrides_the_preset() -> None:
     config = fastdllm.DecodeConfig(preset="paper", cache="dual", threshold=0.8)
-    assert (config.decoder, config.cache, config.options) == ("threshold", "dual", {"threshold": 0.8})
+    assert (config.decoder, config.cache, config.threshold) == ("threshold", "dual", 0.8)
     for preset in PRESETS:
         config = fastdllm.DecodeConfig(preset=preset, decoder="factor", cache="vicinity")
-        assert (config.decoder, config.cache, config.options) == ("factor", "vicinity", {})
+        assert (config.decoder, config.cache, config.factor, config.before) == ("factor", "vicinity", 1.0, 16)
+    other = fastdllm.DecodeConfig(preset="balanced", decoder="hierarchical")
+    assert other.threshold == 0.8, "the preset's threshold is meant for its own decoder"
 
 
-def test_an_option_that_names_a_decoder_goes_before_the_preset() -> None:
-    config = fastdllm.DecodeConfig(preset="exact", factor=0.8)
-    assert (config.decoder, config.options) == ("factor", {"factor": 0.8})
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("preset", "name"), [(p, name) for p, options in PRESETS.items() for name in options])
+def test_a_value_that_equals_the_presets_is_honoured(preset: str, name: str, family: str) -> None:
+    """It is what the user gave, and not a part of the preset that a family may leave out."""
+    spec, value = replace(random_model(family).spec, max_length=512), PRESETS[preset][name]
+    config = fastdllm.DecodeConfig(preset=preset, **{name: value})
+    try:
+        run = resolve(spec, config)
+    except ValueError as error:
+        assert f"{name}=" in str(error), "what cannot be honoured is refused by name"
+    else:
+        assert getattr(run, name) == value
+
+
+def test_the_block_length_of_a_preset_can_be_given_to_v2() -> None:
+    given = prompts(5)
+    options = {"gen_length": 40, "stop_ids": (), "preset": "balanced"}
+    wide, plain = (fastdllm.generate(random_model("v2"), given, **options, **o) for o in ({"block_length": 64}, {}))
+    same = fastdllm.generate(random_model("v2"), given, decoder="threshold", threshold=0.97, block_length=64, **options)
+    assert wide.sequences[0].tolist() == same.sequences[0].tolist()
+    assert wide.sequences[0].tolist() != plain.sequences[0].tolist()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -67,11 +88,20 @@ def test_the_harness_and_the_chat_take_presets(preset: str) -> None:
     assert change(fastdllm.DecodeConfig(factor=1.5, cache="prefix", gen_length=64), {"preset": preset}) == want
 
 
-def test_a_preset_replaces_what_presets_decide_in_a_config() -> None:
+def test_a_preset_replaces_what_it_sets_in_a_config() -> None:
     config = fastdllm.DecodeConfig(factor=1.5, cache="vicinity", before=3, block_length=16, gen_length=64)
     exact = config.replace(preset="exact")
-    assert exact == fastdllm.DecodeConfig(preset="exact", gen_length=64)
+    assert exact == fastdllm.DecodeConfig(preset="exact", block_length=16, gen_length=64)
     assert exact.replace(gen_length=32).decoder == "draft_verify"
+    assert config.replace(preset="fast") == fastdllm.DecodeConfig(preset="fast", gen_length=64)
+    assert fastdllm.DecodeConfig(threshold=0.8).replace(preset="fast").threshold == 0.9
+
+
+def test_a_preset_fits_a_short_context() -> None:
+    spec = replace(random_model("llada").spec, max_length=40)
+    assert resolve(spec, fastdllm.DecodeConfig(preset="balanced", gen_length=16)).block_length == 40
+    with pytest.raises(ValueError, match="block_length=64 must be at most the model's context of 40"):
+        resolve(spec, fastdllm.DecodeConfig(preset="balanced", block_length=64, gen_length=16))
 
 
 def test_an_unknown_preset_lists_the_known_ones() -> None:

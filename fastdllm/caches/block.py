@@ -13,6 +13,8 @@ from fastdllm.caches.base import CachePlan
 
 @dataclass(frozen=True)
 class Cache(CachePlan):
+    """The default of Fast-dLLM v2."""
+
     block_causal = True
 
     def open(self, block: Block) -> Pass | None:

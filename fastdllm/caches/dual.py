@@ -9,6 +9,8 @@ from fastdllm.caches.base import CachePlan
 
 @dataclass(frozen=True)
 class Cache(CachePlan):
+    """The default of LLaDA and Dream."""
+
     def open(self, block: Block) -> Pass | None:
         return Pass(0, block.total, block.total)
 

@@ -6,6 +6,7 @@ on the block's content alone.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from fastdllm.blocks import Block, Pass
 from fastdllm.caches import dual
@@ -13,9 +14,9 @@ from fastdllm.caches import dual
 
 @dataclass(frozen=True)
 class Cache(dual.Cache):
-    """refresh_blocks: the prompt is recomputed at every so many block openings; 1 is the dual cache."""
+    """Long prompts: most blocks open without recomputing the prompt."""
 
-    refresh_blocks: int = 4
+    refresh_blocks: Annotated[int, "The prompt is recomputed when every so many blocks open; 1 is cache dual."] = 4
 
     def __post_init__(self) -> None:
         if self.refresh_blocks < 1:

@@ -9,6 +9,8 @@ from fastdllm.caches.base import CachePlan
 
 @dataclass(frozen=True)
 class Cache(CachePlan):
+    """The reference, and the cache for classifier-free guidance."""
+
     block_causal = None
 
     def open(self, block: Block) -> Pass | None:

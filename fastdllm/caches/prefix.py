@@ -9,6 +9,8 @@ from fastdllm.caches.base import CachePlan
 
 @dataclass(frozen=True)
 class Cache(CachePlan):
+    """What follows the block is fresh at every step; Fast-dLLM's published setting (preset paper)."""
+
     def open(self, block: Block) -> Pass | None:
         return Pass(0, block.total, block.total)
 

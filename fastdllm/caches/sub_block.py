@@ -13,6 +13,8 @@ from fastdllm.caches import block as block_cache
 
 @dataclass(frozen=True)
 class Cache(block_cache.Cache):
+    """Fast-dLLM v2 in batches on a GPU."""
+
     pure = False
 
     def step(self, block: Block, progress: Progress) -> Pass:

@@ -6,6 +6,7 @@ the `suffix` nearest stay, and the last one, which marks where the answer ends; 
 """
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 from fastdllm.blocks import Block, Pass, Progress
 from fastdllm.caches import dual, lazy
@@ -13,12 +14,11 @@ from fastdllm.caches import dual, lazy
 
 @dataclass(frozen=True)
 class Cache(lazy.Cache):
-    """suffix: visible positions after the block; gen_length or more is the parent. keep_last: the last position of the
-    answer is visible too. refresh_blocks: as in `lazy`; 1 is the dual cache."""
+    """Long answers: masks far from the block are left out (presets balanced and fast)."""
 
-    refresh_blocks: int = 1
-    suffix: int = 64
-    keep_last: bool = True
+    refresh_blocks: Annotated[int, "The prompt is recomputed when every so many blocks open; 1 each time."] = 1
+    suffix: Annotated[int, "Visible positions after the block; gen_length or more shows all."] = 64
+    keep_last: Annotated[bool, "The last position of the answer is visible too."] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

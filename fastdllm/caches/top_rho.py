@@ -8,6 +8,7 @@ the steps before it. What is saved is arithmetic, not reading weights: it is for
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from fastdllm.caches import dual
 from fastdllm.reuse.values import ValueReuse
@@ -15,11 +16,10 @@ from fastdllm.reuse.values import ValueReuse
 
 @dataclass(frozen=True)
 class Cache(dual.Cache):
-    """ratio: share of the block that runs in each layer, rounded up; 1 is the dual cache. refresh: every so many denoising
-    passes of a block, the first included, all of it runs (the paper's response interval: 5 to 8)."""
+    """Large batches and many steps a block: what is saved is arithmetic, not reading weights."""
 
-    ratio: float = 0.25
-    refresh: int = 7
+    ratio: Annotated[float, "Share of the block that runs in each layer, rounded up; 1 is cache dual."] = 0.25
+    refresh: Annotated[int, "All of the block runs in every so many of its passes, the first included (paper: 5 to 8)."] = 7
 
     pure = False
 

@@ -5,6 +5,7 @@ Stale keys hurt most where they lie next to the tokens that change; a margin on 
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from fastdllm.blocks import Block, Pass, Progress
 from fastdllm.caches import dual
@@ -12,10 +13,10 @@ from fastdllm.caches import dual
 
 @dataclass(frozen=True)
 class Cache(dual.Cache):
-    """before, after: positions recomputed on either side of the block; 0 and 0 are the dual cache."""
+    """When stale keys next to the block cost accuracy, for more positions a forward."""
 
-    before: int = 16
-    after: int = 16
+    before: Annotated[int, "Positions recomputed before the block."] = 16
+    after: Annotated[int, "Positions recomputed after the block."] = 16
 
     def __post_init__(self) -> None:
         for name in ("before", "after"):

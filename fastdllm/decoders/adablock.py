@@ -7,6 +7,7 @@ blocks of the cache, so that every shape is static.
 """
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -18,15 +19,16 @@ from fastdllm.view import View
 
 @dataclass(frozen=True)
 class Decoder(DecoderRule):
-    """delimiters: token ids that end a part (`build.py` fills in the newline). rule, level: the decoder that decides,
-    "threshold", "factor" or "frechet", and its first option. ahead: share of the block in which an end is looked for.
-    delimiter_probability: from which a delimiter counts (paper: 0.3 for LLaDA, 0.5 for Dream)."""
+    """Answers in lines: a line is finished before the next one is begun.
+
+    delimiters: token ids that end a part (`build.py` fills in the newline).
+    """
 
     delimiters: tuple[int, ...]
-    level: float = 0.9
-    rule: str = "threshold"
-    ahead: float = 0.25
-    delimiter_probability: float = 0.3
+    level: Annotated[float, "First option of the rule that decides."] = 0.9
+    rule: Annotated[str, "Rule that decides: threshold, factor or frechet."] = "threshold"
+    ahead: Annotated[float, "Share of the block in which an end is looked for."] = 0.25
+    delimiter_probability: Annotated[float, "From which a delimiter counts (paper: 0.3 for LLaDA, 0.5 for Dream)."] = 0.3
 
     per_request = ("level", "delimiter_probability")
 

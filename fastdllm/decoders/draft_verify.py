@@ -9,19 +9,21 @@ alone.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from fastdllm.decoders.base import DecoderRule
+from fastdllm.fields import Bounds
 from fastdllm.view import View
 
 
 @dataclass(frozen=True)
 class Decoder(DecoderRule):
-    """depth: branches per row, >= 1; 1 is one token per step. At most `depth` tokens are won per forward."""
+    """The tokens of one token per step in fewer forwards, where a forward is bound by memory (preset exact)."""
 
-    depth: int = 4
+    depth: Annotated[int, "Branches per row; 1 is one token per step.", Bounds(at_most="block_length")] = 4
 
     lossless = True
 

@@ -6,6 +6,7 @@ the largest one, which the rule keeps at or below gamma.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -16,9 +17,9 @@ from fastdllm.view import View
 
 @dataclass(frozen=True)
 class Decoder(DecoderRule):
-    """gamma: bound on the joint-dependence error in nats, >= 0; 0 commits one token, and more only at entropy 0."""
+    """In place of a threshold: bounds how much tokens that are committed together may depend on each other."""
 
-    gamma: float = 0.1
+    gamma: Annotated[float, "Bound on that dependence in nats; 0 commits one token, and more only at entropy 0."] = 0.1
 
     per_request = ("gamma",)
 

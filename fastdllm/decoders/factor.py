@@ -6,6 +6,7 @@ equality. `factor_rule="published"` does the same, for results that must equal t
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
@@ -18,10 +19,10 @@ RULES = {"paper": "factor", "published": "factor_published"}
 
 @dataclass(frozen=True)
 class Decoder(DecoderRule):
-    """factor: bound on the expected number of wrong commits, > 0. factor_rule: "paper" or "published"."""
+    """In place of a threshold: the more tokens at once, the surer each must be."""
 
-    factor: float = 1.0
-    factor_rule: str = "paper"
+    factor: Annotated[float, "Bound on the expected number of wrong commits, above 0."] = 1.0
+    factor_rule: Annotated[str, "The rule of the paper or of the published code: paper, published."] = "paper"
 
     per_request = ("factor",)
 

@@ -7,6 +7,7 @@ is the strongest such certificate that marginals alone can give. Accepts whateve
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -17,9 +18,9 @@ from fastdllm.view import View
 
 @dataclass(frozen=True)
 class Decoder(DecoderRule):
-    """delta: how far the lower bound must exceed the upper one, in [-1, 1]; smaller commits more."""
+    """In place of a threshold: commits more tokens than `factor` at the same certainty."""
 
-    delta: float = 0.25
+    delta: Annotated[float, "How far the lower bound must exceed the upper one, in [-1, 1]; smaller commits more."] = 0.25
 
     per_request = ("delta",)
 

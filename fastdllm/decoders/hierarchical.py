@@ -6,6 +6,7 @@ lower probability.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -16,10 +17,10 @@ from fastdllm.view import View
 
 @dataclass(frozen=True)
 class Decoder(DecoderRule):
-    """threshold: probability from which any token is committed. low: probability above which the best of a run is."""
+    """Fewer forwards than `threshold` at 0.9, for some accuracy."""
 
-    threshold: float = 0.8
-    low: float = 0.62
+    threshold: Annotated[float, "Probability from which any token is committed."] = 0.8
+    low: Annotated[float, "Probability above which the best token of a run is committed."] = 0.62
 
     per_request = ("threshold", "low")
 

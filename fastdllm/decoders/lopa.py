@@ -6,20 +6,22 @@ branch whose remaining masks are the most confident after the joint forward wins
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from fastdllm.decoders.base import DecoderRule
+from fastdllm.fields import Bounds
 from fastdllm.view import View
 
 
 @dataclass(frozen=True)
 class Decoder(DecoderRule):
-    """threshold: probability from which a token is committed in every branch. branches: per row, >= 1; 1 is `threshold`."""
+    """Fewer forwards where one has room for branches (small batches); it wants a high threshold."""
 
-    threshold: float = 0.9
-    branches: int = 4
+    threshold: Annotated[float, "Probability from which a token is committed in every branch."] = 0.9
+    branches: Annotated[int, "Branches per row; 1 is decoder threshold.", Bounds(at_most="block_length")] = 4
 
     per_request = ("threshold",)
 

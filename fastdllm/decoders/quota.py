@@ -12,8 +12,11 @@ from fastdllm.view import View
 
 @dataclass(frozen=True)
 class Decoder(DecoderRule):
-    """counts: [masks + 1, steps] float; counts[n, i] tokens are committed in step i of a block that opened with n masks
-    (see `schedules.py`; `build.py` fills it in)."""
+    """A fixed number of forwards; one token per step is the reference for all others.
+
+    counts: [masks + 1, steps] float; counts[n, i] tokens are committed in step i of a block that opened with n masks (see
+    `schedules.py`; `build.py` fills it in).
+    """
 
     counts: Tensor
 

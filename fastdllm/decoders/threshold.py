@@ -6,6 +6,7 @@ likely value (theorem 1 there), which is why independent commits do so little ha
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
@@ -16,10 +17,10 @@ from fastdllm.view import View
 
 @dataclass(frozen=True)
 class Decoder(DecoderRule):
-    """threshold: probability from which a token is committed. strict: above it (v2's published rule) instead of from it."""
+    """The default, and the rule of the presets paper, balanced and fast."""
 
-    threshold: float = 0.9
-    strict: bool = False
+    threshold: Annotated[float, "Probability from which a token is committed."] = 0.9
+    strict: Annotated[bool, "Commit above the threshold (v2's published rule) instead of from it."] = False
 
     per_request = ("threshold",)
 

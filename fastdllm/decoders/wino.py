@@ -7,6 +7,7 @@ a block ends.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -17,11 +18,10 @@ from fastdllm.view import View
 
 @dataclass(frozen=True)
 class Decoder(DecoderRule):
-    """threshold: probability above which a token is committed (the paper's tau_1: 0.6; 0.7 for code). keep: probability
-    without itself from which a token stays (tau_2)."""
+    """A low threshold whose mistakes are repaired: wrong tokens are masked again."""
 
-    threshold: float = 0.6
-    keep: float = 0.9
+    threshold: Annotated[float, "Probability above which a token is committed (paper: 0.6; 0.7 for code)."] = 0.6
+    keep: Annotated[float, "Probability, given everything but itself, from which a token stays."] = 0.9
 
     per_request = ("threshold", "keep")
 

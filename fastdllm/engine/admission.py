@@ -65,8 +65,13 @@ def check(model: Model, run: Decoding, request: Request) -> None:
 
 
 def room(model: Model, source: Source, run: Decoding, rows: int | None, positions: int | None) -> Room:
-    """What a run needs. rows: requests at once. positions: slots in all at most, as far as the longest request allows."""
+    """What a run needs. rows: requests at once. positions: slots in all at most, as far as the longest request allows.
+
+    Raises ValueError for a request that is known from the start and cannot be answered.
+    """
     spec, known = model.spec, source.known()
+    for request in known or ():
+        check(model, run, request)
     if known is None:
         longest = units(spec.max_length + max(run.block_causal, run.block_length) + _shadows(run, spec) + 1)
         rows = rows or ROWS
@@ -113,7 +118,8 @@ class Desk:
             new = self.source.take(idle=not (self.live or self.waiting))
             self._closed = new is None
             for request in new or ():
-                check(self.model, self.run, request)
+                if self.source.known() is None:
+                    check(self.model, self.run, request)
                 self.waiting.append((self._count, request))
                 self._count += 1
         if gone := set(self.source.withdrawn()):

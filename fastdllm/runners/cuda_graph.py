@@ -126,6 +126,8 @@ class Runner:
         return graph.out.head(len(plans))
 
     def _capture(self, canvas: Canvas, step: Step[Any], name: Any, idle: Plan, noise: Tensor | None) -> Graph:
+        if canvas.x.device.type != "cuda":
+            raise ValueError(f"runner='cuda_graph' needs a model on a GPU, not on {canvas.x.device.type!r}; use 'eager'")
         _, rows, shape, _ = name
         host = torch.tensor([idle] * rows, dtype=torch.long).pin_memory()
         table = host.to(canvas.x.device)

@@ -140,7 +140,7 @@ def notice(*texts: str) -> str:
 
 
 def config_of(common: Common, choice: Choice) -> DecodeConfig:
-    """The form as a config; ValueError names what is wrong."""
+    """The form as a config, the text field "more options" last; ValueError names what is wrong."""
     given: dict[str, Any] = {
         "gen_length": common.gen_length,
         "temperature": common.temperature,
@@ -151,14 +151,14 @@ def config_of(common: Common, choice: Choice) -> DecodeConfig:
         name, equals, value = (part.strip() for part in item.partition("="))
         if not equals:
             raise ValueError(f"more options: {item.strip()!r} must be name=value")
-        more[options.ALIASES.get(name, name)] = value
+        more[name] = value
     if "preset" not in more:  # a preset stands for a decoder, a cache, their options and a block length
         given["block_length"] = common.block_length
         known = registry.options("decoders", choice.decoder)
         given |= {"cache": None if choice.cache == "default" else choice.cache, "decoder": choice.decoder}
         given |= {name: getattr(choice, name) for name in ("threshold", "factor") if name in known}
         given |= {"steps": choice.steps} if choice.decoder == "quota" else {}
-    return DecodeConfig(**{**given, **more})
+    return options.change(DecodeConfig(**given), more)
 
 
 def choose_model(models: Models, name: str) -> tuple[str, list[str], int]:
@@ -171,8 +171,7 @@ def choose_model(models: Models, name: str) -> tuple[str, list[str], int]:
     about = options.about(name)
     if about:
         text += f"<br>{escape(about.note[0].upper() + about.note[1:])}."
-    fitting = (None, bool(model.spec.block_causal))
-    caches = [n for n in registry.names("caches") if registry.find("caches", n).block_causal in fitting]
+    caches = registry.caches_for(bool(model.spec.block_causal))
     return f'<div class="status">{text}</div>', ["default", *caches], about.gen_length if about else Common.gen_length
 
 

@@ -8,12 +8,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from fastdllm import config as configs
 from fastdllm import registry
-from fastdllm.build import assemble
-from fastdllm.config import DecodeConfig
+from fastdllm.build import assemble, check_runner, resolve
+from fastdllm.config import ALIASES, OPTIONS, DecodeConfig
+from fastdllm.fields import Option
 from fastdllm.models import Model, tiny_names
+from fastdllm.registry import Kind
 
-ALIASES = {"max_new_tokens": "gen_length", "block_size": "block_length", "bd_size": "block_length"}
+NOT_TYPED = ("geometry", "batch_size")  # an object; a chat answers one prompt at a time
 SAMPLE_QUESTION = (
     "A student has 23 pencils. His sister has 7 fewer pencils than he has. How many pencils do they have together?"
 )
@@ -61,129 +64,104 @@ def add_model_options(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def add_decode_options(parser: argparse.ArgumentParser, gen_length: int) -> None:
-    group = parser.add_argument_group("decoding")
-    group.add_argument(
-        "--max-new-tokens",
-        "--max_new_tokens",
-        "--gen_length",
-        "--gen-length",
-        dest="gen_length",
-        type=int,
-        default=gen_length,
-        metavar="N",
-        help=f"length of an answer (default {gen_length})",
-    )
-    group.add_argument(
-        "--block-length",
-        "--block_length",
-        "--block_size",
-        "--block-size",
-        dest="block_length",
-        type=int,
-        metavar="N",
-        help="positions decoded together (default 32)",
-    )
-    group.add_argument(
-        "--cache",
-        help=f"what is kept between forwards: {', '.join(registry.names('caches'))} (default: dual; v2: block)",
-    )
-    group.add_argument(
-        "--decoder", help=f"what a forward commits: {', '.join(registry.names('decoders'))} (default threshold)"
-    )
-    group.add_argument("--threshold", type=float, metavar="P", help="commit tokens of at least this probability (0.9)")
-    group.add_argument("--factor", type=float, metavar="F", help="the factor rule instead of the threshold (paper: 1.0)")
-    group.add_argument("--steps", type=int, metavar="N", help="a fixed number of forwards for the answer (decoder quota)")
-    group.add_argument("--temperature", type=float, metavar="T", help="0 (default): the most likely token; above 0: drawn")
-    group.add_argument(
-        "--top-p", "--top_p", dest="top_p", type=float, metavar="P", help="draw from the likeliest tokens only"
-    )
-    group.add_argument("--seed", type=int, metavar="N", help="of the draws (default 0)")
+    """Every option of `DecodeConfig`, of the decoders and of the caches, documented by their own lines."""
+    group = parser.add_argument_group("decoding", "Other spellings, such as --max-new-tokens, are understood as well.")
+    for name, option in OPTIONS.items():
+        if name not in NOT_TYPED:
+            _add_option(group, option, gen_length if name == "gen_length" else None)
     group.add_argument(
         "--set",
         dest="others",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="any other option of fastdllm.DecodeConfig, a decoder's or a cache's own among them; may be repeated",
+        help="any of these options, written as in the chat's /set; may be repeated",
     )
     group.add_argument("--use_cache", action="store_true", help="published name of --cache prefix")
     group.add_argument(
         "--if_cache_position", action="store_true", help="published: with --use_cache, the same as --cache dual"
     )
+    for kind in (Kind.DECODERS, Kind.CACHES):
+        group = parser.add_argument_group(f"options of one {kind.option}")
+        for option in component_options(kind):
+            _add_option(group, option)
+
+
+def component_options(kind: Kind) -> list[Option]:
+    """The options of all decoders or caches, one by name; its line says what it does in each.
+
+    Where a decoder carries the option's name, its line stands for all.
+    """
+    found: dict[str, dict[str, Option]] = {}
+    for owner in registry.names(kind):
+        for name, option in registry.settable(kind, owner).items():
+            found.setdefault(name, {})[owner] = option
+    out = []
+    for name, owners in found.items():
+        lines: dict[str, list[str]] = {}
+        for owner, option in owners.items():
+            lines.setdefault(owners.get(name, option).doc, []).append(owner)
+        doc = " ".join(f"{', '.join(names)}: {line}" for line, names in lines.items())
+        out.append(dataclasses.replace(option, default=None, doc=doc))
+    return out
+
+
+def _add_option(group: Any, option: Option, default: Any = None) -> None:
+    """A flag with its documentation; with underscores and under its other names it is understood, and not listed."""
+    names = [option.name, *(alias for alias, own in ALIASES.items() if own == option.name)]
+    first, *others = [f"--{name}" for given in names for name in dict.fromkeys((given.replace("_", "-"), given))]
+    shown = option.default if default is None else default
+    choices = str(option.bounds) if option.bounds.choices else ""
+    notes = "; ".join(part for part in (choices, "" if shown is None else f"default {shown}") if part)
+    text = f"{option.doc.rstrip('.')}{f' ({notes})' if notes else ''}".replace("%", "%%")
+    metavar = option.type_name.split()[0].upper()
+    group.add_argument(first, dest=option.name, default=default, metavar=metavar, help=text)
+    if others:
+        group.add_argument(*others, dest=option.name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def config_of(args: argparse.Namespace) -> DecodeConfig:
     """The command line as a config; ValueError where options contradict each other."""
-    names = (
-        "gen_length",
-        "block_length",
-        "cache",
-        "decoder",
-        "threshold",
-        "factor",
-        "steps",
-        "temperature",
-        "top_p",
-        "seed",
-    )
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    known = {*OPTIONS, *(option.name for kind in (Kind.DECODERS, Kind.CACHES) for option in component_options(kind))}
+    given = {name: value for name, value in vars(args).items() if name in known and value is not None}
     for item in args.others:
         name, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"--set {item!r} must be NAME=VALUE")
-        given[name] = value
+        given[name.strip().replace("-", "_")] = value.strip()
     if args.if_cache_position and not args.use_cache:
         raise ValueError("--if_cache_position needs --use_cache")
     if args.use_cache and args.cache:
         raise ValueError(f"--use_cache is the published name of --cache prefix; it is given beside --cache {args.cache}")
     if args.use_cache:
         given["cache"] = "dual" if args.if_cache_position else "prefix"
-    # Adaptive decoders ignore steps; who asks for a number of steps and for no decoder means the one that keeps to it.
-    if "steps" in given and not given.keys() & {"decoder", "threshold", "factor"}:
-        given["decoder"] = "quota"
     return DecodeConfig(**given)
 
 
 def change(config: DecodeConfig, changes: Mapping[str, Any]) -> DecodeConfig:
-    """The config with some options changed by name.
-
-    Naming a decoder's own option (`threshold`, `factor`) selects that decoder; options of the one before are left out.
-    """
-    changes = {ALIASES.get(name, name): value for name, value in ((k.replace("-", "_"), v) for k, v in changes.items())}
-    if "preset" in changes:
-        return config.replace(**changes)
-    selected = [name for name in changes if name in registry.names("decoders")]
-    if selected and "decoder" not in changes:
-        changes["decoder"] = selected[0]
-    elif "steps" in changes and "decoder" not in changes:
-        changes["decoder"] = "quota"
-    decoder, cache = (changes.get(kind, getattr(config, kind)) for kind in ("decoder", "cache"))
-    known = registry.options("decoders", decoder) | (registry.options("caches", cache) if cache else {})
-    kept = {k: v for k, v in config.given().items() if k not in config.options or k in known}
-    return DecodeConfig(**{**kept, **changes})
+    """The config with some options changed by name, dashes allowed; see `DecodeConfig.replace`."""
+    return config.replace(**{name.replace("-", "_"): value for name, value in changes.items()})
 
 
 def check(model: Model, config: DecodeConfig) -> None:
     """Raise ValueError when the model and the config do not fit: better at the setting than at the next answer."""
-    if config.gen_length >= model.spec.max_length:
-        raise ValueError(
-            f"gen_length={config.gen_length} leaves no room for a question in the model's context of {model.spec.max_length}"
-        )
+    check_runner(model, config)
     assemble(model, config)
 
 
 def describe(model: Model, config: DecodeConfig) -> str:
-    """The settings in one line, the family's defaults filled in."""
-    cache = config.cache or model.spec.defaults["cache"]
-    block = config.block_length or model.spec.defaults.get("block_length", 32)
-    rule = assemble(model, config).decoder
-    values = [
-        f"{f.name} {value}" for f in dataclasses.fields(rule) if isinstance(value := getattr(rule, f.name), float | str)
-    ]
-    if config.decoder == "quota":
-        values = [f"{config.steps or config.gen_length} steps"]
-    rule_text = f"{config.decoder} ({', '.join(values)})" if values else config.decoder
-    return f"cache {cache} · decoder {rule_text} · {config.gen_length} new tokens in blocks of {block}"
+    """The settings that really run, in one line."""
+    run = resolve(model.spec, config)
+    values = [f"{run.steps} steps"] if configs.keeps_to_steps(run.decoder) else []
+    for name in registry.settable(Kind.DECODERS, run.decoder):
+        value = getattr(run, name)
+        values += [name] if value is True else [] if value is False else [f"{name} {value}"]
+    decoder = run.name_of("decoder") + (f" ({', '.join(values)})" if values else "")
+    guided = f" · guidance {run.cfg_scale}" if run.cfg_scale else ""
+    if config.steps and not run.steps:
+        guided += " · steps have no effect"
+    cache = run.name_of("cache")
+    return f"cache {cache} · decoder {decoder} · {run.gen_length} new tokens in blocks of {run.block_length}{guided}"
 
 
 def describe_model(model: Model) -> str:

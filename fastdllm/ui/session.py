@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastdllm.config import DecodeConfig
+from fastdllm.build import resolve
+from fastdllm.config import DecodeConfig, nearest
 from fastdllm.models import Model
 from fastdllm.stats import Stats
 from fastdllm.ui import options
@@ -90,8 +90,8 @@ def settings(session: Session, rest: str) -> None:
     """NAME VALUE changes a setting (/set threshold 0.8, /set cache none); alone shows them all"""
     name, _, value = rest.replace("=", " ").partition(" ")
     if not name:
-        values = {k: v for k, v in session.config.given().items() if v is not None}
-        session.say("  ".join(f"{k}={v}" for k, v in values.items()))
+        shown = resolve(session.model.spec, session.config) if session.model else session.config
+        session.say("  ".join(f"{k}={v}" for k, v in shown.given().items()))
         return
     if not value.strip():
         session.say("usage: /set NAME VALUE, for example /set threshold 0.8", style="red")
@@ -140,8 +140,7 @@ def run_command(session: Session, line: str) -> None:
     name, _, rest = line.removeprefix("/").partition(" ")
     command = COMMANDS.get(name)
     if command is None:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean /{near[0]}? " if near else ""
+        hint = nearest(name, COMMANDS, "/{}")
         session.say(f"unknown command /{name}; {hint}/help lists them", style="red")
         return
     try:

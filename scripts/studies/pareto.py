@@ -51,8 +51,9 @@ from tqdm import tqdm
 
 import fastdllm
 from fastdllm import registry
+from fastdllm.config import merge
 from fastdllm.models import FAMILIES, Model, find_folder
-from fastdllm.presets import PRESETS, fitted
+from fastdllm.presets import PRESETS, for_family
 from fastdllm.tasks import TASKS_DIR
 from scripts.studies.paired import by_setting, compare, markdown, plot, summarise
 
@@ -119,15 +120,14 @@ def parse(setting: str) -> dict[str, Any]:
         name, _, level = name.partition("=")
         options[kind] = name
         if level:
-            options[next(iter(registry.options(f"{kind}s", name)))] = level
+            options[next(iter(registry.options(kind, name)))] = level
         options |= dict(item.split("=", 1) for item in more)
     return options
 
 
 def own_options(kind: str, name: str) -> dict[str, Any]:
     """Options of a decoder or cache with their default values."""
-    fields = {f.name: f.default for f in dataclasses.fields(registry.find(kind, name))}
-    return {name: fields[name] for name in registry.options(kind, name)}
+    return {option.name: option.default for option in registry.settable(kind, name).values()}
 
 
 def all_decoders(with_cache: str) -> list[str]:
@@ -145,8 +145,7 @@ def settings_of(model: str, task: str, thorough: bool) -> list[str]:
         return [*all_decoders("none"), *(f"{s}+none" for s in (*levels, *orders))]
     causal = family(model) == "fast_dllm_v2"
     base = "block" if causal else "dual"
-    rules: dict[str, Any] = {name: registry.find("caches", name) for name in registry.names("caches")}
-    fitting = [name for name, rule in rules.items() if rule.block_causal in (None, causal)]
+    fitting = registry.caches_for(causal)
     found = all_decoders(base)
     found += [f"threshold=0.9+{n}" for n in fitting if n != base] if thorough or causal else ["threshold=0.9+prefix"]
     found += [f"threshold={t}+{base}" for t in ((0.99, 0.97, 0.8, 0.7) if thorough else (0.99, 0.97, 0.7))]
@@ -301,19 +300,16 @@ def answers(jobs: list[Job], workers: int) -> Iterator[tuple[Job, list[dict[str,
 
 def resolved(options: dict[str, Any]) -> dict[str, Any]:
     """Options with every default filled in: two texts of one setting become equal."""
-    given = fastdllm.DecodeConfig(**options).given()
-    defaults = {k: v for kind in ("decoder", "cache") for k, v in own_options(f"{kind}s", given[kind]).items()}
-    return {**defaults, **given, "preset": None}
+    config = fastdllm.DecodeConfig(**options)
+    return {**merge(config.given()), "preset": None}
 
 
 def preset_names(settings: list[str], model: str, args: argparse.Namespace) -> dict[str, str]:
-    """Setting -> the preset that it is. A block-causal model takes a preset's decoder alone, so none is named there."""
+    """Setting -> the preset that it is. A block-causal model takes a preset's decoder only, so none is named there."""
     if args.task == "sudoku" or family(model) == "fast_dllm_v2":
         return {}
     base = {k: v for k, v in options_of("quota+none", args).items() if k not in ("decoder", "cache")}
-    shifted = family(model) == "dream"
-    taken = {name: fitted({**options, "preset": name}, True, shifted) for name, options in PRESETS.items()}
-    presets = {name: resolved({**base, **options}) for name, options in taken.items()}
+    presets = {name: resolved({**base, **for_family(name, False, family(model) == "dream")}) for name in PRESETS}
     return {s: name for s in settings for name, is_one in presets.items() if resolved(options_of(s, args)) == is_one}
 
 

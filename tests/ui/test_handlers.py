@@ -192,7 +192,7 @@ def test_the_form_becomes_the_config_it_shows() -> None:
     for preset in PRESETS:
         shared = {"gen_length": 96, "temperature": 0.5, "seed": 3}
         assert config_of(common, Choice("none", "quota", more=f"preset={preset}")) == DecodeConfig(preset=preset, **shared)
-    assert config_of(common, Choice(decoder="factor", factor=1.5)).options == {"factor": 1.5}
+    assert config_of(common, Choice(decoder="factor", factor=1.5)).factor == 1.5
 
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])

@@ -79,6 +79,11 @@ def test_an_empty_input_leaves_with_zero(chat: Chat) -> None:
         ("/set cache block", "cache='block' does not fit the family 'llada'"),
         ("/set gen_length 600", "leaves no room for a question"),
         ("/set decoder nonsense", "decoder='nonsense' is unknown"),
+        ("/set runner cuda_graph", "runner='cuda_graph' needs a model on a GPU"),
+        ("/set block_length 100000", "block_length=100000 must be at most the model's context of 512"),
+        ("/set max_length 64", "gen_length counts the new tokens only"),
+        ("/set temperature inf", "temperature='inf' must be of type float, and finite"),
+        ("/set depth 2", "depth='2' is an option of decoder draft_verify, but decoder is 'threshold'"),
         ("/model nowhere", "could not load 'nowhere'"),
         ("   ", ""),
         ("y" * 100_000, "the message is too long"),
@@ -114,6 +119,20 @@ def test_commands_do_what_help_says(chat: Chat, question: str) -> None:
     assert "no system role" in out and "new conversation" in out and "2 answers" in out
     assert "decoder factor" in out and "factor 1.5" in out and "cache none" in out
     assert all(f"/{name}" in out for name in COMMANDS)
+
+
+def test_settings_say_what_runs(chat: Chat) -> None:
+    """Not what was asked for: guidance needs cache none, and an adaptive decoder does not heed steps."""
+    lines = ("cfg_scale 1", "cfg_scale 0", "stop_ids ()", "steps 8", "threshold 0.8", "max-new-tokens 40", "decoder default")
+    code, out = chat(*(f"/set {line}" for line in lines), "/set", arguments=("--threshold", "0.7", "--steps", "10"))
+    shown = dict(zip(("start", *lines, "all"), out.split("> /set"), strict=True))
+    assert code == 0
+    assert "decoder threshold (threshold 0.7)" in shown["start"] and "steps have no effect" in shown["start"]
+    assert "cache none" in shown["cfg_scale 1"] and "guidance 1.0" in shown["cfg_scale 1"]
+    assert "cache dual" in shown["cfg_scale 0"] and "guidance" not in shown["cfg_scale 0"]
+    assert "decoder quota (8 steps)" in shown["steps 8"]
+    assert "threshold 0.8" in shown["threshold 0.8"] and "40 new tokens" in shown["max-new-tokens 40"]
+    assert "stop_ids=()" in shown["all"] and "gen_length=40" in shown["all"] and "threshold=0.8" in shown["all"]
 
 
 def test_history_goes_into_the_next_turn_until_reset(model: Model, monkeypatch: pytest.MonkeyPatch, question: str) -> None:
@@ -175,6 +194,8 @@ def test_a_model_that_does_not_load_is_named_and_another_can_be_loaded(chat: Cha
         (("--use_cache", "--if_cache_position", "--threshold", "0.8"), "cache dual · decoder threshold (threshold 0.8)"),
         (("--factor", "1.5", "--cache", "none"), "cache none · decoder factor (factor 1.5"),
         (("--set", "confidence=margin", "--steps", "8"), "decoder quota (8 steps)"),
+        (("--preset", "exact"), "cache dual · decoder draft_verify (depth 4)"),
+        (("--cache", "lazy", "--refresh-blocks", "2", "--max_tokens", "64"), "cache lazy · decoder threshold"),
     ],
 )
 def test_published_and_clear_flags_mean_what_they_say(chat: Chat, arguments: tuple[str, ...], expected: str) -> None:

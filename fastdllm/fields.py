@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an option is, read off its annotation: `depth: Annotated[int, "Branches per row.", Bounds(low=1)] = 4`.
+
+The annotation carries the type, the one line that documents the option, and its bounds. Options of `DecodeConfig` and the
+fields of decoders and caches are declared in this way; checks, command lines and the pages of docs/ read them from here.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What values an option may have.
+
+    low, high: the smallest and the largest number; None for no bound.
+    above: numbers must exceed `low`.
+    choices: the allowed names, or a function that returns them.
+    at_most: another option that the number must not exceed; it is known only when the model is.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    above: bool = False
+    choices: Sequence[str] | Callable[[], Sequence[str]] = ()
+    at_most: str = ""
+
+    def allowed(self) -> tuple[str, ...]:
+        return tuple(self.choices() if callable(self.choices) else self.choices)
+
+    def __str__(self) -> str:
+        if names := self.allowed():
+            return ", ".join(names)
+        if self.low is not None and self.high is not None:
+            return f"{'(' if self.above else '['}{self.low}, {self.high}]"
+        if self.low is not None:
+            return f"{'above' if self.above else 'at least'} {self.low}"
+        return f"at most `{self.at_most}`" if self.at_most else ""
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise ValueError, with what is allowed, when `value` lies outside."""
+        if (names := self.allowed()) and value not in names:
+            raise ValueError(f"{name}={shown(value)} is unknown; allowed are {', '.join(names)}")
+        if self.low is not None and (value < self.low or (self.above and value == self.low)):
+            raise ValueError(f"{name}={value} must {'lie in' if self.high is not None else 'be'} {self}")
+        if self.high is not None and value > self.high:
+            raise ValueError(f"{name}={value} must lie in {self}")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: its name, type (None among a union's members: it may be left open), default, documentation, bounds."""
+
+    name: str
+    kind: Any
+    default: Any
+    doc: str = ""
+    bounds: Bounds = Bounds()
+
+    @property
+    def type_name(self) -> str:
+        """The type in the words of a reader: "int", "name", "ids"."""
+        kind = member(self.kind)
+        if typing.get_origin(kind) is tuple:
+            return "ids"
+        if kind is Any:
+            return "name or object" if self.bounds.choices else "function"
+        return "name" if kind is str else kind.__name__
+
+
+def read(owner: type) -> dict[str, Option]:
+    """The options that a class declares: its annotated names that have a default."""
+    if is_dataclass(owner):
+        defaults = {f.name: f.default for f in fields(owner)}
+    else:
+        defaults = {name: vars(owner).get(name, MISSING) for name in owner.__annotations__}
+    hints = typing.get_type_hints(owner, include_extras=True)
+    return {name: _option(name, hints[name], value) for name, value in defaults.items() if value is not MISSING}
+
+
+def _option(name: str, hint: Any, default: Any) -> Option:
+    if typing.get_origin(hint) is not typing.Annotated:
+        return Option(name, hint, default)
+    kind, *notes = typing.get_args(hint)
+    doc = next((note for note in notes if isinstance(note, str)), "")
+    return Option(name, kind, default, doc, next((note for note in notes if isinstance(note, Bounds)), Bounds()))
+
+
+def member(kind: Any) -> Any:
+    """`kind`, or of a union with None its other member."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return next(k for k in typing.get_args(kind) if k is not type(None))
+    return kind
+
+
+def shown(value: Any) -> str:
+    """`repr` for a message: one line, cut where it is long (somebody may hand over a tensor)."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def coerce(name: str, value: Any, kind: Any) -> Any:
+    """`value` as the declared type `kind` (int, float, bool, str, tuple[int, ...], or a union of one with None).
+
+    Raises ValueError, with the type, for anything else; numbers must be finite in fp32, in which decoding computes.
+    """
+    if member(kind) is not kind:
+        kind = member(kind)
+        # lm-eval may hand over the text "None" for a number; for a text option "none" is a name (cache="none").
+        if value is None or (kind is not str and isinstance(value, str) and value.lower() == "none"):
+            return None
+    try:
+        if typing.get_origin(kind) is tuple:
+            items = _items(value)
+            return tuple(coerce(name, v, typing.get_args(kind)[0]) for v in items)
+        if kind is bool:
+            words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+            return words[str(value).lower().removesuffix(".0")]
+        if kind is int:
+            return _int(value)
+        # Not a number and infinity pass range checks, and end as masks that are never filled.
+        if kind is float and not isinstance(value, bool) and math.isfinite(float(value)) and abs(float(value)) <= 3e38:
+            return float(value)
+        if kind is str and isinstance(value, str):
+            return value
+    except (TypeError, ValueError, KeyError, OverflowError):
+        pass
+    described = "float, and finite" if kind is float else kind.__name__ if isinstance(kind, type) else kind
+    raise ValueError(f"{name}={shown(value)} must be of type {described}")
+
+
+def _items(value: Any) -> Sequence[Any]:
+    """The members of a tuple, which may come as text: "1,2", "(1, 2)", "()"."""
+    if isinstance(value, str):
+        inner = value.strip()
+        if inner[:1] + inner[-1:] in ("()", "[]"):
+            inner = inner[1:-1].strip().removesuffix(",")
+            return inner.split(",") if inner else ()
+        return inner.split(",")
+    return [value] if isinstance(value, int) else value
+
+
+def _int(value: Any) -> int:
+    if isinstance(value, bool):
+        raise ValueError
+    try:
+        if isinstance(value, int | str):
+            return int(value)  # not through a float, which has 53 bits
+    except ValueError:
+        pass
+    if float(value) != int(float(value)):
+        raise ValueError
+    return int(float(value))

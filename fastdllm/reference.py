@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pages of docs/ that list every option, decoder and cache, written from their declarations.
+
+`python -m fastdllm.reference docs` writes them; a test compares them with what this module says.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from fastdllm import registry
+from fastdllm.config import ALIASES, ELSEWHERE, OPTIONS
+from fastdllm.fields import Option
+from fastdllm.presets import PRESETS
+from fastdllm.registry import Kind
+
+NOTE = "<!-- Written by `python -m fastdllm.reference docs` from the declarations in fastdllm/. -->"
+ARXIV = re.compile(r"arXiv (\d{4}\.\d{5})")
+DECODERS = """# Decoders
+
+A decoder says which of the scored tokens a forward commits. `decoder="NAME"` chooses one, and so does an option that carries
+its name (`factor=1.0`). Its own options are given by name too: `generate(model, prompts, decoder="lopa", branches=2)`.
+
+A rule of your own may be an object, `decoder=MyRule(0.8)`, or a name after `fastdllm.register("decoders", MyRule)`.
+[add_a_decoder.md](add_a_decoder.md) shows how to write one, and [frontier.md](frontier.md) what each one costs and saves.
+"""
+CACHES = """# Caches
+
+A cache says which positions a forward recomputes, and what they see of the others. `cache="NAME"` chooses one. Its own
+options are given by name too: `generate(model, prompts, cache="vicinity", before=8)`.
+
+A plan of your own may be an object, `cache=MyPlan()`, or a name after `fastdllm.register("caches", MyPlan)`.
+[frontier.md](frontier.md) shows what each one costs and saves.
+"""
+OPTIONS_PAGE = """# Options
+
+These are the options of `fastdllm.generate`, `stream` and `DecodeConfig`, of lm-eval's `--model_args`, of the chat's flags
+and its `/set`, and of the page's text field. Options of [decoders](decoders.md) and [caches](caches.md) are given likewise.
+
+What is given overrides the preset, and the preset overrides the family's defaults. An option that carries a decoder's name
+selects that decoder. `steps` or `schedule` without a decoder select `quota`, the decoder that keeps to a number of steps;
+the others do not heed them. An empty default is the family's own choice.
+"""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines) + "\n"
+
+
+def code(value: object) -> str:
+    return "" if value is None else f"`{value}`"
+
+
+def option_table(options: Iterable[Option]) -> str:
+    rows = [(code(o.name), o.type_name, code(o.default), _allowed(o), o.doc) for o in options]
+    return table(("option", "type", "default", "allowed", "what it does"), rows)
+
+
+def _allowed(option: Option) -> str:
+    bounds = option.bounds
+    parts = [", ".join(map(code, bounds.allowed()))] if bounds.choices else [str(bounds)]
+    if bounds.at_most and f"`{bounds.at_most}`" not in parts[0]:
+        parts.append(f"at most the {bounds.at_most}")
+    return ", ".join(filter(None, parts))
+
+
+def component_page(kind: Kind, opening: str) -> str:
+    """An overview of the components that ship, and a section for each with its options."""
+    rows, sections = [], []
+    for name in registry.shipped(kind):
+        component = registry.find(kind, name)
+        about = inspect.getdoc(sys.modules[component.__module__]) or ""
+        what, paper = _sentence(about), _paper(about)
+        use = (inspect.getdoc(component) or "").split("\n\n")[0].replace("\n", " ")
+        rows.append((f"[`{name}`](#{name})", what, paper, use))
+        options = registry.settable(kind, name)
+        parts = [f"## {name}", use, *map(_linked, about.split("\n\n"))]
+        parts.append(option_table(options.values()) if options else "It has no options.\n")
+        sections.append("\n\n".join(parts))
+    head = (kind.option, "what it does", "source", "when to use it")
+    return "\n".join([NOTE, opening, table(head, rows), *sections])
+
+
+def _sentence(about: str) -> str:
+    """The first sentence of a module's docstring, without its source."""
+    first = re.sub(r" ?\([^()]*arXiv[^()]*\)", "", about.split("\n\n")[0].replace("\n", " "))
+    return first.split(". ")[0].rstrip(".") + "."
+
+
+def _paper(about: str) -> str:
+    """The sources that a module's docstring names."""
+    found = re.search(r"\(([^()]*arXiv[^()]*)\)", about)
+    return _linked(found[1].replace("\n", " ")) if found else ""
+
+
+def _linked(text: str) -> str:
+    return ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", text)
+
+
+def options_page() -> str:
+    renamed = [(code(alias), code(own)) for alias, own in ALIASES.items()]
+    names = list(dict.fromkeys(name for preset in PRESETS.values() for name in preset))
+    presets = [(code(preset), *(code(given.get(name)) for name in names)) for preset, given in PRESETS.items()]
+    return "\n".join(
+        [
+            NOTE,
+            OPTIONS_PAGE,
+            option_table(OPTIONS.values()),
+            "## Presets\n\nFast-dLLM v2 takes a preset's decoder only, and `first_token` is Dream's.\n",
+            table(("preset", *map(code, names)), presets),
+            "## Other spellings\n\nThese mean the same option.\n",
+            table(("spelling", "option"), renamed),
+            "## Options of other libraries\n\nThese are refused, with this hint.\n",
+            table(("name", "instead"), ((code(name), hint) for name, hint in ELSEWHERE.items())),
+        ]
+    )
+
+
+def pages() -> dict[str, str]:
+    """File name -> text of every page."""
+    return {
+        "options.md": options_page(),
+        "decoders.md": component_page(Kind.DECODERS, DECODERS),
+        "caches.md": component_page(Kind.CACHES, CACHES),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the pages into a folder, `docs` unless another is named."""
+    folder = Path(*(sys.argv[1:] if arguments is None else arguments) or ["docs"])
+    for name, text in pages().items():
+        (folder / name).write_text(text, encoding="utf-8")
+        print(folder / name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,6 +14,10 @@ fastdllm_setup_env() {
         echo "setup_env: Python 3.10 or later is needed; set PYTHON=/path/to/python3" >&2
         return 1
     fi
+    if [[ ! -f $pins ]]; then
+        echo "setup_env: CONSTRAINTS=$pins is not a file" >&2
+        return 1
+    fi
     # The pins, the project's metadata and the interpreter decide what is installed; anything else is code.
     wanted=$({ cat "$pins" "$root/pyproject.toml" && "$python" --version && echo "$root"; } | sha256sum | cut -d " " -f 1)
     stamp=$root/.venv/$wanted

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The notebooks of examples/ run from top to bottom, and are kept with the outputs that a reader on the web sees."""
+"""The notebooks of examples/ run from top to bottom."""
 
 from __future__ import annotations
 

@@ -66,3 +66,8 @@ def test_the_version_stands_once() -> None:
     cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
     assert cited is None or cited[1] == fastdllm.__version__
     assert f"## {fastdllm.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_pre_commit_runs_the_pinned_ruff() -> None:
+    hook = re.search(r"ruff-pre-commit\n +rev: v(\S+)", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert hook and f"\nruff=={hook[1]}\n" in (ROOT / "requirements.txt").read_text()

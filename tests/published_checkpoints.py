@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,37 @@ LLADA_TEMPLATE = (
     "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
-SPECIAL = {
-    "llada": ["<|startoftext|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|mdm_mask|>"],
-    "dream": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|beginoftext|>", "<|mask|>"],
-    "v2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "|<MASK>|"],
+# Added tokens as published, in the order of their ids; True is "special" in tokenizer_config.json.
+# Qwen2.5's 22, ids 151643 to 151664: https://huggingface.co/Qwen/Qwen2.5-7B-Instruct/blob/main/tokenizer_config.json
+QWEN2_5 = {
+    **dict.fromkeys(("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"), True),
+    **dict.fromkeys(("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>"), True),
+    **dict.fromkeys(("<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"), True),
+    **dict.fromkeys(("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"), False),
+    **dict.fromkeys(("<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"), False),
 }
+# LLaDA's 269, ids 126080 to 126348: tokenizer_config.json of GSAI-ML/LLaDA-8B-Instruct, of which
+# https://github.com/yinj66/support_basis (folder LLaDA-8B-Instruct-B&S-light) has a copy.
+RESERVED = [f"<|reserved_token_{i}|>" if i != 252 else "<|mdm_mask|>" for i in range(256)]
+LLADA = dict.fromkeys(
+    [
+        *("<|startoftext|>", "<|endoftext|>", "[CLS]", "[gMASK]", *RESERVED, "<role>", "</role>"),
+        *("<|arithmetic_start|>", "<|arithmetic_end|>", "<|number_start|>", "<|number_end|>"),
+        *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ],
+    True,
+)
+ADDED: dict[str, dict[str, bool]] = {
+    "llada": LLADA,
+    # 151665 and 151666: added_tokens.json of Dream-org/Dream-v0-Base-7B (151666 is its config.json's mask_token_id).
+    "dream": {**QWEN2_5, "<|beginoftext|>": True, "<|mask|>": True},
+    # 151665: added_tokens.json of Efficient-Large-Model/Fast_dLLM_v2_1.5B.
+    "v2": {**QWEN2_5, "|<MASK>|": True},
+}
+VOCAB = 640  # embedding rows: the byte pairs, LLaDA's added tokens and some that no token uses
 
 
+@cache
 def byte_pairs() -> tuple[dict[str, int], list[str]]:
     """A byte-level vocabulary with a few merges: vocab.json and the lines of merges.txt."""
     tokenizer = Tokenizer(models.BPE())
@@ -49,8 +74,9 @@ def byte_pairs() -> tuple[dict[str, int], list[str]]:
 
 
 def special_ids(family: str) -> dict[str, int]:
+    """Every added token of the family, special or not -> its id here, right behind the byte pairs."""
     first = len(byte_pairs()[0])
-    return {t: first + i for i, t in enumerate(SPECIAL[family])}
+    return {t: first + i for i, t in enumerate(ADDED[family])}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -60,29 +86,34 @@ def write_json(path: Path, value: Any) -> None:
 def write_tokenizer(folder: Path, family: str) -> None:
     vocab, merges = byte_pairs()
     ids = special_ids(family)
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    mask = mask_of(family)
     config = {
-        "added_tokens_decoder": {str(i): {"content": t, **flags} for t, i in ids.items()},
+        "added_tokens_decoder": {str(i): {"content": t, **flags, "special": ADDED[family][t]} for t, i in ids.items()},
+        "bos_token": "<|startoftext|>" if family == "llada" else None,
+        "chat_template": LLADA_TEMPLATE if family == "llada" else CHATML,
         "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
     }
-    config["pad_token"] = "<|endoftext|>"
-    if family == "llada":
-        write_json(
-            folder / "tokenizer_config.json", {**config, "chat_template": LLADA_TEMPLATE, "bos_token": "<|startoftext|>"}
-        )
-    else:
-        write_json(folder / "tokenizer_config.json", {**config, "chat_template": CHATML, "bos_token": None})
+    write_json(folder / "tokenizer_config.json", config)
+    if family != "llada":
+        write_json(folder / "added_tokens.json", dict(sorted(ids.items())))  # by text, as transformers writes it
+        write_json(folder / "special_tokens_map.json", {"mask_token": {"content": mask, **flags}})
     if family == "dream":
         write_json(folder / "vocab.json", vocab)
         (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-        write_json(folder / "added_tokens.json", ids)
-        write_json(folder / "special_tokens_map.json", {"mask_token": {"content": "<|mask|>", **flags}})
         return
     tokenizer = Tokenizer(models.BPE(vocab, [tuple(m.split(" ")) for m in merges]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(ids))
+    for text, special in ADDED[family].items():
+        tokenizer.add_special_tokens([text]) if special else tokenizer.add_tokens([text])
     tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def mask_of(family: str) -> str:
+    """The text of the family's mask."""
+    return {"llada": "<|mdm_mask|>", "dream": "<|mask|>", "v2": "|<MASK>|"}[family]
 
 
 def llada_config(**changes: Any) -> dict[str, Any]:
@@ -94,7 +125,7 @@ def llada_config(**changes: Any) -> dict[str, Any]:
         "block_group_size": 1,
         "block_type": "llama",
         "d_model": WIDTH,
-        "embedding_size": 384,
+        "embedding_size": VOCAB,
         "eos_token_id": ids["<|endoftext|>"],
         "include_bias": False,
         "include_qkv_bias": False,
@@ -110,7 +141,7 @@ def llada_config(**changes: Any) -> dict[str, Any]:
         "pad_token_id": ids["<|endoftext|>"],
         "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0,
-        "vocab_size": 384,
+        "vocab_size": VOCAB,
         "weight_tying": False,
         **changes,
     }
@@ -141,7 +172,7 @@ def qwen2_config(family: str, style: int = 4, **changes: Any) -> dict[str, Any]:
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
         "use_sliding_window": False,
-        "vocab_size": 384,
+        "vocab_size": VOCAB,
         **rope,
         **own,
         **changes,
@@ -159,7 +190,8 @@ def qwen2_tensors(config: dict[str, Any]) -> dict[str, Tensor]:
         p = f"model.layers.{i}."
         shapes |= {p + "input_layernorm.weight": (c,), p + "post_attention_layernorm.weight": (c,)}
         shapes |= {p + f"self_attn.{n}_proj.weight": (s, c) for n, s in (("q", c), ("k", kv), ("v", kv), ("o", c))}
-        shapes |= {p + f"self_attn.{n}_proj.bias": (s,) for n, s in (("q", c), ("k", kv), ("v", kv))}
+        if config.get("attention_bias", True):
+            shapes |= {p + f"self_attn.{n}_proj.bias": (s,) for n, s in (("q", c), ("k", kv), ("v", kv))}
         shapes |= {p + "mlp.gate_proj.weight": (f, c), p + "mlp.up_proj.weight": (f, c), p + "mlp.down_proj.weight": (c, f)}
     return _random(shapes)
 

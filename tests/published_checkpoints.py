@@ -56,6 +56,24 @@ ADDED: dict[str, dict[str, bool]] = {
     # 151665: added_tokens.json of Efficient-Large-Model/Fast_dLLM_v2_1.5B.
     "v2": {**QWEN2_5, "|<MASK>|": True},
 }
+# Qwen3 adds four plain tokens, 151665 to 151668: https://huggingface.co/Qwen/Qwen3-8B/blob/main/tokenizer_config.json
+QWEN3 = {**QWEN2_5, **dict.fromkeys(("<tool_response>", "</tool_response>", "<think>", "</think>"), False)}
+# The 256 control tokens of Llama 3, from 128000 on, of which these have names (tokenizer_config.json of Llama-3.2-1B).
+LLAMA3_NAMED = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id", 7: "end_header_id"}
+LLAMA3_NAMED |= {8: "eom_id", 9: "eot_id", 10: "python_tag"}
+LLAMA3 = dict.fromkeys((f"<|{LLAMA3_NAMED.get(i, f'reserved_special_token_{i}')}|>" for i in range(256)), True)
+ADDED |= {
+    "sdar": {**QWEN3, "<|MASK|>": True},  # 151669: SGLang's srt/dllm/config.py names it for SDARForCausalLM
+    "a2d-qwen3": {**QWEN3, "<|mask|>": True},  # dllm adds its mask behind the base model's tokens
+    "a2d-qwen2": {**QWEN2_5, "<|mask|>": True},
+    "a2d-llama": {**LLAMA3, "<|mask|>": True},
+    # The first six; of the mask, 5: github.com/hunterbown's and Diffulex's tests of Stable-DiffCoder-8B-Instruct.
+    "stable_diffcoder": dict.fromkeys(
+        ["<[begin]>", "<[pad]>", "<[end▁of▁sentence]>", "<[3]>", "<[4]>", "<[MASK_TOKEN]>"], True
+    ),
+    "nemotron": dict.fromkeys((f"<SPECIAL_{i}>" for i in range(128)), True),  # mask 100, end 11, in Mistral's tekken
+}
+FIRST = ("stable_diffcoder", "nemotron")  # their control tokens come before the words
 VOCAB = 640  # embedding rows: the byte pairs, LLaDA's added tokens and some that no token uses
 
 
@@ -74,8 +92,8 @@ def byte_pairs() -> tuple[dict[str, int], list[str]]:
 
 
 def special_ids(family: str) -> dict[str, int]:
-    """Every added token of the family, special or not -> its id here, right behind the byte pairs."""
-    first = len(byte_pairs()[0])
+    """Every added token of the family, special or not -> its id here, behind the byte pairs (in some before them)."""
+    first = 0 if family in FIRST else len(byte_pairs()[0])
     return {t: first + i for i, t in enumerate(ADDED[family])}
 
 
@@ -92,8 +110,8 @@ def write_tokenizer(folder: Path, family: str) -> None:
         "added_tokens_decoder": {str(i): {"content": t, **flags, "special": ADDED[family][t]} for t, i in ids.items()},
         "bos_token": "<|startoftext|>" if family == "llada" else None,
         "chat_template": LLADA_TEMPLATE if family == "llada" else CHATML,
-        "eos_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
+        "eos_token": end_of(family),
+        "pad_token": end_of(family),
     }
     write_json(folder / "tokenizer_config.json", config)
     if family != "llada":
@@ -103,6 +121,8 @@ def write_tokenizer(folder: Path, family: str) -> None:
         write_json(folder / "vocab.json", vocab)
         (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
         return
+    if family in FIRST:
+        vocab = {**ids, **{t: i + len(ids) for t, i in vocab.items()}}
     tokenizer = Tokenizer(models.BPE(vocab, [tuple(m.split(" ")) for m in merges]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -111,9 +131,21 @@ def write_tokenizer(folder: Path, family: str) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
+def end_of(family: str) -> str:
+    """The text of the token that ends a text."""
+    own = {"a2d-llama": "<|end_of_text|>", "stable_diffcoder": "<[end▁of▁sentence]>", "nemotron": "<SPECIAL_11>"}
+    return own.get(family, "<|endoftext|>")
+
+
 def mask_of(family: str) -> str:
     """The text of the family's mask."""
-    return {"llada": "<|mdm_mask|>", "dream": "<|mask|>", "v2": "|<MASK>|"}[family]
+    return {
+        "llada": "<|mdm_mask|>",
+        "v2": "|<MASK>|",
+        "sdar": "<|MASK|>",
+        "stable_diffcoder": "<[MASK_TOKEN]>",
+        "nemotron": "<SPECIAL_100>",
+    }.get(family, "<|mask|>")
 
 
 def llada_config(**changes: Any) -> dict[str, Any]:
@@ -147,20 +179,45 @@ def llada_config(**changes: Any) -> dict[str, Any]:
     }
 
 
+def own_fields(family: str, ids: dict[str, int]) -> dict[str, Any]:
+    """What a family's config.json has beside the fields that all in transformers' layout share."""
+    if family == "dream":
+        return {"model_type": "Dream", "mask_token_id": ids["<|mask|>"], "architectures": ["DreamModel"]}
+    if family == "v2":
+        return {"model_type": "Fast_dLLM_Qwen", "bd_size": 8, "architectures": ["Fast_dLLM_QwenForCausalLM"]}
+    plain = {"attention_bias": False, "head_dim": 16}  # not width / heads, as in Qwen3
+    if family == "sdar":
+        return {**plain, "model_type": "sdar", "architectures": ["SDARForCausalLM"], "block_size": 4}
+    if family == "a2d-qwen2":
+        return {"model_type": family, "architectures": ["A2DQwen2LMHeadModel"]}
+    if family == "nemotron":  # the defaults of configuration_nemotron_labs_diffusion.py
+        rope = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 128, "beta_fast": 32.0}
+        rope |= {"beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1, "rope_theta": 10000.0}
+        fields = {"mlp_bias": False, "block_size": 32, "dlm_paradigm": "bidirectional", "ar_loss_weight": 1.0}
+        own = {"model_type": "nemotron_labs_diffusion", "mask_token_id": ids["<SPECIAL_100>"], "rope_parameters": rope}
+        return {**plain, **fields, **own, "architectures": ["NemotronLabsDiffusionModel"]}
+    if family == "stable_diffcoder":
+        return {
+            "model_type": "llama",
+            "architectures": ["StableDiffcoderForCausalLM"],
+            "attention_bias": False,
+            "mlp_bias": False,
+        }
+    kind = family.removeprefix("a2d-").capitalize()
+    return {**plain, "model_type": family, "architectures": [f"A2D{kind}LMHeadModel"]}
+
+
 def qwen2_config(family: str, style: int = 4, **changes: Any) -> dict[str, Any]:
     """style: the major version of transformers that wrote the file; 5 nests RoPE's base in rope_parameters."""
     ids = special_ids(family)
     rope = {"rope_theta": 10000.0, "rope_scaling": None}
     if style == 5:
         rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
-    own = {
-        "dream": {"model_type": "Dream", "mask_token_id": ids.get("<|mask|>"), "architectures": ["DreamModel"]},
-        "v2": {"model_type": "Fast_dLLM_Qwen", "bd_size": 8, "architectures": ["Fast_dLLM_QwenForCausalLM"]},
-    }[family]
+    own = own_fields(family, ids)
     return {
         "attention_dropout": 0.0,
-        "bos_token_id": ids["<|endoftext|>"],
-        "eos_token_id": ids["<|endoftext|>" if family == "dream" else "<|im_end|>"],
+        "bos_token_id": ids[end_of(family)],
+        "eos_token_id": ids["<|im_end|>" if family == "v2" else end_of(family)],
         "hidden_act": "silu",
         "hidden_size": WIDTH,
         "intermediate_size": FFN,
@@ -168,7 +225,7 @@ def qwen2_config(family: str, style: int = 4, **changes: Any) -> dict[str, Any]:
         "num_attention_heads": HEADS,
         "num_hidden_layers": LAYERS,
         "num_key_value_heads": KV_HEADS,
-        "pad_token_id": ids["<|endoftext|>"],
+        "pad_token_id": ids[end_of(family)],
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
         "use_sliding_window": False,
@@ -182,16 +239,22 @@ def qwen2_config(family: str, style: int = 4, **changes: Any) -> dict[str, Any]:
 def qwen2_tensors(config: dict[str, Any]) -> dict[str, Tensor]:
     """Random tensors by published name; small, so that deep products stay tame."""
     c, f, v = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    kv = c // config["num_attention_heads"] * config["num_key_value_heads"]
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, c), "model.norm.weight": (c,)}
+    d = config.get("head_dim") or c // config["num_attention_heads"]
+    q, kv = d * config["num_attention_heads"], d * config["num_key_value_heads"]
+    nemotron = config["model_type"] == "nemotron_labs_diffusion"
+    body, head = ("encoder.", "diffusion_head.weight") if nemotron else ("model.", "lm_head.weight")
+    shapes: dict[str, tuple[int, ...]] = {f"{body}embed_tokens.weight": (v, c), f"{body}norm.weight": (c,)}
     if not config["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (v, c)
+        shapes[head] = (v, c)
     for i in range(config["num_hidden_layers"]):
-        p = f"model.layers.{i}."
+        p = f"{body}layers.{i}."
         shapes |= {p + "input_layernorm.weight": (c,), p + "post_attention_layernorm.weight": (c,)}
-        shapes |= {p + f"self_attn.{n}_proj.weight": (s, c) for n, s in (("q", c), ("k", kv), ("v", kv), ("o", c))}
+        shapes |= {p + f"self_attn.{n}_proj.weight": (s, c) for n, s in (("q", q), ("k", kv), ("v", kv))}
+        shapes[p + "self_attn.o_proj.weight"] = (c, q)
         if config.get("attention_bias", True):
-            shapes |= {p + f"self_attn.{n}_proj.bias": (s,) for n, s in (("q", c), ("k", kv), ("v", kv))}
+            shapes |= {p + f"self_attn.{n}_proj.bias": (s,) for n, s in (("q", q), ("k", kv), ("v", kv))}
+        if config["model_type"] in ("sdar", "a2d-qwen3"):
+            shapes |= {p + f"self_attn.{n}_norm.weight": (d,) for n in "qk"}
         shapes |= {p + "mlp.gate_proj.weight": (f, c), p + "mlp.up_proj.weight": (f, c), p + "mlp.down_proj.weight": (c, f)}
     return _random(shapes)
 
@@ -230,7 +293,7 @@ def write_checkpoint(
     dtype: torch.dtype = torch.float32,
     **changes: Any,
 ) -> dict[str, Tensor]:
-    """A checkpoint folder of "llada", "dream" or "v2"; returns its tensors. `changes`: fields of config.json."""
+    """A checkpoint folder of one of `ADDED`; returns its tensors. `changes`: fields of config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     config = llada_config(**changes) if family == "llada" else qwen2_config(family, style, **changes)
     write_json(folder / "config.json", config)

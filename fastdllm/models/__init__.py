@@ -26,7 +26,18 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "TINY", "Family", "Model", "ModelSpec", "find_folder", "load", "read_family", "tiny_names"]
 
-FAMILIES = {"llada": "llada", "Dream": "dream", "Fast_dLLM_Qwen": "fast_dllm_v2"}
+# By model_type, or by architecture where the model_type is that of a network which does not diffuse.
+FAMILIES = {
+    "llada": "llada",
+    "Dream": "dream",
+    "Fast_dLLM_Qwen": "fast_dllm_v2",
+    "sdar": "sdar",
+    "a2d-qwen3": "a2d",
+    "a2d-qwen2": "a2d",
+    "a2d-llama": "a2d",
+    "StableDiffcoderForCausalLM": "stable_diffcoder",
+    "nemotron_labs_diffusion": "nemotron",
+}
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -40,6 +51,7 @@ DTYPES = {
     "half": torch.float16,
     "double": torch.float64,
 }
+ALLOWED = "device, dtype, revision, quantize, block_size"
 # What other libraries call the arguments of `load`.
 OTHER_NAMES = {
     "torch_dtype": "dtype=",
@@ -133,9 +145,10 @@ def read_family(config: Mapping[str, Any], folder: Path) -> Family:
         found = ", ".join([*classes, *(f"{n}={fields[n]!r}" for n in experts)])
         raise ValueError(f"{folder}: config.json describes a mixture of experts ({found}), which is not supported")
     kind = fields.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
+    kinds = [k for k in (*fields.names("architectures"), kind) if isinstance(k, str) and k in FAMILIES]
+    if not kinds:
         raise ValueError(f"{folder}: config.json has model_type={kind!r}; known are {', '.join(map(repr, FAMILIES))}")
-    return import_module(f"fastdllm.models.{FAMILIES[kind]}").FAMILY
+    return import_module(f"fastdllm.models.{FAMILIES[kinds[0]]}").FAMILY
 
 
 def read_dtype(dtype: str | torch.dtype | None, config: Fields, device: torch.device) -> torch.dtype:
@@ -194,6 +207,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     quantize: str | None = None,
+    block_size: int | None = None,
     trust_remote_code: bool = False,
     **other: Any,
 ) -> Model:
@@ -204,13 +218,14 @@ def load(
     dtype: "float32", "bfloat16", "float16", "float64", a short form of these, the torch dtype, or "auto" for the
     checkpoint's own; default bfloat16 on CUDA, float32 elsewhere.
     revision: of a hub id, a branch, tag or commit.
-    quantize: "fp8" (Hopper and later) or "int8" weights, None for none. trust_remote_code: accepted for the call's familiar
-    shape; the hub's code is never run.
+    quantize: "fp8" (Hopper and later) or "int8" weights, None for none.
+    block_size: of a block-diffusion model whose config.json does not say it (A2D's bd3lm, SDAR), or another than it says.
+    trust_remote_code: accepted for the call's familiar shape; the hub's code is never run.
     Raises FileNotFoundError for a model or a file that is not there (an unknown hub id and an unreachable hub included) and
     ValueError for a file or an argument that is wrong, each naming what it is.
     """
     for key in other:
-        hint = f"use {OTHER_NAMES[key]}" if key in OTHER_NAMES else "allowed are device, dtype, revision, quantize"
+        hint = f"use {OTHER_NAMES[key]}" if key in OTHER_NAMES else f"allowed are {ALLOWED}"
         raise ValueError(f"load has no option {key!r}; {hint}")
     if trust_remote_code:
         import warnings
@@ -223,6 +238,10 @@ def load(
     config = Fields(read_object(folder / "config.json"), f"{folder}: config.json")
     dtype = read_dtype(dtype, config, device)
     family = read_family(config, folder)
+    if block_size is not None:
+        if not family.block_field:
+            raise ValueError(f"block_size={block_size!r}: the blocks of {folder} are not a choice")
+        config = config.replace(family.block_field, block_size)
     tokenizer, ids = None, {}
     if has_tokenizer(folder):
         from fastdllm.models.tokenizer import load_tokenizer, special_ids

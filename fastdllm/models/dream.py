@@ -14,7 +14,8 @@ def read(config: Fields, ids: Mapping[str, int]) -> ModelSpec:
     """`ids` maps the tokenizer's added tokens to ids."""
     if "block_size" in config:  # Dream-reasoner has Dream's model_type, no shift, and norms on queries and keys
         raise config.wrong("block_size", "this is Dream-reasoner (blocks, no token shift), which is not supported")
-    stops = stop_ids(config, ids, "<|im_end|>", "<|endoftext|>")
+    # DiffuCoder pads what follows an answer with a token of its own.
+    stops = stop_ids(config, ids, "<|im_end|>", "<|endoftext|>", "<|dlm_pad|>")
     return ModelSpec(
         family="dream",
         **qwen2.shapes(config),

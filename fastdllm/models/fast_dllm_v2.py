@@ -34,4 +34,4 @@ def read(config: Fields, ids: Mapping[str, int]) -> ModelSpec:
 
 # The training code's own switches; the first is published with this spelling.
 HARMLESS = frozenset({"conplemenrary_mask", "complementary_mask", "mask_token", "flexible_mask"})
-FAMILY = Family(read, qwen2.names, qwen2.optional, tied=qwen2.TIED, harmless=HARMLESS)
+FAMILY = Family(read, qwen2.names, qwen2.optional, tied=qwen2.TIED, harmless=HARMLESS, block_field="bd_size")

@@ -226,11 +226,19 @@ class Fields(Mapping[str, Any]):
             raise self.wrong(name, "it must be a list of strings")
         return tuple(value)
 
+    def replace(self, name: str, value: Any) -> Fields:
+        """The same fields, with another value for one."""
+        return Fields({**self._values, name: value}, self.where)
+
+    def rest(self) -> set[str]:
+        """The names of the fields that were not read."""
+        return set(self._values) - self._read
+
     def check_rest(self, harmless: frozenset[str] = frozenset()) -> None:
         """Account for every field that was not read: ValueError for one that changes the mathematics, a warning that lists
         those nobody knows. `harmless`: further names that say nothing about the network."""
         unknown = []
-        for name in sorted(set(self._values) - self._read - HARMLESS - harmless):
+        for name in sorted(self.rest() - HARMLESS - harmless):
             value = self._values[name]
             if name not in NEUTRAL:
                 unknown.append(f"{name}={_shown(value)}")

@@ -1,25 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the families in transformers' layout share: config.json fields and tensor names of Qwen2 and Llama."""
+"""What the families in transformers' layout share: config.json fields and tensor names of Qwen2, Qwen3 and Llama."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from fastdllm.models.files import Fields
-from fastdllm.models.spec import HEAD_DIM, HEADS, LAYERS, POSITIONS, VOCAB, WIDTH, ModelSpec
+from fastdllm.models.rope import read_rope
+from fastdllm.models.spec import HEAD_DIM, HEADS, LAYERS, VOCAB, WIDTH, ModelSpec
 
 TIED = "lm_head.weight"
 
 
-def shapes(config: Fields, qkv_bias: bool = True) -> dict[str, Any]:
-    """The fields of `ModelSpec` that every Qwen2-shaped config.json gives (transformers 4 and 5 style).
+def shapes(
+    config: Fields, qkv_bias: bool = True, qk_norm: bool = False, rope_kinds: tuple[str, ...] = ("default",)
+) -> dict[str, Any]:
+    """The fields of `ModelSpec` that every config.json in this layout gives (transformers 4 and 5 style).
 
-    qkv_bias: what the architecture has where config.json says nothing (`attention_bias`).
+    qkv_bias: whether the architecture (Qwen2) has biases on queries, keys and values where config.json does not say
+    otherwise; in those that have none by default (Qwen3, Llama) `attention_bias` would add one to the output as well.
+    qk_norm: whether it normalises query and key heads. rope_kinds: the rotations it may have.
     """
     heads, width = config.integer("num_attention_heads", 1, HEADS), config.integer("hidden_size", 1, WIDTH)
     if "head_dim" not in config and width % heads:
         raise config.wrong("num_attention_heads", f"hidden_size={width} is no multiple of it")
+    if not qkv_bias and config.flag("attention_bias"):
+        raise config.wrong("attention_bias", "only False is supported for this architecture")
     check_layer_types(config)
+    rope = read_rope(config, rope_kinds)
     return {
         "layers": config.integer("num_hidden_layers", 1, LAYERS),
         "width": width,
@@ -28,10 +36,12 @@ def shapes(config: Fields, qkv_bias: bool = True) -> dict[str, Any]:
         "head_dim": config.integer("head_dim", 2, HEAD_DIM, width // heads),
         "ffn": config.integer("intermediate_size", 1, WIDTH * 8),
         "vocab": config.integer("vocab_size", 1, VOCAB),
-        "max_length": config.integer("max_position_embeddings", 1, POSITIONS),
+        "max_length": rope.max_length,
         "rms_eps": config.number("rms_norm_eps", 1e-12, 1e-1),
-        "rope_theta": rope_theta(config),
+        "rope_theta": rope.theta,
+        "stretch": rope.stretch,
         "qkv_bias": config.flag("attention_bias", qkv_bias),
+        "qk_norm": qk_norm,
         "tied_head": config.flag("tie_word_embeddings"),
     }
 
@@ -44,35 +54,14 @@ def check_layer_types(config: Fields) -> None:
         raise config.wrong("use_sliding_window", "only False is supported")
 
 
-def rope_theta(config: Fields) -> float:
-    """RoPE's base. Raises ValueError for any kind of rotation but the plain one."""
-    for name in ("rope_parameters", "rope_scaling"):
-        rope = config.inner(name)
-        kind = rope.text("rope_type", rope.text("type", "default"))
-        if kind != "default":
-            raise ValueError(f"{rope.where} has rope type {kind!r}; only 'default' is supported")
-        if (share := rope.number("partial_rotary_factor", 0, 1, 1.0)) != 1:
-            raise rope.wrong("partial_rotary_factor", f"only 1 is supported, not {share:g}")
-        if rest := set(rope) - {"rope_type", "type", "partial_rotary_factor", "rope_theta", "factor"}:
-            raise rope.wrong(min(rest), "it is not supported for rope type 'default'")
-        if rope.number("factor", 0, 1e6, 1.0) != 1:
-            raise rope.wrong("factor", "only 1 is supported for rope type 'default'")
-        if "rope_theta" in rope:
-            theta = rope.number("rope_theta", 2, 1e12)
-            if config.number("rope_theta", 2, 1e12, theta) != theta:
-                raise config.wrong("rope_theta", f"{name} says {theta:g}")
-            return theta
-    return config.number("rope_theta", 2, 1e12)
-
-
-def names(spec: ModelSpec) -> dict[str, tuple[str, int]]:
-    """Published tensor name -> (parameter of the network, first row)."""
+def names(spec: ModelSpec, body: str = "model.", head: str = TIED) -> dict[str, tuple[str, int]]:
+    """Published tensor name -> (parameter of the network, first row). body: the prefix of all but the head."""
     q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    table = {"model.embed_tokens.weight": ("embed.weight", 0), "model.norm.weight": ("norm", 0)}
+    table = {f"{body}embed_tokens.weight": ("embed.weight", 0), f"{body}norm.weight": ("norm", 0)}
     if not spec.tied_head:
-        table[TIED] = ("head.weight", 0)
+        table[head] = ("head.weight", 0)
     for i in range(spec.layers):
-        old, new = f"model.layers.{i}.", f"layers.{i}."
+        old, new = f"{body}layers.{i}.", f"layers.{i}."
         table |= {
             old + "input_layernorm.weight": (new + "attn_norm", 0),
             old + "post_attention_layernorm.weight": (new + "ffn_norm", 0),
@@ -84,6 +73,8 @@ def names(spec: ModelSpec) -> dict[str, tuple[str, int]]:
         for kind in ("weight", "bias") if spec.qkv_bias else ("weight",):
             for part, row in (("q", 0), ("k", q), ("v", q + kv)):
                 table[f"{old}self_attn.{part}_proj.{kind}"] = (f"{new}qkv.{kind}", row)
+        if spec.qk_norm:
+            table |= {f"{old}self_attn.{part}_norm.weight": (f"{new}{part}_norm", 0) for part in ("q", "k")}
     return table
 
 

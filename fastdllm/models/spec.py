@@ -15,7 +15,21 @@ from typing import Any
 from fastdllm.models.files import Fields
 
 # Upper ends of what a network may be, far above every published one: a hostile config.json is refused at once.
+MASK_ROLE = "mask_token"  # under this name the tokenizer's own mask is among the ids that a family gets
 LAYERS, WIDTH, HEADS, HEAD_DIM, VOCAB, POSITIONS = 1024, 2**18, 2**12, 2**12, 2**24, 2**22
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """How rotary frequencies are stretched to a longer context; `rope.py` says what each kind makes of its numbers."""
+
+    kind: str  # "linear", "llama3" or "yarn"
+    factor: float
+    original: int = 0  # the context it was trained with before
+    low: float = 0.0
+    high: float = 0.0
+    truncate: bool = True
+    scale: float = 1.0  # on cosine and sine
 
 
 @dataclass(frozen=True)
@@ -24,7 +38,9 @@ class ModelSpec:
 
     `shift`: row j of a forward over positions [s, ...) predicts position s + j + shift. `block_causal`: the block size of a
     model whose queries see their own and earlier blocks only, 0 for a bidirectional model. `vocab` counts embedding rows;
-    `mask_id` and `stop_ids` are token ids; `defaults` are the family's decoding defaults.
+    `mask_id` and `stop_ids` are token ids; `defaults` are the family's decoding defaults. `qk_norm`: each query and key head
+    is normalised before the rotation (Qwen3). `stretch`: how the rotation reaches a longer context than it was trained for.
+    `causal_context`: finished tokens see those before them only, the open block sees itself in both directions.
     """
 
     family: str
@@ -46,6 +62,9 @@ class ModelSpec:
     stop_ids: tuple[int, ...]
     pad_id: int
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    qk_norm: bool = False
+    stretch: Stretch | None = None
+    causal_context: bool = False
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -82,7 +101,8 @@ class Family:
     `read(config, ids)` reads config.json and the tokenizer's added tokens (a mapping from text to id); `names(spec)` maps
     each published tensor name to (our parameter, first row it fills); `optional(spec)` names tensors that some checkpoints
     carry and that are not needed. `tied`: the name of the head that a tied checkpoint may carry a second time. `harmless`:
-    fields of config.json that say nothing about the network.
+    fields of config.json that say nothing about the network. `block_field`: where config.json says the block size, for
+    families whose block size is a choice.
     """
 
     read: Callable[[Fields, Mapping[str, int]], ModelSpec]
@@ -90,6 +110,7 @@ class Family:
     optional: Callable[[ModelSpec], set[str]]
     tied: str = ""
     harmless: frozenset[str] = frozenset()
+    block_field: str = ""
 
     def spec(self, config: Mapping[str, Any], ids: Mapping[str, int]) -> ModelSpec:
         """The spec of a config.json. Raises ValueError naming a field that is missing, wrong, or not supported."""
@@ -100,11 +121,12 @@ class Family:
 
 
 def mask_id(config: Fields, ids: Mapping[str, int], text: str, published: int) -> int:
-    """config.json's mask_token_id, else the id of the token `text`, else (without a tokenizer) the published id.
+    """config.json's mask_token_id, else the id of the token `text` or of the tokenizer's own mask, else (without a
+    tokenizer) the published id.
 
     Raises ValueError when config.json and the tokenizer disagree, or when a tokenizer has no such token.
     """
-    known = ids.get(text)
+    known = ids.get(text, ids.get(MASK_ROLE))
     if "mask_token_id" not in config:
         if known is None and ids:
             raise ValueError(f"{config.where} has no mask_token_id, and the tokenizer has no token {text!r}")

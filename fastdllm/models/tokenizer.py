@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from fastdllm.models.files import TOKENIZER_FILES, Fields, read_object, read_text
+from fastdllm.models.spec import MASK_ROLE
 
 # Qwen2's split (its tokenizer.json, and `tokenization_qwen2.py` in transformers): contractions, words, single digits,
 # punctuation, line breaks, spaces.
@@ -238,5 +239,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast | None) -> dict[str, int]:
-    """Added tokens (special ones among them) by their text."""
-    return dict(tokenizer.get_added_vocab()) if tokenizer is not None else {}
+    """Added tokens (special ones among them) by their text, and the tokenizer's mask as `MASK_ROLE`."""
+    if tokenizer is None:
+        return {}
+    mask = tokenizer.mask_token_id
+    return {**tokenizer.get_added_vocab(), **({} if mask is None else {MASK_ROLE: mask})}

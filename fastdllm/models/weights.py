@@ -95,6 +95,8 @@ def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         shapes |= {p + "attn_norm": (width,), p + "ffn_norm": (width,), p + "qkv.weight": (q + 2 * kv, width)}
         shapes |= {p + "out.weight": (width, q), p + "gate_up.weight": (2 * spec.ffn, width)}
         shapes[p + "down.weight"] = (width, spec.ffn)
+        if spec.qk_norm:
+            shapes |= {p + "q_norm": (spec.head_dim,), p + "k_norm": (spec.head_dim,)}
         if spec.qkv_bias:
             shapes[p + "qkv.bias"] = (q + 2 * kv,)
     return shapes

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,55 @@ LLADA_TEMPLATE = (
     "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
-SPECIAL = {
-    "llada": ["<|startoftext|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|mdm_mask|>"],
-    "dream": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|beginoftext|>", "<|mask|>"],
-    "v2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "|<MASK>|"],
+# Added tokens as published, in the order of their ids; True is "special" in tokenizer_config.json.
+# Qwen2.5's 22, ids 151643 to 151664: https://huggingface.co/Qwen/Qwen2.5-7B-Instruct/blob/main/tokenizer_config.json
+QWEN2_5 = {
+    **dict.fromkeys(("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"), True),
+    **dict.fromkeys(("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>"), True),
+    **dict.fromkeys(("<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"), True),
+    **dict.fromkeys(("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"), False),
+    **dict.fromkeys(("<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"), False),
 }
+# LLaDA's 269, ids 126080 to 126348: tokenizer_config.json of GSAI-ML/LLaDA-8B-Instruct, of which
+# https://github.com/yinj66/support_basis (folder LLaDA-8B-Instruct-B&S-light) has a copy.
+RESERVED = [f"<|reserved_token_{i}|>" if i != 252 else "<|mdm_mask|>" for i in range(256)]
+LLADA = dict.fromkeys(
+    [
+        *("<|startoftext|>", "<|endoftext|>", "[CLS]", "[gMASK]", *RESERVED, "<role>", "</role>"),
+        *("<|arithmetic_start|>", "<|arithmetic_end|>", "<|number_start|>", "<|number_end|>"),
+        *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ],
+    True,
+)
+ADDED: dict[str, dict[str, bool]] = {
+    "llada": LLADA,
+    # 151665 and 151666: added_tokens.json of Dream-org/Dream-v0-Base-7B (151666 is its config.json's mask_token_id).
+    "dream": {**QWEN2_5, "<|beginoftext|>": True, "<|mask|>": True},
+    # 151665: added_tokens.json of Efficient-Large-Model/Fast_dLLM_v2_1.5B.
+    "v2": {**QWEN2_5, "|<MASK>|": True},
+}
+# Qwen3 adds four plain tokens, 151665 to 151668: https://huggingface.co/Qwen/Qwen3-8B/blob/main/tokenizer_config.json
+QWEN3 = {**QWEN2_5, **dict.fromkeys(("<tool_response>", "</tool_response>", "<think>", "</think>"), False)}
+# The 256 control tokens of Llama 3, from 128000 on, of which these have names (tokenizer_config.json of Llama-3.2-1B).
+LLAMA3_NAMED = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id", 7: "end_header_id"}
+LLAMA3_NAMED |= {8: "eom_id", 9: "eot_id", 10: "python_tag"}
+LLAMA3 = dict.fromkeys((f"<|{LLAMA3_NAMED.get(i, f'reserved_special_token_{i}')}|>" for i in range(256)), True)
+ADDED |= {
+    "sdar": {**QWEN3, "<|MASK|>": True},  # 151669: SGLang's srt/dllm/config.py names it for SDARForCausalLM
+    "a2d-qwen3": {**QWEN3, "<|mask|>": True},  # dllm adds its mask behind the base model's tokens
+    "a2d-qwen2": {**QWEN2_5, "<|mask|>": True},
+    "a2d-llama": {**LLAMA3, "<|mask|>": True},
+    # The first six; of the mask, 5: github.com/hunterbown's and Diffulex's tests of Stable-DiffCoder-8B-Instruct.
+    "stable_diffcoder": dict.fromkeys(
+        ["<[begin]>", "<[pad]>", "<[end▁of▁sentence]>", "<[3]>", "<[4]>", "<[MASK_TOKEN]>"], True
+    ),
+    "nemotron": dict.fromkeys((f"<SPECIAL_{i}>" for i in range(128)), True),  # mask 100, end 11, in Mistral's tekken
+}
+FIRST = ("stable_diffcoder", "nemotron")  # their control tokens come before the words
+VOCAB = 640  # embedding rows: the byte pairs, LLaDA's added tokens and some that no token uses
 
 
+@cache
 def byte_pairs() -> tuple[dict[str, int], list[str]]:
     """A byte-level vocabulary with a few merges: vocab.json and the lines of merges.txt."""
     tokenizer = Tokenizer(models.BPE())
@@ -49,8 +92,9 @@ def byte_pairs() -> tuple[dict[str, int], list[str]]:
 
 
 def special_ids(family: str) -> dict[str, int]:
-    first = len(byte_pairs()[0])
-    return {t: first + i for i, t in enumerate(SPECIAL[family])}
+    """Every added token of the family, special or not -> its id here, behind the byte pairs (in some before them)."""
+    first = 0 if family in FIRST else len(byte_pairs()[0])
+    return {t: first + i for i, t in enumerate(ADDED[family])}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -60,29 +104,48 @@ def write_json(path: Path, value: Any) -> None:
 def write_tokenizer(folder: Path, family: str) -> None:
     vocab, merges = byte_pairs()
     ids = special_ids(family)
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    mask = mask_of(family)
     config = {
-        "added_tokens_decoder": {str(i): {"content": t, **flags} for t, i in ids.items()},
-        "eos_token": "<|endoftext|>",
+        "added_tokens_decoder": {str(i): {"content": t, **flags, "special": ADDED[family][t]} for t, i in ids.items()},
+        "bos_token": "<|startoftext|>" if family == "llada" else None,
+        "chat_template": LLADA_TEMPLATE if family == "llada" else CHATML,
+        "eos_token": end_of(family),
+        "pad_token": end_of(family),
     }
-    config["pad_token"] = "<|endoftext|>"
-    if family == "llada":
-        write_json(
-            folder / "tokenizer_config.json", {**config, "chat_template": LLADA_TEMPLATE, "bos_token": "<|startoftext|>"}
-        )
-    else:
-        write_json(folder / "tokenizer_config.json", {**config, "chat_template": CHATML, "bos_token": None})
+    write_json(folder / "tokenizer_config.json", config)
+    if family != "llada":
+        write_json(folder / "added_tokens.json", dict(sorted(ids.items())))  # by text, as transformers writes it
+        write_json(folder / "special_tokens_map.json", {"mask_token": {"content": mask, **flags}})
     if family == "dream":
         write_json(folder / "vocab.json", vocab)
         (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-        write_json(folder / "added_tokens.json", ids)
-        write_json(folder / "special_tokens_map.json", {"mask_token": {"content": "<|mask|>", **flags}})
         return
+    if family in FIRST:
+        vocab = {**ids, **{t: i + len(ids) for t, i in vocab.items()}}
     tokenizer = Tokenizer(models.BPE(vocab, [tuple(m.split(" ")) for m in merges]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(ids))
+    for text, special in ADDED[family].items():
+        tokenizer.add_special_tokens([text]) if special else tokenizer.add_tokens([text])
     tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def end_of(family: str) -> str:
+    """The text of the token that ends a text."""
+    own = {"a2d-llama": "<|end_of_text|>", "stable_diffcoder": "<[end▁of▁sentence]>", "nemotron": "<SPECIAL_11>"}
+    return own.get(family, "<|endoftext|>")
+
+
+def mask_of(family: str) -> str:
+    """The text of the family's mask."""
+    return {
+        "llada": "<|mdm_mask|>",
+        "v2": "|<MASK>|",
+        "sdar": "<|MASK|>",
+        "stable_diffcoder": "<[MASK_TOKEN]>",
+        "nemotron": "<SPECIAL_100>",
+    }.get(family, "<|mask|>")
 
 
 def llada_config(**changes: Any) -> dict[str, Any]:
@@ -94,7 +157,7 @@ def llada_config(**changes: Any) -> dict[str, Any]:
         "block_group_size": 1,
         "block_type": "llama",
         "d_model": WIDTH,
-        "embedding_size": 384,
+        "embedding_size": VOCAB,
         "eos_token_id": ids["<|endoftext|>"],
         "include_bias": False,
         "include_qkv_bias": False,
@@ -110,10 +173,38 @@ def llada_config(**changes: Any) -> dict[str, Any]:
         "pad_token_id": ids["<|endoftext|>"],
         "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0,
-        "vocab_size": 384,
+        "vocab_size": VOCAB,
         "weight_tying": False,
         **changes,
     }
+
+
+def own_fields(family: str, ids: dict[str, int]) -> dict[str, Any]:
+    """What a family's config.json has beside the fields that all in transformers' layout share."""
+    if family == "dream":
+        return {"model_type": "Dream", "mask_token_id": ids["<|mask|>"], "architectures": ["DreamModel"]}
+    if family == "v2":
+        return {"model_type": "Fast_dLLM_Qwen", "bd_size": 8, "architectures": ["Fast_dLLM_QwenForCausalLM"]}
+    plain = {"attention_bias": False, "head_dim": 16}  # not width / heads, as in Qwen3
+    if family == "sdar":
+        return {**plain, "model_type": "sdar", "architectures": ["SDARForCausalLM"], "block_size": 4}
+    if family == "a2d-qwen2":
+        return {"model_type": family, "architectures": ["A2DQwen2LMHeadModel"]}
+    if family == "nemotron":  # the defaults of configuration_nemotron_labs_diffusion.py
+        rope = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 128, "beta_fast": 32.0}
+        rope |= {"beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1, "rope_theta": 10000.0}
+        fields = {"mlp_bias": False, "block_size": 32, "dlm_paradigm": "bidirectional", "ar_loss_weight": 1.0}
+        own = {"model_type": "nemotron_labs_diffusion", "mask_token_id": ids["<SPECIAL_100>"], "rope_parameters": rope}
+        return {**plain, **fields, **own, "architectures": ["NemotronLabsDiffusionModel"]}
+    if family == "stable_diffcoder":
+        return {
+            "model_type": "llama",
+            "architectures": ["StableDiffcoderForCausalLM"],
+            "attention_bias": False,
+            "mlp_bias": False,
+        }
+    kind = family.removeprefix("a2d-").capitalize()
+    return {**plain, "model_type": family, "architectures": [f"A2D{kind}LMHeadModel"]}
 
 
 def qwen2_config(family: str, style: int = 4, **changes: Any) -> dict[str, Any]:
@@ -122,14 +213,11 @@ def qwen2_config(family: str, style: int = 4, **changes: Any) -> dict[str, Any]:
     rope = {"rope_theta": 10000.0, "rope_scaling": None}
     if style == 5:
         rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
-    own = {
-        "dream": {"model_type": "Dream", "mask_token_id": ids.get("<|mask|>"), "architectures": ["DreamModel"]},
-        "v2": {"model_type": "Fast_dLLM_Qwen", "bd_size": 8, "architectures": ["Fast_dLLM_QwenForCausalLM"]},
-    }[family]
+    own = own_fields(family, ids)
     return {
         "attention_dropout": 0.0,
-        "bos_token_id": ids["<|endoftext|>"],
-        "eos_token_id": ids["<|endoftext|>" if family == "dream" else "<|im_end|>"],
+        "bos_token_id": ids[end_of(family)],
+        "eos_token_id": ids["<|im_end|>" if family == "v2" else end_of(family)],
         "hidden_act": "silu",
         "hidden_size": WIDTH,
         "intermediate_size": FFN,
@@ -137,11 +225,11 @@ def qwen2_config(family: str, style: int = 4, **changes: Any) -> dict[str, Any]:
         "num_attention_heads": HEADS,
         "num_hidden_layers": LAYERS,
         "num_key_value_heads": KV_HEADS,
-        "pad_token_id": ids["<|endoftext|>"],
+        "pad_token_id": ids[end_of(family)],
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
         "use_sliding_window": False,
-        "vocab_size": 384,
+        "vocab_size": VOCAB,
         **rope,
         **own,
         **changes,
@@ -151,15 +239,22 @@ def qwen2_config(family: str, style: int = 4, **changes: Any) -> dict[str, Any]:
 def qwen2_tensors(config: dict[str, Any]) -> dict[str, Tensor]:
     """Random tensors by published name; small, so that deep products stay tame."""
     c, f, v = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    kv = c // config["num_attention_heads"] * config["num_key_value_heads"]
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, c), "model.norm.weight": (c,)}
+    d = config.get("head_dim") or c // config["num_attention_heads"]
+    q, kv = d * config["num_attention_heads"], d * config["num_key_value_heads"]
+    nemotron = config["model_type"] == "nemotron_labs_diffusion"
+    body, head = ("encoder.", "diffusion_head.weight") if nemotron else ("model.", "lm_head.weight")
+    shapes: dict[str, tuple[int, ...]] = {f"{body}embed_tokens.weight": (v, c), f"{body}norm.weight": (c,)}
     if not config["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (v, c)
+        shapes[head] = (v, c)
     for i in range(config["num_hidden_layers"]):
-        p = f"model.layers.{i}."
+        p = f"{body}layers.{i}."
         shapes |= {p + "input_layernorm.weight": (c,), p + "post_attention_layernorm.weight": (c,)}
-        shapes |= {p + f"self_attn.{n}_proj.weight": (s, c) for n, s in (("q", c), ("k", kv), ("v", kv), ("o", c))}
-        shapes |= {p + f"self_attn.{n}_proj.bias": (s,) for n, s in (("q", c), ("k", kv), ("v", kv))}
+        shapes |= {p + f"self_attn.{n}_proj.weight": (s, c) for n, s in (("q", q), ("k", kv), ("v", kv))}
+        shapes[p + "self_attn.o_proj.weight"] = (c, q)
+        if config.get("attention_bias", True):
+            shapes |= {p + f"self_attn.{n}_proj.bias": (s,) for n, s in (("q", q), ("k", kv), ("v", kv))}
+        if config["model_type"] in ("sdar", "a2d-qwen3"):
+            shapes |= {p + f"self_attn.{n}_norm.weight": (d,) for n in "qk"}
         shapes |= {p + "mlp.gate_proj.weight": (f, c), p + "mlp.up_proj.weight": (f, c), p + "mlp.down_proj.weight": (c, f)}
     return _random(shapes)
 
@@ -198,7 +293,7 @@ def write_checkpoint(
     dtype: torch.dtype = torch.float32,
     **changes: Any,
 ) -> dict[str, Tensor]:
-    """A checkpoint folder of "llada", "dream" or "v2"; returns its tensors. `changes`: fields of config.json."""
+    """A checkpoint folder of one of `ADDED`; returns its tensors. `changes`: fields of config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     config = llada_config(**changes) if family == "llada" else qwen2_config(family, style, **changes)
     write_json(folder / "config.json", config)

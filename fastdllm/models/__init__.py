@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastdllm.models.files import TOKENIZER_FILES, Fields, read_object
+from fastdllm.models.hub import TINY, find_folder, tiny_names
+from fastdllm.models.quantize import KINDS
 from fastdllm.models.quantize import quantize as quantize_network
 from fastdllm.models.spec import Family, ModelSpec
 from fastdllm.models.transformer import Transformer
@@ -20,17 +24,49 @@ from fastdllm.models.weights import load_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-TINY = Path(__file__).parent.parent / "tiny"
-FAMILIES = {"llada": "llada", "Dream": "dream", "Fast_dLLM_Qwen": "fast_dllm_v2"}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PUBLISHED_FILES = ["*.json", "*.safetensors", "merges.txt", "*.jinja"]
+__all__ = ["FAMILIES", "TINY", "Family", "Model", "ModelSpec", "find_folder", "load", "read_family", "tiny_names"]
+
+# By model_type, or by architecture where the model_type is that of a network which does not diffuse.
+FAMILIES = {
+    "llada": "llada",
+    "Dream": "dream",
+    "Fast_dLLM_Qwen": "fast_dllm_v2",
+    "sdar": "sdar",
+    "a2d-qwen3": "a2d",
+    "a2d-qwen2": "a2d",
+    "a2d-llama": "a2d",
+    "StableDiffcoderForCausalLM": "stable_diffcoder",
+    "nemotron_labs_diffusion": "nemotron",
+}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+    "float": torch.float32,
+    "half": torch.float16,
+    "double": torch.float64,
+}
+ALLOWED = "device, dtype, revision, quantize, block_size"
+# What other libraries call the arguments of `load`.
+OTHER_NAMES = {
+    "torch_dtype": "dtype=",
+    "device_map": "device=",
+    "load_in_8bit": "quantize='int8'",
+    "quantization_config": "quantize=",
+    "attn_implementation": "none: the attention is the project's own",
+}
 
 
 @dataclass(eq=False)
 class Model:
     """A network, its spec and its tokenizer (None when the folder has none).
 
-    `banned` [V] bool: ids that are never predicted, the mask and the vocabulary rows beyond the tokenizer.
+    `banned` [V] bool: ids that are never predicted, the mask and the vocabulary rows that are no token of the tokenizer.
     """
 
     network: Transformer
@@ -38,12 +74,14 @@ class Model:
     tokenizer: PreTrainedTokenizerFast | None = None
     name: str = ""
     banned: Tensor = field(init=False)
+    _fingerprint: str = field(init=False, default="", repr=False)
 
     def __post_init__(self) -> None:
         self.banned = torch.zeros(self.spec.vocab, dtype=torch.bool, device=self.device)
-        self.banned[self.spec.mask_id] = True
         if self.tokenizer is not None:
-            self.banned[len(self.tokenizer) :] = True
+            self.banned[:] = True
+            self.banned[torch.tensor(list(self.tokenizer.get_vocab().values()), device=self.device)] = False
+        self.banned[self.spec.mask_id] = True
 
     @property
     def device(self) -> torch.device:
@@ -53,38 +91,114 @@ class Model:
     def dtype(self) -> torch.dtype:
         return self.network.norm.dtype
 
+    def fingerprint(self) -> str:
+        """A hash of the spec and of every number of every weight, the same on each device; computed once, when first asked.
 
-def tiny_names() -> list[str]:
-    """The checkpoints that ship with the package."""
-    return sorted(p.parent.name for p in TINY.glob("*/config.json"))
-
-
-def find_folder(name: str, revision: str | None = None) -> Path:
-    """A shipped name, a local folder or a hub id -> the folder that holds the checkpoint."""
-    if name in tiny_names():
-        return TINY / name
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise FileNotFoundError(f"model {name!r}: the folder has no config.json")
-        return path
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(
-            f"model {name!r} is neither a folder nor a shipped name ({', '.join(tiny_names())}) nor a hub id 'owner/name'"
-        )
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise ImportError(f"model {name!r} looks like a hub id; `pip install huggingface_hub` to download it") from error
-    return Path(snapshot_download(name, revision=revision, allow_patterns=PUBLISHED_FILES))
+        It tells apart two checkpoints of one name; it is no protection against somebody who wants two to look alike.
+        """
+        if not self._fingerprint:
+            digest = hashlib.sha256(repr((self.spec, self.dtype)).encode())
+            for name, tensor in self.network.state_dict().items():
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {checksum(tensor):x}\n".encode())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
 
 
-def read_family(config: dict[str, Any], folder: Path) -> Family:
-    """The family that config.json's model_type names; never guessed from a path."""
-    kind = config.get("model_type")
-    if kind not in FAMILIES:
+def checksum(tensor: Tensor, chunk: int = 2**20) -> int:
+    """The bytes of a tensor as 64-bit words, each times its own odd factor, added up modulo 2^64.
+
+    One pass at the speed of memory, on the tensor's device; which word holds which value matters.
+    """
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    whole = data.numel() // 8 * 8
+    words = [data[:whole].view(torch.int64)]
+    if whole < data.numel():
+        words.append(torch.nn.functional.pad(data[whole:], (0, 8 - (data.numel() - whole))).view(torch.int64))
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**62), 2**62, (chunk,), generator=generator).mul_(2).add_(1).to(tensor.device)
+    total = 0
+    for part in words:
+        for at in range(0, len(part), chunk):
+            piece = part[at : at + chunk]
+            value = int((piece * factors[: len(piece)]).sum().item())  # sync: once a piece, when a fingerprint is asked for
+            total = (total * 0x9E3779B97F4A7C15 + value) % 2**64
+    return total
+
+
+def read_family(config: Mapping[str, Any], folder: Path) -> Family:
+    """The family that config.json's model_type names; never guessed from a path.
+
+    Raises ValueError for an unknown model_type, for quantised weights, and for an architecture that shares a known
+    model_type and is another network.
+    """
+    fields = config if isinstance(config, Fields) else Fields(config, f"{folder}: config.json")
+    for name in ("quantization_config", "quantization", "compression_config"):
+        if name in fields:
+            inner = fields.inner(name)
+            kind = inner.get("quant_method") or inner.get("quant_algo") or f"bits={inner.get('bits')!r}"
+            raise ValueError(
+                f"{folder}: config.json has {name} ({kind}); only unquantised weights are read (quantize= makes them small)"
+            )
+    experts = [n for n in ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size") if fields.get(n)]
+    classes = [c for c in fields.names("architectures") if "moe" in c.lower()]
+    if experts or classes:
+        found = ", ".join([*classes, *(f"{n}={fields[n]!r}" for n in experts)])
+        raise ValueError(f"{folder}: config.json describes a mixture of experts ({found}), which is not supported")
+    kind = fields.get("model_type")
+    kinds = [k for k in (*fields.names("architectures"), kind) if isinstance(k, str) and k in FAMILIES]
+    if not kinds:
         raise ValueError(f"{folder}: config.json has model_type={kind!r}; known are {', '.join(map(repr, FAMILIES))}")
-    return import_module(f"fastdllm.models.{FAMILIES[kind]}").FAMILY
+    return import_module(f"fastdllm.models.{FAMILIES[kinds[0]]}").FAMILY
+
+
+def read_dtype(dtype: str | torch.dtype | None, config: Fields, device: torch.device) -> torch.dtype:
+    """The number format of a name, of "auto" (the checkpoint's own), or of None (bfloat16 on CUDA, float32 elsewhere)."""
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    asked = dtype
+    if dtype == "auto":
+        dtype = config.text("dtype", config.text("torch_dtype", "float32"))
+    if isinstance(dtype, str):
+        dtype = DTYPES.get(dtype.removeprefix("torch."), dtype)
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype={asked!r} is unknown; allowed are auto, {', '.join(DTYPES)}")
+    return dtype
+
+
+def read_device(device: str | torch.device | None) -> torch.device:
+    """The device of a name; for None and "auto" CUDA if there is one, else the CPU. ValueError for one that is not here."""
+    if device is None or device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found).sum().item()  # sync: once, to try the device
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        here = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
+        reason = str(error).splitlines()[0][:100]
+        raise ValueError(f"device={device!r} cannot be used here ({reason}); allowed are auto, {here}") from error
+    return found
+
+
+def check_ids(config: Fields, spec: ModelSpec, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raises ValueError where config.json names an id that is not the control token it should be in the tokenizer."""
+    text_of = {i: text for text, i in tokenizer.get_vocab().items()}
+    added = set(tokenizer.get_added_vocab().values())
+    if (highest := max(text_of, default=0)) >= spec.vocab:
+        raise ValueError(
+            f"{config.where}: the tokenizer has {text_of[highest]!r} at {highest}, the embedding only {spec.vocab} rows"
+        )
+    for name in ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id"):
+        for i in config.ids(name):
+            if i not in text_of:
+                raise config.wrong(name, f"the tokenizer has no token {i}")
+            if i not in added and name in ("mask_token_id", "eos_token_id"):
+                raise config.wrong(name, f"in the tokenizer {i} is the text {text_of[i]!r}, no control token")
+    if (mask := tokenizer.mask_token_id) is not None and mask != spec.mask_id:
+        raise ValueError(f"{config.where}: the mask is {spec.mask_id}, the tokenizer's {tokenizer.mask_token!r} is {mask}")
+    if spec.mask_id not in added:
+        found = repr(text_of[spec.mask_id]) if spec.mask_id in text_of else "no token"
+        raise ValueError(f"{config.where}: the mask is {spec.mask_id}, which is {found} in the tokenizer, no control token")
 
 
 def load(
@@ -93,44 +207,59 @@ def load(
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     quantize: str | None = None,
+    block_size: int | None = None,
     trust_remote_code: bool = False,
+    **other: Any,
 ) -> Model:
-    """Load a published LLaDA, Dream or Fast-dLLM v2 checkpoint.
+    """Load a published checkpoint; docs/models.md lists the families.
 
-    name: a shipped name ("tiny-llada"), a local folder or a hub id. device: default is CUDA if there is one, else the CPU.
-    dtype: "float32", "bfloat16", "float16" or the torch dtype; default bfloat16 on CUDA, float32 elsewhere.
-    quantize: "fp8" (Hopper and later) or "int8" weights, None for none. trust_remote_code: accepted for the call's familiar
-    shape; the hub's code is never run.
-    Raises FileNotFoundError or ValueError naming what is missing or wrong.
+    name: a shipped name ("tiny-llada"), a local folder or a hub id.
+    device: default ("auto") is CUDA if there is one, else the CPU.
+    dtype: "float32", "bfloat16", "float16", "float64", a short form of these, the torch dtype, or "auto" for the
+    checkpoint's own; default bfloat16 on CUDA, float32 elsewhere.
+    revision: of a hub id, a branch, tag or commit.
+    quantize: "fp8" (Hopper and later) or "int8" weights, None for none.
+    block_size: of a block-diffusion model whose config.json does not say it (A2D's bd3lm, SDAR), or another than it says.
+    trust_remote_code: accepted for the call's familiar shape; the hub's code is never run.
+    Raises FileNotFoundError for a model or a file that is not there (an unknown hub id and an unreachable hub included) and
+    ValueError for a file or an argument that is wrong, each naming what it is.
     """
+    for key in other:
+        hint = f"use {OTHER_NAMES[key]}" if key in OTHER_NAMES else f"allowed are {ALLOWED}"
+        raise ValueError(f"load has no option {key!r}; {hint}")
     if trust_remote_code:
         import warnings
 
         warnings.warn("trust_remote_code has no effect: fastdllm runs its own modelling code", stacklevel=2)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if isinstance(dtype, str):
-        if dtype.removeprefix("torch.") not in DTYPES:
-            raise ValueError(f"dtype={dtype!r} is unknown; allowed are {', '.join(DTYPES)}")
-        dtype = DTYPES[dtype.removeprefix("torch.")]
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if quantize is not None and quantize not in KINDS:
+        raise ValueError(f"quantize={quantize!r} is unknown; allowed are {', '.join(KINDS)}")
+    device = read_device(device)
     folder = find_folder(name, revision)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder}: config.json is not valid JSON ({error})") from error
+    config = Fields(read_object(folder / "config.json"), f"{folder}: config.json")
+    dtype = read_dtype(dtype, config, device)
     family = read_family(config, folder)
-    has_tokenizer = any((folder / f).exists() for f in ("tokenizer.json", "vocab.json"))
+    if block_size is not None:
+        if not family.block_field:
+            raise ValueError(f"block_size={block_size!r}: the blocks of {folder} are not a choice")
+        config = config.replace(family.block_field, block_size)
     tokenizer, ids = None, {}
-    if has_tokenizer:
+    if has_tokenizer(folder):
         from fastdllm.models.tokenizer import load_tokenizer, special_ids
 
         tokenizer = load_tokenizer(folder)
         ids = special_ids(tokenizer)
     try:
         spec = family.spec(config, ids)
-    except KeyError as error:
-        raise ValueError(f"{folder}: config.json lacks the field {error}") from error
+    except ValueError as error:
+        raise error if str(folder) in str(error) else ValueError(f"{folder}: {error}") from error
+    if tokenizer is not None:
+        check_ids(config, spec, tokenizer)
     network = load_weights(folder, family, spec, dtype, device)
     if quantize is not None:
         quantize_network(network, quantize)
-    return Model(network, spec, tokenizer, name)
+    return Model(network, spec, tokenizer, str(name))
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder holds any file of a tokenizer; without one the model takes token ids only."""
+    return any((folder / name).exists() for name in TOKENIZER_FILES)

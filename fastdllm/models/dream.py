@@ -1,27 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dream-v0 Base and Instruct 7B, Dream-Coder: Qwen2's network, read bidirectionally, with a right shift of one."""
+"""Dream-v0 Base and Instruct 7B, Dream-Coder, DiffuCoder: Qwen2's network, read both ways, with a right shift of one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from fastdllm.models import qwen2
-from fastdllm.models.spec import Family, ModelSpec
+from fastdllm.models.files import Fields
+from fastdllm.models.spec import Family, ModelSpec, mask_id, pad_id, stop_ids
 
 
-def spec(config: Mapping[str, Any], ids: Mapping[str, int]) -> ModelSpec:
+def read(config: Fields, ids: Mapping[str, int]) -> ModelSpec:
     """`ids` maps the tokenizer's added tokens to ids."""
+    if "block_size" in config:  # Dream-reasoner has Dream's model_type, no shift, and norms on queries and keys
+        raise config.wrong("block_size", "this is Dream-reasoner (blocks, no token shift), which is not supported")
+    # DiffuCoder pads what follows an answer with a token of its own.
+    stops = stop_ids(config, ids, "<|im_end|>", "<|endoftext|>", "<|dlm_pad|>")
     return ModelSpec(
         family="dream",
         **qwen2.shapes(config),
         shift=1,
         block_causal=0,
-        mask_id=config.get("mask_token_id", ids.get("<|mask|>", 151666)),
-        stop_ids=qwen2.stop_ids(config, ids),
-        pad_id=config.get("pad_token_id", 151643),
+        mask_id=mask_id(config, ids, "<|mask|>", 151666),
+        stop_ids=stops,
+        pad_id=pad_id(config, stops, 0),
         defaults={"cache": "dual", "schedule": "timesteps"},
     )
 
 
-FAMILY = Family(spec, qwen2.names, qwen2.optional)
+FAMILY = Family(read, qwen2.names, qwen2.optional, tied=qwen2.TIED)

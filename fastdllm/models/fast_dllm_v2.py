@@ -4,24 +4,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from fastdllm.models import qwen2
-from fastdllm.models.spec import Family, ModelSpec
+from fastdllm.models.files import Fields
+from fastdllm.models.spec import Family, ModelSpec, mask_id, pad_id, stop_ids
 
 
-def spec(config: Mapping[str, Any], ids: Mapping[str, int]) -> ModelSpec:
+def read(config: Fields, ids: Mapping[str, int]) -> ModelSpec:
     """`ids` maps the tokenizer's added tokens to ids; the mask is published in the tokenizer only."""
-    size = config.get("bd_size", 32)
-    stops = qwen2.stop_ids(config, ids)
+    shapes = qwen2.shapes(config)
+    size = config.integer("bd_size", 1, shapes["max_length"], 32)
+    stops = stop_ids(config, ids, "<|im_end|>", "<|endoftext|>")
     return ModelSpec(
         family="fast_dllm_v2",
-        **qwen2.shapes(config),
+        **shapes,
         shift=1,
         block_causal=size,
-        mask_id=config.get("mask_token_id", ids.get("|<MASK>|", 151665)),
+        mask_id=mask_id(config, ids, "|<MASK>|", 151665),
         stop_ids=stops,
-        pad_id=ids.get("<|endoftext|>", config.get("pad_token_id") or stops[0]),
+        pad_id=ids.get("<|endoftext|>", pad_id(config, stops, 0)),
         defaults={
             "cache": "block",
             "block_length": size,
@@ -31,4 +32,6 @@ def spec(config: Mapping[str, Any], ids: Mapping[str, int]) -> ModelSpec:
     )
 
 
-FAMILY = Family(spec, qwen2.names, qwen2.optional)
+# The training code's own switches; the first is published with this spelling.
+HARMLESS = frozenset({"conplemenrary_mask", "complementary_mask", "mask_token", "flexible_mask"})
+FAMILY = Family(read, qwen2.names, qwen2.optional, tied=qwen2.TIED, harmless=HARMLESS, block_field="bd_size")

@@ -4,41 +4,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-from fastdllm.models.spec import Family, ModelSpec
+from fastdllm.models.files import Fields
+from fastdllm.models.spec import HEADS, LAYERS, POSITIONS, VOCAB, WIDTH, Family, ModelSpec, mask_id, pad_id, stop_ids
 
 
-def spec(config: Mapping[str, Any], ids: Mapping[str, int]) -> ModelSpec:
+def read(config: Fields, ids: Mapping[str, int]) -> ModelSpec:
     """`ids` maps the tokenizer's added tokens to ids; `<|eot_id|>` is the Instruct models' second stop."""
-    for name, needed in {
-        "block_type": "llama",
-        "block_group_size": 1,
-        "alibi": False,
-        "layer_norm_type": "rms",
-    }.items():
-        if config.get(name, needed) != needed:
-            raise ValueError(f"llada: config.json has {name}={config[name]!r}; only {needed!r} is supported")
-    eos = config.get("eos_token_id", 126081)
+    width, heads = config.integer("d_model", 1, WIDTH), config.integer("n_heads", 1, HEADS)
+    if width % heads:
+        raise config.wrong("n_heads", f"d_model={width} is no multiple of it")
+    kv_heads = config.integer("n_kv_heads", 1, HEADS, 1 if config.flag("multi_query_attention") else heads)
+    ratio = config.number("mlp_ratio", 0, WIDTH, 4)
+    vocab = config.integer("vocab_size", 1, VOCAB, None)
+    stops = stop_ids(config, ids, *(() if "eos_token_id" in config else ("<|endoftext|>",)), "<|eot_id|>")
+    stops = stops if stops or ids else (126081,)
     return ModelSpec(
         family="llada",
-        layers=config["n_layers"],
-        width=config["d_model"],
-        heads=config["n_heads"],
-        kv_heads=config.get("n_kv_heads") or config["n_heads"],
-        head_dim=config["d_model"] // config["n_heads"],
-        ffn=config.get("mlp_hidden_size") or config["mlp_ratio"] * config["d_model"],
-        vocab=config.get("embedding_size") or config["vocab_size"],
-        max_length=config["max_sequence_length"],
-        rms_eps=config.get("rms_norm_eps", 1e-5),
-        rope_theta=config.get("rope_theta", 10000.0),
-        qkv_bias=bool(config.get("include_qkv_bias", False)),
-        tied_head=bool(config.get("weight_tying", False)),
+        layers=config.integer("n_layers", 1, LAYERS),
+        width=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=width // heads,
+        ffn=config.integer("mlp_hidden_size", 1, WIDTH * 8, int(ratio * width)),
+        vocab=config.integer("embedding_size", 1, VOCAB, vocab) or config.integer("vocab_size", 1, VOCAB),
+        max_length=config.integer("max_sequence_length", 1, POSITIONS),
+        rms_eps=config.number("rms_norm_eps", 1e-12, 1e-1, 1e-5),
+        rope_theta=config.number("rope_theta", 2, 1e12, 10000.0),
+        qkv_bias=config.flag("include_qkv_bias"),
+        tied_head=config.flag("weight_tying"),
         shift=0,
         block_causal=0,
-        mask_id=config.get("mask_token_id", 126336),
-        stop_ids=tuple(dict.fromkeys([eos] + [ids[t] for t in ("<|eot_id|>",) if t in ids])),
-        pad_id=config.get("pad_token_id", eos),
+        mask_id=mask_id(config, ids, "<|mdm_mask|>", 126336),
+        stop_ids=stops,
+        pad_id=pad_id(config, stops, 0),
         defaults={"cache": "dual", "schedule": "even"},
     )
 
@@ -74,9 +73,4 @@ def names(spec: ModelSpec) -> dict[str, tuple[str, int]]:
     return table
 
 
-def optional(spec: ModelSpec) -> set[str]:
-    """A tied checkpoint may carry its head a second time."""
-    return {"model.transformer.ff_out.weight"} if spec.tied_head else set()
-
-
-FAMILY = Family(spec, names, optional)
+FAMILY = Family(read, names, lambda spec: set(), tied="model.transformer.ff_out.weight")

@@ -1,53 +1,67 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Dream and Fast-dLLM v2 share: Qwen2's config.json fields and tensor names."""
+"""What the families in transformers' layout share: config.json fields and tensor names of Qwen2, Qwen3 and Llama."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from fastdllm.models.spec import ModelSpec
+from fastdllm.models.files import Fields
+from fastdllm.models.rope import read_rope
+from fastdllm.models.spec import HEAD_DIM, HEADS, LAYERS, VOCAB, WIDTH, ModelSpec
+
+TIED = "lm_head.weight"
 
 
-def shapes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `ModelSpec` that every Qwen2-shaped config.json gives (transformers 4 and 5 style)."""
-    heads = config["num_attention_heads"]
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ValueError(f"rope type {rope.get('rope_type', rope.get('type'))!r} is not supported, only 'default'")
-    if config.get("use_sliding_window", False):
-        raise ValueError("use_sliding_window=True is not supported")
+def shapes(
+    config: Fields, qkv_bias: bool = True, qk_norm: bool = False, rope_kinds: tuple[str, ...] = ("default",)
+) -> dict[str, Any]:
+    """The fields of `ModelSpec` that every config.json in this layout gives (transformers 4 and 5 style).
+
+    qkv_bias: whether the architecture (Qwen2) has biases on queries, keys and values where config.json does not say
+    otherwise; in those that have none by default (Qwen3, Llama) `attention_bias` would add one to the output as well.
+    qk_norm: whether it normalises query and key heads. rope_kinds: the rotations it may have.
+    """
+    heads, width = config.integer("num_attention_heads", 1, HEADS), config.integer("hidden_size", 1, WIDTH)
+    if "head_dim" not in config and width % heads:
+        raise config.wrong("num_attention_heads", f"hidden_size={width} is no multiple of it")
+    if not qkv_bias and config.flag("attention_bias"):
+        raise config.wrong("attention_bias", "only False is supported for this architecture")
+    check_layer_types(config)
+    rope = read_rope(config, rope_kinds)
     return {
-        "layers": config["num_hidden_layers"],
-        "width": config["hidden_size"],
+        "layers": config.integer("num_hidden_layers", 1, LAYERS),
+        "width": width,
         "heads": heads,
-        "kv_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-        "ffn": config["intermediate_size"],
-        "vocab": config["vocab_size"],
-        "max_length": config["max_position_embeddings"],
-        "rms_eps": config["rms_norm_eps"],
-        "rope_theta": rope.get("rope_theta") or config["rope_theta"],
-        "qkv_bias": True,
-        "tied_head": bool(config.get("tie_word_embeddings", False)),
+        "kv_heads": config.integer("num_key_value_heads", 1, HEADS, heads),
+        "head_dim": config.integer("head_dim", 2, HEAD_DIM, width // heads),
+        "ffn": config.integer("intermediate_size", 1, WIDTH * 8),
+        "vocab": config.integer("vocab_size", 1, VOCAB),
+        "max_length": rope.max_length,
+        "rms_eps": config.number("rms_norm_eps", 1e-12, 1e-1),
+        "rope_theta": rope.theta,
+        "stretch": rope.stretch,
+        "qkv_bias": config.flag("attention_bias", qkv_bias),
+        "qk_norm": qk_norm,
+        "tied_head": config.flag("tie_word_embeddings"),
     }
 
 
-def stop_ids(config: Mapping[str, Any], ids: Mapping[str, int]) -> tuple[int, ...]:
-    """config.json's end of text (a number or a list) and the two tokens that end a turn in Qwen2's vocabulary."""
-    eos = config.get("eos_token_id")
-    listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    return tuple(dict.fromkeys(listed + [ids[t] for t in ("<|im_end|>", "<|endoftext|>") if t in ids]))
+def check_layer_types(config: Fields) -> None:
+    """Raises ValueError for a layer that does not attend to everything."""
+    if set(config.names("layer_types")) - {"full_attention"}:
+        raise config.wrong("layer_types", "only 'full_attention' is supported")
+    if config.flag("use_sliding_window"):
+        raise config.wrong("use_sliding_window", "only False is supported")
 
 
-def names(spec: ModelSpec) -> dict[str, tuple[str, int]]:
-    """Published tensor name -> (parameter of the network, first row)."""
+def names(spec: ModelSpec, body: str = "model.", head: str = TIED) -> dict[str, tuple[str, int]]:
+    """Published tensor name -> (parameter of the network, first row). body: the prefix of all but the head."""
     q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    table = {"model.embed_tokens.weight": ("embed.weight", 0), "model.norm.weight": ("norm", 0)}
+    table = {f"{body}embed_tokens.weight": ("embed.weight", 0), f"{body}norm.weight": ("norm", 0)}
     if not spec.tied_head:
-        table["lm_head.weight"] = ("head.weight", 0)
+        table[head] = ("head.weight", 0)
     for i in range(spec.layers):
-        old, new = f"model.layers.{i}.", f"layers.{i}."
+        old, new = f"{body}layers.{i}.", f"layers.{i}."
         table |= {
             old + "input_layernorm.weight": (new + "attn_norm", 0),
             old + "post_attention_layernorm.weight": (new + "ffn_norm", 0),
@@ -56,13 +70,14 @@ def names(spec: ModelSpec) -> dict[str, tuple[str, int]]:
             old + "mlp.up_proj.weight": (new + "gate_up.weight", spec.ffn),
             old + "mlp.down_proj.weight": (new + "down.weight", 0),
         }
-        for kind in ("weight", "bias"):
+        for kind in ("weight", "bias") if spec.qkv_bias else ("weight",):
             for part, row in (("q", 0), ("k", q), ("v", q + kv)):
                 table[f"{old}self_attn.{part}_proj.{kind}"] = (f"{new}qkv.{kind}", row)
+        if spec.qk_norm:
+            table |= {f"{old}self_attn.{part}_norm.weight": (f"{new}{part}_norm", 0) for part in ("q", "k")}
     return table
 
 
 def optional(spec: ModelSpec) -> set[str]:
-    """RoPE tables of old checkpoints, and a tied head that was saved a second time."""
-    extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(spec.layers)}
-    return extra | ({"lm_head.weight"} if spec.tied_head else set())
+    """RoPE tables of old checkpoints."""
+    return {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(spec.layers)}

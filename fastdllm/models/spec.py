@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The closed list of differences between LLaDA, Dream and Fast-dLLM v2.
+"""The closed list of differences between the families.
 
 One network (`transformer.py`) runs them all; a new family is a function from its config.json to a `ModelSpec` and a table of
 weight names.
@@ -7,9 +7,29 @@ weight names.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from fastdllm.models.files import Fields
+
+# Upper ends of what a network may be, far above every published one: a hostile config.json is refused at once.
+MASK_ROLE = "mask_token"  # under this name the tokenizer's own mask is among the ids that a family gets
+LAYERS, WIDTH, HEADS, HEAD_DIM, VOCAB, POSITIONS = 1024, 2**18, 2**12, 2**12, 2**24, 2**22
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """How rotary frequencies are stretched to a longer context; `rope.py` says what each kind makes of its numbers."""
+
+    kind: str  # "linear", "llama3" or "yarn"
+    factor: float
+    original: int = 0  # the context it was trained with before
+    low: float = 0.0
+    high: float = 0.0
+    truncate: bool = True
+    scale: float = 1.0  # on cosine and sine
 
 
 @dataclass(frozen=True)
@@ -18,7 +38,9 @@ class ModelSpec:
 
     `shift`: row j of a forward over positions [s, ...) predicts position s + j + shift. `block_causal`: the block size of a
     model whose queries see their own and earlier blocks only, 0 for a bidirectional model. `vocab` counts embedding rows;
-    `mask_id` and `stop_ids` are token ids; `defaults` are the family's decoding defaults.
+    `mask_id` and `stop_ids` are token ids; `defaults` are the family's decoding defaults. `qk_norm`: each query and key head
+    is normalised before the rotation (Qwen3). `stretch`: how the rotation reaches a longer context than it was trained for.
+    `causal_context`: finished tokens see those before them only, the open block sees itself in both directions.
     """
 
     family: str
@@ -40,26 +62,86 @@ class ModelSpec:
     stop_ids: tuple[int, ...]
     pad_id: int
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    qk_norm: bool = False
+    stretch: Stretch | None = None
+    causal_context: bool = False
 
     def __post_init__(self) -> None:
+        for name, low, high in (
+            ("layers", 1, LAYERS),
+            ("width", 1, WIDTH),
+            ("heads", 1, HEADS),
+            ("kv_heads", 1, HEADS),
+            ("head_dim", 2, HEAD_DIM),
+            ("ffn", 1, WIDTH * 8),
+            ("vocab", 2, VOCAB),
+            ("max_length", 1, POSITIONS),
+            ("block_causal", 0, POSITIONS),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{self.family}: {name}={getattr(self, name)} is outside of {low} to {high}")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.family}: {self.heads} heads are no multiple of {self.kv_heads} key-value heads")
-        for name in ("mask_id", "pad_id"):
-            if not 0 <= getattr(self, name) < self.vocab:
-                raise ValueError(
-                    f"{self.family}: {name}={getattr(self, name)} is outside the vocabulary of {self.vocab} rows"
-                )
+        if self.head_dim % 2:
+            raise ValueError(f"{self.family}: head_dim={self.head_dim} is odd; the rotation needs pairs")
+        for name, low, high in (("rms_eps", 0.0, 1.0), ("rope_theta", 1.0, math.inf)):
+            if not low < getattr(self, name) < high:
+                raise ValueError(f"{self.family}: {name}={getattr(self, name)} must be above {low:g} and below {high:g}")
+        for name, ids in (("mask_id", [self.mask_id]), ("pad_id", [self.pad_id]), ("stop_ids", self.stop_ids)):
+            if bad := [i for i in ids if not 0 <= i < self.vocab]:
+                raise ValueError(f"{self.family}: {name}={bad[0]} is outside the vocabulary of {self.vocab} rows")
+        if self.mask_id in self.stop_ids:
+            raise ValueError(f"{self.family}: mask_id={self.mask_id} is a stop token too")
 
 
 @dataclass(frozen=True)
 class Family:
     """How a family's published files become a model.
 
-    `spec(config, ids)` reads config.json and the tokenizer's special tokens (a mapping from text to id); `names(spec)` maps
-    each published tensor name to (our parameter, first row it fills); `optional` names tensors that some checkpoints carry
-    and that are not needed.
+    `read(config, ids)` reads config.json and the tokenizer's added tokens (a mapping from text to id); `names(spec)` maps
+    each published tensor name to (our parameter, first row it fills); `optional(spec)` names tensors that some checkpoints
+    carry and that are not needed. `tied`: the name of the head that a tied checkpoint may carry a second time. `harmless`:
+    fields of config.json that say nothing about the network. `block_field`: where config.json says the block size, for
+    families whose block size is a choice.
     """
 
-    spec: Callable[[Mapping[str, Any], Mapping[str, int]], ModelSpec]
+    read: Callable[[Fields, Mapping[str, int]], ModelSpec]
     names: Callable[[ModelSpec], dict[str, tuple[str, int]]]
     optional: Callable[[ModelSpec], set[str]]
+    tied: str = ""
+    harmless: frozenset[str] = frozenset()
+    block_field: str = ""
+
+    def spec(self, config: Mapping[str, Any], ids: Mapping[str, int]) -> ModelSpec:
+        """The spec of a config.json. Raises ValueError naming a field that is missing, wrong, or not supported."""
+        fields = config if isinstance(config, Fields) else Fields(config)
+        spec = self.read(fields, ids)
+        fields.check_rest(self.harmless)
+        return spec
+
+
+def mask_id(config: Fields, ids: Mapping[str, int], text: str, published: int) -> int:
+    """config.json's mask_token_id, else the id of the token `text` or of the tokenizer's own mask, else (without a
+    tokenizer) the published id.
+
+    Raises ValueError when config.json and the tokenizer disagree, or when a tokenizer has no such token.
+    """
+    known = ids.get(text, ids.get(MASK_ROLE))
+    if "mask_token_id" not in config:
+        if known is None and ids:
+            raise ValueError(f"{config.where} has no mask_token_id, and the tokenizer has no token {text!r}")
+        return published if known is None else known
+    given = config.integer("mask_token_id", 0, VOCAB)
+    if known is not None and known != given:
+        raise config.wrong("mask_token_id", f"the tokenizer's mask {text!r} is {known}")
+    return given
+
+
+def stop_ids(config: Fields, ids: Mapping[str, int], *texts: str) -> tuple[int, ...]:
+    """config.json's eos_token_id (one or several) and those of the tokens `texts` that the tokenizer has."""
+    return tuple(dict.fromkeys([*config.ids("eos_token_id"), *(ids[t] for t in texts if t in ids)]))
+
+
+def pad_id(config: Fields, stops: tuple[int, ...], default: int) -> int:
+    """config.json's pad_token_id, else its first stop token, else `default`."""
+    return (*config.ids("pad_token_id"), *stops, default)[0]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastdllm import kernels
 from fastdllm.forward import Window
+from fastdllm.models.rope import frequencies
 from fastdllm.models.spec import ModelSpec
 from fastdllm.store import KVStore
 
@@ -48,6 +49,9 @@ class Layer(nn.Module):
         q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
         self.attn_norm = nn.Parameter(torch.ones(spec.width, **make))
         self.qkv = Linear(spec.width, q + 2 * kv, bias=spec.qkv_bias, **make)
+        if spec.qk_norm:
+            self.q_norm = nn.Parameter(torch.ones(spec.head_dim, **make))
+            self.k_norm = nn.Parameter(torch.ones(spec.head_dim, **make))
         self.out = Linear(q, spec.width, bias=False, **make)
         self.ffn_norm = nn.Parameter(torch.ones(spec.width, **make))
         self.gate_up = Linear(spec.width, 2 * spec.ffn, bias=False, **make)
@@ -71,7 +75,7 @@ class Layer(nn.Module):
         spec, k, v, qkv, out, down = self.spec, store.k[index], store.v[index], self.qkv, self.out, self.down
         row, pos, slot = window.row, window.pos, window.slot
         q = kernels.linear_rope_store(
-            y, qkv.weight, spec.heads, spec.kv_heads, cos, sin, pos, row, k, v, qkv.scale, qkv.bias, slot
+            y, qkv.weight, spec.heads, spec.kv_heads, cos, sin, pos, row, k, v, qkv.scale, qkv.bias, slot, **self._norms()
         )  # [R, W, H, D]
         y = kernels.attention(
             q, k, v, row, window.kv_len, window.max_kv_len, hide=window.hide, uniform=window.dense, swap=window.swap
@@ -79,6 +83,10 @@ class Layer(nn.Module):
         y, h = kernels.linear_rmsnorm(y.flatten(2), out.weight, self.ffn_norm, spec.rms_eps, h, out.scale)
         y = kernels.linear_silu_mul(y, self.gate_up.weight, self.gate_up.scale)
         return kernels.linear_rmsnorm(y, down.weight, next_norm, spec.rms_eps, h, down.scale)
+
+    def _norms(self) -> dict[str, Any]:
+        """The arguments of the projection that normalise query and key heads, none where the family has no such norms."""
+        return {"q_norm": self.q_norm, "k_norm": self.k_norm, "eps": self.spec.rms_eps} if self.spec.qk_norm else {}
 
     def values(self, h: Tensor) -> Tensor:
         """The values [R, W, K * D] that the layer stores for its input h [R, W, C]; nothing is stored."""
@@ -111,12 +119,10 @@ class Transformer(nn.Module):
         """
         device = self.norm.device
         if self._rope is None or self._rope[0].device != device:
-            dim = self.spec.head_dim
-            # Exponents in fp32 on the CPU, as transformers computes them: another device may round pow() differently.
-            inverse = 1.0 / (self.spec.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+            inverse, scale = frequencies(self.spec.head_dim, self.spec.rope_theta, self.spec.stretch)
             angle = torch.arange(self.spec.max_length + SLACK, dtype=torch.float32)[:, None] * inverse
             angle = torch.cat([angle, angle], -1)
-            self._rope = (angle.cos().to(device), angle.sin().to(device))
+            self._rope = ((angle.cos() * scale).to(device), (angle.sin() * scale).to(device))
         return self._rope
 
     def forward(self, ids: Tensor, window: Window, store: KVStore, hook: LayerHook | None = None) -> Tensor:

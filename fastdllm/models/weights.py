@@ -1,83 +1,194 @@
 # SPDX-License-Identifier: Apache-2.0
 """Published safetensors, unchanged, straight into the fused parameters on their device.
 
-Tensors are streamed one at a time, so that the peak is the weights on their device and one tensor on the host. Each
-checkpoint tensor must have a place and each parameter must be filled: an incomplete or foreign checkpoint is an error that
-names the tensor.
+The shards' headers are compared with the family's table before any memory is taken: each checkpoint tensor must have a
+place and each place must be filled, in the right shape, by one tensor of floats. Tensors are then streamed one at a time, so
+that the peak is the weights on their device and one tensor on the host.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
+from fastdllm.models.files import Fields, read_bytes, read_object
 from fastdllm.models.spec import Family, ModelSpec
 from fastdllm.models.transformer import Transformer
 
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+FLOATS = ("F64", "F32", "F16", "BF16")
+# What a tensor of another architecture gives away, in its name.
+FOREIGN = {
+    "q_norm": "norms on queries and keys (Qwen3's network, Dream-reasoner)",
+    "expert": "a mixture of experts",
+    "vision": "a vision tower",
+    "lora_": "a LoRA adapter",
+    "qweight": "GPTQ or AWQ quantisation",
+    "scales": "quantisation",
+}
+
 
 def shards(folder: Path) -> list[Path]:
-    """The checkpoint's safetensors files; a shard that the index names and that is missing is an error."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        missing = [n for n in names if not (folder / n).exists()]
-        if missing:
-            raise FileNotFoundError(f"{folder}: model.safetensors.index.json names {', '.join(missing)}, not found")
+    """The checkpoint's safetensors files: those of the index, else model.safetensors, else all but an adapter's.
+
+    Raises FileNotFoundError for a shard that the index names and that is missing, ValueError for a name outside the folder.
+    """
+    if (folder / INDEX).exists():
+        table = Fields(read_object(folder / INDEX), str(folder / INDEX)).inner("weight_map")
+        names = sorted({table.text(name) for name in table})
+        for name in names:
+            if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+                raise ValueError(f"{folder / INDEX}: {name!r} is not the name of a .safetensors file in the same folder")
+        if missing := [n for n in names if not (folder / n).exists()]:
+            raise FileNotFoundError(f"{folder}: {INDEX} names {', '.join(missing)}, not found")
+        if not names:
+            raise ValueError(f"{folder / INDEX}: weight_map is empty")
         return [folder / n for n in names]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder}: no .safetensors file (only this format is read)")
-    return files
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    if files := sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_")):
+        return files
+    others = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth", "*.gguf", "*.npz") for p in folder.glob(kind))
+    found = f"; {', '.join(others[:3])} must be converted" if others else ""
+    raise FileNotFoundError(f"{folder}: no .safetensors file (only this format is read){found}")
 
 
-def load_weights(folder: Path, family: Family, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Transformer:
+def open_shard(path: Path) -> safe_open:
+    """The opened file. Raises ValueError naming it when it is a git-lfs pointer or not safetensors."""
+    try:
+        if path.stat().st_size < 1024:
+            read_bytes(path)  # raises for a pointer
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+    except OSError as error:
+        raise type(error)(f"{path}: cannot be read ({error})") from error
+
+
+def headers(paths: list[Path]) -> dict[str, tuple[Path, list[int]]]:
+    """Tensor name -> (its file, its shape). Raises ValueError for a tensor in two files, or one that is not of floats."""
+    found: dict[str, tuple[Path, list[int]]] = {}
+    for path in paths:
+        with open_shard(path) as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                part = file.get_slice(name)
+                if name in found:
+                    raise ValueError(f"tensor {name!r} is in {found[name][0].name} and again in {path.name}")
+                if part.get_dtype() not in FLOATS:
+                    raise ValueError(f"{path}: tensor {name!r} holds {part.get_dtype()}, not one of {', '.join(FLOATS)}")
+                found[name] = path, part.get_shape()
+    return found
+
+
+def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of `Transformer(spec)`, without building it."""
+    q, kv, width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.width
+    shapes: dict[str, tuple[int, ...]] = {"embed.weight": (spec.vocab, width), "norm": (width,)}
+    if not spec.tied_head:
+        shapes["head.weight"] = (spec.vocab, width)
+    for i in range(spec.layers):
+        p = f"layers.{i}."
+        shapes |= {p + "attn_norm": (width,), p + "ffn_norm": (width,), p + "qkv.weight": (q + 2 * kv, width)}
+        shapes |= {p + "out.weight": (width, q), p + "gate_up.weight": (2 * spec.ffn, width)}
+        shapes[p + "down.weight"] = (width, spec.ffn)
+        if spec.qk_norm:
+            shapes |= {p + "q_norm": (spec.head_dim,), p + "k_norm": (spec.head_dim,)}
+        if spec.qkv_bias:
+            shapes[p + "qkv.bias"] = (q + 2 * kv,)
+    return shapes
+
+
+def expected_shapes(table: dict[str, tuple[str, int]], parameters: dict[str, tuple[int, ...]]) -> dict[str, list[int]]:
+    """Shape of the slice that each published tensor fills: up to the next tensor of the same parameter, or to its end."""
+    starts: dict[str, list[int]] = {}
+    for target, row in table.values():
+        starts.setdefault(target, []).append(row)
+    expected = {}
+    for name, (target, row) in table.items():
+        shape = parameters[target]
+        stop = min((r for r in starts[target] if r > row), default=shape[0])
+        expected[name] = [stop - row, *shape[1:]]
+    return expected
+
+
+def check_headers(
+    folder: Path, family: Family, spec: ModelSpec, found: dict[str, tuple[Path, list[int]]]
+) -> dict[str, tuple[str, int]]:
+    """The family's table, once every tensor of the files has its place and shape in it. Raises ValueError naming the first
+    that is unexpected, missing or of a wrong shape."""
+    table, optional = family.names(spec), family.optional(spec)
+    if spec.tied_head and family.tied:
+        optional = optional | {family.tied}
+    for name in found:
+        if name not in table and name not in optional:
+            hint = next(
+                (f"; it belongs to {what}, which is not supported" for key, what in FOREIGN.items() if key in name), ""
+            )
+            raise ValueError(f"{found[name][0]}: unexpected tensor {name!r} for the family {spec.family!r}{hint}")
+    if missing := sorted(set(table) - set(found)):
+        raise ValueError(f"{folder}: the checkpoint lacks {len(missing)} tensor(s), the first is {missing[0]!r}")
+    expected = expected_shapes(table, parameter_shapes(spec))
+    if family.tied in found and spec.tied_head:
+        expected[family.tied] = [spec.vocab, spec.width]
+    for name, shape in expected.items():
+        path, has = found[name]
+        if has != shape:
+            raise ValueError(f"{path}: tensor {name!r} has shape {has}, config.json asks for {shape}")
+    return table
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor, a view of the file. The file is opened anew for each: an open file keeps every page that was read, a
+    second copy of the weights."""
+    with open_shard(path) as file:
+        return file.get_tensor(name)
+
+
+def check_finite(tensor: Tensor, path: Path, name: str) -> None:
+    """Raises ValueError when a stored tensor has NaN or infinity, or values beyond the number format it is loaded in."""
+    low, high = torch.aminmax(tensor)  # one pass, no copy; NaN wins
+    if not bool(torch.isfinite(torch.stack([low, high])).all()):
+        raise ValueError(f"{path}: tensor {name!r} has NaN or infinity, or values beyond {tensor.dtype}")
+
+
+def load_weights(
+    folder: Path,
+    family: Family,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    change: Callable[[str, Tensor], Tensor] | None = None,
+) -> Transformer:
     """Build the network of `spec` on `device` in `dtype` and fill it from `folder`.
 
-    Raises ValueError naming the tensor that is missing, unexpected, of a wrong shape or unreadable.
+    change: if given, (published name, tensor as stored) -> the tensor to load (an adapter).
+    Raises ValueError naming the tensor that is missing, unexpected, doubled, of a wrong shape or not finite.
     """
+    found = headers(shards(folder))
+    table = check_headers(folder, family, spec, found)
     network = Transformer(spec, dtype, "meta").to_empty(device=device)
     if spec.tied_head:
         network.head.weight = network.embed.weight
     parameters = dict(network.named_parameters())
-    table, optional, seen = family.names(spec), family.optional(spec), set()
-    for path in shards(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-            for name in names:
-                if name not in table:
-                    if name in optional:
-                        continue
-                    raise ValueError(f"{path.name}: unexpected tensor {name!r} for the family {spec.family!r}")
-                target, row = table[name]
-                # Opened anew for each tensor: an open file keeps every page that was read, a second copy of the weights.
-                # The tensor is a view of the file and copied from there: no second copy on the device, none on the host
-                # unless the number format changes.
-                with safe_open(path, framework="pt") as file:
-                    tensor = file.get_tensor(name)
-                expected = expected_shape(table, parameters, name)
-                if list(tensor.shape) != expected:
-                    raise ValueError(
-                        f"{path.name}: tensor {name!r} has shape {list(tensor.shape)}, config.json asks for {expected}"
-                    )
-                parameters[target].data[row : row + expected[0]].copy_(tensor)
-                del tensor
-                seen.add(name)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
-    missing = sorted(set(table) - seen)
-    if missing:
-        raise ValueError(f"{folder}: the checkpoint lacks {len(missing)} tensor(s), the first is {missing[0]!r}")
+    expected = expected_shapes(table, parameter_shapes(spec))
+    for name, (path, _) in found.items():
+        if name not in table:
+            continue
+        target, row = table[name]
+        tensor = read_tensor(path, name)
+        tensor = tensor if change is None else change(name, tensor)
+        place = parameters[target].data[row : row + expected[name][0]]
+        # Copied from the file to its place: no second copy on the device, none on the host unless the number format changes.
+        place.copy_(tensor)
+        del tensor
+        check_finite(place, path, name)
+    if spec.tied_head and family.tied in found:
+        path, embedding = found[family.tied][0], network.embed.weight.data
+        if not torch.equal(read_tensor(path, family.tied).to(device, dtype), embedding):
+            raise ValueError(f"{path}: config.json ties the head to the embedding, but {family.tied!r} differs from it")
     network.requires_grad_(False)
     return network.eval()
-
-
-def expected_shape(table: dict[str, tuple[str, int]], parameters: dict[str, torch.nn.Parameter], name: str) -> list[int]:
-    """Shape of the slice that `name` fills: up to the next tensor of the same parameter, or to its end."""
-    target, row = table[name]
-    later = [r for t, r in table.values() if t == target and r > row]
-    shape = parameters[target].shape
-    return [min(later, default=shape[0]) - row, *shape[1:]]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastdllm
 from fastdllm.forward import Window
-from tests.published_checkpoints import FFN, HEADS, KV_HEADS, LAYERS, WIDTH, write_checkpoint
+from tests.published_checkpoints import FFN, HEADS, KV_HEADS, LAYERS, VOCAB, WIDTH, write_checkpoint
 
 T = 21
 
@@ -56,7 +56,7 @@ def test_dream_and_v2_are_qwen2(tmp_path: Path, family: str, style: int, changes
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
         "num_hidden_layers": LAYERS,
-        "vocab_size": 384,
+        "vocab_size": VOCAB,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "attn_implementation": "eager",
@@ -78,7 +78,7 @@ def test_dream_and_v2_are_qwen2(tmp_path: Path, family: str, style: int, changes
 
 def _ids(family: str) -> dict[str, int]:
     """Without a tokenizer the ids come from config.json; v2 publishes its mask in the tokenizer only."""
-    return {"mask_token_id": 383} if family == "v2" else {}
+    return {"mask_token_id": VOCAB - 1} if family == "v2" else {}
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_llada_is_llama_read_both_ways(tmp_path: Path, changes: dict[str, Any]) 
         "num_attention_heads": HEADS,
         "num_key_value_heads": changes.get("n_kv_heads", KV_HEADS),
         "num_hidden_layers": LAYERS,
-        "vocab_size": 384,
+        "vocab_size": VOCAB,
         "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0,
         "attention_bias": changes.get("include_qkv_bias", False),

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 
 import fastdllm
 from fastdllm.models.tokenizer import load_tokenizer
-from tests.published_checkpoints import SPECIAL, byte_pairs, special_ids, write_checkpoint, write_json, write_tokenizer
+from tests.published_checkpoints import ADDED, byte_pairs, special_ids, write_checkpoint, write_tokenizer
 
 AWKWARD = [
     "Tom has 12 apples and 3456 pears; it's 7 more.",
@@ -49,8 +48,9 @@ def theirs(dream_folder: Path):
         tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[tuple(m.split(" ")) for m in merges])
     except TypeError:  # transformers 4 reads files
         tokenizer = Qwen2Tokenizer(str(dream_folder / "vocab.json"), str(dream_folder / "merges.txt"))
-    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL["dream"]], special_tokens=True)
-    assert {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL["dream"]} == special_ids("dream")
+    for text, special in ADDED["dream"].items():  # one by one: a list is sorted by kind
+        tokenizer.add_tokens([AddedToken(text, special=special, normalized=False)], special_tokens=special)
+    assert {t: tokenizer.convert_tokens_to_ids(t) for t in ADDED["dream"]} == special_ids("dream")
     return tokenizer
 
 
@@ -77,29 +77,19 @@ def test_the_slow_format_equals_qwen2s_tokenizer_on_any_text(dream_folder: Path,
     check()
 
 
-@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize("kind", ADDED)
 def test_added_tokens_keep_their_published_ids(tmp_path: Path, kind: str) -> None:
     write_tokenizer(tmp_path, kind)
     tokenizer = load_tokenizer(tmp_path)
     for text, i in special_ids(kind).items():
         assert tokenizer.convert_tokens_to_ids(text) == i
         assert tokenizer(f"a{text}b", add_special_tokens=False)["input_ids"].count(i) == 1
-        assert tokenizer.decode([i], skip_special_tokens=True) == ""
+        assert tokenizer.decode([i]) == text
+        assert tokenizer.decode([i], skip_special_tokens=True) == ("" if ADDED[kind][text] else text)
     assert len(tokenizer) == max(special_ids(kind).values()) + 1
 
 
-def test_an_added_token_that_would_move_is_an_error(tmp_path: Path) -> None:
-    write_tokenizer(tmp_path, "dream")
-    ids = {**special_ids("dream"), "<|mask|>": 5000}
-    write_json(tmp_path / "added_tokens.json", ids)
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    config["added_tokens_decoder"] = {}
-    write_json(tmp_path / "tokenizer_config.json", config)
-    with pytest.raises(ValueError, match=r"added token '<\|mask\|>' got id \d+, published as 5000"):
-        load_tokenizer(tmp_path)
-
-
-@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize("kind", ADDED)
 def test_chat_templates_are_used_for_messages(tmp_path: Path, kind: str) -> None:
     write_checkpoint(tmp_path, kind)
     model = fastdllm.load(str(tmp_path), device="cpu")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import fastdllm
 from fastdllm.models import FAMILIES
 from fastdllm.models.transformer import Transformer
-from tests.published_checkpoints import llada_config, qwen2_config, special_ids, write_checkpoint, write_json
+from tests.published_checkpoints import VOCAB, llada_config, qwen2_config, special_ids, write_checkpoint, write_json
 
 KINDS = ["llada", "dream", "v2"]
 
@@ -80,8 +80,8 @@ def test_the_mask_and_unused_rows_are_banned(tmp_path: Path) -> None:
     for kind in KINDS:
         write_checkpoint(tmp_path / kind, kind)
         model = fastdllm.load(str(tmp_path / kind), device="cpu")
-        assert model.spec.vocab == 384 > len(model.tokenizer)
-        assert model.banned.nonzero()[:, 0].tolist() == [model.spec.mask_id, *range(len(model.tokenizer), 384)]
+        assert model.spec.vocab == VOCAB > len(model.tokenizer)
+        assert model.banned.nonzero()[:, 0].tolist() == [model.spec.mask_id, *range(len(model.tokenizer), VOCAB)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -179,16 +179,16 @@ def test_bad_folders_and_configs_say_what_is_wrong(tmp_path: Path) -> None:
     write_json(fresh("heads", "dream") / "config.json", qwen2_config("dream", num_key_value_heads=3))
     broken("heads", ValueError, "4 heads are no multiple of 3")
     write_json(fresh("mask") / "config.json", llada_config(mask_token_id=9999))
-    broken("mask", ValueError, "mask_id=9999 is outside the vocabulary of 384 rows")
+    broken("mask", ValueError, r"mask_token_id=9999; the tokenizer's mask '<\|mdm_mask\|>' is 586")
     write_json(fresh("alibi") / "config.json", llada_config(alibi=True))
     broken("alibi", ValueError, "alibi=True; only False is supported")
     write_json(fresh("rope", "v2") / "config.json", qwen2_config("v2", rope_scaling={"type": "yarn", "factor": 4.0}))
-    broken("rope", ValueError, "rope type 'yarn' is not supported")
+    broken("rope", ValueError, "rope type 'yarn'; only 'default' is supported")
     (tmp_path / "empty").mkdir()
     broken("empty", FileNotFoundError, "the folder has no config.json")
     with pytest.raises(FileNotFoundError, match=r"neither a folder nor a shipped name \(.*tiny-llada.*\) nor a hub id"):
         fastdllm.load("tiny-lada")
-    with pytest.raises(ValueError, match="dtype='float8' is unknown; allowed are float32, bfloat16, float16"):
+    with pytest.raises(ValueError, match="dtype='float8' is unknown; allowed are auto, float32, bfloat16, float16"):
         fastdllm.load(str(fresh("dtype")), dtype="float8")
 
 

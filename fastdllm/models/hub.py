@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a name to the folder that holds a checkpoint: shipped, local, or downloaded from the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TINY = Path(__file__).parent.parent / "tiny"
+PUBLISHED_FILES = ["*.json", "*.safetensors", "merges.txt", "*.jinja"]
+
+
+def tiny_names() -> list[str]:
+    """The checkpoints that ship with the package."""
+    return sorted(p.parent.name for p in TINY.glob("*/config.json"))
+
+
+def find_folder(name: str, revision: str | None = None) -> Path:
+    """A shipped name, a local folder or a hub id -> the folder that holds the checkpoint.
+
+    Raises FileNotFoundError, in one line, for a name that is none of these, an id that the hub does not have, and a hub that
+    cannot be reached.
+    """
+    if not isinstance(name, str | Path):
+        raise ValueError(f"model {type(name).__name__} must be a shipped name, a folder or a hub id 'owner/name'")
+    name = str(name)
+    if name in tiny_names():
+        return TINY / name
+    path = Path(name).expanduser()
+    if "\0" not in name and len(name) < 4096 and path.is_dir():
+        return _check_folder(name, path)
+    shipped = ", ".join(tiny_names())
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or "\0" in name:
+        raise FileNotFoundError(
+            f"model {name!r} is neither a folder nor a shipped name ({shipped}) nor a hub id 'owner/name'"
+        )
+    return _download(name, revision, shipped)
+
+
+def _check_folder(name: str, path: Path) -> Path:
+    if (path / "config.json").exists():
+        return path
+    if (path / "adapter_config.json").exists():
+        raise FileNotFoundError(
+            f"model {name!r}: the folder holds a LoRA adapter, not a model; load its base model with adapter={name!r}"
+        )
+    raise FileNotFoundError(f"model {name!r}: the folder has no config.json")
+
+
+def _download(name: str, revision: str | None, shipped: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    except ImportError as error:
+        raise ImportError(f"model {name!r} looks like a hub id; `pip install huggingface_hub` to download it") from error
+    offline = f"a folder, or a shipped name ({shipped}), works offline"
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=PUBLISHED_FILES))
+    except GatedRepoError:
+        reason = "needs an accepted licence and a token (`hf auth login`)"
+    except RepositoryNotFoundError:
+        reason = f"is not on the hub, or is private; {offline}"
+    except RevisionNotFoundError:
+        reason = f"has no revision {revision!r} on the hub"
+    except HFValidationError as error:
+        reason = f"is no hub id ({str(error).splitlines()[0]}); {offline}"
+    except (OSError, ValueError, RuntimeError) as error:
+        # Not reached, not in the cache, cut off: whatever library of the client says so, its first line is the reason.
+        reason = f"is not on this machine and could not be fetched from the hub ({_first_line(error)}); {offline}"
+    else:
+        return _check_folder(name, folder)
+    raise FileNotFoundError(f"model {name!r} {reason}")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -159,9 +159,9 @@ def linear_case(m: Model, name: str, M: int, kind: str, sweep: bool) -> Case:
 
     def streamed(i: int, tile: dict[str, int]) -> Tensor:
         if kind != "fp8":
-            return linear_triton.stream(x, *weights[i], None, **tile).sum(0)
+            return linear_triton.skinny(x, *weights[i], None, **tile).sum(0)
         xq, token_scale = linear_triton.quantize_rows(x)
-        return linear_triton.stream(xq, *weights[i], None, token_scale, x.dtype, **tile).sum(0)
+        return linear_triton.skinny(xq, *weights[i], None, token_scale, x.dtype, **tile).sum(0)
 
     runs: dict[str, Run] = {"kernel": lambda i: kernels.linear(x, *weights[i])}
     if kind == "bf16":

@@ -88,7 +88,7 @@ def test_partial_sums_add_up(device: torch.device, assert_close, M: int, C: int,
 
     (wq, scale), (xq, token_scale) = weight(N, C, "fp8", device), weight(M, C, "fp8", device)
     tile = triton.tiling(M, N, wq.dtype) | {"splits": splits, "block_c": 64}
-    out = triton.stream(xq, wq, scale, None, token_scale, torch.float32, **tile)
+    out = triton.skinny(xq, wq, scale, None, token_scale, torch.float32, **tile)
     assert out.shape == (splits, M, N) and out.dtype == torch.float32
     want = (xq.double() * token_scale[:, None]) @ (wq.double() * scale[:, None]).T
     assert_close(out.sum(0), want, 1e-6 if device.type == "cpu" else 2e-3)
@@ -99,7 +99,7 @@ def test_bias_is_added_once(device: torch.device, assert_close) -> None:
 
     x, w = torch.randn(3, 512, device=device).bfloat16(), torch.randn(48, 512, device=device).bfloat16()
     bias = torch.full((48,), 1000.0, device=device).bfloat16()
-    parts = triton.stream(x, w, None, bias, **triton.tiling(3, 48, w.dtype) | {"splits": 4, "block_c": 64})
+    parts = triton.skinny(x, w, None, bias, **triton.tiling(3, 48, w.dtype) | {"splits": 4, "block_c": 64})
     assert_close(parts.sum(0).bfloat16(), reference.linear(x, w, None, bias), 1e-2)
 
 
@@ -113,7 +113,7 @@ def test_leading_dimensions(device: torch.device, assert_close) -> None:
 
 @pytest.mark.parametrize("kind", ["plain", "int8"])
 def test_many_rows(device: torch.device, assert_close, kind: str) -> None:
-    """Past the streaming kernel's rows the library multiplies."""
+    """Past the skinny kernel's rows the library multiplies."""
     from fastdllm.kernels.linear import triton
 
     wq, scale = (torch.randn(32, 64, device=device).half(), None) if kind == "plain" else weight(32, 64, kind, device)

@@ -13,7 +13,7 @@ KINDS = {"fp8": (FP8, FP8_MAX), "int8": (torch.int8, 127.0)}
 
 
 def quantize_weight(w: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """See `fastdllm.kernels.quantize_weight`."""
+    """w [N, C] as "fp8" (e4m3) or "int8": (weight [N, C], scale [N] fp32), w close to weight * scale[:, None]."""
     if kind not in KINDS:
         raise ValueError(f"quantize={kind!r} is not one of {', '.join(KINDS)}")
     dtype, largest = KINDS[kind]
@@ -21,15 +21,19 @@ def quantize_weight(w: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return (scaled if dtype.is_floating_point else scaled.round()).to(dtype), scale
 
 
-def linear(x: Tensor, wq: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """See `fastdllm.kernels.linear`."""
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """x [..., C] times the transpose of weight [N, C], plus bias [N]: [..., N].
+
+    scale: [N] fp32 of a quantised weight (`quantize_weight`): products accumulate in fp32 and are scaled by output channel.
+        fp8 weights meet fp8 activations, quantised here with one scale per token; int8 weights meet x as it is.
+    """
     if scale is None:
-        return F.linear(x, wq, bias)
-    if wq.dtype == FP8:
+        return F.linear(x, weight, bias)
+    if weight.dtype == FP8:
         scaled, token_scale = _scaled(x, FP8_MAX)
-        y = scaled.to(FP8).float() @ wq.float().T * token_scale.unsqueeze(-1) * scale
+        y = scaled.to(FP8).float() @ weight.float().T * token_scale.unsqueeze(-1) * scale
     else:
-        y = x.float() @ wq.float().T * scale
+        y = x.float() @ weight.float().T * scale
     if bias is not None:
         y = y + bias.float()
     return y.to(x.dtype)

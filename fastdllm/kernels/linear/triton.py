@@ -20,15 +20,15 @@ from fastdllm.kernels.device import stages
 from fastdllm.kernels.dot import dot
 from fastdllm.kernels.linear import reference
 from fastdllm.kernels.linear.reference import FP8, FP8_MAX
-from fastdllm.kernels.overlap import LAUNCH, begin
+from fastdllm.kernels.pdl import LAUNCH, wait
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # Triton before 3.4 has none: the library multiplies
     TensorDescriptor = None
 
-# Most rows of the streaming kernel; more go to the library, from where on int8 costs a widened copy of the weight.
-STREAM_ROWS = 64
+# Most rows of the skinny kernel; more go to the library, from where on int8 costs a widened copy of the weight.
+SKINNY_ROWS = 64
 WIDENED_ROWS = 256
 WIDEN_BLOCK = 4096  # channels of one output row that a program widens
 
@@ -44,7 +44,7 @@ def load_rows(x, o_m, M, c, C, EVEN: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _stream_kernel(
+def _skinny_kernel(
     x,
     w,
     scale,
@@ -68,7 +68,7 @@ def _stream_kernel(
     o_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_n, m_m = o_n < N, o_m < M
     chunk = tl.cdiv(tl.cdiv(C, BLOCK_C), SPLITS) * BLOCK_C
-    begin()
+    wait()
     # The weight is the left operand: its many rows fill the matrix unit, and it can be widened in registers.
     b_y = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for c in range(i_s * chunk, tl.minimum((i_s + 1) * chunk, C), BLOCK_C):
@@ -87,7 +87,7 @@ def _stream_kernel(
 def _quantize_kernel(x, xq, scale, C, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
     i_m = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, BLOCK)
-    begin()
+    wait()
     b_x = tl.load(x + i_m * C + o_c, mask=o_c < C, other=0.0).to(tl.float32)
     b_scale = tl.div_rn(tl.maximum(tl.max(tl.abs(b_x), 0), 1e-12), LARGEST)
     b_q = tl.clamp(tl.div_rn(b_x, b_scale), -LARGEST, LARGEST)
@@ -100,51 +100,51 @@ def _widen_kernel(w, scale, y, C, BLOCK: tl.constexpr):
     i_n = tl.program_id(0).to(tl.int64)
     o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_c = o_c < C
-    begin()
+    wait()
     b_w = tl.load(w + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
     tl.store(y + i_n * C + o_c, b_w * tl.load(scale + i_n), mask=m_c)
 
 
-def linear(x: Tensor, wq: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """See `fastdllm.kernels.linear`."""
-    parts = sums(x, wq, scale, bias)
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """See `fastdllm.kernels.linear.reference.linear`."""
+    parts = split_k_partials(x, weight, scale, bias)
     y = parts[0] if len(parts) == 1 else parts.sum(0).to(x.dtype)
     return y.view(*x.shape[:-1], -1)
 
 
-def sums(x: Tensor, wq: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+def split_k_partials(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """`linear` of x [..., C] with M rows, as S partial sums [S, M, N], which the kernel that reads them adds up.
 
     One sum is of x's dtype, several are fp32.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if streams(rows, wq):
-        tile = tiling(len(rows), len(wq), wq.dtype)
-        if wq.dtype != FP8:
-            return stream(rows, wq, scale, bias, **tile)
+    if is_skinny(rows, weight):
+        tile = tiling(len(rows), len(weight), weight.dtype)
+        if weight.dtype != FP8:
+            return skinny(rows, weight, scale, bias, **tile)
         xq, token_scale = quantize_rows(rows)
-        return stream(xq, wq, scale, bias, token_scale, x.dtype, **tile)
+        return skinny(xq, weight, scale, bias, token_scale, x.dtype, **tile)
     if scale is None:
-        return F.linear(rows, wq, bias)[None]
+        return F.linear(rows, weight, bias)[None]
     # The library's row-wise fp8 product writes bf16 only, and wants multiples of 16.
-    known = rows.is_cuda and rows.dtype == torch.bfloat16 and wq.shape[0] % 16 == 0 and wq.shape[1] % 16 == 0
-    if wq.dtype == FP8 and known:
+    known = rows.is_cuda and rows.dtype == torch.bfloat16 and weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
+    if weight.dtype == FP8 and known:
         xq, token_scale = quantize_rows(rows)
-        return scaled_mm(xq, wq, scale, bias, token_scale)[None]
-    if wq.dtype == FP8:
-        return reference.linear(rows, wq, scale, bias)[None]
-    return F.linear(rows, widen(wq, scale, x.dtype), bias)[None]
+        return scaled_mm(xq, weight, scale, bias, token_scale)[None]
+    if weight.dtype == FP8:
+        return reference.linear(rows, weight, scale, bias)[None]
+    return F.linear(rows, widen(weight, scale, x.dtype), bias)[None]
 
 
-def streams(rows: Tensor, wq: Tensor) -> bool:
+def is_skinny(rows: Tensor, weight: Tensor) -> bool:
     """Whether the product of rows [M, C] is bound by reading the weight, and the bulk copy engine can read it."""
-    most = WIDENED_ROWS if wq.dtype == torch.int8 else STREAM_ROWS
-    readable = TensorDescriptor is not None and wq.shape[1] * wq.itemsize % 16 == 0
+    most = WIDENED_ROWS if weight.dtype == torch.int8 else SKINNY_ROWS
+    readable = TensorDescriptor is not None and weight.shape[1] * weight.itemsize % 16 == 0
     return readable and rows.itemsize == 2 and len(rows) <= most
 
 
 def tiling(M: int, N: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile of the streaming kernel for M rows and N output channels, weights of `dtype`.
+    """Tile of the skinny kernel for M rows and N output channels, weights of `dtype`.
 
     Measured on an H200 (torch 2.11, triton 3.6, 2026-11-28) in a captured chain of layers, us a layer, LLaDA at 32 rows, as
     (block_n, block_c, stages, splits): qkv (64, 128, 3, 2) 138.8, (64, 128, 4, 1) 140.6, (128, 64, 5, 2) 143.3; out
@@ -168,7 +168,7 @@ def tiling(M: int, N: int, dtype: torch.dtype) -> dict[str, int]:
     return dict(zip(names, shape, strict=True)) | {"block_m": block_m, "num_warps": 4}
 
 
-def stream(
+def skinny(
     x: Tensor,
     w: Tensor,
     scale: Tensor | None,
@@ -187,7 +187,7 @@ def stream(
     [N]: [splits, M, N], of `dtype` if there is one split and fp32 otherwise."""
     (M, C), N = x.shape, w.shape[0]
     y = torch.empty((splits, M, N), dtype=torch.float32 if splits > 1 else dtype or x.dtype, device=x.device)
-    _stream_kernel[(triton.cdiv(N, block_n) * splits, triton.cdiv(M, block_m))](
+    _skinny_kernel[(triton.cdiv(N, block_n) * splits, triton.cdiv(M, block_m))](
         x.contiguous(),
         TensorDescriptor.from_tensor(w, [block_n, block_c]),
         y if scale is None else scale,
@@ -212,21 +212,21 @@ def stream(
     return y
 
 
-def widen(wq: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """int8 weights wq [N, C] times scale [N], in `dtype`. The library's conversion takes four times as long."""
-    N, C = wq.shape
-    w = torch.empty((N, C), dtype=dtype, device=wq.device)
+def widen(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """int8 weights weight [N, C] times scale [N], in `dtype`. The library's conversion takes four times as long."""
+    N, C = weight.shape
+    w = torch.empty((N, C), dtype=dtype, device=weight.device)
     _widen_kernel[(N, triton.cdiv(C, WIDEN_BLOCK))](
-        wq.contiguous(), scale, w, C, BLOCK=min(WIDEN_BLOCK, triton.next_power_of_2(C)), num_warps=8, **LAUNCH
+        weight.contiguous(), scale, w, C, BLOCK=min(WIDEN_BLOCK, triton.next_power_of_2(C)), num_warps=8, **LAUNCH
     )
     return w
 
 
-def scaled_mm(xq: Tensor, wq: Tensor, scale: Tensor, bias: Tensor | None, token_scale: Tensor) -> Tensor:
-    """The library's fp8 product of xq [M, C] and wq [N, C] transposed, scaled by row and channel; bf16."""
+def scaled_mm(xq: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, token_scale: Tensor) -> Tensor:
+    """The library's fp8 product of xq [M, C] and weight [N, C] transposed, scaled by row and channel; bf16."""
     y = torch._scaled_mm(
         xq,
-        wq.t(),
+        weight.t(),
         scale_a=token_scale.unsqueeze(1),
         scale_b=scale.unsqueeze(0),
         out_dtype=torch.bfloat16,

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdllm.kernels.linear.triton import sums
-from fastdllm.kernels.overlap import LAUNCH, begin
+from fastdllm.kernels.linear.triton import split_k_partials
+from fastdllm.kernels.pdl import LAUNCH, wait
 
 # Heads of one position per program: 32 positions of LLaDA's 96 heads make 384 programs, about three a multiprocessor.
 BLOCK_H = 8
@@ -54,7 +54,7 @@ def _rope_store_kernel(
     m_d = o_d < HALF
     m_hd = (o_h < H + 2 * K)[:, None] & m_d[None, :]
 
-    begin()
+    wait()
     p_x = qkv + (i_n * (H + 2 * K) + o_h[:, None]) * D + o_d[None, :]
     b_low = tl.load(p_x, mask=m_hd, other=0.0)
     b_high = tl.load(p_x + HALF, mask=m_hd, other=0.0)
@@ -102,13 +102,13 @@ def rope_store(
     v_store: Tensor,
     slot: Tensor | None = None,
 ) -> Tensor:
-    """See `fastdllm.kernels.rope_store`."""
+    """See `fastdllm.kernels.rope_store.reference.rope_store`."""
     return _launch(qkv[None], heads, kv_heads, cos, sin, pos, row, k_store, v_store, slot)
 
 
 def linear_rope_store(
     x: Tensor,
-    wq: Tensor,
+    weight: Tensor,
     heads: int,
     kv_heads: int,
     cos: Tensor,
@@ -121,8 +121,8 @@ def linear_rope_store(
     bias: Tensor | None = None,
     slot: Tensor | None = None,
 ) -> Tensor:
-    """See `fastdllm.kernels.linear_rope_store`."""
-    return _launch(sums(x, wq, scale, bias), heads, kv_heads, cos, sin, pos, row, k_store, v_store, slot)
+    """See `fastdllm.kernels.rope_store.reference.linear_rope_store`."""
+    return _launch(split_k_partials(x, weight, scale, bias), heads, kv_heads, cos, sin, pos, row, k_store, v_store, slot)
 
 
 def _launch(

@@ -15,8 +15,15 @@ from torch import Tensor
 from fastdllm.kernels.device import stages
 from fastdllm.kernels.dot import dot
 from fastdllm.kernels.linear.reference import FP8
-from fastdllm.kernels.linear.triton import STREAM_ROWS, TensorDescriptor, linear, load_rows, quantize_rows, streams
-from fastdllm.kernels.overlap import LAUNCH, begin
+from fastdllm.kernels.linear.triton import (
+    SKINNY_ROWS,
+    TensorDescriptor,
+    is_skinny,
+    linear,
+    load_rows,
+    quantize_rows,
+)
+from fastdllm.kernels.pdl import LAUNCH, wait
 
 BLOCK = 1024
 
@@ -26,7 +33,7 @@ def _silu_mul_kernel(gate_up, out, F, BLOCK: tl.constexpr):
     i_n = tl.program_id(0).to(tl.int64)
     o_f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_f = o_f < F
-    begin()
+    wait()
     b_gate = tl.load(gate_up + i_n * 2 * F + o_f, mask=m_f, other=0.0).to(tl.float32)
     b_up = tl.load(gate_up + i_n * 2 * F + F + o_f, mask=m_f, other=0.0).to(tl.float32)
     # Rounded before the product, as two separate torch operations do.
@@ -35,7 +42,7 @@ def _silu_mul_kernel(gate_up, out, F, BLOCK: tl.constexpr):
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """See `fastdllm.kernels.silu_mul`."""
+    """See `fastdllm.kernels.silu_mul.reference.silu_mul`."""
     gate_up = gate_up.contiguous()
     F = gate_up.shape[-1] // 2
     out = gate_up.new_empty((*gate_up.shape[:-1], F))
@@ -65,7 +72,7 @@ def _linear_silu_mul_kernel(
     o_n = i_n + tl.arange(0, BLOCK_N)
     o_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_n, m_m = o_n < F, o_m < M
-    begin()
+    wait()
     b_gate = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     b_up = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for c in range(0, C, BLOCK_C):
@@ -83,15 +90,15 @@ def _linear_silu_mul_kernel(
     tl.store(p_out, b_gate * tl.sigmoid(b_gate) * b_up, mask=m_n[:, None] & m_m[None, :])
 
 
-def linear_silu_mul(x: Tensor, wq: Tensor, scale: Tensor | None = None) -> Tensor:
-    """See `fastdllm.kernels.linear_silu_mul`."""
+def linear_silu_mul(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """See `fastdllm.kernels.silu_mul.reference.linear_silu_mul`."""
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) > STREAM_ROWS or not streams(rows, wq):
-        return silu_mul(linear(x, wq, scale))
+    if len(rows) > SKINNY_ROWS or not is_skinny(rows, weight):
+        return silu_mul(linear(x, weight, scale))
     token_scale = None
-    if wq.dtype == FP8:
+    if weight.dtype == FP8:
         rows, token_scale = quantize_rows(rows)
-    out = launch(rows, wq, scale, token_scale, x.dtype, **tiling(len(rows), wq.shape[0] // 2, wq.dtype))
+    out = launch(rows, weight, scale, token_scale, x.dtype, **tiling(len(rows), weight.shape[0] // 2, weight.dtype))
     return out.view(*x.shape[:-1], -1)
 
 

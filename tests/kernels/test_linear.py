@@ -30,8 +30,8 @@ def test_quantised_weights_are_near(kind: str, bound: float) -> None:
 
 
 def test_unknown_kind() -> None:
-    with pytest.raises(ValueError, match="quantize='int4' is not one of fp8, int8"):
-        reference.quantize_weight(torch.zeros(1, 1), "int4")
+    with pytest.raises(ValueError, match="quantize='int3' is not one of fp8, int8, int4"):
+        reference.quantize_weight(torch.zeros(1, 1), "int3")
 
 
 def test_reference_against_float64(assert_close) -> None:
@@ -62,7 +62,7 @@ def test_fp8_quantises_each_token_alone(assert_close) -> None:
 SHAPES = [(1, 16, 1), (5, 60, 33), (33, 128, 64), (32, 272, 100)]
 
 
-@pytest.mark.parametrize("kind", ["plain", "fp8", "int8"])
+@pytest.mark.parametrize("kind", ["plain", "fp8", "int8", "int4"])
 @pytest.mark.parametrize(("M", "C", "N"), SHAPES)
 def test_linear(
     device: torch.device, assert_close, M: int, C: int, N: int, kind: str, dtype: torch.dtype, ratio: float
@@ -111,7 +111,7 @@ def test_leading_dimensions(device: torch.device, assert_close) -> None:
     assert_close(triton.linear(x, wq, scale), reference.linear(x, wq, scale), 1e-3)
 
 
-@pytest.mark.parametrize("kind", ["plain", "int8"])
+@pytest.mark.parametrize("kind", ["plain", "int8", "int4"])
 def test_many_rows(device: torch.device, assert_close, kind: str) -> None:
     """Past the skinny kernel's rows the library multiplies."""
     from fastdllm.kernels.linear import triton
@@ -128,11 +128,11 @@ def test_widened_weights(device: torch.device, assert_close, C: int, dtype: torc
 
     wq, scale = weight(7, C, "int8", device)
     want = (wq.float() * scale[:, None]).to(dtype)
-    assert_close(triton.widen(wq, scale, dtype), want, 0.0 if device.type == "cuda" else ratio)
+    assert_close(triton.widen(wq, scale, C, dtype), want, 0.0 if device.type == "cuda" else ratio)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["plain", "fp8", "int8"])
+@pytest.mark.parametrize("kind", ["plain", "fp8", "int8", "int4"])
 @pytest.mark.parametrize("M", [1, 64, 65, 200, 1256])
 def test_every_tiling(assert_close, M: int, kind: str) -> None:
     """The launch configurations of real widths: they must fit the device's shared memory."""

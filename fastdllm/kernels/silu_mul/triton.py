@@ -14,10 +14,13 @@ from torch import Tensor
 
 from fastdllm.kernels.device import stages
 from fastdllm.kernels.dot import dot
+from fastdllm.kernels.linear.int4 import UNIT
+from fastdllm.kernels.linear.nibbles import load_steps, widen_bytes
 from fastdllm.kernels.linear.reference import FP8
 from fastdllm.kernels.linear.triton import (
     SKINNY_ROWS,
     TensorDescriptor,
+    group_of,
     is_skinny,
     linear,
     load_rows,
@@ -62,6 +65,7 @@ def _linear_silu_mul_kernel(
     F,
     C,
     SCALE: tl.constexpr,
+    GROUP: tl.constexpr,
     TOKEN_SCALE: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -75,10 +79,24 @@ def _linear_silu_mul_kernel(
     wait()
     b_gate = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     b_up = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for c in range(0, C, BLOCK_C):
-        b_x = load_rows(x, o_m, M, c, C, EVEN, BLOCK_C)
-        b_gate = dot(w.load([i_n, c]), b_x, b_gate)
-        b_up = dot(w.load([F + i_n, c]), b_x, b_up)
+    if GROUP == 0:
+        for c in range(0, C, BLOCK_C):
+            b_x = load_rows(x, o_m, M, c, C, EVEN, BLOCK_C)
+            b_gate = dot(w.load([i_n, c]), b_x, b_gate)
+            b_up = dot(w.load([F + i_n, c]), b_x, b_up)
+    else:
+        # As in the skinny kernel: steps are asked for a tile ahead.
+        g_ls, g_lz, g_hs, g_hz = load_steps(scale, o_n, F, 0, C, GROUP, BLOCK_C)
+        u_ls, u_lz, u_hs, u_hz = load_steps(scale, F + o_n, 2 * F, 0, C, GROUP, BLOCK_C)
+        for c in range(0, C, BLOCK_C):
+            b_low, b_high = widen_bytes(w.load([i_n, c // 2]), g_ls, g_lz, g_hs, g_hz, x.dtype.element_ty)
+            g_ls, g_lz, g_hs, g_hz = load_steps(scale, o_n, F, c + BLOCK_C, C, GROUP, BLOCK_C)
+            x_low = load_rows(x, o_m, M, c, C, EVEN, BLOCK_C // 2)
+            x_high = load_rows(x, o_m, M, c + BLOCK_C // 2, C, EVEN, BLOCK_C // 2)
+            b_gate = dot(b_high, x_high, dot(b_low, x_low, b_gate))
+            b_low, b_high = widen_bytes(w.load([F + i_n, c // 2]), u_ls, u_lz, u_hs, u_hz, x.dtype.element_ty)
+            u_ls, u_lz, u_hs, u_hz = load_steps(scale, F + o_n, 2 * F, c + BLOCK_C, C, GROUP, BLOCK_C)
+            b_up = dot(b_high, x_high, dot(b_low, x_low, b_up))
     if SCALE:
         b_gate *= tl.load(scale + o_n, mask=m_n, other=0.0)[:, None]
         b_up *= tl.load(scale + F + o_n, mask=m_n, other=0.0)[:, None]
@@ -93,7 +111,7 @@ def _linear_silu_mul_kernel(
 def linear_silu_mul(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """See `fastdllm.kernels.silu_mul.reference.linear_silu_mul`."""
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) > SKINNY_ROWS or not is_skinny(rows, weight):
+    if len(rows) > SKINNY_ROWS or not is_skinny(rows, weight, scale):
         return silu_mul(linear(x, weight, scale))
     token_scale = None
     if weight.dtype == FP8:
@@ -110,7 +128,9 @@ def tiling(M: int, F: int, dtype: torch.dtype) -> dict[str, int]:
     warps 139.1, (64, 128, 2) 143.1; int8 (64, 256, 3) 132.0, (64, 128, 4) 138.3.
     """
     block_m = max(16, triton.next_power_of_2(M))
-    if block_m == 16:
+    if dtype == torch.uint8:
+        shape = (64, UNIT, 4, 3)
+    elif block_m == 16:
         shape = (128, 128 // dtype.itemsize, 8, 3)
     elif dtype == torch.int8:
         shape = (64, 256, 4, 3)
@@ -136,24 +156,27 @@ def launch(
 ) -> Tensor:
     """silu(first half) * second half of x [M, C] times w [2F, C] transposed, scaled by channel and token: [M, F]."""
     (M, C), F = x.shape, w.shape[0] // 2
+    group = group_of(w, scale, C)
+    tile_c = block_c // 2 if group else block_c  # elements of w that hold block_c channels
     out = torch.empty((M, F), dtype=dtype, device=x.device)
     _linear_silu_mul_kernel[(triton.cdiv(F, block_n), triton.cdiv(M, block_m))](
         x.contiguous(),
-        TensorDescriptor.from_tensor(w, [block_n, block_c]),
+        TensorDescriptor.from_tensor(w, [block_n, tile_c]),
         out if scale is None else scale,
         out if token_scale is None else token_scale,
         out,
         M,
         F,
         C,
-        SCALE=scale is not None,
+        SCALE=scale is not None and not group,
+        GROUP=group,
         TOKEN_SCALE=token_scale is not None,
         EVEN=C % block_c == 0,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_C=block_c,
         num_warps=num_warps,
-        num_stages=stages(num_stages, block_c * (2 * block_n * w.itemsize + block_m * x.itemsize), x.device),
+        num_stages=stages(num_stages, 2 * tile_c * block_n * w.itemsize + block_c * block_m * x.itemsize, x.device),
         **LAUNCH,
     )
     return out

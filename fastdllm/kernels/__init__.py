@@ -24,6 +24,8 @@ from fastdllm.kernels.confidence import reference as _confidence
 from fastdllm.kernels.confidence.reference import Confidence
 from fastdllm.kernels.linear import reference as _linear
 from fastdllm.kernels.linear.reference import quantize_weight
+from fastdllm.kernels.partial import reference as _partial
+from fastdllm.kernels.partial.reference import Picked
 from fastdllm.kernels.rmsnorm import reference as _rmsnorm
 from fastdllm.kernels.rope_store import reference as _rope_store
 from fastdllm.kernels.silu_mul import reference as _silu_mul
@@ -73,17 +75,24 @@ attention = dispatch(_attention.attention, library=torch.float32)
 confidence = dispatch(_confidence.confidence)
 head_confidence = dispatch(_confidence.head_confidence)
 accept = dispatch(_accept.accept)
+drift = dispatch(_partial.drift)
+pick = dispatch(_partial.pick)
+merge = dispatch(_partial.merge)
 
 __all__ = [
     "Confidence",
+    "Picked",
     "accept",
     "attention",
     "confidence",
+    "drift",
     "head_confidence",
     "linear",
     "linear_rmsnorm",
     "linear_rope_store",
     "linear_silu_mul",
+    "merge",
+    "pick",
     "quantize_weight",
     "rmsnorm",
 ]

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from fastdllm.kernels.confidence import reference as confidence_reference
 from fastdllm.kernels.confidence import triton as confidence_triton
 from fastdllm.kernels.linear import int4
 from fastdllm.kernels.linear import triton as linear_triton
+from fastdllm.kernels.partial import reference as partial_reference
+from fastdllm.kernels.partial import triton as partial_triton
 from fastdllm.kernels.rmsnorm import reference as rmsnorm_reference
 from fastdllm.kernels.rope_store import reference as rope_store_reference
 from fastdllm.kernels.rope_store import triton as rope_store_triton
@@ -250,6 +253,33 @@ def small_cases(m: Model, R: int, W: int) -> Iterator[Case]:
     }, lambda i: rope_store_reference.rope_store(*args), 2 * 2 * N * (H + 2 * K) * D)  # fmt: skip
 
 
+def partial_cases(m: Model, R: int, W: int, n: int) -> Iterator[Case]:
+    """A run of layers for n of the W positions of each of R rows: scores, the choice, and the way back."""
+    C, device = m.width, DEVICE
+    h, entry, cached, fresh, norm = rand(R, W, C), rand(R, W, C), rand(R, W, C), rand(R, n, C), rand(C)
+    row, at = torch.arange(R, device=device), torch.arange(W, device=device).expand(R, W).contiguous()
+    score, quota = torch.rand(R, W, device=device), torch.full((R,), n, device=device)
+    piece = torch.stack([row, torch.zeros_like(row)], 1)
+    seen = torch.zeros_like(at)
+    state = {"row": row, "at": at, "entry": entry.clone(), "ids": at, "seen": seen}
+    source = partial_reference.pick(h, score, quota, piece, n, at, at, row, norm, 1e-5).source
+    label, size = f"{m.name} R{R} W{W} n{n}", 2 * R * C
+
+    def chosen(op: ModuleType, i: int) -> Tensor:
+        return op.pick(h, score, quota, piece, n, at, at, row, norm, 1e-5, **state).y
+
+    def merged(op: ModuleType, i: int) -> Tensor:
+        return op.merge(h, fresh, source, cached, row, at, norm, 1e-5)[0]
+
+    def drifted(op: ModuleType, i: int) -> Tensor:
+        return op.drift(h, entry[:, None], row, at)
+
+    bytes_of = {"drift": 2 * W * size, "pick": 4 * n * size, "merge": (4 * W + 2 * n) * size}
+    for name, run in (("drift", drifted), ("pick", chosen), ("merge", merged)):
+        runs = {"kernel": partial(run, partial_triton), "torch": partial(run, partial_reference)}
+        yield Case(name, label, runs, partial(run, partial_reference), bytes_of[name])
+
+
 def gated_case(m: Model, M: int, kind: str, sweep: bool) -> Case:
     """SwiGLU's gate and up projection and its activation, in one kernel and in two."""
     size, n = SIZES[kind], 4
@@ -347,6 +377,9 @@ def cases(sweep: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
             yield case.op, partial(lambda c: c, case)
     for case in step_cases(LLADA, 1, 32):
         yield case.op, partial(lambda c: c, case)
+    for R, W, n in ((1, 8, 2), (1, 32, 8), (32, 8, 2), (32, 32, 8)):
+        for case in partial_cases(DREAM, R, W, n):
+            yield case.op, partial(lambda c: c, case)
     for m in (LLADA, DREAM):
         for kind in KINDS:
             yield "linear_silu_mul", partial(gated_case, m, 32, kind, sweep)

@@ -78,7 +78,7 @@ class Layer(nn.Module):
             y, qkv.weight, spec.heads, spec.kv_heads, cos, sin, pos, row, k, v, qkv.scale, qkv.bias, slot, **self._norms()
         )  # [R, W, H, D]
         y = kernels.attention(
-            q, k, v, row, window.kv_len, window.max_kv_len, hide=window.hide, uniform=window.dense, swap=window.swap
+            q, k, v, row, window.kv_len, window.max_kv_len, hide=window.hide, dense=window.dense, swap=window.swap
         )
         y, h = kernels.linear_rmsnorm(y.flatten(2), out.weight, self.ffn_norm, spec.rms_eps, h, out.scale)
         y = kernels.linear_silu_mul(y, self.gate_up.weight, self.gate_up.scale)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,7 +20,10 @@ from fastdllm.kernels.attention import reference as attention_reference
 from fastdllm.kernels.attention import triton as attention_triton
 from fastdllm.kernels.confidence import reference as confidence_reference
 from fastdllm.kernels.confidence import triton as confidence_triton
+from fastdllm.kernels.linear import int4
 from fastdllm.kernels.linear import triton as linear_triton
+from fastdllm.kernels.partial import reference as partial_reference
+from fastdllm.kernels.partial import triton as partial_triton
 from fastdllm.kernels.rmsnorm import reference as rmsnorm_reference
 from fastdllm.kernels.rope_store import reference as rope_store_reference
 from fastdllm.kernels.rope_store import triton as rope_store_triton
@@ -29,7 +33,8 @@ from fastdllm.kernels.silu_mul import triton as silu_mul_triton
 DEVICE = torch.device("cuda")
 KEYS = 1256
 L2_BYTES = 150e6
-KINDS = ("bf16", "fp8", "int8")
+SIZES = {"bf16": 2, "fp8": 1, "int8": 1, "int4": 17 / 32}  # bytes a weight; int4 with its steps and zeros
+KINDS = tuple(SIZES)
 
 
 @dataclass(frozen=True)
@@ -149,9 +154,9 @@ def attention_tiles(tiles: int, packed: int) -> Iterator[dict[str, int]]:
 
 
 def linear_case(m: Model, name: str, M: int, kind: str, sweep: bool) -> Case:
-    """One linear layer at M rows, its weight in bf16, fp8 or int8."""
+    """One linear layer at M rows, its weight of one of KINDS."""
     N, C = m.linears()[name]
-    size = 2 if kind == "bf16" else 1
+    size = SIZES[kind]
     n = sets(N * C * size)
     plain = [rand(N, C, scale=C**-0.5) for _ in range(n)]
     x = rand(M, C)
@@ -159,22 +164,35 @@ def linear_case(m: Model, name: str, M: int, kind: str, sweep: bool) -> Case:
 
     def streamed(i: int, tile: dict[str, int]) -> Tensor:
         if kind != "fp8":
-            return linear_triton.stream(x, *weights[i], None, **tile).sum(0)
+            return linear_triton.skinny(x, *weights[i], None, **tile).sum(0)
         xq, token_scale = linear_triton.quantize_rows(x)
-        return linear_triton.stream(xq, *weights[i], None, token_scale, x.dtype, **tile).sum(0)
+        return linear_triton.skinny(xq, *weights[i], None, token_scale, x.dtype, **tile).sum(0)
 
     runs: dict[str, Run] = {"kernel": lambda i: kernels.linear(x, *weights[i])}
     if kind == "bf16":
         runs["cublas"] = lambda i: F.linear(x, plain[i])
     if sweep:
-        runs |= {f"tile {' '.join(map(str, t.values()))}": partial(streamed, tile=t) for t in linear_tiles(M, size)}
+        runs |= {f"tile {' '.join(map(str, t.values()))}": partial(streamed, tile=t) for t in linear_tiles(M, kind)}
     flops = 2.0 * M * N * C * (0.5 if kind == "fp8" else 1)
-    want = lambda i: x.float() @ plain[i].float().T  # noqa: E731
+    want = lambda i: x.float() @ exact(weights[i], plain[i]).T  # noqa: E731
     return Case("linear", f"{m.name} {name} M{M} {kind}", runs, want, size * N * C, flops, n, 0.06)
 
 
-def linear_tiles(M: int, size: int) -> Iterator[dict[str, int]]:
-    """Candidates around the table: tile rows, tile channels, tile depth, stages, splits of the channels."""
+def exact(weight: tuple[Tensor, Tensor | None], plain: Tensor) -> Tensor:
+    """What a product is compared with, in fp32: rounding to 4 bits is an error of its own."""
+    return int4.widen(*weight, plain.shape[1]) if weight[0].dtype == torch.uint8 else plain.float()
+
+
+def linear_tiles(M: int, kind: str) -> Iterator[dict[str, int]]:
+    """Candidates around the table: tile rows, tile channels, tile depth, stages, splits of the channels, warps."""
+    if kind == "int4":
+        for rows in (128, 256) if M > 128 else (min(128, M),):
+            for n, warps, stages in ((64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 8, 2), (128, 8, 3), (128, 8, 4), (128, 4, 3)):
+                for splits in (1, 2, 4) if M <= 64 else (1,):
+                    yield {"block_m": rows, "block_n": n, "block_c": int4.UNIT, "num_stages": stages, "splits": splits,
+                           "num_warps": warps}  # fmt: skip
+        return
+    size = int(SIZES[kind])
     names = ("block_m", "block_n", "block_c", "num_stages", "splits")
     if M > 64:
         shapes = [(128, 64, 3, 1), (64, 128, 3, 1)]
@@ -235,9 +253,36 @@ def small_cases(m: Model, R: int, W: int) -> Iterator[Case]:
     }, lambda i: rope_store_reference.rope_store(*args), 2 * 2 * N * (H + 2 * K) * D)  # fmt: skip
 
 
-def gated_case(m: Model, M: int, kind: str) -> Case:
+def partial_cases(m: Model, R: int, W: int, n: int) -> Iterator[Case]:
+    """A run of layers for n of the W positions of each of R rows: scores, the choice, and the way back."""
+    C, device = m.width, DEVICE
+    h, entry, cached, fresh, norm = rand(R, W, C), rand(R, W, C), rand(R, W, C), rand(R, n, C), rand(C)
+    row, at = torch.arange(R, device=device), torch.arange(W, device=device).expand(R, W).contiguous()
+    score, quota = torch.rand(R, W, device=device), torch.full((R,), n, device=device)
+    piece = torch.stack([row, torch.zeros_like(row)], 1)
+    seen = torch.zeros_like(at)
+    state = {"row": row, "at": at, "entry": entry.clone(), "ids": at, "seen": seen}
+    source = partial_reference.pick(h, score, quota, piece, n, at, at, row, norm, 1e-5).source
+    label, size = f"{m.name} R{R} W{W} n{n}", 2 * R * C
+
+    def chosen(op: ModuleType, i: int) -> Tensor:
+        return op.pick(h, score, quota, piece, n, at, at, row, norm, 1e-5, **state).y
+
+    def merged(op: ModuleType, i: int) -> Tensor:
+        return op.merge(h, fresh, source, cached, row, at, norm, 1e-5)[0]
+
+    def drifted(op: ModuleType, i: int) -> Tensor:
+        return op.drift(h, entry[:, None], row, at)
+
+    bytes_of = {"drift": 2 * W * size, "pick": 4 * n * size, "merge": (4 * W + 2 * n) * size}
+    for name, run in (("drift", drifted), ("pick", chosen), ("merge", merged)):
+        runs = {"kernel": partial(run, partial_triton), "torch": partial(run, partial_reference)}
+        yield Case(name, label, runs, partial(run, partial_reference), bytes_of[name])
+
+
+def gated_case(m: Model, M: int, kind: str, sweep: bool) -> Case:
     """SwiGLU's gate and up projection and its activation, in one kernel and in two."""
-    size, n = 2 if kind == "bf16" else 1, 4
+    size, n = SIZES[kind], 4
     plain = [rand(2 * m.inner, m.width, scale=m.width**-0.5) for _ in range(n)]
     weights = [(w, None) if kind == "bf16" else kernels.quantize_weight(w, kind) for w in plain]
     x = rand(M, m.width)
@@ -245,7 +290,13 @@ def gated_case(m: Model, M: int, kind: str) -> Case:
         "kernel": lambda i: kernels.linear_silu_mul(x, *weights[i]),
         "two kernels": lambda i: silu_mul_triton.silu_mul(kernels.linear(x, *weights[i])),
     }
-    want = lambda i: silu_mul_reference.silu_mul(x.float() @ plain[i].float().T)  # noqa: E731
+    if sweep and kind == "int4":
+        for n_rows, warps, stages in ((64, 4, 2), (64, 4, 3), (64, 8, 3), (128, 8, 2), (128, 8, 3)):
+            tile = {"block_m": M, "block_n": n_rows, "block_c": int4.UNIT, "num_warps": warps, "num_stages": stages}
+            runs[f"tile {n_rows} {warps} {stages}"] = partial(
+                lambda tile, i: silu_mul_triton.launch(x, *weights[i], None, x.dtype, **tile), tile
+            )
+    want = lambda i: silu_mul_reference.silu_mul(x.float() @ exact(weights[i], plain[i]).T)  # noqa: E731
     nbytes = 2.0 * size * m.inner * m.width
     return Case("linear_silu_mul", f"{m.name} M{M} {kind}", runs, want, nbytes, 4.0 * M * m.inner * m.width, n, 0.1)
 
@@ -301,7 +352,7 @@ def layer_case(m: Model, R: int, W: int, kind: str, layers: int = 8) -> Case:
     runs |= {
         f"without {part}": partial(forward, without=part) for part in ("qkv", "attention", "out", "gate and up", "down")
     }
-    size = 2 if kind == "bf16" else 1
+    size = SIZES[kind]
     nbytes = layers * (sum(size * a * b for a, b in m.linears().values()) + 4 * R * K * KEYS * D)
     return Case("layers", f"{m.name} x{layers} R{R} W{W} {kind}", runs, None, nbytes)
 
@@ -326,7 +377,10 @@ def cases(sweep: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
             yield case.op, partial(lambda c: c, case)
     for case in step_cases(LLADA, 1, 32):
         yield case.op, partial(lambda c: c, case)
+    for R, W, n in ((1, 8, 2), (1, 32, 8), (32, 8, 2), (32, 32, 8)):
+        for case in partial_cases(DREAM, R, W, n):
+            yield case.op, partial(lambda c: c, case)
     for m in (LLADA, DREAM):
         for kind in KINDS:
-            yield "linear_silu_mul", partial(gated_case, m, 32, kind)
+            yield "linear_silu_mul", partial(gated_case, m, 32, kind, sweep)
             yield "layers", partial(layer_case, m, 1, 32, kind)

@@ -47,7 +47,7 @@ def moved(arguments: dict[str, Any], results: tuple[Any, ...]) -> int:
     total = sum(x.nbytes for x in tensors)
     if "k_store" in arguments:
         k = arguments["k_store"]
-        positions = arguments["limit"].amax(1).sum() if "limit" in arguments else arguments["pos"].numel()
+        positions = arguments["kv_len"].amax(1).sum() if "kv_len" in arguments else arguments["pos"].numel()
         total += 2 * int(positions) * k.shape[1] * k.shape[3] * k.itemsize
     return total
 
@@ -63,7 +63,8 @@ def recorded() -> Iterator[dict[str, int]]:
         def call(*given: Any, **named: Any) -> Any:
             arguments = signature.bind(*given, **named).arguments
             first = next(iter(arguments.values()))
-            label = f"{name} {'x'.join(map(str, arguments.get('wq', first).shape))}"
+            named_by = first if name == "rmsnorm" else arguments.get("weight", first)
+            label = f"{name} {'x'.join(map(str, named_by.shape))}"
             with record_function(label):
                 out = operation(*given, **named)
             if label not in found:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What 8-bit weights cost in fidelity: fp8 and int8 against bf16 on the same problems; bf16 against fp32 is the yardstick.
+"""What weights in fewer bits cost in fidelity: fp8, int8 and int4 against bf16 on the same problems.
+The yardstick is bf16 against fp32.
 
     python -m scripts.studies.quantize_study                         # three tiny models, 500 held-out problems, two decoders
     python -m scripts.studies.quantize_study --models tiny-llada --limit 200 --logit_limit 100 --settings threshold=0.9
@@ -31,8 +32,14 @@ from scripts.studies.paired import summarise
 from scripts.studies.pareto import TASKS, Job, Study, decoded, problems, prompt, reference_of
 
 TASK, TEMPLATE = "gsm_symbolic", "chat"
-WEIGHTS = {"fp32": ("float32", None), "bf16": ("bfloat16", None), "fp8": ("bfloat16", "fp8"), "int8": ("bfloat16", "int8")}
-AGAINST = {"bf16": "fp32", "fp8": "bf16", "int8": "bf16"}
+WEIGHTS = {
+    "fp32": ("float32", None),
+    "bf16": ("bfloat16", None),
+    "fp8": ("bfloat16", "fp8"),
+    "int8": ("bfloat16", "int8"),
+    "int4": ("bfloat16", "int4"),
+}
+AGAINST = {"bf16": "fp32", "fp8": "bf16", "int8": "bf16", "int4": "bf16"}
 SHOWN = ("accuracy", "difference", "low", "high", "p", "same", "tokens_differ", "forwards")
 
 

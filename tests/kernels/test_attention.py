@@ -66,11 +66,11 @@ def test_reference_against_float64(assert_close, hidden: bool) -> None:
     assert_close(reference.attention(q, k, v, row, limit, 20, hide), naive(q, k, v, row, limit, hide, 12**-0.5), 1e-6)
 
 
-def test_reference_uniform_is_the_same_without_a_mask(assert_close) -> None:
+def test_reference_dense_is_the_same_without_a_mask(assert_close) -> None:
     q, k, v, row, limit = inputs(5, 4, 2, 12, 20, torch.float32, torch.device("cpu"))
     limit = torch.full_like(limit, 20)
     want = reference.attention(q, k, v, row, limit, 20)
-    assert_close(reference.attention(q, k, v, row, limit, 20, uniform=True), want, 1e-6)
+    assert_close(reference.attention(q, k, v, row, limit, 20, dense=True), want, 1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -3,9 +3,27 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
 import subprocess
 import sys
+
+import pytest
+
+from fastdllm import kernels
+
+OPS = sorted(name for name in set(kernels.__all__) - {"quantize_weight"} if name.islower())
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_twins_take_the_same_arguments(name: str) -> None:
+    """The contract is the reference's docstring, and an op is what `help` shows of it."""
+    op = getattr(kernels, name)
+    reference = inspect.unwrap(op)
+    twin = importlib.import_module(reference.__module__.replace("reference", "triton"))
+    assert inspect.signature(getattr(twin, name)) == inspect.signature(reference) == inspect.signature(op)
+    assert op.__doc__ == reference.__doc__ and "See" not in op.__doc__.split(".")[0]
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess:

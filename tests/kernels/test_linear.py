@@ -30,8 +30,8 @@ def test_quantised_weights_are_near(kind: str, bound: float) -> None:
 
 
 def test_unknown_kind() -> None:
-    with pytest.raises(ValueError, match="quantize='int4' is not one of fp8, int8"):
-        reference.quantize_weight(torch.zeros(1, 1), "int4")
+    with pytest.raises(ValueError, match="quantize='int3' is not one of fp8, int8, int4"):
+        reference.quantize_weight(torch.zeros(1, 1), "int3")
 
 
 def test_reference_against_float64(assert_close) -> None:
@@ -62,7 +62,7 @@ def test_fp8_quantises_each_token_alone(assert_close) -> None:
 SHAPES = [(1, 16, 1), (5, 60, 33), (33, 128, 64), (32, 272, 100)]
 
 
-@pytest.mark.parametrize("kind", ["plain", "fp8", "int8"])
+@pytest.mark.parametrize("kind", ["plain", "fp8", "int8", "int4"])
 @pytest.mark.parametrize(("M", "C", "N"), SHAPES)
 def test_linear(
     device: torch.device, assert_close, M: int, C: int, N: int, kind: str, dtype: torch.dtype, ratio: float
@@ -88,7 +88,7 @@ def test_partial_sums_add_up(device: torch.device, assert_close, M: int, C: int,
 
     (wq, scale), (xq, token_scale) = weight(N, C, "fp8", device), weight(M, C, "fp8", device)
     tile = triton.tiling(M, N, wq.dtype) | {"splits": splits, "block_c": 64}
-    out = triton.stream(xq, wq, scale, None, token_scale, torch.float32, **tile)
+    out = triton.skinny(xq, wq, scale, None, token_scale, torch.float32, **tile)
     assert out.shape == (splits, M, N) and out.dtype == torch.float32
     want = (xq.double() * token_scale[:, None]) @ (wq.double() * scale[:, None]).T
     assert_close(out.sum(0), want, 1e-6 if device.type == "cpu" else 2e-3)
@@ -99,7 +99,7 @@ def test_bias_is_added_once(device: torch.device, assert_close) -> None:
 
     x, w = torch.randn(3, 512, device=device).bfloat16(), torch.randn(48, 512, device=device).bfloat16()
     bias = torch.full((48,), 1000.0, device=device).bfloat16()
-    parts = triton.stream(x, w, None, bias, **triton.tiling(3, 48, w.dtype) | {"splits": 4, "block_c": 64})
+    parts = triton.skinny(x, w, None, bias, **triton.tiling(3, 48, w.dtype) | {"splits": 4, "block_c": 64})
     assert_close(parts.sum(0).bfloat16(), reference.linear(x, w, None, bias), 1e-2)
 
 
@@ -111,9 +111,9 @@ def test_leading_dimensions(device: torch.device, assert_close) -> None:
     assert_close(triton.linear(x, wq, scale), reference.linear(x, wq, scale), 1e-3)
 
 
-@pytest.mark.parametrize("kind", ["plain", "int8"])
+@pytest.mark.parametrize("kind", ["plain", "int8", "int4"])
 def test_many_rows(device: torch.device, assert_close, kind: str) -> None:
-    """Past the streaming kernel's rows the library multiplies."""
+    """Past the skinny kernel's rows the library multiplies."""
     from fastdllm.kernels.linear import triton
 
     wq, scale = (torch.randn(32, 64, device=device).half(), None) if kind == "plain" else weight(32, 64, kind, device)
@@ -128,11 +128,11 @@ def test_widened_weights(device: torch.device, assert_close, C: int, dtype: torc
 
     wq, scale = weight(7, C, "int8", device)
     want = (wq.float() * scale[:, None]).to(dtype)
-    assert_close(triton.widen(wq, scale, dtype), want, 0.0 if device.type == "cuda" else ratio)
+    assert_close(triton.widen(wq, scale, C, dtype), want, 0.0 if device.type == "cuda" else ratio)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["plain", "fp8", "int8"])
+@pytest.mark.parametrize("kind", ["plain", "fp8", "int8", "int4"])
 @pytest.mark.parametrize("M", [1, 64, 65, 200, 1256])
 def test_every_tiling(assert_close, M: int, kind: str) -> None:
     """The launch configurations of real widths: they must fit the device's shared memory."""

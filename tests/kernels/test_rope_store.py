@@ -78,6 +78,44 @@ def test_after_a_product(
         assert_close(got.nan_to_num(), expected.nan_to_num(), 2 * ratio)
 
 
+@pytest.mark.parametrize("normed", ["q", "k", "qk"])
+def test_normalised_heads_against_float64(normed: str) -> None:
+    """The norm is over a head alone and comes before the rotation; values are left as they are."""
+    D, eps = 8, 1e-3
+    qkv, cos, sin, pos, row, k_store, v_store = inputs(5, 4, 2, D, torch.float32, torch.device("cpu"))
+    norms = {f"{n}_norm": torch.rand(D) + 0.5 for n in normed}
+    q = reference.rope_store(qkv, 4, 2, cos, sin, pos, row, k_store, v_store, eps=eps, **norms)
+    x = qkv.view(2, 5, 8, D).double()
+    for part, name in ((x[:, :, :4], "q_norm"), (x[:, :, 4:6], "k_norm")):
+        if name in norms:
+            part.copy_(part / (part.pow(2).mean(-1, keepdim=True) + eps).sqrt() * norms[name].double())
+    c, s = cos[pos][:, :, None].double(), sin[pos][:, :, None].double()
+    turned = x * c + torch.cat([-x[..., 4:], x[..., :4]], -1) * s
+    torch.testing.assert_close(q.double(), turned[:, :, :4], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(k_store[row[:, None], :, pos].double(), turned[:, :, 4:6], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(v_store[row[:, None], :, pos].double(), x[:, :, 6:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("normed", ["q", "k", "qk"])
+@pytest.mark.parametrize(("W", "H", "K", "D", "C"), [(1, 1, 1, 60, 60), (5, 7, 1, 64, 544), (40, 2, 2, 16, 60)], ids=str)
+def test_normalised_heads(
+    device: torch.device, assert_close, W: int, H: int, K: int, D: int, C: int, normed: str, dtype: torch.dtype, ratio: float
+) -> None:
+    """Programs whose heads are queries, keys and values at once, after partial sums and after a whole product."""
+    from fastdllm.kernels.rope_store import triton
+
+    qkv, cos, sin, pos, row, k_want, v_want = inputs(W, H, K, D, dtype, device)
+    k_got, v_got = k_want.clone(), v_want.clone()
+    x, w = torch.randn(2, W, C, device=device).to(dtype), torch.randn(qkv.shape[-1], C, device=device).to(dtype) * C**-0.5
+    given = {f"{n}_norm": (torch.rand(D, device=device) + 0.5).to(dtype) for n in normed} | {"eps": 1e-2}
+    want = reference.linear_rope_store(x, w, H, K, cos, sin, pos, row, k_want, v_want, **given)
+    got = triton.linear_rope_store(x, w, H, K, cos, sin, pos, row, k_got, v_got, **given)
+    assert_close(got, want, 2 * ratio)
+    for a, b in ((k_got, k_want), (v_got, v_want)):
+        assert torch.equal(a.isnan(), b.isnan())
+        assert_close(a.nan_to_num(), b.nan_to_num(), 2 * ratio)
+
+
 @pytest.mark.parametrize(("W", "H", "K", "D"), [(1, 1, 1, 60), (33, 2, 1, 16)], ids=lambda v: str(v))
 def test_slots_may_differ_from_positions(device: torch.device, assert_close, W: int, H: int, K: int, D: int) -> None:
     """Rotation goes by position, the place by slot: the same keys as without slots, elsewhere. Positions may repeat."""

@@ -39,7 +39,7 @@ def test_large_gates_do_not_overflow(device: torch.device) -> None:
     assert triton.silu_mul(x).tolist() == [[0.0, 200.0]]
 
 
-@pytest.mark.parametrize("kind", ["plain", "fp8", "int8"])
+@pytest.mark.parametrize("kind", ["plain", "fp8", "int8", "int4"])
 @pytest.mark.parametrize(("M", "C", "F"), [(1, 16, 1), (5, 60, 33), (33, 272, 64), (3, 64, 130), (70, 64, 32)])
 def test_after_a_product(
     device: torch.device, assert_close, M: int, C: int, F: int, kind: str, dtype: torch.dtype, ratio: float
@@ -59,7 +59,7 @@ def test_after_a_product(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["plain", "fp8", "int8"])
+@pytest.mark.parametrize("kind", ["plain", "fp8", "int8", "int4"])
 @pytest.mark.parametrize("M", [8, 32, 64])
 def test_every_tiling(assert_close, M: int, kind: str) -> None:
     """The launch configurations of real widths: they must fit the device's shared memory."""

@@ -14,7 +14,14 @@ RULES = ("threshold", "threshold_strict", "quota", "factor", "factor_published")
 
 
 def accept(ids: Tensor, top: Tensor, conf: Tensor, masked: Tensor, rule: str, value: Tensor) -> Tensor:
-    """See `fastdllm.kernels.accept`."""
+    """The block's next ids [R, Q]: `top` [R, Q] where it is committed, `ids` elsewhere.
+
+    masked: [R, Q] bool; only these positions are committed, and in each row that has one at least the most confident.
+    conf: [R, Q] fp32; ties go by position, and NaN comes after every number.
+    rule, with value [R] fp32: threshold: conf >= value; threshold_strict: conf > value; quota: the `value` most confident;
+        factor: the n most confident, n the largest with (n + 1)(1 - c_(n)) < value; factor_published: that rule as the
+        published code scans it, >= and the last position included when the scan stops there.
+    """
     return torch.where(_chosen(conf, masked, rule, value.unsqueeze(-1)), top, ids)
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdllm.kernels.accept.reference import RULES
-from fastdllm.kernels.overlap import LAUNCH, begin
+from fastdllm.kernels.pdl import LAUNCH, wait
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def _accept_kernel(ids, top, conf, masked, value, out, Q, RULE: tl.constexpr, BL
     i_r = tl.program_id(0).to(tl.int64)
     o_q = tl.arange(0, BLOCK_Q)
     p_q = i_r * Q + o_q
-    begin()
+    wait()
     b_masked = tl.load(masked + p_q, mask=o_q < Q, other=0) != 0
     b_conf = tl.load(conf + p_q, mask=o_q < Q, other=0.0)
     b_key = _sort_key(b_conf, b_masked)
@@ -66,7 +66,7 @@ def _accept_kernel(ids, top, conf, masked, value, out, Q, RULE: tl.constexpr, BL
 
 
 def accept(ids: Tensor, top: Tensor, conf: Tensor, masked: Tensor, rule: str, value: Tensor) -> Tensor:
-    """See `fastdllm.kernels.accept`."""
+    """See `fastdllm.kernels.accept.reference.accept`."""
     if rule not in RULES:
         raise ValueError(f"rule={rule!r} is not one of {', '.join(RULES)}")
     R, Q = ids.shape

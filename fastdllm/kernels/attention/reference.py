@@ -13,35 +13,46 @@ def attention(
     k_store: Tensor,
     v_store: Tensor,
     row: Tensor,
-    limit: Tensor,
-    keys: int,
+    kv_len: Tensor,
+    max_kv_len: int,
     hide: Tensor | None = None,
     scale: float | None = None,
-    uniform: bool = False,
+    dense: bool = False,
     swap: Tensor | None = None,
 ) -> Tensor:
-    """See `fastdllm.kernels.attention`."""
-    k, v = _rows(k_store, row, keys), _rows(v_store, row, keys)
+    """Queries q [R, W, H, D] over the store's rows `row` [R] int64: returns [R, W, H, D]. Writes nothing.
+
+    k_store, v_store: [B, K, T, D], contiguous in D, else of any strides; rows may overlap. Query head h reads kv head
+        h // (H / K).
+    kv_len: [R, W] int64; query (r, w) sees slots j < kv_len[r, w]; one that sees nothing gives zeros.
+    max_kv_len: slots [0, max_kv_len) are looked at and no others; it bounds every kv_len.
+    hide: [R, 2] int64; slots [hide[r, 0], hide[r, 1]) are hidden from every query of the row.
+    scale: of the scores; 1/sqrt(D) if None.
+    dense: promises that every kv_len is max_kv_len and that nothing is hidden.
+    swap: [R, W, 3] int64 (start, stop, instead); the query does not see slots [start, stop) but as many from `instead` on in
+        their place, whatever its kv_len; start = stop changes nothing. `hide` holds for both.
+    """
+    k, v = _rows(k_store, row, max_kv_len), _rows(v_store, row, max_kv_len)
     query = q.transpose(1, 2)
-    if uniform:
+    if dense:
         out = F.scaled_dot_product_attention(query, k, v, scale=scale, enable_gqa=True)
         return out.transpose(1, 2)
-    mask = _visible(limit, hide, keys, swap)
+    mask = _visible(kv_len, hide, max_kv_len, swap)
     out = F.scaled_dot_product_attention(query, k, v, mask.unsqueeze(1), scale=scale, enable_gqa=True)
     # A query that sees nothing has no softmax; its output is defined as zero rather than left to the backend.
     return out.transpose(1, 2).masked_fill(~mask.any(-1)[:, :, None, None], 0)
 
 
-def _rows(store: Tensor, row: Tensor, keys: int) -> Tensor:
-    """The rows' first `keys` slots, [R, K, keys, D]; a view where the store has one row only."""
-    slots = store[:, :, :keys]
+def _rows(store: Tensor, row: Tensor, max_kv_len: int) -> Tensor:
+    """The rows' first `max_kv_len` slots, [R, K, max_kv_len, D]; a view where the store has one row only."""
+    slots = store[:, :, :max_kv_len]
     return slots if len(row) == len(store) == 1 else slots[row]
 
 
-def _visible(limit: Tensor, hide: Tensor | None, keys: int, swap: Tensor | None) -> Tensor:
-    """[R, W, keys] bool: which slots each query sees."""
-    slot = torch.arange(keys, device=limit.device)
-    seen = slot < limit.unsqueeze(-1)
+def _visible(kv_len: Tensor, hide: Tensor | None, max_kv_len: int, swap: Tensor | None) -> Tensor:
+    """[R, W, max_kv_len] bool: which slots each query sees."""
+    slot = torch.arange(max_kv_len, device=kv_len.device)
+    seen = slot < kv_len.unsqueeze(-1)
     if swap is not None:
         start, stop, instead = swap.split(1, -1)  # [R, W, 1] each
         seen &= (slot < start) | (slot >= stop)

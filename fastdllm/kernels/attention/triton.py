@@ -3,7 +3,7 @@
 
 The query heads of one kv head are packed into the rows of a tile, so that the tile reads its keys once. Each
 split writes a normalised partial output and its log-sum-exp, and the tile's last split to finish joins them, always in the
-same order. Lengths are read on the device, so that one captured launch serves every length up to `keys`. Method:
+same order. Lengths are read on the device, so that one captured launch serves every length up to `max_kv_len`. Method:
 FlashAttention-2 (arXiv 2307.08691), split over keys as in Flash-Decoding.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastdllm.kernels.device import multiprocessors, stages
 from fastdllm.kernels.dot import dot
-from fastdllm.kernels.overlap import LAUNCH, begin
+from fastdllm.kernels.pdl import LAUNCH, wait
 
 LOG2E = 1.4426950408889634
 
@@ -33,7 +33,7 @@ def _attend_step(
     p_v,
     j,
     stop,
-    b_limit,
+    b_len,
     hide_start,
     hide_stop,
     b_start,
@@ -53,8 +53,10 @@ def _attend_step(
     """One tile of keys [j, j + BLOCK_N): the online softmax update of (acc, sum, max)."""
     o_j = j + tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
-    p_kj = p_k + o_j[None, :] * stride_kt + o_d[:, None]
-    p_vj = p_v + o_j[:, None] * stride_vt + o_d[None, :]
+    o_n = tl.arange(0, BLOCK_N)
+    # The tile's own offset has 64 bits: positions may lie far apart.
+    p_kj = p_k + tl.cast(j, tl.int64) * stride_kt + o_n[None, :] * stride_kt + o_d[:, None]
+    p_vj = p_v + tl.cast(j, tl.int64) * stride_vt + o_n[:, None] * stride_vt + o_d[None, :]
     if MASKED:
         m_j = o_j < stop
         if HIDE:
@@ -69,7 +71,7 @@ def _attend_step(
         b_v = tl.load(p_vj, mask=(o_d < D)[None, :], other=0.0)
     b_s = dot(b_q, b_k, tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)) * scale
     if MASKED:
-        m_s = o_j[None, :] < b_limit[:, None]
+        m_s = o_j[None, :] < b_len[:, None]
         if SWAP:
             m_s &= (o_j[None, :] < b_start[:, None]) | (o_j[None, :] >= b_stop[:, None])
             b_at = o_j[None, :] - b_instead[:, None]
@@ -121,7 +123,7 @@ def _attend_kernel(
     k_store,
     v_store,
     row,
-    limit,
+    kv_len,
     hide,
     swap,
     out,
@@ -129,7 +131,7 @@ def _attend_kernel(
     lse,
     count,
     W,
-    keys,
+    max_kv_len,
     scale,
     stride_kb,
     stride_kh,
@@ -156,19 +158,19 @@ def _attend_kernel(
     # Tile row m is query head m % G of position m // G.
     i_out = (i_r * W + o_m // G) * H + i_k * G + o_m % G
 
-    begin()
+    wait()
     b_row = tl.load(row + i_r)
-    b_limit = tl.load(limit + i_r * W + o_m // G, mask=m_m, other=0).to(tl.int32)
-    b_limit = tl.minimum(b_limit, keys)
-    reach = tl.max(b_limit, 0)
-    b_start, b_stop, b_instead = b_limit, b_limit, b_limit
+    b_len = tl.load(kv_len + i_r * W + o_m // G, mask=m_m, other=0).to(tl.int32)
+    b_len = tl.minimum(b_len, max_kv_len)
+    reach = tl.max(b_len, 0)
+    b_start, b_stop, b_instead = b_len, b_len, b_len
     if SWAP:
         p_swap = swap + (i_r * W + o_m // G) * 3
         b_start = tl.load(p_swap, mask=m_m, other=0).to(tl.int32)
         b_stop = tl.load(p_swap + 1, mask=m_m, other=0).to(tl.int32)
         b_instead = tl.load(p_swap + 2, mask=m_m, other=0).to(tl.int32)
         m_w = b_start < b_stop
-        reach = tl.minimum(tl.maximum(reach, tl.max(tl.where(m_w, b_instead + b_stop - b_start, 0), 0)), keys)
+        reach = tl.minimum(tl.maximum(reach, tl.max(tl.where(m_w, b_instead + b_stop - b_start, 0), 0)), max_kv_len)
     chunk = tl.cdiv(tl.cdiv(reach, SPLITS), 16) * 16
     start = i_s * chunk
     stop = tl.minimum(start + chunk, reach)
@@ -176,7 +178,7 @@ def _attend_kernel(
     p_v = v_store + b_row * stride_vb + i_k * stride_vh
     # Tiles before `full` are seen whole by every query: no mask. They end where the shortest query does or where a slot is
     # hidden or swapped.
-    shared = tl.minimum(tl.min(tl.where(m_m, b_limit, reach), 0), stop)
+    shared = tl.minimum(tl.min(tl.where(m_m, b_len, reach), 0), stop)
     hide_start, hide_stop = 0, 0
     if HIDE:
         hide_start = tl.load(hide + i_r * 2).to(tl.int32)
@@ -192,12 +194,12 @@ def _attend_kernel(
     b_max = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
     for j in range(start, full, BLOCK_N):
         b_acc, b_sum, b_max = _attend_step(
-            b_acc, b_sum, b_max, b_q, p_k, p_v, j, stop, b_limit, hide_start, hide_stop,
+            b_acc, b_sum, b_max, b_q, p_k, p_v, j, stop, b_len, hide_start, hide_stop,
             b_start, b_stop, b_instead, scale, stride_kt, stride_vt, False, HIDE, SWAP, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     for j in range(full, stop, BLOCK_N):
         b_acc, b_sum, b_max = _attend_step(
-            b_acc, b_sum, b_max, b_q, p_k, p_v, j, stop, b_limit, hide_start, hide_stop,
+            b_acc, b_sum, b_max, b_q, p_k, p_v, j, stop, b_len, hide_start, hide_stop,
             b_start, b_stop, b_instead, scale, stride_kt, stride_vt, True, HIDE, SWAP, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     b_o = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
@@ -224,7 +226,7 @@ def _counters(device: torch.device, size: int) -> Tensor:
     return torch.zeros(size, dtype=torch.int32, device=device)
 
 
-def tiling(tiles: int, packed: int, keys: int, row_bytes: int, device: torch.device) -> dict[str, int]:
+def tiling(tiles: int, packed: int, max_kv_len: int, row_bytes: int, device: torch.device) -> dict[str, int]:
     """Tile shape and number of key splits for `packed` queries of each of `tiles` (row, kv head) pairs; a key or value takes
     `row_bytes`.
 
@@ -238,7 +240,7 @@ def tiling(tiles: int, packed: int, keys: int, row_bytes: int, device: torch.dev
     shared = tiles < 8
     block_m = min(32 if shared and packed <= 256 else 64, max(16, triton.next_power_of_2(packed)))
     programs = tiles * triton.cdiv(packed, block_m)
-    splits = max(1, min(multiprocessors(device) // programs, triton.cdiv(keys, 64)))
+    splits = max(1, min(multiprocessors(device) // programs, triton.cdiv(max_kv_len, 64)))
     splits = 1 << (splits.bit_length() - 1)
     if splits == 1:
         block_n, depth = 128 if block_m <= 32 else 64, 3
@@ -255,18 +257,18 @@ def attention(
     k_store: Tensor,
     v_store: Tensor,
     row: Tensor,
-    limit: Tensor,
-    keys: int,
+    kv_len: Tensor,
+    max_kv_len: int,
     hide: Tensor | None = None,
     scale: float | None = None,
-    uniform: bool = False,
+    dense: bool = False,
     swap: Tensor | None = None,
 ) -> Tensor:
-    """See `fastdllm.kernels.attention`."""
+    """See `fastdllm.kernels.attention.reference.attention`."""
     R, W, H, D = q.shape
     K = k_store.shape[1]
-    tile = tiling(R * K, W * H // K, keys, triton.next_power_of_2(D) * k_store.itemsize, q.device)
-    return launch(q, k_store, v_store, row, limit, keys, hide, scale, swap, **tile)
+    tile = tiling(R * K, W * H // K, max_kv_len, triton.next_power_of_2(D) * k_store.itemsize, q.device)
+    return launch(q, k_store, v_store, row, kv_len, max_kv_len, hide, scale, swap, **tile)
 
 
 def launch(
@@ -274,8 +276,8 @@ def launch(
     k_store: Tensor,
     v_store: Tensor,
     row: Tensor,
-    limit: Tensor,
-    keys: int,
+    kv_len: Tensor,
+    max_kv_len: int,
     hide: Tensor | None,
     scale: float | None,
     swap: Tensor | None = None,
@@ -304,15 +306,15 @@ def launch(
         k_store,
         v_store,
         row.contiguous(),
-        limit.contiguous(),
-        limit if hide is None else hide.contiguous(),
-        limit if swap is None else swap.contiguous(),
+        kv_len.contiguous(),
+        kv_len if hide is None else hide.contiguous(),
+        kv_len if swap is None else swap.contiguous(),
         out,
         part,
         lse,
         count,
         W,
-        keys,
+        max_kv_len,
         (D**-0.5 if scale is None else scale) * LOG2E,
         *k_store.stride()[:3],
         *v_store.stride()[:3],

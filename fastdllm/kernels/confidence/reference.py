@@ -24,7 +24,11 @@ class Confidence(NamedTuple):
 
 
 def confidence(logits: Tensor, banned: Tensor | None = None, entropy: bool = False, margin: bool = False) -> Confidence:
-    """See `fastdllm.kernels.confidence`."""
+    """Top token and softmax statistics of logits [N, V], in fp32.
+
+    banned: [V] bool; these tokens have probability 0. Of equal logits the one with the smaller id is the top.
+    entropy, margin: whether to compute them.
+    """
     x = logits.float()
     if banned is not None:
         x = x.masked_fill(banned, -torch.inf)
@@ -45,11 +49,11 @@ def confidence(logits: Tensor, banned: Tensor | None = None, entropy: bool = Fal
 
 def head_confidence(
     hidden: Tensor,
-    wq: Tensor,
+    weight: Tensor,
     banned: Tensor | None = None,
     entropy: bool = False,
     margin: bool = False,
     scale: Tensor | None = None,
 ) -> Confidence:
-    """See `fastdllm.kernels.head_confidence`."""
-    return confidence(linear(hidden, wq, scale), banned, entropy, margin)
+    """`confidence` of `linear(hidden, weight, scale)`, hidden [N, C] and weight [V, C]: the logits may stay in registers."""
+    return confidence(linear(hidden, weight, scale), banned, entropy, margin)

@@ -18,7 +18,7 @@ from fastdllm.kernels.confidence.reference import Confidence
 from fastdllm.kernels.device import stages
 from fastdllm.kernels.dot import dot
 from fastdllm.kernels.linear.triton import linear
-from fastdllm.kernels.overlap import LAUNCH, begin
+from fastdllm.kernels.pdl import LAUNCH, wait
 
 BLOCK_V = 4096
 HEAD_ROWS = 64
@@ -77,7 +77,7 @@ def _tile_kernel(
     o_n = tl.arange(0, 1)
     o_v = i_s * BLOCK_V + tl.arange(0, BLOCK_V)
     m_v = o_v < V
-    begin()
+    wait()
     if BANNED:
         m_v &= tl.load(banned + o_v, mask=m_v, other=1) == 0
     b_x = tl.load(logits + i_n * stride_n + o_v, mask=m_v, other=-float("inf")).to(tl.float32)
@@ -112,7 +112,7 @@ def _head_kernel(
     m_v, m_n = o_v < V, o_n < N
     p_w = weight + o_v.to(tl.int64)[:, None] * C
     p_h = hidden + o_n.to(tl.int64)[None, :] * C
-    begin()
+    wait()
     b_x = tl.zeros((BLOCK_V, BLOCK_N), dtype=tl.float32)
     for c in range(0, C, BLOCK_C):
         o_c = c + tl.arange(0, BLOCK_C)
@@ -153,7 +153,7 @@ def _join_kernel(
     o_s = tl.arange(0, BLOCK_S)
     m_s = o_s < TILES
     p_s = i_n * TILES + o_s
-    begin()
+    wait()
     b_best = tl.load(best + p_s, mask=m_s, other=-float("inf"))
     b_top = tl.load(top + p_s, mask=m_s, other=V)
     b_max = tl.max(b_best, 0)
@@ -220,7 +220,7 @@ class _Tiles:
 
 
 def confidence(logits: Tensor, banned: Tensor | None = None, entropy: bool = False, margin: bool = False) -> Confidence:
-    """See `fastdllm.kernels.confidence`."""
+    """See `fastdllm.kernels.confidence.reference.confidence`."""
     N, V = logits.shape
     if logits.stride(1) != 1:
         logits = logits.contiguous()
@@ -244,21 +244,21 @@ def confidence(logits: Tensor, banned: Tensor | None = None, entropy: bool = Fal
 
 def head_confidence(
     hidden: Tensor,
-    wq: Tensor,
+    weight: Tensor,
     banned: Tensor | None = None,
     entropy: bool = False,
     margin: bool = False,
     scale: Tensor | None = None,
 ) -> Confidence:
-    """See `fastdllm.kernels.head_confidence`.
+    """See `fastdllm.kernels.confidence.reference.head_confidence`.
 
     Up to 64 positions the fused kernel reads the head once, at the memory's speed; more positions would read it more than
     once. LLaDA's head at 8, 32 and 64 positions: 241, 244 and 261 us, as two kernels 244, 257 and 286; Dream's 250, 255 and
     277 against 257, 268 and 305 (H200, torch 2.11, triton 3.6, 2026-11-28).
     """
     if scale is None and len(hidden) <= HEAD_ROWS and hidden.itemsize == 2:
-        return launch_head(hidden, wq, banned, entropy, margin, *((64, 128) if len(hidden) <= 32 else (128, 64)))
-    return confidence(linear(hidden, wq, scale), banned, entropy, margin)
+        return launch_head(hidden, weight, banned, entropy, margin, *((64, 128) if len(hidden) <= 32 else (128, 64)))
+    return confidence(linear(hidden, weight, scale), banned, entropy, margin)
 
 
 def launch_head(

@@ -19,16 +19,18 @@ from torch import Tensor
 from fastdllm.kernels.device import stages
 from fastdllm.kernels.dot import dot
 from fastdllm.kernels.linear import reference
+from fastdllm.kernels.linear.int4 import HALF, UNIT, group_size
+from fastdllm.kernels.linear.nibbles import load_steps, widen_bytes
 from fastdllm.kernels.linear.reference import FP8, FP8_MAX
-from fastdllm.kernels.overlap import LAUNCH, begin
+from fastdllm.kernels.pdl import LAUNCH, wait
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # Triton before 3.4 has none: the library multiplies
     TensorDescriptor = None
 
-# Most rows of the streaming kernel; more go to the library, from where on int8 costs a widened copy of the weight.
-STREAM_ROWS = 64
+# Most rows of the skinny kernel; more go to the library, from where on int8 costs a widened copy of the weight.
+SKINNY_ROWS = 64
 WIDENED_ROWS = 256
 WIDEN_BLOCK = 4096  # channels of one output row that a program widens
 
@@ -44,7 +46,7 @@ def load_rows(x, o_m, M, c, C, EVEN: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _stream_kernel(
+def _skinny_kernel(
     x,
     w,
     scale,
@@ -56,6 +58,7 @@ def _stream_kernel(
     C,
     BIAS: tl.constexpr,
     SCALE: tl.constexpr,
+    GROUP: tl.constexpr,
     TOKEN_SCALE: tl.constexpr,
     EVEN: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -68,11 +71,23 @@ def _stream_kernel(
     o_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_n, m_m = o_n < N, o_m < M
     chunk = tl.cdiv(tl.cdiv(C, BLOCK_C), SPLITS) * BLOCK_C
-    begin()
+    wait()
     # The weight is the left operand: its many rows fill the matrix unit, and it can be widened in registers.
     b_y = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for c in range(i_s * chunk, tl.minimum((i_s + 1) * chunk, C), BLOCK_C):
-        b_y = dot(w.load([i_n * BLOCK_N, c]), load_rows(x, o_m, M, c, C, EVEN, BLOCK_C), b_y)
+    start, stop = i_s * chunk, tl.minimum((i_s + 1) * chunk, C)
+    if GROUP == 0:
+        for c in range(start, stop, BLOCK_C):
+            b_y = dot(w.load([i_n * BLOCK_N, c]), load_rows(x, o_m, M, c, C, EVEN, BLOCK_C), b_y)
+    else:
+        next_ls, next_lz, next_hs, next_hz = load_steps(scale, o_n, N, start, C, GROUP, BLOCK_C)
+        for c in range(start, stop, BLOCK_C):
+            b_ls, b_lz, b_hs, b_hz = next_ls, next_lz, next_hs, next_hz
+            # Asked for a tile ahead: steps are too small for the copy engine, but their way is as long.
+            next_ls, next_lz, next_hs, next_hz = load_steps(scale, o_n, N, c + BLOCK_C, C, GROUP, BLOCK_C)
+            b_w = w.load([i_n * BLOCK_N, c // 2])
+            b_low, b_high = widen_bytes(b_w, b_ls, b_lz, b_hs, b_hz, x.dtype.element_ty)
+            b_y = dot(b_low, load_rows(x, o_m, M, c, C, EVEN, BLOCK_C // 2), b_y)
+            b_y = dot(b_high, load_rows(x, o_m, M, c + BLOCK_C // 2, C, EVEN, BLOCK_C // 2), b_y)
     if SCALE:
         b_y *= tl.load(scale + o_n, mask=m_n, other=0.0)[:, None]
     if TOKEN_SCALE:
@@ -87,7 +102,7 @@ def _stream_kernel(
 def _quantize_kernel(x, xq, scale, C, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
     i_m = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, BLOCK)
-    begin()
+    wait()
     b_x = tl.load(x + i_m * C + o_c, mask=o_c < C, other=0.0).to(tl.float32)
     b_scale = tl.div_rn(tl.maximum(tl.max(tl.abs(b_x), 0), 1e-12), LARGEST)
     b_q = tl.clamp(tl.div_rn(b_x, b_scale), -LARGEST, LARGEST)
@@ -100,51 +115,69 @@ def _widen_kernel(w, scale, y, C, BLOCK: tl.constexpr):
     i_n = tl.program_id(0).to(tl.int64)
     o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_c = o_c < C
-    begin()
+    wait()
     b_w = tl.load(w + i_n * C + o_c, mask=m_c, other=0).to(tl.float32)
     tl.store(y + i_n * C + o_c, b_w * tl.load(scale + i_n), mask=m_c)
 
 
-def linear(x: Tensor, wq: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """See `fastdllm.kernels.linear`."""
-    parts = sums(x, wq, scale, bias)
+@triton.jit
+def _widen_int4_kernel(w, scale, y, C, BYTES, GROUP: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    i_n = tl.program_id(0).to(tl.int64)
+    o_b = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    wait()
+    b_w = tl.load(w + i_n * BYTES + o_b, mask=o_b < BYTES, other=0)
+    for high in tl.static_range(2):
+        o_c = o_b // HALF * 2 * HALF + o_b % HALF + high * HALF
+        m_c = (o_b < BYTES) & (o_c < C)
+        p_step = scale + (i_n * tl.cdiv(C, GROUP) + o_c // GROUP) * 2
+        b_step = tl.load(p_step, mask=m_c, other=0.0).to(tl.float32)
+        b_zero = tl.load(p_step + 1, mask=m_c, other=0.0).to(tl.float32)
+        b_level = (b_w >> 4 if high else b_w & 15).to(tl.float32)
+        tl.store(y + i_n * C + o_c, (b_level - b_zero) * b_step, mask=m_c)
+
+
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """See `fastdllm.kernels.linear.reference.linear`."""
+    parts = split_k_partials(x, weight, scale, bias)
     y = parts[0] if len(parts) == 1 else parts.sum(0).to(x.dtype)
     return y.view(*x.shape[:-1], -1)
 
 
-def sums(x: Tensor, wq: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+def split_k_partials(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """`linear` of x [..., C] with M rows, as S partial sums [S, M, N], which the kernel that reads them adds up.
 
     One sum is of x's dtype, several are fp32.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if streams(rows, wq):
-        tile = tiling(len(rows), len(wq), wq.dtype)
-        if wq.dtype != FP8:
-            return stream(rows, wq, scale, bias, **tile)
+    if is_skinny(rows, weight, scale):
+        tile = tiling(len(rows), len(weight), weight.dtype)
+        if weight.dtype != FP8:
+            return skinny(rows, weight, scale, bias, **tile)
         xq, token_scale = quantize_rows(rows)
-        return stream(xq, wq, scale, bias, token_scale, x.dtype, **tile)
+        return skinny(xq, weight, scale, bias, token_scale, x.dtype, **tile)
     if scale is None:
-        return F.linear(rows, wq, bias)[None]
+        return F.linear(rows, weight, bias)[None]
     # The library's row-wise fp8 product writes bf16 only, and wants multiples of 16.
-    known = rows.is_cuda and rows.dtype == torch.bfloat16 and wq.shape[0] % 16 == 0 and wq.shape[1] % 16 == 0
-    if wq.dtype == FP8 and known:
+    known = rows.is_cuda and rows.dtype == torch.bfloat16 and weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
+    if weight.dtype == FP8 and known:
         xq, token_scale = quantize_rows(rows)
-        return scaled_mm(xq, wq, scale, bias, token_scale)[None]
-    if wq.dtype == FP8:
-        return reference.linear(rows, wq, scale, bias)[None]
-    return F.linear(rows, widen(wq, scale, x.dtype), bias)[None]
+        return scaled_mm(xq, weight, scale, bias, token_scale)[None]
+    if weight.dtype == FP8:
+        return reference.linear(rows, weight, scale, bias)[None]
+    return F.linear(rows, widen(weight, scale, rows.shape[1], x.dtype), bias)[None]
 
 
-def streams(rows: Tensor, wq: Tensor) -> bool:
-    """Whether the product of rows [M, C] is bound by reading the weight, and the bulk copy engine can read it."""
-    most = WIDENED_ROWS if wq.dtype == torch.int8 else STREAM_ROWS
-    readable = TensorDescriptor is not None and wq.shape[1] * wq.itemsize % 16 == 0
+def is_skinny(rows: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
+    """Whether the product of rows [M, C] is bound by reading the weight, and the skinny kernel can read it."""
+    most = WIDENED_ROWS if weight.dtype in (torch.int8, torch.uint8) else SKINNY_ROWS
+    readable = TensorDescriptor is not None and weight.shape[1] * weight.itemsize % 16 == 0
+    if weight.dtype == torch.uint8:
+        readable &= group_of(weight, scale, rows.shape[1]) % HALF == 0
     return readable and rows.itemsize == 2 and len(rows) <= most
 
 
 def tiling(M: int, N: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile of the streaming kernel for M rows and N output channels, weights of `dtype`.
+    """Tile of the skinny kernel for M rows and N output channels, weights of `dtype`.
 
     Measured on an H200 (torch 2.11, triton 3.6, 2026-11-28) in a captured chain of layers, us a layer, LLaDA at 32 rows, as
     (block_n, block_c, stages, splits): qkv (64, 128, 3, 2) 138.8, (64, 128, 4, 1) 140.6, (128, 64, 5, 2) 143.3; out
@@ -152,8 +185,10 @@ def tiling(M: int, N: int, dtype: torch.dtype) -> dict[str, int]:
     (128, 64, 4, 2) 151.0. Dream's out and down prefer (64, 256, 3, 2) too, its qkv (64, 128, 4, 3). In fp8 no candidate
     gained 1 us of 98; in int8, of 142, (64, 256, 3, 4) gained 3 for down.
     """
-    block_m = min(128, max(16, triton.next_power_of_2(M)))
-    if block_m == 128:
+    block_m, num_warps = min(128, max(16, triton.next_power_of_2(M))), 4
+    if dtype == torch.uint8:
+        shape, num_warps = ((64, UNIT, 2, 1), 4) if block_m == 128 else ((128, UNIT, 3, 1 if N > 16384 else 2), 8)
+    elif block_m == 128:
         shape = (64, 128, 3, 1)
     elif N > 16384:
         shape = (64, 256 // dtype.itemsize, 4, 1)
@@ -165,10 +200,10 @@ def tiling(M: int, N: int, dtype: torch.dtype) -> dict[str, int]:
         # int8 meets tiles of x that take twice its bytes, and leaves less room for deep ones.
         shape = (64, 256, 3, 4) if dtype == torch.int8 else (64, 512 // dtype.itemsize, 3, 2)
     names = ("block_n", "block_c", "num_stages", "splits")
-    return dict(zip(names, shape, strict=True)) | {"block_m": block_m, "num_warps": 4}
+    return dict(zip(names, shape, strict=True)) | {"block_m": block_m, "num_warps": num_warps}
 
 
-def stream(
+def skinny(
     x: Tensor,
     w: Tensor,
     scale: Tensor | None,
@@ -186,10 +221,12 @@ def stream(
     """x [M, C] times w [N, C] transposed, w widened to x's dtype on the way, times scale [N] and token_scale [M], plus bias
     [N]: [splits, M, N], of `dtype` if there is one split and fp32 otherwise."""
     (M, C), N = x.shape, w.shape[0]
+    group = group_of(w, scale, C)
+    tile_c = block_c // 2 if group else block_c  # elements of w that hold block_c channels
     y = torch.empty((splits, M, N), dtype=torch.float32 if splits > 1 else dtype or x.dtype, device=x.device)
-    _stream_kernel[(triton.cdiv(N, block_n) * splits, triton.cdiv(M, block_m))](
+    _skinny_kernel[(triton.cdiv(N, block_n) * splits, triton.cdiv(M, block_m))](
         x.contiguous(),
-        TensorDescriptor.from_tensor(w, [block_n, block_c]),
+        TensorDescriptor.from_tensor(w, [block_n, tile_c]),
         y if scale is None else scale,
         y if token_scale is None else token_scale,
         y if bias is None else bias,
@@ -198,7 +235,8 @@ def stream(
         N,
         C,
         BIAS=bias is not None,
-        SCALE=scale is not None,
+        SCALE=scale is not None and not group,
+        GROUP=group,
         TOKEN_SCALE=token_scale is not None,
         EVEN=C % block_c == 0,
         SPLITS=splits,
@@ -206,27 +244,42 @@ def stream(
         BLOCK_N=block_n,
         BLOCK_C=block_c,
         num_warps=num_warps,
-        num_stages=stages(num_stages, block_c * (block_n * w.itemsize + block_m * x.itemsize), x.device),
+        num_stages=stages(num_stages, tile_c * block_n * w.itemsize + block_c * block_m * x.itemsize, x.device),
         **LAUNCH,
     )
     return y
 
 
-def widen(wq: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """int8 weights wq [N, C] times scale [N], in `dtype`. The library's conversion takes four times as long."""
-    N, C = wq.shape
-    w = torch.empty((N, C), dtype=dtype, device=wq.device)
+def group_of(weight: Tensor, scale: Tensor | None, channels: int) -> int:
+    """Channels that share a step in 4-bit weights, at least half a unit where all do; 0 for other weights."""
+    if weight.dtype != torch.uint8 or scale is None:
+        return 0
+    return max(HALF, group_size(scale, channels)) if scale.shape[1] == 1 else group_size(scale, channels)
+
+
+def widen(weight: Tensor, scale: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    """Weights [N, channels] in 8 bits (int8) or 4 in `dtype`. The library's conversion takes four times as long."""
+    N, C = len(weight), channels
+    w = torch.empty((N, C), dtype=dtype, device=weight.device)
+    if group := group_of(weight, scale, C):
+        size = weight.shape[1]
+        block = min(WIDEN_BLOCK // 2, triton.next_power_of_2(size))
+        grid = (N, triton.cdiv(size, block))
+        _widen_int4_kernel[grid](
+            weight.contiguous(), scale.contiguous(), w, C, size, GROUP=group, HALF=HALF, BLOCK=block, num_warps=4, **LAUNCH
+        )
+        return w
     _widen_kernel[(N, triton.cdiv(C, WIDEN_BLOCK))](
-        wq.contiguous(), scale, w, C, BLOCK=min(WIDEN_BLOCK, triton.next_power_of_2(C)), num_warps=8, **LAUNCH
+        weight.contiguous(), scale, w, C, BLOCK=min(WIDEN_BLOCK, triton.next_power_of_2(C)), num_warps=8, **LAUNCH
     )
     return w
 
 
-def scaled_mm(xq: Tensor, wq: Tensor, scale: Tensor, bias: Tensor | None, token_scale: Tensor) -> Tensor:
-    """The library's fp8 product of xq [M, C] and wq [N, C] transposed, scaled by row and channel; bf16."""
+def scaled_mm(xq: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, token_scale: Tensor) -> Tensor:
+    """The library's fp8 product of xq [M, C] and weight [N, C] transposed, scaled by row and channel; bf16."""
     y = torch._scaled_mm(
         xq,
-        wq.t(),
+        weight.t(),
         scale_a=token_scale.unsqueeze(1),
         scale_b=scale.unsqueeze(0),
         out_dtype=torch.bfloat16,

@@ -10,7 +10,10 @@ from fastdllm.kernels.linear.reference import linear
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """See `fastdllm.kernels.rmsnorm`."""
+    """x [..., C], plus `residual` [..., C] if given, over its root mean square. Returns (y, h) with h = x + residual.
+
+    Statistics in fp32; the result is cast back to x.dtype before the product with weight [C], as transformers does.
+    """
     h = x if residual is None else x + residual
     h32 = h.float()
     normalised = h32 * torch.rsqrt(h32.pow(2).mean(-1, keepdim=True) + eps)
@@ -19,12 +22,12 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = Non
 
 def linear_rmsnorm(
     x: Tensor,
-    wq: Tensor,
     weight: Tensor,
+    norm: Tensor,
     eps: float,
     residual: Tensor,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `fastdllm.kernels.linear_rmsnorm`."""
-    return rmsnorm(linear(x, wq, scale, bias), weight, eps, residual)
+    """`rmsnorm` of `linear(x, weight, scale, bias)` plus `residual` [..., N], weight `norm` [N]: (y, h), [..., N] each."""
+    return rmsnorm(linear(x, weight, scale, bias), norm, eps, residual)

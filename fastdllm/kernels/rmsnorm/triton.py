@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdllm.kernels.linear.triton import sums
-from fastdllm.kernels.overlap import LAUNCH, begin
+from fastdllm.kernels.linear.triton import split_k_partials
+from fastdllm.kernels.pdl import LAUNCH, wait
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def _rmsnorm_kernel(x, residual, weight, y, h, eps, rows, C, PARTS: tl.constexpr
     i_n = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, BLOCK)
     m_c = o_c < C
-    begin()
+    wait()
     b_x = tl.load(x + i_n * C + o_c, mask=m_c, other=0.0).to(tl.float32)
     for part in tl.static_range(1, PARTS):
         b_x += tl.load(x + (part * rows + i_n) * C + o_c, mask=m_c, other=0.0).to(tl.float32)
@@ -36,7 +36,7 @@ def _rmsnorm_kernel(x, residual, weight, y, h, eps, rows, C, PARTS: tl.constexpr
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """See `fastdllm.kernels.rmsnorm`."""
+    """See `fastdllm.kernels.rmsnorm.reference.rmsnorm`."""
     x = x.contiguous()
     y = torch.empty_like(x)
     h = x if residual is None else torch.empty_like(x)
@@ -46,16 +46,16 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = Non
 
 def linear_rmsnorm(
     x: Tensor,
-    wq: Tensor,
     weight: Tensor,
+    norm: Tensor,
     eps: float,
     residual: Tensor,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `fastdllm.kernels.linear_rmsnorm`."""
+    """See `fastdllm.kernels.rmsnorm.reference.linear_rmsnorm`."""
     y, h = torch.empty_like(residual), torch.empty_like(residual)
-    _launch(sums(x, wq, scale, bias), weight, eps, residual, y, h)
+    _launch(split_k_partials(x, weight, scale, bias), norm, eps, residual, y, h)
     return y, h
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastdllm.kernels.linear.reference import linear
+from fastdllm.kernels.rmsnorm.reference import rmsnorm
 
 
 def rope_store(
@@ -20,10 +21,17 @@ def rope_store(
     k_store: Tensor,
     v_store: Tensor,
     slot: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> Tensor:
-    """See `fastdllm.kernels.rope_store`."""
+    """`linear_rope_store` of a projection that is there already, qkv [R, W, (H + 2K) D]."""
     R, W, _ = qkv.shape
     q, k, v = qkv.view(R, W, heads + 2 * kv_heads, -1).split([heads, kv_heads, kv_heads], dim=2)
+    if q_norm is not None:
+        q, _ = rmsnorm(q, q_norm, eps)
+    if k_norm is not None:
+        k, _ = rmsnorm(k, k_norm, eps)
     c, s = cos[pos].unsqueeze(2), sin[pos].unsqueeze(2)
     slot = pos if slot is None else slot
     # Index dimensions parted by a slice come first: the indexed store is [R, W, K, D].
@@ -34,7 +42,7 @@ def rope_store(
 
 def linear_rope_store(
     x: Tensor,
-    wq: Tensor,
+    weight: Tensor,
     heads: int,
     kv_heads: int,
     cos: Tensor,
@@ -46,9 +54,23 @@ def linear_rope_store(
     scale: Tensor | None = None,
     bias: Tensor | None = None,
     slot: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> Tensor:
-    """See `fastdllm.kernels.linear_rope_store`."""
-    return rope_store(linear(x, wq, scale, bias), heads, kv_heads, cos, sin, pos, row, k_store, v_store, slot)
+    """Project x [R, W, C] to H query, K key and K value heads of D, rotate, and write keys and values into the store.
+
+    weight: [(H + 2K) D, C], the queries' rows first, then the keys'; scale, bias: see `fastdllm.kernels.linear`.
+    cos, sin: [Tmax, D] fp32 in the half-split layout, indexed by position; the rotation is computed in fp32.
+    pos: [R, W] int64, the positions. row: [R] int64, the rows of the store.
+    k_store, v_store: [B, K, T, D], contiguous in D, else of any strides; rows may overlap. Slots [row[r], :, pos[r, w]] are
+        overwritten, or [row[r], :, slot[r, w]] where `slot` [R, W] int64 is given, and nothing else.
+    q_norm, k_norm: [D]; each query or key head is normalised by its root mean square before the rotation (Qwen3).
+
+    Returns the queries [R, W, H, D] in the store's dtype.
+    """
+    qkv = linear(x, weight, scale, bias)
+    return rope_store(qkv, heads, kv_heads, cos, sin, pos, row, k_store, v_store, slot, q_norm, k_norm, eps)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

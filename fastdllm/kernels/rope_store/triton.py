@@ -13,11 +13,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdllm.kernels.linear.triton import sums
-from fastdllm.kernels.overlap import LAUNCH, begin
+from fastdllm.kernels.linear.triton import split_k_partials
+from fastdllm.kernels.pdl import LAUNCH, wait
 
 # Heads of one position per program: 32 positions of LLaDA's 96 heads make 384 programs, about three a multiprocessor.
 BLOCK_H = 8
+
+
+@triton.jit
+def _normalise(x_low, x_high, b_rms, m_h, norm, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The heads m_h times b_rms and `norm`, rounded like a norm's output in memory; the others as they are."""
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D // 2
+    dtype = norm.dtype.element_ty
+    w_low = tl.load(norm + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+    w_high = tl.load(norm + D // 2 + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+    n_low = ((x_low * b_rms[:, None]).to(dtype).to(tl.float32) * w_low).to(dtype).to(tl.float32)
+    n_high = ((x_high * b_rms[:, None]).to(dtype).to(tl.float32) * w_high).to(dtype).to(tl.float32)
+    return tl.where(m_h[:, None], n_low, x_low), tl.where(m_h[:, None], n_high, x_high)
 
 
 @triton.jit
@@ -31,6 +44,9 @@ def _rope_store_kernel(
     q,
     k_store,
     v_store,
+    q_norm,
+    k_norm,
+    eps,
     rows,
     W,
     stride_kb,
@@ -44,6 +60,8 @@ def _rope_store_kernel(
     D: tl.constexpr,
     PARTS: tl.constexpr,
     SLOT: tl.constexpr,
+    Q_NORM: tl.constexpr,
+    K_NORM: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -54,7 +72,7 @@ def _rope_store_kernel(
     m_d = o_d < HALF
     m_hd = (o_h < H + 2 * K)[:, None] & m_d[None, :]
 
-    begin()
+    wait()
     p_x = qkv + (i_n * (H + 2 * K) + o_h[:, None]) * D + o_d[None, :]
     b_low = tl.load(p_x, mask=m_hd, other=0.0)
     b_high = tl.load(p_x + HALF, mask=m_hd, other=0.0)
@@ -69,6 +87,12 @@ def _rope_store_kernel(
     b_cl, b_ch = tl.load(p_cos, mask=m_d, other=0.0), tl.load(p_cos + HALF, mask=m_d, other=0.0)
     b_sl, b_sh = tl.load(p_sin, mask=m_d, other=0.0), tl.load(p_sin + HALF, mask=m_d, other=0.0)
     x_low, x_high = b_low.to(tl.float32), b_high.to(tl.float32)
+    if Q_NORM or K_NORM:
+        b_rms = tl.rsqrt((tl.sum(x_low * x_low, 1) + tl.sum(x_high * x_high, 1)) / D + eps)
+        if Q_NORM:
+            x_low, x_high = _normalise(x_low, x_high, b_rms, o_h < H, q_norm, D, BLOCK_D)
+        if K_NORM:
+            x_low, x_high = _normalise(x_low, x_high, b_rms, (o_h >= H) & (o_h < H + K), k_norm, D, BLOCK_D)
     r_low = x_low * b_cl[None, :] - x_high * b_sl[None, :]
     r_high = x_high * b_ch[None, :] + x_low * b_sh[None, :]
 
@@ -101,14 +125,17 @@ def rope_store(
     k_store: Tensor,
     v_store: Tensor,
     slot: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> Tensor:
-    """See `fastdllm.kernels.rope_store`."""
-    return _launch(qkv[None], heads, kv_heads, cos, sin, pos, row, k_store, v_store, slot)
+    """See `fastdllm.kernels.rope_store.reference.rope_store`."""
+    return _launch(qkv[None], heads, kv_heads, cos, sin, pos, row, k_store, v_store, slot, q_norm, k_norm, eps)
 
 
 def linear_rope_store(
     x: Tensor,
-    wq: Tensor,
+    weight: Tensor,
     heads: int,
     kv_heads: int,
     cos: Tensor,
@@ -120,9 +147,13 @@ def linear_rope_store(
     scale: Tensor | None = None,
     bias: Tensor | None = None,
     slot: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> Tensor:
-    """See `fastdllm.kernels.linear_rope_store`."""
-    return _launch(sums(x, wq, scale, bias), heads, kv_heads, cos, sin, pos, row, k_store, v_store, slot)
+    """See `fastdllm.kernels.rope_store.reference.linear_rope_store`."""
+    parts = split_k_partials(x, weight, scale, bias)
+    return _launch(parts, heads, kv_heads, cos, sin, pos, row, k_store, v_store, slot, q_norm, k_norm, eps)
 
 
 def _launch(
@@ -136,6 +167,9 @@ def _launch(
     k_store: Tensor,
     v_store: Tensor,
     slot: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
 ) -> Tensor:
     """`rope_store` of the sum of parts [S, ..., (H + 2K) D]."""
     R, W = pos.shape
@@ -152,6 +186,9 @@ def _launch(
         q,
         k_store,
         v_store,
+        q if q_norm is None else q_norm,
+        q if k_norm is None else k_norm,
+        eps,
         R * W,
         W,
         *k_store.stride()[:3],
@@ -161,6 +198,8 @@ def _launch(
         D=D,
         PARTS=len(parts),
         SLOT=slot is not None,
+        Q_NORM=q_norm is not None,
+        K_NORM=k_norm is not None,
         BLOCK_H=BLOCK_H,
         BLOCK_D=triton.next_power_of_2(D // 2),
         num_warps=4,

@@ -10,11 +10,11 @@ from fastdllm.kernels.linear.reference import linear
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """See `fastdllm.kernels.silu_mul`."""
+    """silu(gate) * up of gate_up [..., 2F], the gates first: [..., F]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
-def linear_silu_mul(x: Tensor, wq: Tensor, scale: Tensor | None = None) -> Tensor:
-    """See `fastdllm.kernels.linear_silu_mul`."""
-    return silu_mul(linear(x, wq, scale))
+def linear_silu_mul(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """SwiGLU: `silu_mul` of `linear(x, weight, scale)` with weight [2F, C]; returns [..., F]."""
+    return silu_mul(linear(x, weight, scale))

@@ -14,9 +14,19 @@ from torch import Tensor
 
 from fastdllm.kernels.device import stages
 from fastdllm.kernels.dot import dot
+from fastdllm.kernels.linear.int4 import UNIT
+from fastdllm.kernels.linear.nibbles import load_steps, widen_bytes
 from fastdllm.kernels.linear.reference import FP8
-from fastdllm.kernels.linear.triton import STREAM_ROWS, TensorDescriptor, linear, load_rows, quantize_rows, streams
-from fastdllm.kernels.overlap import LAUNCH, begin
+from fastdllm.kernels.linear.triton import (
+    SKINNY_ROWS,
+    TensorDescriptor,
+    group_of,
+    is_skinny,
+    linear,
+    load_rows,
+    quantize_rows,
+)
+from fastdllm.kernels.pdl import LAUNCH, wait
 
 BLOCK = 1024
 
@@ -26,7 +36,7 @@ def _silu_mul_kernel(gate_up, out, F, BLOCK: tl.constexpr):
     i_n = tl.program_id(0).to(tl.int64)
     o_f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_f = o_f < F
-    begin()
+    wait()
     b_gate = tl.load(gate_up + i_n * 2 * F + o_f, mask=m_f, other=0.0).to(tl.float32)
     b_up = tl.load(gate_up + i_n * 2 * F + F + o_f, mask=m_f, other=0.0).to(tl.float32)
     # Rounded before the product, as two separate torch operations do.
@@ -35,7 +45,7 @@ def _silu_mul_kernel(gate_up, out, F, BLOCK: tl.constexpr):
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """See `fastdllm.kernels.silu_mul`."""
+    """See `fastdllm.kernels.silu_mul.reference.silu_mul`."""
     gate_up = gate_up.contiguous()
     F = gate_up.shape[-1] // 2
     out = gate_up.new_empty((*gate_up.shape[:-1], F))
@@ -55,6 +65,7 @@ def _linear_silu_mul_kernel(
     F,
     C,
     SCALE: tl.constexpr,
+    GROUP: tl.constexpr,
     TOKEN_SCALE: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -65,13 +76,27 @@ def _linear_silu_mul_kernel(
     o_n = i_n + tl.arange(0, BLOCK_N)
     o_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_n, m_m = o_n < F, o_m < M
-    begin()
+    wait()
     b_gate = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     b_up = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for c in range(0, C, BLOCK_C):
-        b_x = load_rows(x, o_m, M, c, C, EVEN, BLOCK_C)
-        b_gate = dot(w.load([i_n, c]), b_x, b_gate)
-        b_up = dot(w.load([F + i_n, c]), b_x, b_up)
+    if GROUP == 0:
+        for c in range(0, C, BLOCK_C):
+            b_x = load_rows(x, o_m, M, c, C, EVEN, BLOCK_C)
+            b_gate = dot(w.load([i_n, c]), b_x, b_gate)
+            b_up = dot(w.load([F + i_n, c]), b_x, b_up)
+    else:
+        # As in the skinny kernel: steps are asked for a tile ahead.
+        g_ls, g_lz, g_hs, g_hz = load_steps(scale, o_n, F, 0, C, GROUP, BLOCK_C)
+        u_ls, u_lz, u_hs, u_hz = load_steps(scale, F + o_n, 2 * F, 0, C, GROUP, BLOCK_C)
+        for c in range(0, C, BLOCK_C):
+            b_low, b_high = widen_bytes(w.load([i_n, c // 2]), g_ls, g_lz, g_hs, g_hz, x.dtype.element_ty)
+            g_ls, g_lz, g_hs, g_hz = load_steps(scale, o_n, F, c + BLOCK_C, C, GROUP, BLOCK_C)
+            x_low = load_rows(x, o_m, M, c, C, EVEN, BLOCK_C // 2)
+            x_high = load_rows(x, o_m, M, c + BLOCK_C // 2, C, EVEN, BLOCK_C // 2)
+            b_gate = dot(b_high, x_high, dot(b_low, x_low, b_gate))
+            b_low, b_high = widen_bytes(w.load([F + i_n, c // 2]), u_ls, u_lz, u_hs, u_hz, x.dtype.element_ty)
+            u_ls, u_lz, u_hs, u_hz = load_steps(scale, F + o_n, 2 * F, c + BLOCK_C, C, GROUP, BLOCK_C)
+            b_up = dot(b_high, x_high, dot(b_low, x_low, b_up))
     if SCALE:
         b_gate *= tl.load(scale + o_n, mask=m_n, other=0.0)[:, None]
         b_up *= tl.load(scale + F + o_n, mask=m_n, other=0.0)[:, None]
@@ -83,15 +108,15 @@ def _linear_silu_mul_kernel(
     tl.store(p_out, b_gate * tl.sigmoid(b_gate) * b_up, mask=m_n[:, None] & m_m[None, :])
 
 
-def linear_silu_mul(x: Tensor, wq: Tensor, scale: Tensor | None = None) -> Tensor:
-    """See `fastdllm.kernels.linear_silu_mul`."""
+def linear_silu_mul(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """See `fastdllm.kernels.silu_mul.reference.linear_silu_mul`."""
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) > STREAM_ROWS or not streams(rows, wq):
-        return silu_mul(linear(x, wq, scale))
+    if len(rows) > SKINNY_ROWS or not is_skinny(rows, weight, scale):
+        return silu_mul(linear(x, weight, scale))
     token_scale = None
-    if wq.dtype == FP8:
+    if weight.dtype == FP8:
         rows, token_scale = quantize_rows(rows)
-    out = launch(rows, wq, scale, token_scale, x.dtype, **tiling(len(rows), wq.shape[0] // 2, wq.dtype))
+    out = launch(rows, weight, scale, token_scale, x.dtype, **tiling(len(rows), weight.shape[0] // 2, weight.dtype))
     return out.view(*x.shape[:-1], -1)
 
 
@@ -103,7 +128,9 @@ def tiling(M: int, F: int, dtype: torch.dtype) -> dict[str, int]:
     warps 139.1, (64, 128, 2) 143.1; int8 (64, 256, 3) 132.0, (64, 128, 4) 138.3.
     """
     block_m = max(16, triton.next_power_of_2(M))
-    if block_m == 16:
+    if dtype == torch.uint8:
+        shape = (64, UNIT, 4, 3)
+    elif block_m == 16:
         shape = (128, 128 // dtype.itemsize, 8, 3)
     elif dtype == torch.int8:
         shape = (64, 256, 4, 3)
@@ -129,24 +156,27 @@ def launch(
 ) -> Tensor:
     """silu(first half) * second half of x [M, C] times w [2F, C] transposed, scaled by channel and token: [M, F]."""
     (M, C), F = x.shape, w.shape[0] // 2
+    group = group_of(w, scale, C)
+    tile_c = block_c // 2 if group else block_c  # elements of w that hold block_c channels
     out = torch.empty((M, F), dtype=dtype, device=x.device)
     _linear_silu_mul_kernel[(triton.cdiv(F, block_n), triton.cdiv(M, block_m))](
         x.contiguous(),
-        TensorDescriptor.from_tensor(w, [block_n, block_c]),
+        TensorDescriptor.from_tensor(w, [block_n, tile_c]),
         out if scale is None else scale,
         out if token_scale is None else token_scale,
         out,
         M,
         F,
         C,
-        SCALE=scale is not None,
+        SCALE=scale is not None and not group,
+        GROUP=group,
         TOKEN_SCALE=token_scale is not None,
         EVEN=C % block_c == 0,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_C=block_c,
         num_warps=num_warps,
-        num_stages=stages(num_stages, block_c * (2 * block_n * w.itemsize + block_m * x.itemsize), x.device),
+        num_stages=stages(num_stages, 2 * tile_c * block_n * w.itemsize + block_c * block_m * x.itemsize, x.device),
         **LAUNCH,
     )
     return out

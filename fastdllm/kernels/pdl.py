@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Programmatic dependent launch (CUDA, Hopper and later): a kernel starts while the one before it drains.
 
-Every kernel of this package calls `begin()` before it reads what an earlier kernel wrote. There it lets the next kernel be
+Every kernel of this package calls `wait()` before it reads what an earlier kernel wrote. There it lets the next kernel be
 scheduled and waits until the one before has finished; since all of them wait, so has everything before that. Elsewhere
 (older cards, the interpreter, FASTDLLM_PDL=0) both are nothing, and kernels follow each other as usual.
 """
@@ -26,7 +26,7 @@ LAUNCH = {"launch_pdl": True} if _ENABLED else {}
 
 
 @triton.jit
-def begin():
+def wait():
     """Let the next kernel be scheduled; wait for the one before."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

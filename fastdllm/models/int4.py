@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""4-bit checkpoints of GPTQ and AWQ to the layout of our own kernels (`fastdllm.kernels.linear.int4`).
+
+Both keep eight levels in an int32, lowest bits first, and compute (level - zero) * scale in groups of input channels:
+
+| tensor | GPTQ (AutoGPTQ, GPTQModel) | AWQ (AutoAWQ, version "gemm") |
+|---|---|---|
+| qweight | [C / 8, N], eight input channels | [C, N / 8], eight output channels in the order 0 2 4 6 1 3 5 7 |
+| qzeros | [groups, N / 8], less one (`checkpoint_format` "gptq_v2": as they are) | [groups, N / 8], in that order |
+| scales | [groups, N] | [groups, N] |
+
+GPTQ's g_idx [C], the group of each input channel, must be in order: `desc_act` permutes the channels and is not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdllm.kernels.linear.int4 import group_size, pack
+
+LAYOUTS = ("gptq", "gptq_v2", "awq")
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def layout_of(quantization: Mapping[str, Any]) -> str:
+    """The layout, one of LAYOUTS, that config.json's `quantization_config` describes.
+
+    Raises ValueError naming the field that asks for what is not read.
+    """
+    method = quantization.get("quant_method")
+    if method not in ("gptq", "awq"):
+        raise ValueError(f"quantization_config: quant_method={method!r} is not one of gptq, awq")
+    if (bits := quantization.get("bits", quantization.get("w_bit"))) != 4:
+        raise ValueError(f"quantization_config: bits={bits!r} is not read; allowed is 4")
+    if method == "awq":
+        if (version := str(quantization.get("version", "gemm")).lower()) != "gemm":
+            raise ValueError(f"quantization_config: version={version!r} is not read; allowed is 'gemm'")
+        return "awq"
+    if quantization.get("desc_act"):
+        raise ValueError("quantization_config: desc_act=True is not read; allowed is False (channels in their own order)")
+    layout = quantization.get("checkpoint_format") or "gptq"
+    if layout not in ("gptq", "gptq_v2"):
+        raise ValueError(f"quantization_config: checkpoint_format={layout!r} is not one of gptq, gptq_v2")
+    return layout
+
+
+def convert(tensors: Mapping[str, Tensor], layout: str) -> tuple[Tensor, Tensor]:
+    """One projection's `qweight`, `qzeros`, `scales` (and `g_idx`) -> (weight, scale) as `kernels.linear` takes them.
+
+    layout: one of LAYOUTS. Levels, zeros and scales stay what they are; nothing is rounded again.
+    Raises ValueError for shapes that do not fit together, or for channels that are not in order.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}")
+    qweight, qzeros, scales = (tensors[name] for name in ("qweight", "qzeros", "scales"))
+    if layout == "awq":
+        levels, zeros = _columns(qweight, AWQ_ORDER).T, _columns(qzeros, AWQ_ORDER).T
+    else:
+        levels, zeros = _columns(qweight.T, range(8)), _columns(qzeros, range(8)).T
+        if layout == "gptq":
+            zeros = zeros + 1
+    (outputs, channels), groups = levels.shape, scales.shape[0]
+    if scales.shape[1] != outputs or zeros.shape != (outputs, groups):
+        shapes = {name: list(t.shape) for name, t in tensors.items()}
+        raise ValueError(f"{layout} tensors do not fit together: {shapes}")
+    size = channels // groups
+    if size * groups != channels or (groups > 1 and size != group_size(scales.T, channels)):
+        raise ValueError(f"{layout}: {channels} channels in {groups} groups; a group must be a power of two of channels")
+    g_idx = tensors.get("g_idx")
+    if g_idx is not None and not torch.equal(g_idx.long(), torch.arange(channels, device=g_idx.device) // size):
+        raise ValueError(f"{layout}: g_idx permutes the channels (desc_act), which is not read")
+    return pack(levels), torch.stack([scales.T, zeros.to(scales.dtype)], -1).contiguous()
+
+
+def _columns(packed: Tensor, order: range | tuple[int, ...]) -> Tensor:
+    """int32 [R, n], eight levels each -> [R, 8 n] uint8; the k-th lowest four bits hold column order[k] of eight."""
+    shift = torch.arange(8, device=packed.device, dtype=torch.int32) * 4
+    levels = ((packed.unsqueeze(-1) >> shift) & 15).to(torch.uint8)
+    place = torch.tensor(list(order), device=packed.device)
+    return torch.empty_like(levels).index_copy_(-1, place, levels).flatten(1)

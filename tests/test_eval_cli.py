@@ -125,7 +125,7 @@ def evaluate_few() -> dict[str, Any]:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    from fastdllm.harness import DiffusionLM
+    from fastdllm.evaluation.harness import DiffusionLM
 
     model = DiffusionLM(pretrained="tiny-llada", device="cpu", batch_size=2, gen_length=48, block_length=16)
     found = lm_eval.simple_evaluate(

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fastdllm.config import DecodeConfig
-from fastdllm.published import decode_options, rename, split
+from fastdllm.evaluation.options import decode_options, rename, split
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [f"{package}/eval_{task}.sh" for package in ("llada", "dream") for task in ("gsm8k", "humaneval", "mmlu", "gpqa")]

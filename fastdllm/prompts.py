@@ -77,6 +77,13 @@ def check_model(model: Any) -> None:
     raise ValueError(f"model is of type {kind}; pass what fastdllm.load({name!r}) returns")
 
 
+def padded(model: Model, rows: list[Tensor]) -> Tensor:
+    """Prompts as one tensor [B, P], shorter ones with the pad id on the left: what the published functions return begins
+    with it."""
+    width = max(map(len, rows))
+    return torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=model.spec.pad_id) for row in rows])
+
+
 # From one of many shapes to a list of texts, conversations and id tensors [P].
 
 
@@ -261,11 +268,16 @@ def check_text(text: str, what: str) -> None:
 
 
 class Encoded(NamedTuple):
-    """ids of a conversation [n] and, for each, whether it belongs to the assistant's turn: its words, and what the template
-    puts after them (`<|im_end|>` and a line break in ChatML)."""
+    """ids of a conversation [n] and, for each, which of the assistant's turns it belongs to (0, 1, ...; -1: to none). A turn
+    is its words and what the template puts after them (`<|im_end|>` and a line break in ChatML)."""
 
     ids: list[int]
-    answer: list[bool]
+    turns: list[int]
+
+    @property
+    def answer(self) -> list[bool]:
+        """For each id whether it belongs to a turn of the assistant."""
+        return [turn >= 0 for turn in self.turns]
 
 
 def encode_messages(model: Model, messages: Messages) -> Tensor:
@@ -292,20 +304,24 @@ def encode_conversation(
     """
     messages, text, places = _render(tokenizer, messages, tools, add_generation_prompt)
     ids: list[int] = []
-    answer: list[bool] = []
-    start, tail = 0, None
-    for message, place in zip(messages, places, strict=True):
-        if message["role"] != "assistant" or place is None or place[0] < start:
+    turns: list[int] = []
+
+    def add(piece: str, turn: int) -> None:
+        found = _encode(tokenizer, piece)
+        ids.extend(found)
+        turns.extend([turn] * len(found))
+
+    answers = [place for message, place in zip(messages, places, strict=True) if message["role"] == "assistant"]
+    tail = _end_of_turn(tokenizer, tokenizer.chat_template) if answers else ""
+    start = 0
+    for turn, place in enumerate(answers):
+        if place is None or place[0] < start:
             continue
-        tail = _end_of_turn(tokenizer, tokenizer.chat_template) if tail is None else tail
-        end = place[1] + _common(text[place[1] :], tail)
-        for piece, told in ((text[start : place[0]], False), (text[place[0] : end], True)):
-            found = _encode(tokenizer, piece)
-            ids += found
-            answer += [told] * len(found)
-        start = end
-    rest = _encode(tokenizer, text[start:])
-    return Encoded(ids + rest, answer + [False] * len(rest))
+        add(text[start : place[0]], -1)
+        start = place[1] + _common(text[place[1] :], tail)
+        add(text[place[0] : start], turn)
+    add(text[start:], -1)
+    return Encoded(ids, turns)
 
 
 def render(model: Model, messages: Messages, *, continue_final: bool = False) -> str:

@@ -61,7 +61,7 @@ def test_runs_in_its_own_folder_and_passes_arguments_on(script: str, run) -> Non
     package = ROOT / script.split("/")[0]
     for cwd, call in calls:
         assert Path(cwd) == package
-        assert call[:2] == ["launch", {"llada": "eval_llada.py", "dream": "eval.py"}[package.name]]
+        assert call[:3] == ["launch", "--quiet", {"llada": "eval_llada.py", "dream": "eval.py"}[package.name]]
         assert value(call, "--model") == {"llada": "llada_dist", "dream": "dream"}[package.name]
         assert "tiny-model" in value(call, "--model_args").split(",")[0]
         assert value(call, "--tasks") == "some task"

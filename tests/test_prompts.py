@@ -229,15 +229,9 @@ def test_tools_and_further_fields_hold_text_as_well(v2: Model) -> None:
 
 
 def answers(model: Model, messages: list[dict[str, str]]) -> str:
-    """The decoded tokens of the assistant's turns, with a bar after each run."""
-    ids, answer = encode_conversation(model.tokenizer, messages)
-    runs, last = [], False
-    for token, told in zip(ids, answer, strict=True):
-        if told and not last:
-            runs.append([])
-        if told:
-            runs[-1].append(token)
-        last = told
+    """The decoded tokens of the assistant's turns, with a bar after each turn."""
+    ids, turns = encode_conversation(model.tokenizer, messages)
+    runs = [[token for token, turn in zip(ids, turns, strict=True) if turn == n] for n in range(max(turns) + 1)]
     return "".join(model.tokenizer.decode(run) + "|" for run in runs)
 
 
@@ -271,7 +265,8 @@ def test_the_assistants_turns_are_marked_under_any_template(v2: Model, template:
 def test_a_prompt_has_the_tokens_it_is_trained_with(v2: Model, template: str) -> None:
     told = with_template(v2, template)
     messages = chat("2 + 2?", " 4\n", "  And 3?\n", "6")
-    ids, answer = encode_conversation(told.tokenizer, messages)
+    encoded = encode_conversation(told.tokenizer, messages)
+    ids, answer = encoded.ids, encoded.answer
     for end in (1, 3):
         prompt = encode_messages(told, messages[:end]).tolist()
         assert ids[: len(prompt)] == prompt

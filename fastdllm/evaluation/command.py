@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import io
 import logging
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from typing import Any
 from fastdllm.evaluation import ADAPTERS, task_folders
 from fastdllm.evaluation.options import parse_arguments, rename
 
+OFFLINE = "WITHOUT_A_NETWORK"  # scripts name in it the command that needs none
 USAGE = """usage: {prog} --tasks TASK[,TASK...] --model_args pretrained=MODEL[,OPTION=VALUE...] [OPTIONS]
 
 Run lm-eval tasks with a diffusion language model: accuracy, forwards per sample, tokens per forward and per second.
@@ -119,6 +121,7 @@ def describe(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, FileNotFoundError) and error.filename:
         text = f"{error.filename}: no such file or folder"
-    if isinstance(error, ConnectionError) or "Hub" in text:
-        text += "; without a network: --model_args pretrained=tiny-llada --tasks gsm_symbolic"
+    remote = type(error).__module__.startswith(("huggingface_hub", "requests", "httpx"))
+    if remote or isinstance(error, ConnectionError) or "hub" in text.lower():
+        text += "; without a network: " + os.environ.get(OFFLINE, "--model_args pretrained=tiny-llada --tasks gsm_symbolic")
     return text

@@ -188,6 +188,15 @@ def _id_rows(given: Any, name: str, bools: bool = False) -> Iterator[Tensor]:
     yield from given if given.ndim == 2 else [given]
 
 
+def ids_row(given: Any, name: str) -> Tensor:
+    """Ids [P] int64 on the CPU from a list, an array or a tensor of integers, P >= 0. ValueError for the rest."""
+    if isinstance(given, Tensor | np.ndarray | list | tuple) and not len(given):
+        return torch.empty(0, dtype=torch.long)
+    if not isinstance(given, Tensor | np.ndarray | list | tuple):
+        raise ValueError(f"{name} is {_named(given)}; token ids are integers")
+    return _id_row(given, name, False)
+
+
 def _id_row(given: Any, name: str, bools: bool) -> Tensor:
     if isinstance(given, Tensor | np.ndarray):
         rows = list(_id_rows(given, name, bools))
@@ -473,7 +482,10 @@ def _common(one: str, other: str) -> int:
 def _apply(
     tokenizer: PreTrainedTokenizerFast, messages: Messages, tools: Sequence[Any] | None, prompt: bool, open_end: bool
 ) -> str:
-    """The template's text of messages that are checked already. Whatever it raises is a ValueError that names it."""
+    """The template's text of messages that are checked already. Whatever it raises is a ValueError that names it.
+
+    jinja2's sandbox keeps a checkpoint's template from the machine, not from computing for ever: that is not bounded here.
+    """
     template = tokenizer.chat_template
     if template is None:
         return "\n\n".join(message["content"] for message in messages)

@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastdllm.evaluation import ADAPTERS, task_folders
@@ -66,13 +66,58 @@ def main(model: str = "fastdllm", prog: str = "fastdllm eval", arguments: Sequen
             _prepare(args, model)
         elif hasattr(args, "include_path"):
             args.include_path = task_folders(args.include_path)
-        harness.execute(args)
+        with _checked_tasks(getattr(args, "gen_kwargs", None)) as left_out:
+            harness.execute(args)
     except (ValueError, OSError) as error:
         if logging.getLogger("lm_eval").isEnabledFor(logging.DEBUG):
             raise
         print(f"{prog}: {describe(error)}", file=sys.stderr)
         return 2
-    return 0
+    for name, fault in left_out.items():
+        print(f"{prog}: task {name} was left out: {fault}", file=sys.stderr)
+    return 2 if left_out else 0
+
+
+@contextlib.contextmanager
+def _checked_tasks(gen_kwargs: dict[str, Any] | None) -> Iterator[dict[str, str]]:
+    """Meanwhile lm-eval leaves out the tasks whose options the model cannot honour; what is wrong with each, by its name.
+
+    A member of a group is not left out, since the group's score would be another one: there it is a ValueError.
+    """
+    import lm_eval.tasks
+
+    left_out: dict[str, str] = {}
+    known = lm_eval.tasks.TaskManager
+
+    class CheckedTasks(known):
+        def load(self, task_list: Any) -> Any:
+            loaded = super().load(task_list)
+            model = _model_in_use()
+            if model is None:
+                return loaded
+            tasks = {n: t for n, t in loaded["tasks"].items() if t.get_config("output_type") == "generate_until"}
+            kwargs = {n: {**(t.get_config("generation_kwargs") or {}), **(gen_kwargs or {})} for n, t in tasks.items()}
+            faults = model.faults(kwargs.items())
+            members = {task.task_name for group in loaded["groups"].values() for task in group.get_all_tasks()}
+            if faults and (faults.keys() & members or faults.keys() == loaded["tasks"].keys()):
+                raise ValueError("; ".join(f"task {name}: {fault}" for name, fault in faults.items()))
+            for name, fault in faults.items():
+                del loaded["tasks"][name]
+                logging.getLogger("lm_eval.fastdllm").error("task %s is left out: %s", name, fault)
+            left_out.update(faults)
+            return loaded
+
+    lm_eval.tasks.TaskManager = CheckedTasks
+    try:
+        yield left_out
+    finally:
+        lm_eval.tasks.TaskManager = known
+
+
+def _model_in_use() -> Any:
+    """The adapter that lm-eval has made for this run; None for a model of its own."""
+    module = sys.modules.get("fastdllm.evaluation.harness")
+    return module.DiffusionLM.latest() if module else None
 
 
 def _parse(harness: Any, prog: str, model: str) -> Namespace:

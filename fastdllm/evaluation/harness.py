@@ -12,8 +12,9 @@ import importlib.metadata
 import logging
 import sys
 import warnings
+import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -66,6 +67,9 @@ class DiffusionLM(TemplateLM):
 
     defaults: ClassVar[Mapping[str, Any]] = {}
     options_type: ClassVar[type[HarnessOptions]] = HarnessOptions
+    latest: ClassVar[Callable[[], DiffusionLM | None]] = staticmethod(
+        lambda: None
+    )  # for the command line, which checks tasks
     max_length = sys.maxsize  # of the context, until the model is read
 
     def __init__(
@@ -106,6 +110,7 @@ class DiffusionLM(TemplateLM):
         self._answers = AnswerStore(folder, self.rank, self.model.spec.vocab) if folder else None
         if self._answers and self._answers.torn:
             log.warning("save_dir: %d torn lines are ignored", self._answers.torn)
+        DiffusionLM.latest = weakref.ref(self)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> DiffusionLM:
@@ -208,7 +213,9 @@ class DiffusionLM(TemplateLM):
         return ids[-room:]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        self._check_options(requests)
+        if faults := self.faults((request.task_name or "(no name)", request.args[1]) for request in requests):
+            named = "; ".join(f"task {name}: {fault}" for name, fault in faults.items())
+            raise ValueError(f"{named}; leave these tasks out, or fix the option in --model_args")
         seen: Counter[str] = Counter()
         asks = []
         for request in requests:
@@ -256,14 +263,13 @@ class DiffusionLM(TemplateLM):
     def _fingerprint(self) -> str:
         return fingerprint(self.model)
 
-    def _check_options(self, requests: list[Instance]) -> None:
-        """ValueError that names every task whose options cannot be honoured, before anything is computed."""
-        faults: dict[str, str] = {}
+    def faults(self, asked: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, str]:
+        """What is wrong with the generation kwargs of tasks, of (name, kwargs) pairs, by the task's name."""
+        found: dict[str, str] = {}
         checked: set[str] = set()
-        for request in requests:
-            name, kwargs = request.task_name or "(no name)", request.args[1]
+        for name, kwargs in asked:
             key = answer_key(name, kwargs)
-            if key in checked or name in faults:
+            if key in checked or name in found:
                 continue
             checked.add(key)
             try:
@@ -272,9 +278,8 @@ class DiffusionLM(TemplateLM):
                 self._fit([0], self.max_length - config.gen_length, f"gen_length={config.gen_length} tokens")
                 _stops(kwargs)
             except ValueError as error:
-                faults[name] = f"task {name}: {error}"
-        if faults:
-            raise ValueError("; ".join(faults.values()) + "; leave these tasks out, or fix the option in --model_args")
+                found[name] = str(error)
+        return found
 
     def _ask(self, request: Instance, seen: Counter[str]) -> Ask:
         kwargs = dict(request.args[1])

@@ -29,6 +29,22 @@ def arguments_of_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def shipped_tasks_only(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """lm-eval without its own thousands of tasks; the folders that it was told of."""
+    import lm_eval.tasks
+
+    folders: list[Any] = []
+
+    class Few(lm_eval.tasks.TaskManager):
+        def __init__(self, include_path: Any, **options: Any) -> None:
+            folders.append(include_path)
+            super().__init__(include_path=include_path, include_defaults=False, **options)
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", Few)
+    return folders
+
+
+@pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Namespace]:
     """The arguments with which lm-eval would have begun."""
     calls: list[Namespace] = []
@@ -81,15 +97,10 @@ def test_the_task_folder_comes_once() -> None:
     assert task_folders(["a", "b"]) == [str(TASKS_DIR), "a", "b"]
 
 
-def test_the_shipped_tasks_are_listed(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    import lm_eval.tasks
-
-    shipped = task_manager(include_defaults=False)
-    assert "gsm_symbolic" in shipped.all_tasks
-    asked = []
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda include_path: asked.append(include_path) or shipped)
+def test_the_shipped_tasks_are_listed(capsys: pytest.CaptureFixture, shipped_tasks_only: list) -> None:
+    assert "gsm_symbolic" in task_manager().all_tasks
     assert main(arguments=["ls", "tasks"]) == 0
-    assert asked == [[str(TASKS_DIR)]] and "gsm_symbolic" in capsys.readouterr().out
+    assert shipped_tasks_only == [[str(TASKS_DIR)]] * 2 and "gsm_symbolic" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model", ["fastdllm", "llada_dist"])
@@ -117,14 +128,38 @@ def test_help_names_this_command_and_its_model(model: str, capsys: pytest.Captur
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_two(arguments: list[str], message: str, capsys: Any, monkeypatch: Any) -> None:
-    import lm_eval.tasks
-
-    shipped = task_manager(include_defaults=False)
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **options: shipped)
+@pytest.mark.usefixtures("shipped_tasks_only")
+def test_a_mistake_is_one_line_and_exit_code_two(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["eval", *arguments]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("fastdllm eval: ") and message in last
+
+
+@pytest.mark.usefixtures("shipped_tasks_only")
+def test_a_task_that_cannot_be_honoured_is_left_out_and_the_others_run(tmp_path: Path, capsys: Any) -> None:
+    documents = tmp_path / "documents.json"
+    documents.write_text(json.dumps([{"q": "far away", "a": "x"}]))
+    for name, length in (("zz_good", 8), ("zz_long", 32768)):
+        task = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(documents)}},
+            "test_split": "test",
+            "output_type": "generate_until",
+            "doc_to_text": "{{q}}",
+            "doc_to_target": "{{a}}",
+            "generation_kwargs": {"max_gen_toks": length, "until": []},
+            "metric_list": [{"metric": "exact_match"}],
+        }
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(task))
+    arguments = ["--include_path", str(tmp_path), "--model_args", "pretrained=tiny-llada", "--device", "cpu"]
+    assert main(arguments=["--tasks", "zz_good,zz_long", *arguments]) == 2
+    told = capsys.readouterr()
+    assert "|zz_good" in told.out and "|zz_long" not in told.out
+    assert "task zz_long was left out: gen_length=32768 tokens leave no room" in told.err.splitlines()[-1]
+    assert main(arguments=["--tasks", "zz_long", *arguments]) == 2
+    assert "task zz_long: gen_length=32768" in capsys.readouterr().err.splitlines()[-1]
+    assert main(arguments=["--tasks", "zz_long", *arguments, "--gen_kwargs", "max_new_tokens=8"]) == 0
 
 
 @pytest.mark.parametrize(

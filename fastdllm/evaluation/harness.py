@@ -50,7 +50,7 @@ from fastdllm.stats import Stats
 
 log = logging.getLogger("lm_eval.fastdllm")  # below lm-eval's, which shows only its own
 
-FROM_LM_EVAL = ("until", "do_sample", "num_beams")  # generation kwargs that are not options of decoding
+FROM_LM_EVAL = ("until", "stop", "do_sample", "num_beams")  # generation kwargs that are not options of decoding
 LOADING = ("dtype", "revision", "quantize", "trust_remote_code")  # options without a meaning for a model in memory
 
 
@@ -136,8 +136,12 @@ class DiffusionLM(TemplateLM):
         if coerce("num_beams", task.get("num_beams") or 1, int) > 1:
             warnings.warn(f"num_beams={task['num_beams']} is ignored: a diffusion model has no beam search", stacklevel=2)
         asked = latest({k: v for k, v in task.items() if k not in FROM_LM_EVAL})
-        if task.get("do_sample") is False:
-            asked["temperature"] = 0.0
+        if task.get("do_sample") is not None:
+            # transformers samples at temperature 1 unless told otherwise
+            sampled = coerce("do_sample", task["do_sample"], bool)
+            asked["temperature"] = asked.get("temperature", 1.0) if sampled else 0.0
+        if "max_length" in asked:
+            raise ValueError(f"max_length={asked['max_length']!r} counts the prompt as well; give gen_length, of the answer")
         _, asked = split(merge(asked, self._fixed), self.options_type)
         length = min(self.defaults.get("gen_length", DecodeConfig().gen_length), self.max_length // 2)
         options = self.complete(decode_options(asked, {**self.defaults, "gen_length": length}))
@@ -393,8 +397,8 @@ class DiffusionLM(TemplateLM):
 
 
 def _stops(kwargs: Mapping[str, Any]) -> list[str]:
-    """The stop strings among generation kwargs. ValueError for what is none."""
-    until = handle_stop_sequences(kwargs.get("until"), None)
+    """The stop strings among generation kwargs (`stop` is OpenAI's name). ValueError for what is none."""
+    until = handle_stop_sequences(kwargs.get("stop") or kwargs.get("until"), None)
     if not all(isinstance(stop, str) for stop in until):
         raise ValueError(f"until={until!r} must be a text or a list of texts")
     return until

@@ -498,6 +498,18 @@ def test_the_steps_of_a_run_are_at_most_one_a_token() -> None:
         adapter()._configure({"steps": 300, "max_gen_toks": 64, "decoder": "quota"})
 
 
+def test_the_idioms_of_other_libraries() -> None:
+    model = adapter()
+    assert model._configure({"do_sample": True}).temperature == 1
+    assert model._configure({"do_sample": "true", "temperature": 0.5}).temperature == 0.5
+    assert model._configure({"do_sample": False, "temperature": 0.5}).temperature == 0
+    assert adapter(temperature=0.2)._configure({"do_sample": True}).temperature == 0.2
+    with pytest.raises(ValueError, match="max_length=512 counts the prompt as well; give gen_length"):
+        model._configure({"max_length": 512})
+    asked = generations((chat(model, QUESTIONS[0]), {"until": ["nowhere"], "stop": "####"}))
+    assert "####" not in adapter(gen_length=96).generate_until(asked, disable_tqdm=True)[0]
+
+
 def test_a_fault_of_one_document_names_it() -> None:
     model = adapter(gen_length=16)
     with pytest.raises(ValueError, match=r"task t, document 1: .*lone surrogate"):

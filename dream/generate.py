@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fastdllm
+from fastdllm.prompts import check_model, encode, padded
 
 # What each `alg` ranks positions by.
 ALGS = {
@@ -42,12 +43,17 @@ def diffusion_generate(
 
     `block_length` None is the whole answer without a cache, 32 with "prefix" or "dual". Raises ValueError for bad arguments.
     """
+    check_model(model)
     if alg not in ALGS:
         raise ValueError(f"alg={alg!r} is unknown; allowed are {', '.join(ALGS)}")
     if alg == "confidence_threshold":
         decoder = {"decoder": "threshold", "threshold": threshold}
     else:
         decoder = {"decoder": "quota", "schedule": "timesteps", "steps": steps, "alg_temp": alg_temp}
+    if not isinstance(input_ids, Tensor):
+        rows = encode(model, input_ids, attention_mask)
+        input_ids, lengths = padded(model, rows), torch.tensor([[len(row)] for row in rows])
+        attention_mask = torch.arange(input_ids.shape[1]) >= input_ids.shape[1] - lengths
     keep = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
     if keep.shape != input_ids.shape:
         raise ValueError(f"attention_mask has shape {list(keep.shape)}, input_ids {list(input_ids.shape)}")

@@ -8,6 +8,7 @@
 #
 # Results and samples go to results/<task>/<setting>/ beside this file. Arguments go to lm-eval unchanged.
 
+export WITHOUT_A_NETWORK="MODEL=tiny-dream TASK=gsm_symbolic bash dream/eval_gsm8k.sh"
 MODEL=${MODEL:-Dream-org/Dream-v0-Base-7B}
 SETTINGS=${SETTINGS:-baseline prefix parallel prefix_parallel dual_parallel}
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-256}
@@ -39,8 +40,8 @@ run_settings() {
     for setting in $SETTINGS; do
         args=$(setting_args "$setting")${BLOCK_LENGTH:+,block_length=$BLOCK_LENGTH}
         echo "== $task, $setting: $args" >&2
-        accelerate launch eval.py --tasks "$task" --confirm_run_unsafe_code --model dream \
+        accelerate launch --quiet eval.py --tasks "$task" --confirm_run_unsafe_code --model dream \
             --model_args "pretrained=$MODEL,max_new_tokens=$MAX_NEW_TOKENS,$args,show_speed=true" \
-            --output_path "results/$task/$setting" --log_samples --batch_size 1 "$@"
+            --output_path "results/$task/$setting" --log_samples --batch_size 1 "$@" || exit 2
     done
 }

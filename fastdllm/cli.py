@@ -16,27 +16,7 @@ Fast inference and evaluation of diffusion language models (LLaDA, Dream, Fast-d
   eval    run lm-eval tasks: accuracy, forwards and tokens per second
   score   run the tests of generated HumanEval and MBPP programs, confined
 
-fastdllm COMMAND --help explains a command. Start with:  fastdllm chat
-"""
-
-EVAL_USAGE = """usage: fastdllm eval --tasks TASK[,TASK...] --model_args pretrained=MODEL[,OPTION=VALUE...] [OPTIONS]
-
-Run lm-eval tasks with a diffusion language model: accuracy, forwards per sample, tokens per forward and per second.
-
-  --tasks        names of lm-eval, or gsm_symbolic, which ships with fastdllm and needs no network
-  --model_args   pretrained=MODEL (a shipped name, a folder or a hub id) and any option of fastdllm.DecodeConfig:
-                 gen_length, block_length, cache, decoder, threshold, factor, steps, temperature, ...
-                 show_speed=True prints the figures at the end
-  --num_fewshot  worked examples in front of each question
-  --limit        only the first N questions of each task
-  --batch_size   questions decoded together
-  --output_path  folder for the results; --log_samples keeps every answer
-
-Examples:
-  fastdllm eval --tasks gsm_symbolic --limit 20 --model_args pretrained=tiny-llada,show_speed=True
-  fastdllm eval --tasks gsm8k --num_fewshot 5 --model_args pretrained=GSAI-ML/LLaDA-8B-Instruct,cache=dual,threshold=0.9
-
-The other options are lm-eval's: fastdllm eval run --help lists them, fastdllm eval ls tasks lists the tasks.
+fastdllm COMMAND --help explains a command, fastdllm --version tells the version. Start with:  fastdllm chat
 """
 
 
@@ -53,23 +33,21 @@ def app(arguments: Sequence[str]) -> int:
 
 
 def evaluate(arguments: Sequence[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(EVAL_USAGE, end="")
-        return 0
-    from fastdllm.harness import DiffusionLM, main, register
+    from fastdllm.evaluation.command import main
 
-    register("fastdllm", DiffusionLM)
-    runs = arguments[0] == "run" or arguments[0].startswith("-")
-    chosen = any(argument.partition("=")[0] in ("--model", "-M", "--config", "-C") for argument in arguments)
-    sys.argv = ["fastdllm eval", *arguments, *(["--model", "fastdllm"] if runs and not chosen else [])]
-    main()
-    return 0
+    return main(arguments=arguments)
 
 
 def score(arguments: Sequence[str]) -> int:
     from fastdllm.scoring.score import main
 
     return main(arguments, prog="fastdllm score")
+
+
+def _version() -> str:
+    from fastdllm import __version__
+
+    return __version__
 
 
 COMMANDS: dict[str, Command] = {"chat": chat, "app": app, "eval": evaluate, "score": score}
@@ -81,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or [""]
     if name in ("-h", "--help", "help"):
         print(USAGE, end="")
+        return 0
+    if name in ("--version", "-V"):
+        print(f"fastdllm {_version()}")
         return 0
     if name not in COMMANDS:
         print(f"fastdllm: unknown command {name!r}\n\n{USAGE}" if name else USAGE, end="", file=sys.stderr)

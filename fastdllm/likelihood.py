@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastdllm.forward import Window
 from fastdllm.models import Model
+from fastdllm.prompts import check_model, ids_row
 from fastdllm.store import KVStore
 
 METHODS = {"monte_carlo": False, "chain": None, "first_token": True}  # name -> block-causal models only, None: any model
@@ -70,7 +71,7 @@ def log_likelihoods(
     check_greedy: bool = True,
     cfg_scale: float = 0.0,
 ) -> list[Score]:
-    """Score each (context [P], target [L]) of token ids; an empty target gives (0.0, True).
+    """Score each (context [P], target [L]) of token ids (tensors, arrays or lists); an empty target gives (0.0, True).
 
     method: "monte_carlo" (bidirectional models, default there), "chain" (default for block-causal models), "first_token"
     (block-causal only). mc_num: samples of Monte Carlo, drawn from `seed` for each pair anew, so that a pair's score depends
@@ -79,17 +80,21 @@ def log_likelihoods(
     cfg_scale: classifier-free guidance as in `DecodeConfig`, 0 is off. Raises ValueError for options that make no sense and
     for a pair that exceeds the model's context.
     """
+    check_model(model)
     block_causal = bool(model.spec.block_causal)
     method = method or ("chain" if block_causal else "monte_carlo")
     if METHODS.get(method, not block_causal) not in (None, block_causal):
         allowed = ", ".join(name for name, kind in METHODS.items() if kind in (None, block_causal))
         raise ValueError(f"likelihood={method!r} does not fit the family {model.spec.family!r}; allowed are {allowed}")
     for name, value, low in (("mc_num", mc_num, 1), ("batch_size", batch_size, 1), ("cfg_scale", cfg_scale, 0)):
-        if value < low:
-            raise ValueError(f"{name}={value} must be at least {low}")
-    pairs = [(context.cpu().long(), target.cpu().long()) for context, target in pairs]  # sync: inputs, once
+        if not low <= value < math.inf:
+            raise ValueError(f"{name}={value} must be at least {low}" + (" and finite" if value == math.inf else ""))
+    pairs = [(ids_row(context, "context"), ids_row(target, "target")) for context, target in pairs]
     for context, target in pairs:
         _check_lengths(model, len(context), len(target))
+        for name, ids in (("context", context), ("target", target)):
+            if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < model.spec.vocab:
+                raise ValueError(f"a {name} has token ids outside 0..{model.spec.vocab - 1}")
     # Long canvases first, side by side with their like: little padding, and memory trouble shows at once.
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
     plans = {

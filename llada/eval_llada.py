@@ -1,18 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLaDA under lm-eval as `llada_dist`: accelerate launch eval_llada.py --model llada_dist ... (see eval.md)."""
 
-from typing import ClassVar
+import sys
 
-from fastdllm.harness import DiffusionLM, main, register
+from fastdllm.evaluation.adapters import LLaDAEvalHarness
+from fastdllm.evaluation.command import main
 
-
-class LLaDAEvalHarness(DiffusionLM):
-    """Published defaults: one token a step, no cache."""
-
-    defaults: ClassVar = {"decoder": "quota", "confidence": "probability", "cache": "none"}
-
-
-register("llada_dist", LLaDAEvalHarness)
+__all__ = ["LLaDAEvalHarness"]
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main("llada_dist", "eval_llada.py"))

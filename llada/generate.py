@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 import fastdllm
+from fastdllm.prompts import encode, padded
 
 REMASKING = {"low_confidence": "probability", "random": "random"}
 PUBLISHED_MASK = 126336  # the default below: "the model's own", also for a checkpoint that numbers it otherwise
 
 
 def _generate(cache: str, model: fastdllm.Model, prompt: Tensor, options: dict[str, Any]) -> tuple[Tensor, int]:
+    rows = encode(model, prompt)
     steps, gen_length, threshold, factor = (options[k] for k in ("steps", "gen_length", "threshold", "factor"))
     if options["remasking"] not in REMASKING:
         raise ValueError(f"remasking={options['remasking']!r} is unknown; allowed are {', '.join(REMASKING)}")
@@ -33,7 +35,7 @@ def _generate(cache: str, model: fastdllm.Model, prompt: Tensor, options: dict[s
         decoder = {"decoder": "quota", "schedule": "even", "steps": min(steps, gen_length)}
     out = fastdllm.generate(
         model,
-        prompt,
+        rows,
         cache=cache,
         gen_length=gen_length,
         block_length=options["block_length"],
@@ -42,7 +44,8 @@ def _generate(cache: str, model: fastdllm.Model, prompt: Tensor, options: dict[s
         stop_ids=(),
         **decoder,
     )
-    return torch.stack(out.sequences).to(model.device), max(out.stats.row_forwards)
+    answers = torch.stack([s[len(row) :] for s, row in zip(out.sequences, rows, strict=True)])
+    return torch.cat([padded(model, rows), answers], 1).to(model.device), max(out.stats.row_forwards)
 
 
 def generate(
@@ -58,6 +61,8 @@ def generate(
     factor: float | None = None,
 ) -> tuple[Tensor, int]:
     """Recompute everything at every step. prompt [B, P] -> (x [B, P + gen_length], forwards of the longest row).
+
+    prompt may be whatever `fastdllm.generate` takes, also a tokenizer's padded batch: x then begins with the pad id.
 
     `steps` splits evenly over the blocks and counts only without `threshold` and `factor`; `factor` goes before `threshold`.
     `remasking`: "low_confidence" or "random" (without threshold and factor). Raises ValueError for bad arguments.

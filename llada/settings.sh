@@ -8,6 +8,7 @@
 #
 # Results and samples go to results/<task>/<setting>/ beside this file. Arguments go to lm-eval unchanged.
 
+export WITHOUT_A_NETWORK="MODEL=tiny-llada TASK=gsm_symbolic bash llada/eval_gsm8k.sh"
 MODEL=${MODEL:-GSAI-ML/LLaDA-8B-Instruct}
 SETTINGS=${SETTINGS:-baseline prefix parallel prefix_parallel dual_parallel}
 GEN_LENGTH=${GEN_LENGTH:-256}
@@ -41,8 +42,8 @@ run_settings() {
     for setting in $SETTINGS; do
         args=$(setting_args "$setting")
         echo "== $task, $setting: $args" >&2
-        accelerate launch eval_llada.py --tasks "$task" --confirm_run_unsafe_code --model llada_dist \
+        accelerate launch --quiet eval_llada.py --tasks "$task" --confirm_run_unsafe_code --model llada_dist \
             --model_args "model_path=$MODEL,gen_length=$GEN_LENGTH,block_length=$BLOCK_LENGTH,$args,show_speed=True" \
-            --output_path "results/$task/$setting" --log_samples "$@"
+            --output_path "results/$task/$setting" --log_samples "$@" || exit 2
     done
 }

@@ -101,7 +101,7 @@ def test_kernels_import_torch_and_triton_only() -> None:
 @pytest.mark.parametrize(
     ("library", "homes"),
     [
-        ("lm_eval", ("fastdllm/harness.py",)),
+        ("lm_eval", ("fastdllm/evaluation/",)),
         ("transformers", ("fastdllm/models/tokenizer.py", "fastdllm/training/")),
         ("triton", ("fastdllm/kernels/",)),
         ("peft", ("fastdllm/training/",)),

@@ -59,23 +59,11 @@ def test_the_entries_of_a_checkout_are_the_same_commands(
     assert f"(default{model})" in "".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["--tasks", "gsm8k"], ["--tasks", "gsm8k", "--model", "fastdllm"]),
-        (["run", "--tasks", "gsm8k", "--model=hf"], ["run", "--tasks", "gsm8k", "--model=hf"]),
-        (["ls", "tasks"], ["ls", "tasks"]),
-    ],
-)
-def test_eval_adds_the_model_where_none_is_named(
-    monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: list[str]
-) -> None:
-    harness = pytest.importorskip("fastdllm.harness", reason="evaluation needs lm_eval")
-    seen = []
-    monkeypatch.setattr(harness, "main", lambda: seen.append(sys.argv[1:]))
-    monkeypatch.setattr(sys, "argv", ["fastdllm"])
-    assert cli.main(["eval", *arguments]) == 0
-    assert seen == [expected]
+def test_the_version_is_told(capsys: pytest.CaptureFixture) -> None:
+    import fastdllm
+
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastdllm {fastdllm.__version__}\n"
 
 
 def test_a_missing_library_is_named_with_the_extra_that_brings_it(

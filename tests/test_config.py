@@ -23,8 +23,8 @@ from fastdllm.build import resolve
 from fastdllm.caches.base import CachePlan
 from fastdllm.config import OPTIONS
 from fastdllm.decoders.base import DecoderRule
+from fastdllm.evaluation.options import decode_options, rename, split
 from fastdllm.fields import coerce
-from fastdllm.published import decode_options, rename, split
 from fastdllm.ui import handlers
 from fastdllm.ui.handlers import Choice, Common
 from fastdllm.ui.options import add_decode_options, change, config_of

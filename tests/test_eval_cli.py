@@ -75,8 +75,15 @@ def test_v2_as_published_from_the_root(tmp_path: Path) -> None:
 def test_a_misspelt_model_argument_ends_the_run_and_is_named() -> None:
     options = ["--model", "llada_dist", "--model_args", "model_path=tiny-llada,treshold=0.9", "--limit", "1"]
     done = run([sys.executable, "-m", "llada.eval_llada", "--tasks", "gsm_symbolic", *options], ROOT)
-    assert done.returncode != 0
-    assert "unknown option treshold=0.9; did you mean 'threshold'?" in done.stderr
+    assert done.returncode == 2
+    assert "unknown option treshold=0.9; did you mean 'threshold'?" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_without_a_network_a_script_names_the_command_that_needs_none() -> None:
+    done = run(["bash", "v2/eval_gsm8k.sh", "--limit", "4"], ROOT, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "MODEL=tiny-fast-dllm-v2 TASK=gsm_symbolic bash v2/eval_gsm8k.sh" in done.stderr.splitlines()[-1]
 
 
 def test_the_published_v2_settings(tmp_path: Path) -> None:
@@ -91,7 +98,7 @@ def test_the_published_v2_settings(tmp_path: Path) -> None:
         return done.stdout.splitlines()
 
     (line,) = calls(str(ROOT / "v2" / "eval_gsm8k.sh"), "--limit", "10")
-    assert line.startswith(f"{ROOT / 'v2'} launch eval.py --tasks gsm8k --model fast_dllm_v2 --batch_size 1")
+    assert line.startswith(f"{ROOT / 'v2'} launch --quiet eval.py --tasks gsm8k --model fast_dllm_v2 --batch_size 1")
     assert "threshold=1,show_speed=True,cot_prompt=True" in line and line.endswith("--limit 10")
     lines = calls(str(ROOT / "v2" / "eval_script.sh"), "--limit", "3", MODEL="elsewhere")
     assert [line.split("--tasks ")[1].split()[0] for line in lines] == [
@@ -125,7 +132,7 @@ def evaluate_few() -> dict[str, Any]:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    from fastdllm.harness import DiffusionLM
+    from fastdllm.evaluation.harness import DiffusionLM
 
     model = DiffusionLM(pretrained="tiny-llada", device="cpu", batch_size=2, gen_length=48, block_length=16)
     found = lm_eval.simple_evaluate(

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fastdllm.config import DecodeConfig
-from fastdllm.published import decode_options, rename, split
+from fastdllm.evaluation.options import decode_options, rename, split
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [f"{package}/eval_{task}.sh" for package in ("llada", "dream") for task in ("gsm8k", "humaneval", "mmlu", "gpqa")]
@@ -61,7 +61,7 @@ def test_runs_in_its_own_folder_and_passes_arguments_on(script: str, run) -> Non
     package = ROOT / script.split("/")[0]
     for cwd, call in calls:
         assert Path(cwd) == package
-        assert call[:2] == ["launch", {"llada": "eval_llada.py", "dream": "eval.py"}[package.name]]
+        assert call[:3] == ["launch", "--quiet", {"llada": "eval_llada.py", "dream": "eval.py"}[package.name]]
         assert value(call, "--model") == {"llada": "llada_dist", "dream": "dream"}[package.name]
         assert "tiny-model" in value(call, "--model_args").split(",")[0]
         assert value(call, "--tasks") == "some task"

@@ -195,6 +195,8 @@ def test_guidance_moves_the_score_away_from_the_unconditional_one() -> None:
         ("llada", {"mc_num": 0}, "mc_num=0 must be at least 1"),
         ("llada", {"batch_size": 0}, "batch_size=0 must be at least 1"),
         ("dream", {"cfg_scale": -1}, "cfg_scale=-1 must be at least 0"),
+        ("dream", {"cfg_scale": math.nan}, "cfg_scale=nan must be at least 0"),
+        ("dream", {"cfg_scale": math.inf}, "cfg_scale=inf must be at least 0 and finite"),
     ],
 )
 def test_bad_options_are_named(family: str, options: dict, message: str) -> None:
@@ -208,3 +210,20 @@ def test_what_does_not_fit_the_model_is_an_error() -> None:
     with pytest.raises(ValueError, match="the context may not be empty"):
         log_likelihoods(tiny("dream"), [pair(0, 2)])
     assert log_likelihoods(tiny("llada"), [pair(0, 2)])[0].log_likelihood < 0
+
+
+@pytest.mark.parametrize(
+    ("one", "message"),
+    [
+        (([1, 2], [32]), r"a target has token ids outside 0\.\.31"),
+        (([-1], [3]), r"a context has token ids outside 0\.\.31"),
+        ((torch.ones(2), [3]), "context is a Tensor .*; token ids are integers"),
+        (("text", [3]), "context is a str; token ids are integers"),
+        (([1], None), "target is None; token ids are integers"),
+    ],
+)
+def test_what_are_no_ids_is_an_error(one: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        log_likelihoods(tiny("llada"), [one])
+    lists = log_likelihoods(tiny("llada"), [([1, 2], [3])], mc_num=1)
+    assert lists[0].log_likelihood < 0

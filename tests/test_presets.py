@@ -11,10 +11,10 @@ import pytest
 
 import fastdllm
 from fastdllm.build import assemble, resolve
+from fastdllm.evaluation.options import decode_options
 from fastdllm.models import Model
 from fastdllm.presets import PRESETS
 from fastdllm.prompts import Prompts
-from fastdllm.published import decode_options
 from fastdllm.tasks import TASKS_DIR
 from fastdllm.ui.options import change
 from tests.random_models import FAMILIES, MASK, prompts, random_model

@@ -174,6 +174,35 @@ def test_signatures_are_the_published_ones() -> None:
     )
 
 
+@pytest.mark.parametrize("function", [*LLADA.values(), v2.generate, v2.generate_with_dual_cache, dream.diffusion_generate])
+def test_padded_batches_and_texts_are_prompts_as_well(function: Any) -> None:
+    """Each row gets the answer it gets alone; x begins with the padding."""
+    import fastdllm
+
+    family = (
+        "tiny-llada"
+        if function in LLADA.values()
+        else "tiny-dream"
+        if function in vars(dream).values()
+        else "tiny-fast-dllm-v2"
+    )
+    model = fastdllm.load(family, "cpu")
+    options = {"max_new_tokens": 8} if "max_new_tokens" in inspect.signature(function).parameters else {"gen_length": 8}
+    texts = ["far away", "Ann has 3 apples."]
+    rows = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    width = max(map(len, rows))
+    encoding = {
+        "input_ids": [[0] * (width - len(row)) + row for row in rows],
+        "attention_mask": [[0] * (width - len(row)) + [1] * len(row) for row in rows],
+    }
+    together, _ = function(model, encoding, **options)
+    assert together.shape == (2, width + 8)
+    assert torch.equal(together, function(model, texts, **options)[0])
+    for row, x in zip(rows, together, strict=True):
+        alone, _ = function(model, torch.tensor([row]), **options)
+        assert x[width - len(row) :].tolist() == alone[0].tolist()
+
+
 def test_defaults_run_whatever_the_length() -> None:
     """steps=128 is everybody's default, also for shorter answers."""
     for generate in LLADA.values():

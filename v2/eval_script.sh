@@ -12,6 +12,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
+export WITHOUT_A_NETWORK="MODEL=tiny-fast-dllm-v2 TASK=gsm_symbolic bash v2/eval_gsm8k.sh"
 MODEL=${MODEL:-Efficient-Large-Model/Fast_dLLM_v2_7B}
 THRESHOLD=${THRESHOLD:-1}
 
@@ -20,9 +21,9 @@ evaluate() {
     local task=$1 batch_size=$2 model_args=$3
     shift 3
     echo "== $task: $model_args" >&2
-    accelerate launch eval.py --tasks "$task" --model fast_dllm_v2 --batch_size "$batch_size" \
+    accelerate launch --quiet eval.py --tasks "$task" --model fast_dllm_v2 --batch_size "$batch_size" \
         --model_args "model_path=$MODEL,$model_args" --confirm_run_unsafe_code \
-        --apply_chat_template --fewshot_as_multiturn true --output_path "results/$task" "$@"
+        --apply_chat_template --fewshot_as_multiturn true --output_path "results/$task" "$@" || exit 2
 }
 
 generate="threshold=$THRESHOLD,show_speed=True"

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import fastdllm
+from fastdllm.prompts import encode, padded
 
 
 def _generate(cache: str, model: fastdllm.Model, input_ids: Tensor, options: dict[str, Any]) -> tuple[Tensor, int]:
+    rows = encode(model, input_ids)
     if options["mask_id"] not in (None, model.spec.mask_id):
         raise ValueError(f"mask_id={options['mask_id']} is not the model's, {model.spec.mask_id}")
     stop, length = options["stop_token"], options["max_new_tokens"]
@@ -23,7 +26,7 @@ def _generate(cache: str, model: fastdllm.Model, input_ids: Tensor, options: dic
     given = {"block_length" if k == "block_size" else k: options[k] for k in same}
     out = fastdllm.generate(
         model,
-        input_ids,
+        rows,
         cache=cache,
         gen_length=length,
         decoder="threshold",
@@ -31,10 +34,12 @@ def _generate(cache: str, model: fastdllm.Model, input_ids: Tensor, options: dic
         stop_ids=None if stop is None else (stop,),
         **given,
     )
-    x = input_ids.new_full((len(input_ids), input_ids.shape[1] + length), model.spec.pad_id)
-    for row, sequence in zip(x, out.sequences, strict=True):
-        row[: len(sequence)] = sequence
-    return x, max(out.stats.row_forwards)
+    prompts = padded(model, rows)
+    x = torch.nn.functional.pad(prompts, (0, length), value=model.spec.pad_id)
+    for row, prompt, sequence in zip(x, rows, out.sequences, strict=True):
+        start = prompts.shape[1] - len(prompt)
+        row[start : start + len(sequence)] = sequence
+    return x.to(input_ids.device if isinstance(input_ids, Tensor) else model.device), max(out.stats.row_forwards)
 
 
 def generate(

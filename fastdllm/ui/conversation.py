@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastdllm.prompts import encode_messages, render
+from fastdllm.prompts import encode_messages, fold_system, takes_system
 
 if TYPE_CHECKING:
     from fastdllm.models import Model
 
 Message = dict[str, str]
-PROBE = "a system text to look for"
 
 
 @dataclass(frozen=True)
@@ -85,18 +84,9 @@ def clean(text: str) -> str:
     return text.encode("utf-8", errors="replace").decode("utf-8").rstrip("\n")
 
 
-def takes_system(model: Model) -> bool:
-    """Whether the template shows a system message: some refuse one, some leave it out without a word."""
-    try:
-        return PROBE in render(model, [{"role": "system", "content": PROBE}, {"role": "user", "content": "x"}])
-    except Exception:  # a template may raise anything of its own
-        return False
-
-
 def with_system(model: Model, turns: list[Message], system: str) -> list[Message]:
     """The turns with the system text as their first message, or inside it where the template has no such role."""
     if not system:
         return turns
-    if takes_system(model):
-        return [{"role": "system", "content": system}, *turns]
-    return [{"role": "user", "content": f"{system}\n\n{turns[0]['content']}"}, *turns[1:]]
+    messages = [{"role": "system", "content": system}, *turns]
+    return messages if takes_system(model) else fold_system(messages)

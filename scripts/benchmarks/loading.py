@@ -34,8 +34,7 @@ from torch import Tensor
 import fastdllm
 from fastdllm.models.llada import FAMILY
 from fastdllm.models.spec import ModelSpec
-from fastdllm.models.transformer import Transformer
-from fastdllm.models.weights import expected_shape
+from fastdllm.models.weights import expected_shapes, parameter_shapes
 from scripts.benchmarks.decode import LLADA_8B, commit, median_ms, synchronise
 
 HEAD_DIM = LLADA_8B["d_model"] // LLADA_8B["n_heads"]
@@ -55,9 +54,8 @@ class Values:
     """What each tensor holds: windows of one pool of normal values, so that 16 GB cost no more than copying them."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        parameters = dict(Transformer(spec, torch.bfloat16, "meta").named_parameters())
         self.table = FAMILY.names(spec)
-        self.shapes = {name: expected_shape(self.table, parameters, name) for name in self.table}
+        self.shapes = expected_shapes(self.table, parameter_shapes(spec))
         self._place = {name: i for i, name in enumerate(self.table)}
         self._pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
 

@@ -7,13 +7,13 @@ import copy
 
 import pytest
 import torch
-from random_models import prompts, random_model
-from runners.test_bucketing import emulated
 
 import fastdllm
 from fastdllm import kernels
 from fastdllm.models import Model
 from fastdllm.runners import cuda_graph
+from tests.random_models import prompts, random_model
+from tests.runners.test_bucketing import emulated
 
 PACKED = {"runner": "cuda_graph"}  # which lets passes of 8 and of 4 positions share a forward
 SETTINGS = [

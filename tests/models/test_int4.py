@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from random_models import random_model
 from torch import Tensor
 
 import fastdllm
 from fastdllm.kernels import quantize_weight
 from fastdllm.kernels.linear.int4 import widen
 from fastdllm.models import int4, quantize
+from tests.random_models import random_model
 
 
 def published(layout: str, N: int, C: int, group: int) -> tuple[dict[str, Tensor], Tensor]:

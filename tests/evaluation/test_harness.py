@@ -9,20 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastdllm
-from fastdllm import answers
-from fastdllm.answers import cut, is_cut
-from fastdllm.published import read_batch_size
+from fastdllm.evaluation import answers
+from fastdllm.evaluation.answers import cut, is_cut
+from fastdllm.evaluation.options import read_batch_size
 from fastdllm.tasks import TASKS_DIR
 
 lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402 - only after the import above did not skip
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from fastdllm.harness import DiffusionLM, register  # noqa: E402
+from fastdllm.evaluation import ADAPTERS, register  # noqa: E402
+from fastdllm.evaluation.harness import DiffusionLM  # noqa: E402
 
 QUESTIONS = [
     json.loads(line)["question"] for line in (TASKS_DIR / "gsm_symbolic" / "test.jsonl").read_text().splitlines()[:5]
@@ -157,9 +159,8 @@ def test_generation_kwargs_are_honoured_and_model_args_win() -> None:
     assert adapter()._configure({"temperature": 0.5, "do_sample": False}).temperature == 0
     with pytest.raises(ValueError, match="unknown option temprature"):
         adapter()._configure({"temprature": 1})
-    with pytest.raises(ValueError, match="num_beams"):
-        adapter()._configure({"num_beams": 4})
-    assert adapter()._configure({"num_beams": 1, "do_sample": False})
+    with pytest.warns(UserWarning, match="num_beams=4 is ignored"):
+        assert adapter()._configure({"num_beams": 4}) == adapter()._configure({"num_beams": 1, "do_sample": False})
 
 
 def test_a_long_prompt_loses_its_beginning(caplog: pytest.LogCaptureFixture) -> None:
@@ -374,7 +375,7 @@ def test_multiple_choice_task_from_end_to_end() -> None:
 
 
 def test_v2_scores_choices_and_rephrases_only_when_asked() -> None:
-    from v2.eval import FastDLLMv2EvalHarness
+    from fastdllm.evaluation.adapters import FastDLLMv2EvalHarness
 
     options = {"pretrained": "tiny-fast-dllm-v2", "device": "cpu"}
     whole = FastDLLMv2EvalHarness(**options)
@@ -385,3 +386,230 @@ def test_v2_scores_choices_and_rephrases_only_when_asked() -> None:
     gsm8k, other = (Instance("generate_until", {}, args, 0, (task, 0, 1)) for task in ("gsm8k_cot", "gsm_symbolic"))
     assert whole.prompt_of(gsm8k) == whole.prompt_of(other) == first.prompt_of(other) == args[0]
     assert first.prompt_of(gsm8k).startswith("Question: 1 + 1?\nPlease reason step by step")
+
+
+@pytest.fixture(scope="module")
+def model() -> DiffusionLM:
+    return adapter()
+
+
+def likelihoods(model: DiffusionLM, *pairs: tuple[str, str]) -> list[tuple[float, bool]]:
+    return model.loglikelihood(
+        [Instance("loglikelihood", {}, pair, i, ("choices", i, 1)) for i, pair in enumerate(pairs)], disable_tqdm=True
+    )
+
+
+def test_a_choice_that_merges_with_its_context_is_scored() -> None:
+    model = adapter(8, mc_num=1)
+    pairs = [("The answe", "r"), ("The answe", "d"), ("He is a stude", "nt"), ("He is a stude", "s")]
+    for (value, _), (context, choice) in zip(likelihoods(model, *pairs), pairs, strict=True):
+        assert value < -0.01, (context, choice)
+    assert likelihoods(model, ("The answer", "")) == [(0.0, True)]
+    assert likelihoods(model, ("", "")) == [(0.0, True)]
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.text("aber answ\n .é\u0301", max_size=12), st.text("aber answ\n .é\u0301", min_size=1, max_size=8))
+def test_nothing_of_a_continuation_is_lost(model: DiffusionLM, context: str, continuation: str) -> None:
+    whole = model.tok_encode(context + continuation)
+    before, target = model._encode_pair(context, continuation)
+    assert before and target
+    joined = before + target if before != [model.prefix_token_id] or whole[:1] == before else target
+    assert joined == whole
+    if joined is not target:  # what comes before the cut belongs to the context
+        seen, text = (model.tokenizer.decode(ids) for ids in (before, whole))
+        assert text.startswith(seen) and len(seen) <= len(model.tokenizer.decode(model.tok_encode(context)))
+
+
+def test_a_pair_without_a_join_is_cut_as_lm_eval_cuts_it() -> None:
+    model = adapter()
+    for context, continuation in [
+        ("Question: 2?\nAnswer:", " 4"),
+        ("One ", "two"),
+        ("far away", " and so on"),
+        ("a\n", "b"),
+    ]:
+        pair = super(DiffusionLM, model)._encode_pair(context, continuation)
+        assert model._encode_pair(context, continuation) == pair
+
+
+def test_a_target_longer_than_the_context_loses_its_beginning() -> None:
+    model = adapter(mc_num=1, is_check_greedy=False)
+    ((value, _),) = likelihoods(model, ("Here: ", "far away " * 600))
+    assert value < 0
+
+
+@pytest.mark.parametrize("family", ["llada", "dream", "fast-dllm-v2"])
+def test_an_empty_prompt_is_answered(family: str) -> None:
+    model = DiffusionLM(pretrained=f"tiny-{family}", device="cpu", gen_length=16)
+    (text,) = model.generate_until(generations(("", {"until": []})), disable_tqdm=True)
+    assert isinstance(text, str)
+
+
+def test_cache_none_as_text_decodes_without_a_cache() -> None:
+    def cache(arguments: str) -> str:
+        return DiffusionLM.create_from_arg_string(arguments, {"device": "cpu"})._configure({}).cache
+
+    assert (
+        cache("pretrained=tiny-llada,cache=none,threshold=0.9") == cache("pretrained=tiny-llada,use_cache=False") == "none"
+    )
+    assert cache("pretrained=tiny-llada,cache=none,use_cache=False") == "none"
+    assert cache("pretrained=tiny-llada,cache=prefix") == "prefix"
+    with pytest.raises(ValueError, match="cache='none' and use_cache"):
+        cache("pretrained=tiny-llada,use_cache=True,cache=none")
+
+
+@pytest.mark.parametrize("task", ["max_gen_toks", "max_new_tokens", "gen_length", "max_tokens"])
+@pytest.mark.parametrize("user", ["max_gen_toks", "max_new_tokens", "gen_length", "max_tokens"])
+def test_what_the_command_line_gives_replaces_the_tasks_value(task: str, user: str) -> None:
+    kwargs: dict[str, Any] = {task: 64, "until": ["x"]}
+    kwargs.update({user: 16})  # as lm-eval does with --gen_kwargs
+    assert adapter()._configure(kwargs).gen_length == 16
+    assert adapter(max_new_tokens=24)._configure(kwargs).gen_length == 24
+
+
+def test_who_says_anything_of_the_cache_says_it_all() -> None:
+    assert adapter(cache="dual")._configure({"use_cache": False}).cache == "dual"
+    assert adapter(use_cache=True)._configure({"cache": "none"}).cache == "prefix"
+    assert adapter()._configure({"use_cache": False}).cache == "none"
+
+
+def named(task: str, *asked: tuple[str, dict[str, Any]]) -> list[Instance]:
+    return [Instance("generate_until", {}, args, i, (task, i, 1)) for i, args in enumerate(asked)]
+
+
+def test_the_options_of_all_requests_are_checked_before_any_is_answered(decoded: list[int]) -> None:
+    model = adapter(gen_length=None)
+    asked = named("good", ("hello", {"max_gen_toks": 16}))
+    asked += named("long", ("hello", {"max_gen_toks": 32768})) + named("odd", ("hello", {"beams": 2}), ("hi", {"beams": 2}))
+    with pytest.raises(
+        ValueError, match=r"task long: gen_length=32768 tokens leave no room.*; task odd: unknown option beams"
+    ):
+        model.generate_until(asked, disable_tqdm=True)
+    assert decoded == []
+    with pytest.raises(ValueError, match=r"task x: until=5|task x: Expected"):
+        model.generate_until(named("x", ("hello", {"until": 5})), disable_tqdm=True)
+
+
+def test_the_steps_of_a_run_are_at_most_one_a_token() -> None:
+    model = adapter(steps=128, decoder="quota")
+    assert [model._configure({"max_gen_toks": n}).steps for n in (32, 256)] == [32, 128]
+    with pytest.raises(ValueError, match="steps=300 must be at most"):
+        adapter()._configure({"steps": 300, "max_gen_toks": 64, "decoder": "quota"})
+
+
+def test_the_idioms_of_other_libraries() -> None:
+    model = adapter()
+    assert model._configure({"do_sample": True}).temperature == 1
+    assert model._configure({"do_sample": "true", "temperature": 0.5}).temperature == 0.5
+    assert model._configure({"do_sample": False, "temperature": 0.5}).temperature == 0
+    assert adapter(temperature=0.2)._configure({"do_sample": True}).temperature == 0.2
+    with pytest.raises(ValueError, match="max_length=512 counts the prompt as well; give gen_length"):
+        model._configure({"max_length": 512})
+    asked = generations((chat(model, QUESTIONS[0]), {"until": ["nowhere"], "stop": "####"}))
+    assert "####" not in adapter(gen_length=96).generate_until(asked, disable_tqdm=True)[0]
+
+
+def test_a_fault_of_one_document_names_it() -> None:
+    model = adapter(gen_length=16)
+    with pytest.raises(ValueError, match=r"task t, document 1: .*lone surrogate"):
+        model.generate_until(named("t", ("fine", {}), ("a\ud800", {})), disable_tqdm=True)
+    with pytest.raises(ValueError, match=r"task choices, document 0: .*lone surrogate"):
+        likelihoods(model, ("a\ud800", "b"))
+
+
+def test_a_loaded_model_stands_in_for_its_name() -> None:
+    model = fastdllm.load("tiny-llada", "cpu")
+    run = DiffusionLM(pretrained=model, device="cuda:0", gen_length=16)
+    assert run.model is model and run.tokenizer_name == "tiny-llada" and run.device == model.device
+    json.dumps(run.get_model_info())
+    with pytest.raises(ValueError, match="dtype='float32' has no meaning for a model that is loaded"):
+        DiffusionLM(pretrained=model, dtype="float32")
+    with pytest.raises(ValueError, match=r"model is of type dict; pass what fastdllm.load"):
+        DiffusionLM(pretrained={})
+
+
+def test_control_tokens_of_a_document_are_text_and_the_system_text_is_kept() -> None:
+    model = adapter()
+    eos = model.tokenizer.eos_token
+    plain, told = (model.apply_chat_template([{"role": "user", "content": text}]) for text in ("x", f"What is {eos}?"))
+    count = [model.tok_encode(text).count(model.tokenizer.eos_token_id) for text in (plain, told)]
+    assert count[0] == count[1]
+    with pytest.warns(UserWarning, match="no system role"):
+        text = model.apply_chat_template([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
+    assert "Be brief.\n\nHi" in text
+
+
+def test_answers_as_long_as_allowed_are_counted() -> None:
+    model = adapter(gen_length=4)
+    model.generate_until(generations((chat(model, QUESTIONS[0]), {})), disable_tqdm=True)
+    assert model.get_model_info()["speed"]["answers_cut_at_gen_length"] == 1
+    model = adapter(gen_length=128)
+    model.generate_until(generations((chat(model, QUESTIONS[0]), {})), disable_tqdm=True)
+    assert model.get_model_info()["speed"]["answers_cut_at_gen_length"] == 0
+
+
+def test_the_fingerprint_covers_every_weight() -> None:
+    model = fastdllm.load("tiny-llada")
+    before = answers.fingerprint(model)
+    rows = model.network.embed.weight.data
+    kept = rows.clone()
+    for change in (lambda: rows[1:].copy_(kept[1:].flip(0)), lambda: rows[77, 101].add_(1e-3), lambda: rows[-1, -1].neg_()):
+        change()
+        assert answers.fingerprint(model) != before
+        rows.copy_(kept)
+    assert answers.fingerprint(model) == before
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"key": "a", "ids": [1e999]}',
+        '{"key": "a", "ids": [1, [2]]}',
+        '{"key": "a", "ids": "123"}',
+        '{"key": "a", "ids": [-1]}',
+        '{"key": "a", "ids": [100000]}',
+        '{"key": "a", "ids": [1.0]}',
+        '{"key": "a", "ids": [true]}',
+        '{"key": 3, "ids": [1]}',
+        '{"ids": [1]}',
+        "null",
+        "5",
+        "[1]",
+        "[" * 100_000 + "]" * 100_000,
+    ],
+)
+def test_a_line_that_is_no_answer_is_named(line: str, tmp_path: Path) -> None:
+    (tmp_path / "answers_3.jsonl").write_text('{"key": "b", "ids": [1]}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"answers_3\.jsonl:2 is no answer; a line has a key and ids"):
+        answers.AnswerStore(tmp_path, 0, 2048)
+
+
+def test_what_is_no_file_or_folder_is_named(tmp_path: Path) -> None:
+    import os
+
+    file = tmp_path / "file"
+    file.write_text("x")
+    for folder in (file, file / "below"):
+        with pytest.raises(ValueError, match="is no folder"):
+            answers.AnswerStore(folder)
+    for make in (os.mkfifo, os.mkdir):
+        make(tmp_path / "answers_1.jsonl")
+        with pytest.raises(ValueError, match=r"answers_1\.jsonl is no regular file"):
+            answers.AnswerStore(tmp_path)
+        (os.rmdir if make is os.mkdir else os.unlink)(tmp_path / "answers_1.jsonl")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    store = answers.AnswerStore(tmp_path)
+    store._path = Path("/dev/full")
+    with pytest.raises(OSError, match=r"an answer could not be written .*No space left on device.*kept"):
+        store.add("a", torch.tensor([1]), "x")
+
+
+def test_every_adapter_is_known_by_name() -> None:
+    from lm_eval.api.registry import get_model
+
+    for name in ADAPTERS:
+        assert issubclass(get_model(name), DiffusionLM)

@@ -25,6 +25,8 @@ CONFIDENCE = {
     "alg": {"entropy": "entropy", "maskgit_plus": "probability", "topk_margin": "margin", "origin": "random"},
 }
 AUTO_BATCH = 8  # what --batch_size auto means unless --max_batch_size says otherwise
+NAMES_NONE = ("cache",)  # options for which "none" is a name
+CACHE_NAMES = ("cache", "use_cache", "dual_cache", "use_block_cache")
 SWITCHES = {"use_cache": bool, "dual_cache": bool, "use_block_cache": bool, "remasking": str, "alg": str}
 
 
@@ -57,6 +59,33 @@ def rename(given: Mapping[str, Any]) -> dict[str, Any]:
     return config.rename({k: v for k, v in given.items() if v is not None}, ALIASES)
 
 
+def parse_arguments(given: str | Mapping[str, Any]) -> dict[str, Any]:
+    """ "name=value,name=value" as lm-eval reads it, but for the text none, which is the name of a cache."""
+    if not isinstance(given, str):
+        return dict(given)
+    from lm_eval.utils import simple_parse_args_string
+
+    return {k: "none" if v is None and k in NAMES_NONE else v for k, v in simple_parse_args_string(given).items()}
+
+
+def latest(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` under this project's names, the last one of several spellings: a task's generation kwargs come first in it,
+    and what `--gen_kwargs` adds in another spelling follows."""
+    out: dict[str, Any] = {}
+    for name, value in given.items():
+        if value is not None:
+            own = ALIASES.get(name, name)
+            out.pop(own, None)
+            out[own] = value
+    return out
+
+
+def merge(task: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """Renamed options of a task under those that are fixed for the run. Whoever says anything of the cache says it all."""
+    says_cache = any(name in fixed for name in CACHE_NAMES)
+    return {**{k: v for k, v in task.items() if not (says_cache and k in CACHE_NAMES)}, **fixed}
+
+
 def split(given: Mapping[str, Any], extra: type = HarnessOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """(fields of `extra`, the rest) of renamed options, the former coerced to their declared types.
 
@@ -87,7 +116,7 @@ def decode_options(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dic
     out = {k: v for k, v in given.items() if k not in SWITCHES}
     cache = _cache(given)
     if cache is not None:
-        if "cache" in out:
+        if out.get("cache", cache) != cache:
             raise ValueError(f"cache={out['cache']!r} and use_cache, dual_cache or use_block_cache; give one of them")
         out["cache"] = cache
     for switch, names in CONFIDENCE.items():

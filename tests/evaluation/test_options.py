@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fastdllm.config import DecodeConfig
-from fastdllm.published import HarnessOptions, decode_options, rename, split
+from fastdllm.evaluation.options import HarnessOptions, decode_options, rename, split
 
 LLADA = {"decoder": "quota", "confidence": "probability", "cache": "none"}
 DREAM = {"decoder": "quota", "confidence": "entropy", "cache": "none"}

@@ -25,6 +25,8 @@ from fastdllm.generation import answer_length
 from fastdllm.models import Model
 from fastdllm.stats import Stats, peak_memory
 
+CHUNK = 2**22  # words of a weight that are summed at once
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -80,37 +82,69 @@ def answer_key(*parts: Any) -> str:
 
 
 def fingerprint(model: Model) -> str:
-    """A hash of the model's shapes, number format and a sample of each weight: tells apart two checkpoints of one name."""
+    """A hash of the model's shapes, its number format and every bit of its weights: tells apart two checkpoints of one name.
+
+    The weights are summed up where they are, each 32 bits of them with a factor of its own, so that a model on a GPU need
+    not come back; equal sums of different weights do not happen by chance.
+    """
     digest = hashlib.sha256(repr((model.spec, model.dtype)).encode())
     for name, tensor in model.network.state_dict().items():
-        part = tensor.flatten()[:: max(1, tensor.numel() // 64)][:64]
-        digest.update(name.encode() + part.float().cpu().numpy().tobytes())  # sync: once, after loading
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {_checksum(tensor)}".encode())
     return digest.hexdigest()
+
+
+def _checksum(tensor: Tensor) -> int:
+    """A sum modulo 2^64 over all bits of a tensor; each position's factor is that position, mixed (splitmix64)."""
+    bits = tensor.detach().contiguous().flatten().view(torch.uint8)
+    words = torch.nn.functional.pad(bits, (0, -len(bits) % 4)).view(torch.int32)
+    total = 0
+    for start in range(0, len(words), CHUNK):
+        part = words[start : start + CHUNK].long()
+        factor = torch.arange(start + 1, start + 1 + len(part), device=part.device) * -7046029254386353131
+        factor = (factor ^ (factor >> 30)) * -4658895280553007687
+        total += int((part * ((factor ^ (factor >> 27)) | 1)).sum())  # sync: once, after loading
+    return total % 2**64
 
 
 class AnswerStore:
     """Key -> token ids of an answer, over all files of a folder; this process appends to its own.
 
     A line is written in one call and flushed, so a process that dies leaves at most one torn line, at the end; torn lines
-    are ignored and counted in `torn`.
+    are ignored and counted in `torn`. ValueError, naming file and line, for lines that are something else than answers, and
+    for a folder or file that is none. vocab: ids lie below it.
     """
 
-    def __init__(self, folder: str | Path, rank: int = 0) -> None:
+    def __init__(self, folder: str | Path, rank: int = 0, vocab: int = 2**31) -> None:
         self._known: dict[str, list[int]] = {}
-        self.torn = 0
+        self.torn, self._vocab = 0, vocab
         folder = Path(folder).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ValueError(f"save_dir={str(folder)!r} is no folder") from None
         self._path = folder / f"answers_{rank}.jsonl"
-        for path in sorted(folder.glob("answers_*.jsonl")):
-            self._read(path)
+        for path in sorted({self._path, *folder.glob("answers_*.jsonl")}):
+            if path.exists() and not path.is_file():
+                raise ValueError(f"{path} is no regular file; answers are kept there")
+            if path.exists():
+                self._read(path)
 
     def _read(self, path: Path) -> None:
-        for line in path.read_bytes().splitlines():
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
             try:
                 entry = json.loads(line)
-                self._known[entry["key"]] = [int(token) for token in entry["ids"]]
-            except (ValueError, TypeError, KeyError):
+            except ValueError:
                 self.torn += 1
+                continue
+            except RecursionError:
+                entry = None
+            ids = entry.get("ids") if isinstance(entry, dict) else None
+            valid = isinstance(ids, list) and all(type(token) is int and 0 <= token < self._vocab for token in ids)
+            if not valid or not isinstance(entry.get("key"), str):
+                raise ValueError(
+                    f"{path}:{number} is no answer; a line has a key and ids, which are integers below {self._vocab}"
+                )
+            self._known[entry["key"]] = ids
 
     def get(self, key: str) -> Tensor | None:
         """The answer's ids [N], None where it is not known."""
@@ -121,12 +155,16 @@ class AnswerStore:
         """Keep an answer; `text` is for human readers of the file."""
         self._known[key] = ids.tolist()
         line = json.dumps({"key": key, "ids": self._known[key], "text": text}, ensure_ascii=False) + "\n"
-        with self._path.open("ab") as file:
-            # After a torn line the next one starts on a line of its own.
-            start = b"\n" if file.tell() and not self._ends_with_newline() else b""
-            file.write(start + line.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self._path.open("ab") as file:
+                # After a torn line the next one starts on a line of its own.
+                start = b"\n" if file.tell() and not self._ends_with_newline() else b""
+                file.write(start + line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            kept = "the answers before it are kept, and the same command goes on from them"
+            raise OSError(f"{self._path}: an answer could not be written ({error.strerror}); {kept}") from error
 
     def _ends_with_newline(self) -> bool:
         with self._path.open("rb") as file:

@@ -11,8 +11,12 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import sys
+import warnings
+import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,32 +29,47 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastdllm
-from fastdllm.answers import AnswerStore, Ask, answer, answer_key, cut, fingerprint
 from fastdllm.build import assemble
-from fastdllm.config import DecodeConfig
+from fastdllm.config import DecodeConfig, coerce
+from fastdllm.evaluation.answers import AnswerStore, Ask, answer, answer_key, cut, fingerprint
+from fastdllm.evaluation.distributed import World, choose_device
+from fastdllm.evaluation.options import (
+    HarnessOptions,
+    decode_options,
+    latest,
+    merge,
+    parse_arguments,
+    read_batch_size,
+    rename,
+    split,
+)
 from fastdllm.likelihood import Score, log_likelihoods
-from fastdllm.processes import World, choose_device
-from fastdllm.prompts import encode_text
-from fastdllm.published import HarnessOptions, decode_options, read_batch_size, rename, split
+from fastdllm.models import Model
+from fastdllm.prompts import check_model, encode_text, render
 from fastdllm.stats import Stats
-from fastdllm.tasks import TASKS_DIR
 
 log = logging.getLogger("lm_eval.fastdllm")  # below lm-eval's, which shows only its own
 
-FROM_LM_EVAL = ("until", "do_sample")  # generation kwargs that are not options of decoding
+FROM_LM_EVAL = ("until", "stop", "do_sample", "num_beams")  # generation kwargs that are not options of decoding
+LOADING = ("dtype", "revision", "quantize", "trust_remote_code")  # options without a meaning for a model in memory
 
 
 class DiffusionLM(TemplateLM):
     """A fastdllm model for lm-eval. Leaves set `defaults` (decoding options as `DecodeConfig` takes them).
 
-    An option of `--model_args` is fixed for the run; what it leaves open comes from the task's generation kwargs (which
-    `--gen_kwargs` overrides), then from `defaults`, then from `DecodeConfig`. So gen_length in model_args beats a task's
-    max_gen_toks, which beats 256 (or half of a shorter context). Unknown names and values of a wrong type are errors. A
-    request ends with the block in which one of its stop strings appeared, and its text is cut there.
+    pretrained: a name, a folder, a hub id or a loaded `Model`. An option of `--model_args` is fixed for the run; what it
+    leaves open comes from the task's generation kwargs (which `--gen_kwargs` overrides, in whatever spelling), then from
+    `defaults`, then from `DecodeConfig`. So gen_length in model_args beats a task's max_gen_toks, which beats 256 (or half
+    of a shorter context). Unknown names and values of a wrong type are errors; the options of all requests are checked
+    before anything is generated. `steps` of the run are at most one a token where a task's answers are shorter. A request
+    ends with the block in which one of its stop strings appeared, and its text is cut there.
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {}
     options_type: ClassVar[type[HarnessOptions]] = HarnessOptions
+    latest: ClassVar[Callable[[], DiffusionLM | None]] = staticmethod(
+        lambda: None
+    )  # for the command line, which checks tasks
     max_length = sys.maxsize  # of the context, until the model is read
 
     def __init__(
@@ -62,15 +81,17 @@ class DiffusionLM(TemplateLM):
         **given: Any,
     ) -> None:
         super().__init__()
-        own, self._fixed = split(rename(given), self.options_type)
+        given = rename(given)
+        loaded = self._loaded(given)
+        own, self._fixed = split(given, self.options_type)
         if "pretrained" not in own:
             raise ValueError("pretrained (or model_path) is missing: a shipped name, a local folder or a hub id")
         self.options = self.options_type(**own)
         self.batch_size = read_batch_size(batch_size, max_batch_size)
         self._configure({})  # before the weights are read: a bad option is an error at once
-        self.world = World(choose_device(device))
+        self.world = World(loaded.device if loaded else choose_device(device))
         self._device, self._rank, self._world_size = self.world.device, self.world.rank, self.world.size
-        self.model = fastdllm.load(
+        self.model = loaded or fastdllm.load(
             self.options.pretrained,
             self._device,
             self.options.dtype,
@@ -84,22 +105,49 @@ class DiffusionLM(TemplateLM):
         self.max_length = self.model.spec.max_length
         assemble(self.model, self._configure({}))  # likewise a combination that this model cannot run
         self._score([])
-        self.stats, self.reused, self._costs = Stats(), 0, []
-        self._fingerprint = fingerprint(self.model)
-        self._answers = AnswerStore(self.options.save_dir, self.rank) if self.options.save_dir else None
+        self.stats, self.reused, self.unfinished, self._costs = Stats(), 0, 0, []
+        folder = self.options.save_dir
+        self._answers = AnswerStore(folder, self.rank, self.model.spec.vocab) if folder else None
         if self._answers and self._answers.torn:
             log.warning("save_dir: %d torn lines are ignored", self._answers.torn)
+        DiffusionLM.latest = weakref.ref(self)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> DiffusionLM:
+        """From "name=value,...", where lm-eval's own reading would lose cache=none."""
+        more = {k: v for k, v in (additional_config or {}).items() if v is not None}
+        return cls(**parse_arguments(arg_string), **more)
+
+    @staticmethod
+    def _loaded(given: dict[str, Any]) -> Model | None:
+        """The model object among the arguments, which there gives way to its name; None for a model that must be read."""
+        model = given.get("pretrained")
+        if model is None or isinstance(model, str | int | float | Path):
+            return None
+        check_model(model)
+        for name in LOADING:
+            if name in given:
+                raise ValueError(f"{name}={given[name]!r} has no meaning for a model that is loaded already")
+        given["pretrained"] = model.name or "model"
+        return model
 
     def _configure(self, task: Mapping[str, Any]) -> DecodeConfig:
         """The settings of one request; `task` holds its generation kwargs."""
-        asked = rename({k: v for k, v in task.items() if k not in FROM_LM_EVAL})
-        if task.get("do_sample") is False:
-            asked["temperature"] = 0.0
-        if asked.get("num_beams") == 1:
-            del asked["num_beams"]
-        _, asked = split({**asked, **self._fixed}, self.options_type)
+        if coerce("num_beams", task.get("num_beams") or 1, int) > 1:
+            warnings.warn(f"num_beams={task['num_beams']} is ignored: a diffusion model has no beam search", stacklevel=2)
+        asked = latest({k: v for k, v in task.items() if k not in FROM_LM_EVAL})
+        if task.get("do_sample") is not None:
+            # transformers samples at temperature 1 unless told otherwise
+            sampled = coerce("do_sample", task["do_sample"], bool)
+            asked["temperature"] = asked.get("temperature", 1.0) if sampled else 0.0
+        if "max_length" in asked:
+            raise ValueError(f"max_length={asked['max_length']!r} counts the prompt as well; give gen_length, of the answer")
+        _, asked = split(merge(asked, self._fixed), self.options_type)
         length = min(self.defaults.get("gen_length", DecodeConfig().gen_length), self.max_length // 2)
-        return DecodeConfig(**self.complete(decode_options(asked, {**self.defaults, "gen_length": length})))
+        options = self.complete(decode_options(asked, {**self.defaults, "gen_length": length}))
+        if "steps" in self._fixed and "gen_length" not in self._fixed and "schedule" not in options:
+            options["steps"] = min(coerce(k, options[k], int) for k in ("steps", "gen_length"))
+        return DecodeConfig(**options)
 
     def complete(self, options: dict[str, Any]) -> dict[str, Any]:
         """A family's last word: fill in what depends on other options."""
@@ -132,12 +180,33 @@ class DiffusionLM(TemplateLM):
         """The conversation as a prompt; without `add_generation_prompt` the last message is left open to be continued."""
         if not self.tokenizer.chat_template:
             raise ValueError(f"model {self.options.pretrained!r} has no chat template; leave out --apply_chat_template")
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        return render(self.model, chat_history, continue_final=not add_generation_prompt)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of the context [P], P > 0, and of the continuation [L]: one text's own ids, cut where the continuation begins.
+
+        Where a token spans the join, the cut is before it, so that nothing of the continuation is lost: the target begins
+        with the first token that the context alone does not have. As lm-eval does, blanks at the end of the context are
+        scored with the continuation, unless that would take in more of the context. A continuation that is empty has no ids.
+        """
+        whole = self.tok_encode(context + continuation)
+        if not continuation:
+            return whole or [self.prefix_token_id], []
+        start = _common(whole, alone := self.tok_encode(context.rstrip())) if context else 0
+        if context and start < len(alone):
+            start = max(start, _common(whole, self.tok_encode(context)))
+        if start == len(whole):
+            raise ValueError(f"the tokenizer makes no token of the continuation {continuation[:40]!r}")
+        if start == 0 and whole[0] == self.prefix_token_id and len(whole) > 1:
+            start = 1  # the text brings its own beginning
+        return whole[:start] or [self.prefix_token_id], whole[start:]
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        pairs = []
+        for request in requests:
+            with _naming(request):
+                pairs.append((request.args, *self._encode_pair(*request.args)))
+        return self._loglikelihood_tokens(pairs, disable_tqdm)
 
     def _fit(self, ids: list[int], room: int, what: str) -> list[int]:
         """The last `room` ids, with a warning when that cuts something off."""
@@ -148,8 +217,14 @@ class DiffusionLM(TemplateLM):
         return ids[-room:]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        if faults := self.faults((request.task_name or "(no name)", request.args[1]) for request in requests):
+            named = "; ".join(f"task {name}: {fault}" for name, fault in faults.items())
+            raise ValueError(f"{named}; leave these tasks out, or fix the option in --model_args")
         seen: Counter[str] = Counter()
-        asks = [self._ask(request, seen) for request in requests]
+        asks = []
+        for request in requests:
+            with _naming(request):
+                asks.append(self._ask(request, seen))
         equal: dict[str, list[int]] = {}  # greedy repeats, such as those that pad a process's share, cost nothing
         for i, ask in enumerate(asks):
             equal.setdefault(ask.key, []).append(i)
@@ -158,7 +233,9 @@ class DiffusionLM(TemplateLM):
 
         def finish(key: str, ids: Tensor) -> None:
             for i in equal[key]:
-                answers[i] = cut(self.tokenizer.decode(ids, skip_special_tokens=True), asks[i].until)
+                text = self.tokenizer.decode(ids, skip_special_tokens=True)
+                answers[i] = cut(text, asks[i].until)
+                self.unfinished += len(ids) == asks[i].config.gen_length and answers[i] == text
                 self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
                 bar.update()
 
@@ -180,18 +257,43 @@ class DiffusionLM(TemplateLM):
                     self._answers.add(group[at].key, ids, self.tokenizer.decode(ids, skip_special_tokens=True))
                 finish(group[at].key, ids)
         bar.close()
+        if self.unfinished:
+            log.info("%d answers are as long as gen_length allows: they may have been cut off", self.unfinished)
         if self.options.show_speed and self.stats.samples:
             log.info("speed: %s", self.stats.line())
         return [answers[i] for i in range(len(requests))]
 
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self.model)
+
+    def faults(self, asked: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, str]:
+        """What is wrong with the generation kwargs of tasks, of (name, kwargs) pairs, by the task's name."""
+        found: dict[str, str] = {}
+        checked: set[str] = set()
+        for name, kwargs in asked:
+            key = answer_key(name, kwargs)
+            if key in checked or name in found:
+                continue
+            checked.add(key)
+            try:
+                config = self._configure(kwargs)
+                assemble(self.model, config)
+                self._fit([0], self.max_length - config.gen_length, f"gen_length={config.gen_length} tokens")
+                _stops(kwargs)
+            except ValueError as error:
+                found[name] = str(error)
+        return found
+
     def _ask(self, request: Instance, seen: Counter[str]) -> Ask:
         kwargs = dict(request.args[1])
-        until = handle_stop_sequences(kwargs.get("until"), None)
+        until = _stops(kwargs)
         if self.options.escape_until:
             until = [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in until]
         config = self._configure(kwargs)
         room = self.max_length - config.gen_length
-        prompt = self._fit(self.tok_encode(self.prompt_of(request)), room, f"gen_length={config.gen_length} tokens")
+        ids = self.tok_encode(self.prompt_of(request)) or [self.prefix_token_id]  # some models need a token before the first
+        prompt = self._fit(ids, room, f"gen_length={config.gen_length} tokens")
         settings = {k: v for k, v in config.given().items() if k not in ("batch_size", "runner")}
         key = answer_key(prompt, settings, until, self._fingerprint, fastdllm.__version__)
         if config.temperature or config.alg_temp or config.confidence == "random":
@@ -208,6 +310,10 @@ class DiffusionLM(TemplateLM):
         check_greedy = self.options.is_check_greedy if check_greedy is None else check_greedy
         pairs = []
         for _, context, target in requests:
+            if len(target) >= self.max_length:
+                log.warning("a target of %d tokens is cut on the left to %d", len(target), self.max_length - 1)
+                cut_off = len(target) - self.max_length + 1
+                context, target = target[cut_off - 1 : cut_off], target[cut_off:]
             context = self._fit(context, self.max_length - len(target), f"{len(target)} tokens to score")
             pairs.append((torch.tensor(context), torch.tensor(target, dtype=torch.long)))
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
@@ -264,14 +370,15 @@ class DiffusionLM(TemplateLM):
     def barrier(self) -> None:
         """Wait for the others. `evaluate` calls it after each kind of request, on every process: the moment to collect
         what the run cost, since results are written by the first process alone."""
-        self._costs = self.gather_object((self.stats, self.reused)) or []
+        self._costs = self.gather_object((self.stats, self.reused, self.unfinished)) or []
 
     def get_model_info(self) -> dict[str, Any]:
         """What the results file says of the model, its settings and its speed."""
-        total, reused = Stats(), 0
-        for stats, again in self._costs or [(self.stats, self.reused)]:
+        total, reused, unfinished = Stats(), 0, 0
+        for stats, again, cut_off in self._costs or [(self.stats, self.reused, self.unfinished)]:
             total.add(stats)
             reused += again
+            unfinished += cut_off
         libraries = ("torch", "transformers", "lm_eval")
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         return {
@@ -284,35 +391,28 @@ class DiffusionLM(TemplateLM):
             "model_max_length": self.max_length,
             "processes": self.world_size,
             "settings": {k: v for k, v in self._configure({}).given().items() if v is not None},
-            "speed": {**total.summary(), "reused_answers": reused},
+            "speed": {**total.summary(), "reused_answers": reused, "answers_cut_at_gen_length": unfinished},
             "versions": {"fastdllm": fastdllm.__version__, **{n: importlib.metadata.version(n) for n in libraries}},
         }
 
 
-def register(name: str, adapter: type[DiffusionLM]) -> None:
-    """Make `adapter` known as `--model name`.
-
-    lm-eval's own models first: it adds them only while its registry is empty. The first to come keeps the name, so that a
-    file may be run as a script and imported as well.
-    """
-    import lm_eval.models  # noqa: F401 - registers lm-eval's own
-    from lm_eval.api.registry import model_registry
-
-    if name not in model_registry:
-        model_registry.register(name, target=adapter)
+def _stops(kwargs: Mapping[str, Any]) -> list[str]:
+    """The stop strings among generation kwargs (`stop` is OpenAI's name). ValueError for what is none."""
+    until = handle_stop_sequences(kwargs.get("stop") or kwargs.get("until"), None)
+    if not all(isinstance(stop, str) for stop in until):
+        raise ValueError(f"until={until!r} must be a text or a list of texts")
+    return until
 
 
-def main() -> None:
-    """lm-eval's command line, with the tasks that ship with fastdllm beside those of `--include_path`."""
-    from lm_eval.__main__ import HarnessCLI, setup_logging
+def _common(one: list[int], other: list[int]) -> int:
+    """How many tokens two texts begin with in common."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
-    setup_logging()
-    parser = HarnessCLI()
-    args = parser.parse_args()
-    if getattr(args, "command", None) == "run" and not args.config:
-        given = [args.include_path] if args.include_path and Path(args.include_path).resolve() != TASKS_DIR.resolve() else []
-        args.include_path = [str(TASKS_DIR), *given]
-        if args.model_args:
-            # lm-eval names the results folder after `pretrained`, and otherwise at random.
-            args.model_args = rename(args.model_args)
-    parser.execute(args)
+
+@contextmanager
+def _naming(request: Instance) -> Iterator[None]:
+    """A ValueError from within says which document it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"task {request.task_name or '(no name)'}, document {request.doc_id}: {error}") from error

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The evaluation command: one renaming and one task folder, whatever way the options come, and one line for a mistake."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastdllm import cli
+
+pytest.importorskip("lm_eval")
+from lm_eval._cli import HarnessCLI
+
+from fastdllm.evaluation import ADAPTERS, task_folders, task_manager
+from fastdllm.evaluation.command import main
+from fastdllm.tasks import TASKS_DIR
+
+EXPECTED = {"pretrained": "tiny-llada", "gen_length": 32, "cache": "none"}
+
+
+@pytest.fixture(autouse=True)
+def arguments_of_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+
+
+@pytest.fixture
+def shipped_tasks_only(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """lm-eval without its own thousands of tasks; the folders that it was told of."""
+    import lm_eval.tasks
+
+    folders: list[Any] = []
+
+    class Few(lm_eval.tasks.TaskManager):
+        def __init__(self, include_path: Any, **options: Any) -> None:
+            folders.append(include_path)
+            super().__init__(include_path=include_path, include_defaults=False, **options)
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", Few)
+    return folders
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Namespace]:
+    """The arguments with which lm-eval would have begun."""
+    calls: list[Namespace] = []
+    monkeypatch.setattr(HarnessCLI, "execute", lambda self, args: calls.append(args))
+    return calls
+
+
+def config_file(folder: Path, **options: Any) -> str:
+    path = folder / "run.yaml"
+    path.write_text(json.dumps(options))  # JSON is YAML
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--model_args", "model_path=tiny-llada,max_new_tokens=32,cache=none"],
+        ["--model_args", "model_path=tiny-llada", "max_new_tokens=32", "cache=none"],
+        ["--model_args", '{"model_path": "tiny-llada", "max_new_tokens": 32, "cache": "none"}'],
+        {"model_args": {"model_path": "tiny-llada", "max_new_tokens": 32, "cache": "none"}},
+        {"model_args": "model_path=tiny-llada,max_new_tokens=32,cache=none"},
+    ],
+)
+@pytest.mark.parametrize("name", list(ADAPTERS))
+def test_every_way_in_gets_the_same_names_and_tasks(given: Any, name: str, seen: list, tmp_path: Path) -> None:
+    if isinstance(given, dict):
+        given = ["--config", config_file(tmp_path, tasks=["gsm_symbolic"], include_path="elsewhere", model=name, **given)]
+    else:
+        given = ["--tasks", "gsm_symbolic", "--include_path", "elsewhere", "--model", name, *given]
+    for more in ([], ["--gen_kwargs", "max_new_tokens=16"]):
+        assert main(arguments=[*given, *more]) == 0
+        args = seen.pop()
+        assert args.model == name and args.model_args == EXPECTED
+        assert args.include_path == [str(TASKS_DIR), "elsewhere"]
+        assert args.gen_kwargs == ({"gen_length": 16} if more else None)
+
+
+def test_the_model_is_the_commands_unless_one_is_named(seen: list, tmp_path: Path) -> None:
+    file = config_file(tmp_path, tasks=["gsm_symbolic"], model_args={"pretrained": "tiny-llada"})
+    for arguments in (["--config", file], [f"--config={file}"], ["run", "-C", file], ["--tasks", "gsm_symbolic"]):
+        assert main("llada_dist", arguments=arguments) == 0
+        assert seen.pop().model == "llada_dist"
+    assert main(arguments=["run", "--tasks", "gsm8k", "--model=hf", "--model_args", "pretrained=gpt2,max_tokens=3"]) == 0
+    args = seen.pop()
+    assert (args.model, args.model_args) == ("hf", {"pretrained": "gpt2", "max_tokens": 3}), "others keep their names"
+
+
+def test_the_task_folder_comes_once() -> None:
+    assert task_folders(None) == task_folders(str(TASKS_DIR)) == [str(TASKS_DIR)]
+    assert task_folders(["a", "b"]) == [str(TASKS_DIR), "a", "b"]
+
+
+def test_the_shipped_tasks_are_listed(capsys: pytest.CaptureFixture, shipped_tasks_only: list) -> None:
+    assert "gsm_symbolic" in task_manager().all_tasks
+    assert main(arguments=["ls", "tasks"]) == 0
+    assert shipped_tasks_only == [[str(TASKS_DIR)]] * 2 and "gsm_symbolic" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["fastdllm", "llada_dist"])
+def test_help_names_this_command_and_its_model(model: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(model, "here", []) == main(model, "here", ["--help"]) == 0
+    page = capsys.readouterr().out
+    assert (
+        page.startswith("usage: here --tasks") and f"(default: {model})" in page and all(name in page for name in ADAPTERS)
+    )
+    with pytest.raises(SystemExit) as stopped:
+        main(model, "here", ["run", "--help"])
+    page = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert f"(default: {model})" in page and "usage: here run" in page and "hf)" not in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "gsm_symbolic", "--model_args", "pretrained=tiny-llada,treshold=0.9"], "did you mean 'threshold'?"),
+        (["--tasks", "gsm_symbolic", "--model_args", "pretrained=nowhere"], "'nowhere'"),
+        (["--tasks", "gsm_symbolic", "--model_args", "threshold=0.9"], "pretrained (or model_path) is missing"),
+        (["--tasks", "gsm_symbolik", "--model_args", "pretrained=tiny-llada"], "Tasks not found: gsm_symbolik"),
+        (["--tasks", "gsm_symbolic", "--model", "nosuch"], "nosuch"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+@pytest.mark.usefixtures("shipped_tasks_only")
+def test_a_mistake_is_one_line_and_exit_code_two(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["eval", *arguments]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("fastdllm eval: ") and message in last
+
+
+@pytest.mark.usefixtures("shipped_tasks_only")
+def test_a_task_that_cannot_be_honoured_is_left_out_and_the_others_run(tmp_path: Path, capsys: Any) -> None:
+    documents = tmp_path / "documents.json"
+    documents.write_text(json.dumps([{"q": "far away", "a": "x"}]))
+    for name, length in (("zz_good", 8), ("zz_long", 32768)):
+        task = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(documents)}},
+            "test_split": "test",
+            "output_type": "generate_until",
+            "doc_to_text": "{{q}}",
+            "doc_to_target": "{{a}}",
+            "generation_kwargs": {"max_gen_toks": length, "until": []},
+            "metric_list": [{"metric": "exact_match"}],
+        }
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(task))
+    arguments = ["--include_path", str(tmp_path), "--model_args", "pretrained=tiny-llada", "--device", "cpu"]
+    assert main(arguments=["--tasks", "zz_good,zz_long", *arguments]) == 2
+    told = capsys.readouterr()
+    assert "|zz_good" in told.out and "|zz_long" not in told.out
+    assert "task zz_long was left out: gen_length=32768 tokens leave no room" in told.err.splitlines()[-1]
+    assert main(arguments=["--tasks", "zz_long", *arguments]) == 2
+    assert "task zz_long: gen_length=32768" in capsys.readouterr().err.splitlines()[-1]
+    assert main(arguments=["--tasks", "zz_long", *arguments, "--gen_kwargs", "max_new_tokens=8"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modle: dream", "unknown option 'modle'; did you mean 'model'?"),
+        ("[1]", "must be a mapping"),
+        ("a: [", "Invalid YAML"),
+    ],
+)
+def test_a_bad_config_file_is_named(text: str, message: str, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    assert main(arguments=["--config", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "run.yaml" in error and len(error.splitlines()) == 1
+
+
+def test_without_a_network_the_way_out_is_told(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(self: HarnessCLI, args: Namespace) -> None:
+        raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub (OfflineModeIsEnabled)")
+
+    monkeypatch.setattr(HarnessCLI, "execute", unreachable)
+    assert main(arguments=["--tasks", "gsm8k", "--model_args", "pretrained=tiny-llada"]) == 2
+    error = capsys.readouterr().err
+    assert "openai/gsm8k" in error and "--tasks gsm_symbolic" in error

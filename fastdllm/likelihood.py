@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from itertools import chain, islice
 
 import torch
@@ -27,9 +28,22 @@ from torch import Tensor
 from fastdllm.forward import Window
 from fastdllm.models import Model
 from fastdllm.prompts import check_model, ids_row
-from fastdllm.store import KVStore
+from fastdllm.sampling import guide
+from fastdllm.store import KVStore, block_end
 
-METHODS = {"monte_carlo": False, "chain": None, "first_token": True}  # name -> block-causal models only, None: any model
+
+class Reads(Enum):
+    """What a measure asks of a model."""
+
+    BOTH_WAYS = "bidirectional"
+    BY_BLOCKS = "block-causal"
+    EITHER_WAY = "either"
+
+    def fits(self, block_causal: bool) -> bool:
+        return self is Reads.EITHER_WAY or block_causal == (self is Reads.BY_BLOCKS)
+
+
+METHODS = {"monte_carlo": Reads.BOTH_WAYS, "chain": Reads.EITHER_WAY, "first_token": Reads.BY_BLOCKS}
 HEAD_ROWS = 256  # positions whose logits are held at once: [256, 152064] in fp32 is 150 MB
 
 
@@ -83,8 +97,9 @@ def log_likelihoods(
     check_model(model)
     block_causal = bool(model.spec.block_causal)
     method = method or ("chain" if block_causal else "monte_carlo")
-    if METHODS.get(method, not block_causal) not in (None, block_causal):
-        allowed = ", ".join(name for name, kind in METHODS.items() if kind in (None, block_causal))
+    fitting = [name for name, reads in METHODS.items() if reads.fits(block_causal)]
+    if method not in fitting:
+        allowed = ", ".join(fitting)
         raise ValueError(f"likelihood={method!r} does not fit the family {model.spec.family!r}; allowed are {allowed}")
     for name, value, low in (("mc_num", mc_num, 1), ("batch_size", batch_size, 1), ("cfg_scale", cfg_scale, 0)):
         if not low <= value < math.inf:
@@ -157,7 +172,7 @@ def _masked(model: Model, context: Tensor, target: Tensor, mc_num: int, seed: in
 def _left_to_right(model: Model, context: Tensor, target: Tensor) -> Iterator[tuple[float, Probe]]:
     canvas, block = torch.cat([context, target]), model.spec.block_causal
     for at in range(len(context), len(canvas)):
-        end = (at // block + 1) * block if block else len(canvas)
+        end = block_end(at, block) if block else len(canvas)
         ids = torch.full((end,), model.spec.mask_id)
         ids[:at] = canvas[:at]
         yield 1.0, Probe(ids, len(context), torch.tensor([at]), canvas[at : at + 1])
@@ -166,7 +181,7 @@ def _left_to_right(model: Model, context: Tensor, target: Tensor) -> Iterator[tu
 def _first_token(model: Model, context: Tensor, target: Tensor) -> Iterator[tuple[float, Probe]]:
     """The rest of the target stays visible and a stop token follows it, up to the end of the first token's block."""
     spec, at = model.spec, len(context)
-    ids = torch.full(((at // spec.block_causal + 1) * spec.block_causal,), spec.mask_id)
+    ids = torch.full((block_end(at, spec.block_causal),), spec.mask_id)
     known = torch.cat([context, target, torch.tensor(spec.stop_ids[:1])])[: len(ids)]
     ids[: len(known)] = known
     ids[at] = spec.mask_id
@@ -215,13 +230,13 @@ def _forward(model: Model, probes: list[Probe], length: int, store: KVStore, cfg
         ids[row, : len(probe.ids)] = probe.ids
     scratch = store.k.shape[3] - 1  # no query sees the last slot; padding is written there
     pos = torch.where(column < lengths[:, None], column, scratch)
-    limit = lengths[:, None].expand_as(pos)
+    kv_len = lengths[:, None].expand_as(pos)
     if spec.block_causal:
-        limit = torch.minimum(limit, (pos // spec.block_causal + 1) * spec.block_causal)
-    uniform = not spec.block_causal and bool((lengths == length).all())
-    hide = None if uniform else torch.zeros(len(probes), 2, dtype=torch.long, device=device)
+        kv_len = torch.minimum(kv_len, block_end(pos, spec.block_causal))
+    dense = not spec.block_causal and bool((lengths == length).all())
+    hide = None if dense else torch.zeros(len(probes), 2, dtype=torch.long, device=device)
     rows = torch.arange(len(probes), device=device)
-    window = Window(rows, pos.to(device), limit.contiguous().to(device), length, uniform, hide)
+    window = Window(rows, pos.to(device), kv_len.contiguous().to(device), length, dense, hide)
     hidden = [model.network(ids.to(device), window, store)]
     if cfg_scale:
         prompt = torch.tensor([p.prompt for p in probes])
@@ -231,14 +246,10 @@ def _forward(model: Model, probes: list[Probe], length: int, store: KVStore, cfg
     parts = []
     for where, wanted in zip(source.split(HEAD_ROWS), tokens.split(HEAD_ROWS), strict=True):
         logits = [model.network.logits(h.flatten(0, 1)[where]).float() for h in hidden]  # [n, V]
-        parts.append(_read_logits(logits[0] if not cfg_scale else _guide(*logits, cfg_scale), wanted, model.banned))
+        parts.append(_read_logits(logits[0] if not cfg_scale else guide(*logits, cfg_scale), wanted, model.banned))
     log_prob, top, conf = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
     counts = [len(p.at) for p in probes]
     return [Reading(*of) for of in zip(log_prob.split(counts), top.split(counts), conf.split(counts), strict=True)]
-
-
-def _guide(given: Tensor, free: Tensor, scale: float) -> Tensor:
-    return free + (scale + 1) * (given - free)
 
 
 def _read_logits(logits: Tensor, tokens: Tensor, banned: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,10 @@ def units(slots: int) -> int:
     return -(-slots // UNIT)
 
 
-def block_end(pos: Tensor, block: int) -> Tensor:
+Positions = TypeVar("Positions", int, Tensor)
+
+
+def block_end(pos: Positions, block: int) -> Positions:
     """The end of the block of `block` positions that each of `pos` lies in: what a block-causal query sees."""
     return (pos // block + 1) * block
 

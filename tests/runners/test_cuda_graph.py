@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 
 import fastdllm
-from fastdllm import kernels
+from fastdllm import build, kernels
+from fastdllm.engine import Request, decode
 from fastdllm.models import Model
 from fastdllm.models.spec import ModelSpec
 from fastdllm.models.transformer import Transformer
+from fastdllm.runners import cuda_graph, eager
 
 pytestmark = pytest.mark.gpu
 
@@ -93,6 +96,52 @@ def test_captured_equals_eager(family: str, options: dict[str, Any]) -> None:
         graph = fastdllm.generate(model, batch, runner="cuda_graph", **options)
         assert [s.tolist() for s in graph.sequences] == [s.tolist() for s in eager.sequences]
         assert graph.stats.row_forwards == eager.stats.row_forwards
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_runs_that_take_turns_give_what_each_gives_alone(seed: int) -> None:
+    """Streams of random settings on one model, a step of one after a step of another, some closed early."""
+    rng = random.Random(seed)
+    family = rng.choice(list(FAMILIES))
+    model = tiny(family)
+    settings = [options for name, options in CASES if name == family]
+    runs, alone = [], []
+    for options in rng.sample(settings, min(4, len(settings))):
+        batch, options = prompts(*(rng.randint(1, 90) for _ in range(rng.randint(1, 9)))), {"gen_length": 40, **options}
+        alone.append([s.tolist() for s in fastdllm.generate(model, batch, runner="eager", stop_ids=(), **options).sequences])
+        runs.append(fastdllm.stream(model, batch, runner="cuda_graph", stop_ids=(), **options))
+    done: list[dict[int, list[int]]] = [{} for _ in runs]
+    left = list(range(len(runs)))
+    closed = rng.choice(left)
+    while left:
+        i = rng.choice(left)
+        step = next(runs[i], None)
+        if step is None or (i == closed and rng.random() < 0.1):
+            runs[i].close()
+            left.remove(i)
+        if step is not None:
+            done[i] |= {n: result.ids.tolist() for n, result in step.done.items()}
+    for i, results in enumerate(done):
+        assert i == closed or len(results) == len(alone[i])
+        assert all(alone[i][n] == ids for n, ids in results.items())
+
+
+def test_requests_with_numbers_of_their_own_share_graphs() -> None:
+    """Greedy and drawn rows, thresholds, stops and lengths in one batch: each gives what it gives alone."""
+    model, rng = tiny("llada"), random.Random(0)
+    run = build.assemble(model, fastdllm.DecodeConfig(gen_length=40, block_length=16, threshold=0.6))
+    asked = [
+        Request(prompt, rng.randint(1, 60), seed, stop_ids=rng.choice([None, (), (5, 6)]), numbers=numbers)
+        for seed, prompt in enumerate(prompts(*(rng.randint(1, 200) for _ in range(24))))
+        for numbers in [rng.choice([{}, {"threshold": 0.3}, {"temperature": 0.8, "top_p": 0.9, "threshold": 0.5}])]
+    ]
+    runner = cuda_graph.Runner()
+    together = {n: r for step in decode(model, asked, run, runner, rows=10, positions=1500) for n, r in step.done.items()}
+    for number, request in enumerate(asked):
+        (alone,) = (r for step in decode(model, [request], run, eager.Runner()) for r in step.done.values())
+        assert torch.equal(together[number].ids, alone.ids)
+        assert torch.equal(together[number].committed_at, alone.committed_at)
+        torch.testing.assert_close(together[number].logprobs, alone.logprobs, atol=1e-3, rtol=1e-3, equal_nan=True)
 
 
 def test_one_host_read_per_step() -> None:

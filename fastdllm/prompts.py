@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, Any]
 Messages = Sequence[Message]
-Prompts = str | Sequence[str] | Messages | Sequence[Messages] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping
+Ids = Sequence[int] | Tensor
+Prompts = str | Sequence[str] | Messages | Sequence[Messages] | Ids | Sequence[Ids] | Mapping
 
 ALLOWED = (
     "allowed are a text, a conversation (a list of {'role', 'content'}), token ids (a list, an array or a tensor of "

@@ -245,7 +245,8 @@ def step_times(model: Model, prompt: int, gen: int, options: dict[str, Any]) -> 
     found = walls()
     times = {"step_wall_ms": found[len(found) // 2]}
     free = runner.free if isinstance(runner, cuda_graph.Runner) else []
-    widths = {shape.width: kept for canvas in free for (_, _, shape, _), kept in canvas.graphs.items()}
+    graphs: dict[Any, Any] = {name: kept for canvas in free for name, kept in canvas.graphs.items()}
+    widths = {shape.width: kept for (_, _, shape, _), kept in graphs.items()}
     if len(widths) not in (1, 2):  # besides an opening pass there are steps of several widths, or none was captured
         return times
     kept, replay = widths[min(widths)], widths[min(widths)].graph

@@ -79,11 +79,14 @@ class Plan(NamedTuple):
 
     @classmethod
     def idle(cls, slot: int, scratch: int, width: int) -> Plan:
-        """A row that fills up a graph. It is row 0 of the canvas, which no request gets: its pass is padding, it takes no
-        piece, and its block is one position that never counts."""
+        """A row that fills up a graph: row 0 of the canvas, which no request gets.
+
+        Its pass is padding, it takes no piece, and its block is one position that never counts. All that it writes, that
+        position's shadow included, lies up to `scratch`.
+        """
         return cls(
             row=0, lane=0, slot=slot, scratch=scratch, start=0, stop=0, read=width, hide_start=0, hide_stop=0,
-            visible_end=width, first=0, end=1, prompt=0, first_only=0, step=0, forward=0, initial=1, fresh=0,
+            visible_end=1, first=0, end=1, prompt=0, first_only=0, step=0, forward=0, initial=1, fresh=0,
         )  # fmt: skip
 
 

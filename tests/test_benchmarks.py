@@ -110,7 +110,7 @@ def test_the_profile_prints_every_operation(tmp_path: Path, capsys) -> None:
 def test_models_settings_and_batch_sizes_share_a_process_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forwards of the benchmark and whole answers, captured, drawn in random order: each gives what it gives eagerly."""
     monkeypatch.setattr(kernels, "_CHOICE", "triton")  # one attention for both, so that tokens can be compared
-    models = {name: fastdllm.load(tiny, device="cuda") for name, tiny in decode.TINY.items()}
+    models = {name: fastdllm.load(tiny, "cuda", "float32") for name, tiny in decode.TINY.items()}
     work = [(name, rows, width) for name in models for rows in (1, 2, 8) for width in (8, 32)] * 2
     order = random.Random(0)
     order.shuffle(work)

@@ -88,3 +88,34 @@ def test_rows_are_padded_by_little() -> None:
         assert rows <= cuda_graph.bucket(rows) <= max(1.5 * rows, rows + 3)
         assert cuda_graph.bucket(rows) <= 1.25 * rows or rows <= 13
     assert len({cuda_graph.bucket(rows) for rows in range(1, 65)}) <= 16
+
+
+@pytest.mark.parametrize("family, options", CASES, ids=str)
+def test_idle_rows_write_to_their_own_unit_only(
+    monkeypatch: pytest.MonkeyPatch, family: str, options: dict[str, Any]
+) -> None:
+    """A forward of idle rows alone, as in a warm-up, leaves every place that a request may get as it is."""
+    seen = 0
+
+    def capture(self: cuda_graph.Runner, canvas: Canvas, step: Any, name: Any, idle: Plan, noise: Any) -> Any:
+        nonlocal seen
+        _, rows, shape, _ = name
+        noise = None if noise is None else noise.new_full((rows, *noise.shape[1:]), 0.5)
+        tensors = [canvas.x, canvas.masked, canvas.logprobs, canvas.committed_at]
+        before = [t[cuda_graph.IDLE :].clone() for t in tensors] + [
+            t[:, cuda_graph.IDLE :].clone() for t in (canvas.store.k, canvas.store.v)
+        ]
+        step(torch.tensor([idle] * rows), noise, shape)
+        after = [t[cuda_graph.IDLE :] for t in tensors] + [t[:, cuda_graph.IDLE :] for t in (canvas.store.k, canvas.store.v)]
+        assert all(same(a, b) for a, b in zip(before, after, strict=True)), shape
+        seen += 1
+        return emulated(self, canvas, step, name, idle, noise)
+
+    monkeypatch.setattr(cuda_graph.Runner, "_capture", capture)
+    options = {"gen_length": 70, "block_length": 32 if family == "v2" else 40, "stop_ids": (), **options}
+    fastdllm.generate(random_model(family), prompts(9, 40, 3), runner="cuda_graph", **options)
+    assert seen
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.nan_to_num(7), b.nan_to_num(7))

@@ -88,7 +88,10 @@ def padded(model: Model, rows: list[Tensor]) -> Tensor:
 # From one of many shapes to a list of texts, conversations and id tensors [P].
 
 
-def _listed(prompts: Any, attention_mask: Any) -> list[str | Messages | Tensor]:
+Prompt = str | Messages | Tensor  # one of them
+
+
+def _listed(prompts: Any, attention_mask: Any) -> list[Prompt]:
     if attention_mask is not None:
         if isinstance(prompts, Mapping):
             raise ValueError("attention_mask is given twice: beside prompts, and in it")
@@ -110,11 +113,11 @@ def _listed(prompts: Any, attention_mask: Any) -> list[str | Messages | Tensor]:
     return [prompt for i, item in enumerate(prompts) for prompt in _one(item, f"prompt {i}")]
 
 
-def _one(item: Any, name: str) -> list[str | Messages | Tensor]:
+def _one(item: Any, name: str) -> list[Prompt]:
     """One entry of a list of prompts, in a list."""
     if isinstance(item, str):
         return [item]
-    rows: list[str | Messages | Tensor] = []
+    rows: list[Prompt] = []
     if isinstance(item, Mapping) and not _is_message(item):
         rows = _tokenized(item, name)
     elif isinstance(item, Tensor | np.ndarray) or (isinstance(item, list | tuple) and item and all(map(_is_id, item))):
@@ -146,12 +149,12 @@ def _named(item: Any) -> str:
     return "None" if item is None else f"a {type(item).__name__}"
 
 
-def _tokenized(given: Mapping[str, Any], name: str) -> list[str | Messages | Tensor]:
+def _tokenized(given: Mapping[str, Any], name: str) -> list[Prompt]:
     """The prompts of a tokenizer's answer (or of a dict of that shape), without padding."""
     if "input_ids" not in given:
         what = "one message; pass a list of messages" if _is_message(given) else f"{_named(given)}; {ALLOWED}"
         raise ValueError(f"{name} is {what}")
-    rows = list(_id_rows(given["input_ids"], "input_ids"))
+    rows: list[Any] = list(_id_rows(given["input_ids"], "input_ids"))
     if given.get("attention_mask") is None:
         return rows
     masks = list(_id_rows(given["attention_mask"], "attention_mask", bools=True))
@@ -353,7 +356,7 @@ def takes_system(model: Model) -> bool:
 def fold_system(messages: Messages) -> list[Message]:
     """The messages with every system text in front of the first user turn's."""
     texts = [message["content"] for message in messages if message["role"] in INSTRUCTIONS]
-    turns = [dict(message) for message in messages if message["role"] not in INSTRUCTIONS]
+    turns: list[Any] = [dict(message) for message in messages if message["role"] not in INSTRUCTIONS]
     first = next((turn for turn in turns if turn["role"] == "user"), None)
     if first is None:
         return [{"role": "user", "content": "\n\n".join(texts)}, *turns]
@@ -413,13 +416,11 @@ def _find(
     if len(marks) < 2 * len(messages):
         return [None] * len(messages), []
     pairs = list(zip(marks[::2], marks[1::2], strict=True))
-    marked = [
-        {
-            **message,
-            "content": re.sub(r"\S(?:.*\S)?", lambda core, pair=pair: core[0].join(pair), message["content"], flags=re.S),
-        }
-        for message, pair in zip(messages, pairs, strict=True)
-    ]
+
+    def wrapped(content: str, pair: tuple[str, str]) -> str:
+        return re.sub(r"\S(?:.*\S)?", lambda core: core[0].join(pair), content, flags=re.S)
+
+    marked = [{**m, "content": wrapped(m["content"], pair)} for m, pair in zip(messages, pairs, strict=True)]
     try:
         shown = _apply(tokenizer, marked, tools, prompt, open_end)
     except ValueError:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import fastdllm
 from fastdllm.build import assemble
-from fastdllm.config import DecodeConfig, coerce
+from fastdllm.config import DecodeConfig
 from fastdllm.evaluation.answers import AnswerStore, Ask, answer, answer_key, cut, fingerprint
 from fastdllm.evaluation.distributed import World, choose_device
 from fastdllm.evaluation.options import (
@@ -43,6 +43,7 @@ from fastdllm.evaluation.options import (
     rename,
     split,
 )
+from fastdllm.fields import coerce
 from fastdllm.likelihood import Score, log_likelihoods
 from fastdllm.models import Model
 from fastdllm.prompts import check_model, encode_text, render
@@ -92,12 +93,7 @@ class DiffusionLM(TemplateLM):
         self.world = World(loaded.device if loaded else choose_device(device))
         self._device, self._rank, self._world_size = self.world.device, self.world.rank, self.world.size
         self.model = loaded or fastdllm.load(
-            self.options.pretrained,
-            self._device,
-            self.options.dtype,
-            self.options.revision,
-            self.options.quantize,
-            self.options.trust_remote_code,
+            self.options.pretrained, self._device, **{name: getattr(self.options, name) for name in LOADING}
         )
         if self.model.tokenizer is None:
             raise ValueError(f"model {self.options.pretrained!r} has no tokenizer; lm-eval asks in text")
@@ -140,8 +136,6 @@ class DiffusionLM(TemplateLM):
             # transformers samples at temperature 1 unless told otherwise
             sampled = coerce("do_sample", task["do_sample"], bool)
             asked["temperature"] = asked.get("temperature", 1.0) if sampled else 0.0
-        if "max_length" in asked:
-            raise ValueError(f"max_length={asked['max_length']!r} counts the prompt as well; give gen_length, of the answer")
         _, asked = split(merge(asked, self._fixed), self.options_type)
         length = min(self.defaults.get("gen_length", DecodeConfig().gen_length), self.max_length // 2)
         options = self.complete(decode_options(asked, {**self.defaults, "gen_length": length}))

@@ -20,8 +20,10 @@ class Shape:
     dense: every query sees all `max_kv_len` slots, so that no mask is needed.
     branches: branches that run; 1 while all of them hold the same tokens.
     shadows: query positions appended to each row (`engine/shadows.py`).
-    pieces: pieces of PIECE positions in which passes of unequal widths run; 0 where all run to W.
-    fresh: positions that run through layers with reuse; None where reuse has no part in this forward.
+    pieces: pieces of PIECE positions in which passes of unequal widths run, or of `fresh` positions in which layers with
+        reuse run; 0 where all run to W.
+    fresh: positions of a piece that runs through layers with reuse, W and no pieces where every row runs whole; None where
+        reuse has no part in this forward.
     drawn: some row draws its tokens, so that the logits themselves are needed.
     truncated: some row that draws them leaves out unlikely ones.
     """
@@ -38,7 +40,7 @@ class Shape:
 
     def positions(self, rows: int) -> int:
         """Positions that a forward of `rows` rows computes for each branch."""
-        return self.pieces * PIECE or rows * self.width
+        return (self.pieces * PIECE if self.fresh is None else 0) or rows * self.width
 
 
 class Plan(NamedTuple):

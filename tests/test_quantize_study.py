@@ -50,7 +50,9 @@ def test_a_model_against_itself_has_no_error_and_fewer_bits_have_more(name: str)
     assert found["bf16"] == nothing
     assert 0 < found["int8"]["error"] < found["fp8"]["error"] / 2 < 0.1
     assert found["fp8"]["error"] < found["int4"]["error"] < 0.3
-    assert all(found[w]["kl"] > 0 and found[w]["same_top"] > 0.9 for w in ("fp8", "int8", "int4"))
+    assert all(
+        found[w]["kl"] > 0 and found[w]["same_top"] > least for w, least in (("fp8", 0.9), ("int8", 0.9), ("int4", 0.8))
+    )
 
 
 def test_a_run_prints_a_table_and_every_figure(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -67,41 +67,45 @@ class Batch:
 def batches(rows: list[Row], run: Decoding, shift: int, packs: bool) -> Iterator[Batch]:
     """One round: every row gets one forward, wide passes first, rows with like passes together.
 
-    What may not share a forward: passes of different widths (narrow ones may where the runner `packs` them); rows that
-    recompute everything and rows that reuse, so that a forward either fills the reused layers' state or draws on it; with
-    several branches, opening passes, which run for one branch of each row; rows with shadows and rows without.
+    What may not share a forward: passes of different widths (narrow ones may where the runner `packs` them); passes in which
+    reuse has a part and others; with several branches, opening passes, which run for one branch of each row; rows with
+    shadows and rows without.
     """
     shadow = run.block_length * (1 + shift) if run.decoder.shadow else 0
-    buckets: dict[tuple[int, int, bool, int], list[Turn]] = {}
+    buckets: dict[tuple[int, bool, bool, int], list[Turn]] = {}
     for row in rows:
         work = row.next_pass(run)
         width = work.stop - work.start
         turn = Turn(row, work, row.fresh(width), shadow * row.revocable)
-        kind = 0 if turn.fresh is None else 1 if turn.fresh == width else 2
+        reuses = turn.fresh is not None
         apart = run.decoder.branches > 1 and row.opening
-        exact = width <= NARROW and (not packs or kind or apart or turn.shadows)
+        exact = width <= NARROW and (not packs or reuses or apart or turn.shadows)
         bucket = width if exact else -(-width // NARROW) * NARROW
-        buckets.setdefault((bucket, kind, apart, turn.shadows), []).append(turn)
+        buckets.setdefault((bucket, reuses, apart, turn.shadows), []).append(turn)
     for bucket in sorted(buckets, reverse=True):
         turns, most = buckets[bucket], max(1, PASS_TOKENS // ((bucket[0] + bucket[-1]) * run.lanes))
         for i in range(0, len(turns), most):
-            yield Batch(turns[i : i + most], shape_of(turns[i : i + most], run))
+            yield Batch(turns[i : i + most], shape_of(turns[i : i + most], run, packs))
 
 
-def shape_of(turns: list[Turn], run: Decoding) -> Shape:
+def shape_of(turns: list[Turn], run: Decoding, packs: bool) -> Shape:
     """The shape of the forward that these turns share."""
     widths, shadows, rows = [turn.width for turn in turns], turns[0].shadows, [turn.row for turn in turns]
     keys = max(row.block.visible_end for row in rows) + shadows if shadows else max(turn.work.read for turn in turns)
     branches = 1 if rows[0].opening else run.decoder.branches
-    uneven = min(widths) < max(widths) <= NARROW
+    count, fresh = (2 if run.guidance else branches) * pieces(widths), None
+    if turns[0].fresh is not None:
+        fresh, count = parts([turn.fresh or 0 for turn in turns], widths, packs)
+    elif min(widths) == max(widths) or max(widths) > NARROW:
+        count = 0
     return Shape(
         width=max(widths),
         max_kv_len=keys,
         dense=all(t.work.read == keys and t.work.hide == (0, 0) and sees_alike(t.work, run.block_causal) for t in turns),
         branches=branches,
         shadows=shadows,
-        pieces=(2 if run.guidance else branches) * pieces(widths) if uneven else 0,
-        fresh=None if turns[0].fresh is None else max(turn.fresh or 0 for turn in turns),
+        pieces=count,
+        fresh=fresh,
         drawn=any(row.drawn for row in rows),
         truncated=any(row.truncated for row in rows),
     )
@@ -110,6 +114,24 @@ def shape_of(turns: list[Turn], run: Decoding) -> Shape:
 def pieces(widths: list[int]) -> int:
     """How many pieces passes of these widths make."""
     return sum(-(-width // PIECE) for width in widths)
+
+
+def parts(fresh: list[int], widths: list[int], packs: bool) -> tuple[int, int]:
+    """The size and the number of the pieces in which layers with reuse run for `fresh` positions of each row.
+
+    Where all rows run whole, no pieces of the full width. With `packs` sizes are few, so that a runner captures few shapes.
+    """
+    width = max(widths)
+    if fresh == widths:
+        return width, 0
+    sizes = {min(width, 1 << (n - 1).bit_length()) if packs else n for n in fresh if n}
+
+    def cost(size: int) -> int:
+        """Positions, and two for each piece, which reads its row's keys anew."""
+        return sum(-(-n // size) for n in fresh) * (size + 2)
+
+    size = min(sorted(sizes, reverse=True), key=cost, default=1)
+    return size, sum(-(-n // size) for n in fresh)
 
 
 def sees_alike(work: Pass, block_causal: int) -> bool:

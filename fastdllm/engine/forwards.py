@@ -22,7 +22,7 @@ from fastdllm.view import repeat
 
 if TYPE_CHECKING:
     from fastdllm.models import Model
-    from fastdllm.reuse.base import LayerHook
+    from fastdllm.models.transformer import LayerRule
 
 Network = Callable[..., Tensor]
 
@@ -46,14 +46,14 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Hidden states [R, N, C] of ids [R, N], and with layer reuse how many positions of each row drifted [R]."""
 
-    def network(ids: Tensor, window: Window, *hook: LayerHook) -> Tensor:
-        return model.network(ids, window, canvas.store, *hook)
+    def network(ids: Tensor, window: Window, *rule: LayerRule) -> Tensor:
+        return model.network(ids, window, canvas.store, *rule)
 
     if shape.fresh is not None:
         memory = canvas.state(run.reuse, partial(run.reuse.allocate, model))
         asked = needed(model.spec.shift, canvas, plan, window.pos)
-        work = Work(plan.slot, window, ids, asked, shape.fresh, plan.fresh, plan.scratch)
-        return network(ids, window, run.reuse.hook(memory, work)), memory.drifted[plan.slot]
+        work = Work(plan.slot, window, ids, asked, plan.fresh, plan.scratch, shape.fresh, shape.pieces)
+        return network(ids, window, run.reuse.layers_of(memory, work)), memory.drifted[plan.slot]
     if shape.branches < run.decoder.branches:
         return first_branch(network, ids, window, canvas.store, run.decoder.branches), None
     if shape.pieces:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastdllm.models.files import TOKENIZER_FILES, Fields, read_object
 from fastdllm.models.hub import TINY, find_folder, tiny_names
+from fastdllm.models.int4 import layout_of
 from fastdllm.models.quantize import KINDS
 from fastdllm.models.quantize import quantize as quantize_network
 from fastdllm.models.spec import Family, ModelSpec
@@ -135,9 +136,12 @@ def read_family(config: Mapping[str, Any], folder: Path) -> Family:
     for name in ("quantization_config", "quantization", "compression_config"):
         if name in fields:
             inner = fields.inner(name)
+            if name == "quantization_config" and inner.get("quant_method") in ("gptq", "awq"):
+                layout_of(inner)
+                continue
             kind = inner.get("quant_method") or inner.get("quant_algo") or f"bits={inner.get('bits')!r}"
             raise ValueError(
-                f"{folder}: config.json has {name} ({kind}); only unquantised weights are read (quantize= makes them small)"
+                f"{folder}: config.json has {name} ({kind}); of quantised weights GPTQ's and AWQ's in 4 bits are read"
             )
     experts = [n for n in ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size") if fields.get(n)]
     classes = [c for c in fields.names("architectures") if "moe" in c.lower()]
@@ -218,7 +222,8 @@ def load(
     dtype: "float32", "bfloat16", "float16", "float64", a short form of these, the torch dtype, or "auto" for the
     checkpoint's own; default bfloat16 on CUDA, float32 elsewhere.
     revision: of a hub id, a branch, tag or commit.
-    quantize: "fp8" (Hopper and later) or "int8" weights, None for none.
+    quantize: "fp8" (Hopper and later), "int8" or "int4" weights, None for the checkpoint's own, which may be GPTQ's or AWQ's
+    in 4 bits.
     block_size: of a block-diffusion model whose config.json does not say it (A2D's bd3lm, SDAR), or another than it says.
     trust_remote_code: accepted for the call's familiar shape; the hub's code is never run.
     Raises FileNotFoundError for a model or a file that is not there (an unknown hub id and an unreachable hub included) and
@@ -254,7 +259,10 @@ def load(
         raise error if str(folder) in str(error) else ValueError(f"{folder}: {error}") from error
     if tokenizer is not None:
         check_ids(config, spec, tokenizer)
-    network = load_weights(folder, family, spec, dtype, device)
+    layout = layout_of(config.inner("quantization_config")) if "quantization_config" in config else None
+    if layout and quantize:
+        raise ValueError(f"quantize={quantize!r}: the weights of {folder} are quantised already ({layout})")
+    network = load_weights(folder, family, spec, dtype, device, layout=layout)
     if quantize is not None:
         quantize_network(network, quantize)
     return Model(network, spec, tokenizer, str(name))

@@ -15,13 +15,16 @@ GPTQ's g_idx [C], the group of each input channel, must be in order: `desc_act` 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastdllm.kernels.linear.int4 import group_size, pack
+from fastdllm.kernels.linear.int4 import HALF, UNIT, group_size, pack
 
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+Headers = dict[str, tuple[Path, list[int]]]  # tensor name -> (its file, its shape)
 LAYOUTS = ("gptq", "gptq_v2", "awq")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -73,7 +76,51 @@ def convert(tensors: Mapping[str, Tensor], layout: str) -> tuple[Tensor, Tensor]
     g_idx = tensors.get("g_idx")
     if g_idx is not None and not torch.equal(g_idx.long(), torch.arange(channels, device=g_idx.device) // size):
         raise ValueError(f"{layout}: g_idx permutes the channels (desc_act), which is not read")
+    if "bias" in tensors and bool(tensors["bias"].any()):  # sync: at load
+        raise ValueError(f"{layout}: a projection has a bias, and the family has none there")
     return pack(levels), torch.stack([scales.T, zeros.to(scales.dtype)], -1).contiguous()
+
+
+def take_packed(found: Headers, table: Mapping[str, tuple[str, int]], layout: str) -> dict[str, dict[str, tuple[Path, str]]]:
+    """Published weight -> part -> (file, tensor) of every projection in 4 bits.
+
+    Their parts go from `found`, and the weights [N, C] that they stand for come in their place. A bias that the family does
+    not know is a part too: GPTQ writes one of zeros for every projection.
+    Raises ValueError where a part is missing, or where nothing is packed.
+    """
+    packed = {}
+    for name in table:
+        stem = name.removesuffix("weight")
+        if stem + "qweight" not in found:
+            continue
+        path, (rows, columns) = found[stem + "qweight"]
+        parts = [*PARTS, "bias"] if stem + "bias" not in table else PARTS
+        packed[name] = {part: (found.pop(stem + part)[0], stem + part) for part in parts if stem + part in found}
+        if missing := [part for part in PARTS[:3] if part not in packed[name]]:
+            raise ValueError(f"{path}: {stem}qweight comes without {stem}{missing[0]}")
+        found[name] = path, [8 * columns, rows] if layout == "awq" else [columns, 8 * rows]
+    if not packed:
+        raise ValueError(f"config.json has a quantization_config ({layout}), but the checkpoint has no packed weights")
+    return packed
+
+
+def make_room(network: nn.Module, table: Mapping[str, tuple[str, int]], scales: Mapping[str, Tensor]) -> None:
+    """Give the projections that are packed parameters for it. scales: of each packed published weight, its `scales`.
+
+    Raises ValueError where only a part of a fused projection is packed, or in groups of another size.
+    """
+    for target in {table[name][0] for name in scales}:
+        names = [name for name, (other, _) in table.items() if other == target]
+        if plain := [name for name in names if name not in scales]:
+            raise ValueError(f"{plain[0]!r} is not packed, but other weights of the same fused projection are")
+        module = network.get_submodule(target.removesuffix(".weight"))
+        (outputs, channels), device = module.weight.shape, module.weight.device
+        groups = {len(scales[name]) for name in names}
+        if len(groups) > 1:
+            raise ValueError(f"{names[0]!r} and the weights that it is fused with have groups of different sizes")
+        weight = torch.empty(outputs, -(-channels // UNIT) * HALF, dtype=torch.uint8, device=device)
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        module.scale = torch.empty(outputs, groups.pop(), 2, dtype=scales[names[0]].dtype, device=device)
 
 
 def _columns(packed: Tensor, order: range | tuple[int, ...]) -> Tensor:

@@ -22,7 +22,7 @@ from fastdllm.models.spec import ModelSpec
 from fastdllm.store import KVStore
 
 SLACK = 1024  # positions beyond the context that a store may hold: rounding, masks up to the grid, the scratch column
-LayerHook = Callable[["Layer", int, Tensor, Window, KVStore, Tensor, Tensor], Tensor]
+LayerRule = Callable[["Stack", Tensor, Tensor], Tensor]
 
 
 class Linear(nn.Linear):
@@ -88,12 +88,23 @@ class Layer(nn.Module):
         """The arguments of the projection that normalise query and key heads, none where the family has no such norms."""
         return {"q_norm": self.q_norm, "k_norm": self.k_norm, "eps": self.spec.rms_eps} if self.spec.qk_norm else {}
 
-    def values(self, h: Tensor) -> Tensor:
-        """The values [R, W, K * D] that the layer stores for its input h [R, W, C]; nothing is stored."""
+    def values(self, y: Tensor) -> Tensor:
+        """The values [R, W, K * D] that the layer stores for its normalised input y [R, W, C]; nothing is stored."""
         n = self.spec.kv_heads * self.spec.head_dim
         scale, bias = (None if x is None else x[-n:] for x in (self.qkv.scale, self.qkv.bias))
-        y, _ = kernels.rmsnorm(h, self.attn_norm, self.spec.rms_eps)
         return kernels.linear(y, self.qkv.weight[-n:], scale, bias)
+
+
+class Stack:
+    """The layers of one forward, for a rule that decides for which positions they run (`fastdllm.reuse`)."""
+
+    def __init__(self, network: Transformer, store: KVStore) -> None:
+        self.layers, self.store, self.spec, self.rope = network.layers, store, network.spec, network.rope()
+        self.norms = [*(layer.attn_norm for layer in network.layers), network.norm]
+
+    def run(self, index: int, y: Tensor, h: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+        """Layer `index` for its input h [R, W, C] and y, h normalised. Returns its output normalised, and its output."""
+        return self.layers[index](y, h, self.norms[index + 1], index, window, self.store, *self.rope)
 
 
 class Transformer(nn.Module):
@@ -125,22 +136,18 @@ class Transformer(nn.Module):
             self._rope = ((angle.cos() * scale).to(device), (angle.sin() * scale).to(device))
         return self._rope
 
-    def forward(self, ids: Tensor, window: Window, store: KVStore, hook: LayerHook | None = None) -> Tensor:
+    def forward(self, ids: Tensor, window: Window, store: KVStore, rule: LayerRule | None = None) -> Tensor:
         """Recompute `window` and overwrite its slots of `store`.
 
-        ids [R, W] int64. `hook`, if given, runs each layer in the network's place (layer reuse, token selection): it gets
-        (layer, index, h, window, store, cos, sin) and returns the layer's output [R, W, C].
+        ids [R, W] int64. `rule`, if given, runs the layers in the network's place: it gets the stack, the first layer's
+        input, normalised, and that input, and returns the last one's output [R, W, C], normalised.
         """
-        cos, sin = self.rope()
-        h, layers = self.embed(ids), self.layers
-        if hook is not None:
-            for index, layer in enumerate(layers):
-                h = hook(layer, index, h, window, store, cos, sin)
-            return kernels.rmsnorm(h, self.norm, self.spec.rms_eps)[0]
-        y, _ = kernels.rmsnorm(h, layers[0].attn_norm, self.spec.rms_eps)
-        norms = [*(layer.attn_norm for layer in layers[1:]), self.norm]
-        for index, (layer, norm) in enumerate(zip(layers, norms, strict=True)):
-            y, h = layer(y, h, norm, index, window, store, cos, sin)
+        stack = Stack(self, store)
+        y, h = kernels.rmsnorm(self.embed(ids), stack.norms[0], self.spec.rms_eps)
+        if rule is not None:
+            return rule(stack, y, h)
+        for index in range(len(self.layers)):
+            y, h = stack.run(index, y, h, window)
         return y
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastdllm.models import int4
 from fastdllm.models.files import Fields, read_bytes, read_object
 from fastdllm.models.spec import Family, ModelSpec
 from fastdllm.models.transformer import Transformer
@@ -78,7 +79,8 @@ def headers(paths: list[Path]) -> dict[str, tuple[Path, list[int]]]:
                 part = file.get_slice(name)
                 if name in found:
                     raise ValueError(f"tensor {name!r} is in {found[name][0].name} and again in {path.name}")
-                if part.get_dtype() not in FLOATS:
+                packed = name.rpartition(".")[2] in int4.PARTS and part.get_dtype() == "I32"
+                if part.get_dtype() not in FLOATS and not packed:
                     raise ValueError(f"{path}: tensor {name!r} holds {part.get_dtype()}, not one of {', '.join(FLOATS)}")
                 found[name] = path, part.get_shape()
     return found
@@ -162,15 +164,22 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     change: Callable[[str, Tensor], Tensor] | None = None,
+    layout: str | None = None,
 ) -> Transformer:
     """Build the network of `spec` on `device` in `dtype` and fill it from `folder`.
 
     change: if given, (published name, tensor as stored) -> the tensor to load (an adapter).
+    layout: of a checkpoint in 4 bits, one of `int4.LAYOUTS`.
     Raises ValueError naming the tensor that is missing, unexpected, doubled, of a wrong shape or not finite.
     """
     found = headers(shards(folder))
+    packed = {} if layout is None else int4.take_packed(found, family.names(spec), layout)
+    if packed and change is not None:
+        raise ValueError(f"{folder}: an adapter cannot be merged into weights in 4 bits")
     table = check_headers(folder, family, spec, found)
-    network = Transformer(spec, dtype, "meta").to_empty(device=device)
+    network = Transformer(spec, dtype, "meta")
+    int4.make_room(network, table, {name: read_tensor(*parts["scales"]) for name, parts in packed.items()})
+    network.to_empty(device=device)
     if spec.tied_head:
         network.head.weight = network.embed.weight
     parameters = dict(network.named_parameters())
@@ -179,6 +188,13 @@ def load_weights(
         if name not in table:
             continue
         target, row = table[name]
+        if name in packed:
+            tensors = {part: read_tensor(*where).to(device) for part, where in packed[name].items()}
+            weight, scale = int4.convert(tensors, str(layout))
+            module, rows = network.get_submodule(target.removesuffix(".weight")), slice(row, row + len(weight))
+            module.weight.data[rows].copy_(weight)
+            check_finite(module.scale[rows].copy_(scale), *packed[name]["scales"])
+            continue
         tensor = read_tensor(path, name)
         tensor = tensor if change is None else change(name, tensor)
         place = parameters[target].data[row : row + expected[name][0]]

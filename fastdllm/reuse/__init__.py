@@ -23,16 +23,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastdllm.forward import Window
-from fastdllm.reuse.base import Cursor, Work, part, take, whole
-from fastdllm.store import KVStore
+from fastdllm import kernels
+from fastdllm.reuse.base import Cursor, Work
 
 if TYPE_CHECKING:
     from fastdllm.models import Model
-    from fastdllm.models.transformer import Layer, LayerHook
+    from fastdllm.models.transformer import LayerRule, Stack
 
 MODES = ("delta", "output")
 
@@ -60,10 +58,10 @@ def subset_layers(subset: str | Sequence[int], layers: int) -> tuple[int, ...]:
 
 @dataclass
 class ReuseState:
-    """What the reused layers last computed, by request and position in the block.
+    """What the reused layers last computed, by request and position in the block (the last place, D - 1, is padding's).
 
-    cached [S, n, D, C]: delta (or output) of each reused layer; entry [S, D, C]: input of the first one; ids [S, D]: token.
-    drifted [S]: positions of the row's last pass over the drift threshold.
+    cached [S, n, D, C]: what each run of reused layers added (or its output). entry [S, D, C]: input of the first one; ids
+    [S, D]: token. drifted [S]: positions of the row's last pass over the drift threshold.
     """
 
     cached: Tensor
@@ -86,13 +84,19 @@ class LayerReuse:
     size: int
     whole_refreshes: bool
 
+    @property
+    def runs(self) -> list[range]:
+        """The layers as runs of neighbours, which skip the same positions and are remembered by one difference."""
+        starts = [i for i in self.layers if i - 1 not in self.layers]
+        return [range(i, next(j for j in range(i, i + len(self.layers) + 1) if j not in self.layers)) for i in starts]
+
     def allocate(self, model: Model, rows: int) -> ReuseState:
-        """Empty state for `rows` canvas rows."""
-        width, make = model.spec.width, {"dtype": model.dtype, "device": model.device}
+        """Empty state for `rows` requests."""
+        width, make, places = model.spec.width, {"dtype": model.dtype, "device": model.device}, self.size + 1
         return ReuseState(
-            torch.zeros(rows, len(self.layers), self.size, width, **make),
-            torch.zeros(rows, self.size, width, **make),
-            torch.full((rows, self.size), -1, dtype=torch.long, device=model.device),
+            torch.zeros(rows, len(self.runs), places, width, **make),
+            torch.zeros(rows, places, width, **make),
+            torch.full((rows, places), -1, dtype=torch.long, device=model.device),
             torch.zeros(rows, dtype=torch.long, device=model.device),
         )
 
@@ -108,48 +112,74 @@ class LayerReuse:
         wanted = drifted if self.ratio is None else math.ceil(self.ratio * width)
         return min(width, max(wanted, committed + remaining))
 
-    def hook(self, state: ReuseState, work: Work) -> LayerHook:
-        """Runs the layers of one pass."""
-        at, rows, mine, ids = work.window.pos % self.size, work.slot[:, None], work.mine, work.ids
-        chosen: Tensor | None = None
+    def layers_of(self, state: ReuseState, work: Work) -> LayerRule:
+        """See `base.Reuse`."""
+        at = torch.where(work.padding, self.size, work.window.pos % self.size)
+        pieces, starts = None if work.whole else work.pieces(), {run.start: (j, run) for j, run in enumerate(self.runs)}
 
-        def run(layer: Layer, index: int, h: Tensor, window: Window, store: KVStore, cos: Tensor, sin: Tensor) -> Tensor:
-            nonlocal chosen
-            if index not in self.layers:
-                return whole(layer, index, h, window, store, cos, sin)
-            j = self.layers.index(index)
-            if j == 0 and self.drift is not None:
-                state.drifted[work.slot] = (_drift(h, state, rows, at) >= self.drift).sum(1)
-            if work.most == work.width:
-                out = whole(layer, index, h, window, store, cos, sin)
-                state.cached[rows, j, at] = out - h if self.mode == "delta" else out
-                if j == 0:
-                    state.entry[rows, at], state.ids[rows, at] = h, ids
-                return out
-            cached = state.cached[rows, j, at]
-            out = h + cached if self.mode == "delta" else cached
-            if work.most == 0:
-                return out
-            if j == 0:
-                chosen = self._choose(h, state, rows, at, work)
-            picked, inputs = at.gather(1, chosen), take(h, chosen)
-            if j == 0:
-                state.entry[rows, picked] = torch.where(mine, inputs, state.entry[rows, picked])
-                state.ids[rows, picked] = torch.where(mine[..., 0], ids.gather(1, chosen), state.ids[rows, picked])
-            fresh = whole(layer, index, inputs, part(work, chosen), store, cos, sin)
-            fresh = torch.where(mine, fresh, take(out, chosen))
-            value = fresh - inputs if self.mode == "delta" else fresh
-            state.cached[rows, j, picked] = torch.where(mine, value, take(cached, chosen))
-            return out.scatter(1, chosen[..., None].expand_as(fresh), fresh)
+        def rule(stack: Stack, y: Tensor, h: Tensor) -> Tensor:
+            index, score = 0, torch.empty(0)
+            while index < len(stack.layers):
+                if index not in starts:
+                    y, h = stack.run(index, y, h, work.window)
+                    index += 1
+                    continue
+                j, run = starts[index]
+                if j == 0 and (pieces is not None or self.drift is not None):
+                    score = self._score(state, work, at, h)
+                if pieces is None:
+                    y, h = self._run_all(stack, state, work, at, y, h, j, run)
+                else:
+                    y, h = self._run_some(stack, state, work, at, h, j, run, score, pieces)
+                index = run.stop
+            return y
 
-        return run
+        return rule
 
-    def _choose(self, h: Tensor, state: ReuseState, rows: Tensor, at: Tensor, work: Work) -> Tensor:
-        """The positions [R, most] to recompute first: the mandatory ones, then by drift of the input."""
-        mandatory = work.needed | (work.ids != state.ids[rows, at])
-        return (_drift(h, state, rows, at) + 4.0 * mandatory).topk(work.most, 1).indices
+    def _score(self, state: ReuseState, work: Work, at: Tensor, h: Tensor) -> Tensor:
+        """[R, W] fp32: the higher, the sooner a position is recomputed. Those whose token changed and those that predict an
+        open mask first, then by drift of the input; padding last. Counts what drifted for the next pass."""
+        if self.ratio is None and self.drift is None:
+            return torch.zeros(at.shape, device=at.device).masked_fill(work.padding, -torch.inf)
+        drift = kernels.drift(h, state.entry[:, None], work.slot, at)
+        if self.drift is not None:
+            state.drifted[work.slot] = ((drift >= self.drift) & ~work.padding).sum(1)
+        mandatory = work.needed | (work.ids != state.ids[work.slot[:, None], at])
+        return (drift + 4.0 * mandatory).masked_fill(work.padding, -torch.inf)
 
+    def _run_all(
+        self, stack: Stack, state: ReuseState, work: Work, at: Tensor, y: Tensor, h: Tensor, j: int, run: range
+    ) -> tuple[Tensor, Tensor]:
+        """The j-th run of layers for every position."""
+        rows, before = work.slot[:, None], h
+        if j == 0:
+            state.entry[rows, at], state.ids[rows, at] = h, work.ids
+        for index in run:
+            y, h = stack.run(index, y, h, work.window)
+        state.cached[rows, j, at] = h - before if self.mode == "delta" else h
+        return y, h
 
-def _drift(h: Tensor, state: ReuseState, rows: Tensor, at: Tensor) -> Tensor:
-    """How far the subset's input is from the one it last ran on: 1 - cosine, in [0, 2], [R, W] fp32."""
-    return 1 - F.cosine_similarity(h.float(), state.entry[rows, at].float(), dim=-1)
+    def _run_some(
+        self,
+        stack: Stack,
+        state: ReuseState,
+        work: Work,
+        at: Tensor,
+        h: Tensor,
+        j: int,
+        run: range,
+        score: Tensor,
+        pieces: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The j-th run of layers for the `work.fresh` positions of each row with the highest score."""
+        eps, entry = stack.spec.rms_eps, {} if j else {"entry": state.entry, "ids": work.ids, "seen": state.ids}
+        window, before, after = work.window, stack.norms[run.start], stack.norms[run.stop]
+        picked = kernels.pick(
+            h, score, work.fresh, pieces, work.size, window.pos, window.kv_len, work.scratch, before, eps,
+            row=work.slot, at=at, **entry,
+        )  # fmt: skip
+        y, fresh, part = picked.y, picked.h, work.part(picked, pieces)
+        for index in run if work.count else ():
+            y, fresh = stack.run(index, y, fresh, part)
+        output = self.mode == "output"
+        return kernels.merge(h, fresh, picked.source, state.cached[:, j], work.slot, at, after, eps, output)

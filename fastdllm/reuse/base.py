@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,13 +11,10 @@ from torch import Tensor
 
 from fastdllm import kernels
 from fastdllm.forward import Window
-from fastdllm.store import KVStore
 
 if TYPE_CHECKING:
     from fastdllm.models import Model
-    from fastdllm.models.transformer import Layer
-
-    LayerHook = Callable[[Layer, int, Tensor, Window, KVStore, Tensor, Tensor], Tensor]
+    from fastdllm.models.transformer import LayerRule
 
 
 @dataclass(frozen=True)
@@ -26,26 +22,42 @@ class Work:
     """A pass of which some layers run for some positions only.
 
     slot [R]: where each row's state lies. window: of the pass. ids [R, W]: its tokens. needed [R, W] bool: positions whose
-    output predicts an open mask. most: the shape, the most positions of any row that run through the layers with reuse.
-    fresh [R]: each row's own number of them. scratch [R]: the position that padding writes to.
+    output predicts an open mask. fresh [R]: how many positions of each row run through the layers with reuse. scratch [R]:
+    the position that padding writes to. size, count: these positions run in `count` pieces of `size`; 0 pieces of W say
+    that all of them run.
     """
 
     slot: Tensor
     window: Window
     ids: Tensor
     needed: Tensor
-    most: int
     fresh: Tensor
     scratch: Tensor
+    size: int
+    count: int
 
     @property
-    def width(self) -> int:
-        return self.ids.shape[1]
+    def whole(self) -> bool:
+        return self.count == 0 and self.size == self.ids.shape[1]
 
     @property
-    def mine(self) -> Tensor:
-        """[R, most, 1] bool: where it is false, a row only fills the shape."""
-        return (torch.arange(self.most, device=self.ids.device) < self.fresh[:, None])[..., None]
+    def padding(self) -> Tensor:
+        """[R, W] bool."""
+        return self.window.pos == self.scratch[:, None]
+
+    def pieces(self) -> Tensor:
+        """[count, 2] int64: the row of each piece, and the rank of its first position (`kernels.pick`)."""
+        each = (self.fresh + self.size - 1).div(self.size, rounding_mode="floor")
+        ends, piece = each.cumsum(0), torch.arange(self.count, device=self.fresh.device)
+        # Pieces beyond those of the rows only fill the shape: they come after the ranks of the last row.
+        row = torch.searchsorted(ends, piece, right=True).clamp(max=len(each) - 1)
+        return torch.stack([row, (piece - (ends - each)[row]) * self.size], 1)
+
+    def part(self, picked: kernels.Picked, pieces: Tensor) -> Window:
+        """The window of the positions that were picked."""
+        window, row = self.window, pieces[:, 0]
+        hide = None if window.hide is None else window.hide[row]
+        return Window(window.row[row], picked.pos, picked.kv_len, window.max_kv_len, window.dense, hide)
 
 
 class Reuse(Protocol):
@@ -68,8 +80,8 @@ class Reuse(Protocol):
     def allocate(self, model: Model, rows: int) -> Any:
         """Empty state for so many requests, with a tensor `drifted` [rows]."""
 
-    def hook(self, state: Any, work: Work) -> LayerHook:
-        """Runs the layers of one pass."""
+    def layers_of(self, state: Any, work: Work) -> LayerRule:
+        """What runs the layers of one pass."""
 
 
 @dataclass
@@ -92,21 +104,3 @@ class Cursor:
     def restart(self) -> None:
         """A new outer block."""
         self.since = -1
-
-
-def whole(layer: Layer, index: int, h: Tensor, window: Window, store: KVStore, cos: Tensor, sin: Tensor) -> Tensor:
-    """The layer's output [R, W, C] for its input h [R, W, C]; its norm for the next layer is not needed."""
-    y, _ = kernels.rmsnorm(h, layer.attn_norm, layer.spec.rms_eps)
-    return layer(y, h, layer.attn_norm, index, window, store, cos, sin)[1]
-
-
-def part(work: Work, chosen: Tensor) -> Window:
-    """The window of the positions at chosen [R, n]; those that only fill the shape write to the scratch position."""
-    window = work.window
-    pos = torch.where(work.mine[..., 0], window.pos.gather(1, chosen), work.scratch[:, None])
-    return Window(window.row, pos, window.kv_len.gather(1, chosen), window.max_kv_len, window.dense, window.hide)
-
-
-def take(h: Tensor, index: Tensor) -> Tensor:
-    """h [R, W, C] at index [R, n]: [R, n, C]."""
-    return h.gather(1, index[..., None].expand(-1, -1, h.shape[-1]))

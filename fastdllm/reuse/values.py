@@ -14,16 +14,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastdllm.forward import Window
-from fastdllm.reuse.base import Cursor, Work, part, take, whole
-from fastdllm.store import KVStore
+from fastdllm import kernels
+from fastdllm.reuse.base import Cursor, Work
 
 if TYPE_CHECKING:
     from fastdllm.models import Model
-    from fastdllm.models.transformer import Layer, LayerHook
+    from fastdllm.models.transformer import LayerRule, Stack
 
 STILL = 1e-4  # a drift below it is rounding: the projection of the same input in another shape
 
@@ -62,26 +60,28 @@ class ValueReuse:
         """See `base.Reuse`; the layers with reuse are all of them."""
         return width if since < 0 or since + 1 >= self.period else math.ceil(self.ratio * width)
 
-    def hook(self, state: ValueState, work: Work) -> LayerHook:
-        """Runs the layers of one pass."""
-        pos, row, rows, mine = work.window.pos, work.window.row[:, None], work.slot[:, None], work.mine
-        padding = pos == work.scratch[:, None]
-        at = torch.where(padding, self.size, pos % self.size)
+    def layers_of(self, state: ValueState, work: Work) -> LayerRule:
+        """See `base.Reuse`."""
+        window, rows = work.window, work.slot[:, None]
+        at = torch.where(work.padding, self.size, window.pos % self.size)
+        # Among positions that stand still those that predict an open mask go first; padding comes last.
+        bonus = STILL / 2 * work.needed - 4.0 * work.padding
+        pieces = None if work.whole else work.pieces()
 
-        def run(layer: Layer, index: int, h: Tensor, window: Window, store: KVStore, cos: Tensor, sin: Tensor) -> Tensor:
-            if work.most == work.width:
-                out = whole(layer, index, h, window, store, cos, sin)
-                state.cached[rows, index, at] = out - h
-                return out
-            stored = store.v[index][row, :, pos].flatten(2)  # [R, W, K * D]
-            drift = 1 - F.cosine_similarity(layer.values(h).float(), stored.float(), dim=-1)
-            drift = torch.where(drift < STILL, STILL / 2 * work.needed, drift).masked_fill(padding, -1)
-            chosen = drift.argsort(dim=1, descending=True, stable=True)[:, : work.most]
-            inputs, cached = take(h, chosen), state.cached[rows, index, at]
-            out = h + cached
-            fresh = whole(layer, index, inputs, part(work, chosen), store, cos, sin)
-            fresh = torch.where(mine, fresh, take(out, chosen))
-            state.cached[rows, index, at.gather(1, chosen)] = torch.where(mine, fresh - inputs, take(cached, chosen))
-            return out.scatter(1, chosen[..., None].expand_as(fresh), fresh)
+        def rule(stack: Stack, y: Tensor, h: Tensor) -> Tensor:
+            eps = stack.spec.rms_eps
+            for index, layer in enumerate(stack.layers):
+                before, norm = h, stack.norms[index + 1]
+                if pieces is None:
+                    y, h = stack.run(index, y, h, window)
+                    state.cached[rows, index, at] = h - before
+                    continue
+                score = kernels.drift(layer.values(y), stack.store.v[index], window.row, window.pos, bonus, STILL)
+                picked = kernels.pick(
+                    h, score, work.fresh, pieces, work.size, window.pos, window.kv_len, work.scratch, layer.attn_norm, eps
+                )
+                _, fresh = stack.run(index, picked.y, picked.h, work.part(picked, pieces))
+                y, h = kernels.merge(h, fresh, picked.source, state.cached[:, index], work.slot, at, norm, eps)
+            return y
 
-        return run
+        return rule

@@ -20,6 +20,8 @@ SETTINGS = [
     ("llada", {"cache": "dual", "decoder": "draft_verify"}),  # branches, which open a block as one
     ("llada", {"cache": "suffix_window", "suffix": 4, "decoder": "threshold", "threshold": 0.3}),  # hidden slots
     ("llada", {"cache": "top_rho", "decoder": "quota"}),  # reused layers
+    ("v2", {"cache": "block", "reuse_k": 9, "layer_subset": "first", "trim_ratio": 0.3, "block_length": 8} | PACKED),  # TRIM
+    ("v2", {"cache": "block", "reuse_k": 2, "layer_subset": "first", "block_length": 8}),  # reused layers that none runs
     ("dream", {"cache": "vicinity", "decoder": "lopa", "gen_length": 4}),
     ("dream", {"cache": "dual", "decoder": "wino"}),  # shadows
     ("dream", {"cfg_scale": 0.5, "decoder": "factor"}),

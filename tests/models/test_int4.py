@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fastdllm
+from fastdllm.forward import Window
 from fastdllm.kernels import quantize_weight
 from fastdllm.kernels.linear.int4 import widen
-from fastdllm.models import int4, quantize
+from fastdllm.models import int4, load, quantize
+from tests.published_checkpoints import write_checkpoint
 from tests.random_models import random_model
 
 
@@ -123,3 +127,59 @@ def test_an_eight_billion_model_takes_less_than_five_and_a_half_gibibytes() -> N
     packed = [t for shape in shapes for t in quantize_weight(torch.empty(shape, device="meta"), "int4")]
     layer = sum(t.nbytes for t in packed) + 2 * 2 * width
     assert layers * layer + 2 * vocab * width + vocab * (width + 4) + 2 * width <= 5.5 * 2**30
+
+
+def pack_checkpoint(folder: Path, layout: str, group: int) -> dict[str, Tensor]:
+    """Replace every projection of a checkpoint by packed tensors; returns the weights that they stand for."""
+    path, plain = folder / "model.safetensors", {}
+    stored = load_file(path)
+    for name, weight in list(stored.items()):
+        if weight.ndim == 2 and (".blocks." in name or ".layers." in name):
+            tensors, plain[name] = published(layout, *weight.shape, group)
+            del stored[name]
+            stored |= {name.removesuffix("weight") + part: t for part, t in tensors.items()}
+            if layout.startswith("gptq") and name.removesuffix("weight") + "bias" not in stored:
+                stored[name.removesuffix("weight") + "bias"] = torch.zeros(weight.shape[0])
+    save_file({name: t.contiguous() for name, t in stored.items()}, path)
+    return plain
+
+
+def quantization(layout: str) -> dict[str, Any]:
+    method = layout.partition("_")[0]
+    return {"quant_method": method, "bits": 4} | ({"checkpoint_format": layout} if method == "gptq" else {})
+
+
+@pytest.mark.parametrize("layout", int4.LAYOUTS)
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_a_packed_checkpoint_is_the_network_that_it_stands_for(tmp_path: Path, family: str, layout: str) -> None:
+    """Weights land in 4 bits, in their rows of the fused projections, and give what the same weights in fp32 give."""
+    tensors = write_checkpoint(tmp_path / "packed", family, quantization_config=quantization(layout))
+    weights = pack_checkpoint(tmp_path / "packed", layout, 16)
+    write_checkpoint(tmp_path / "plain", family)
+    stored = {name: weights.get(name, t).float().contiguous() for name, t in tensors.items()}
+    save_file(stored, tmp_path / "plain" / "model.safetensors")
+    packed, wide = (load(tmp_path / name, device="cpu") for name in ("packed", "plain"))
+    assert all(layer.gate_up.weight.dtype == torch.uint8 for layer in packed.network.layers)
+    pos = torch.arange(6)[None]
+    window = Window(torch.zeros(1, dtype=torch.long), pos, torch.full_like(pos, 6), 6, True)
+    ids = torch.randint(0, 8, (1, 6))
+    hidden = [m.network(ids, window, m.network.new_store(1, 6)) for m in (packed, wide)]
+    torch.testing.assert_close(*hidden, rtol=1e-3, atol=1e-3)
+
+
+def test_packed_checkpoints_that_cannot_be_read(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "dream", quantization_config=quantization("gptq"))
+    with pytest.raises(ValueError, match="no packed weights"):
+        load(tmp_path)
+    pack_checkpoint(tmp_path, "gptq", 16)
+    with pytest.raises(ValueError, match=r"quantize='int8'.*quantised already"):
+        load(tmp_path, quantize="int8")
+    path = tmp_path / "model.safetensors"
+    stored = load_file(path)
+    save_file({n: t for n, t in stored.items() if not n.endswith("up_proj.scales")}, path)
+    with pytest.raises(ValueError, match=r"up_proj\.qweight comes without .*up_proj\.scales"):
+        load(tmp_path)
+    bias = next(n for n in stored if n.endswith("up_proj.bias"))
+    save_file(stored | {bias: torch.ones_like(stored[bias])}, path)
+    with pytest.raises(ValueError, match="a projection has a bias"):
+        load(tmp_path)

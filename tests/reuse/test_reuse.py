@@ -14,12 +14,14 @@ import torch
 
 import fastdllm
 from fastdllm.engine import decode
-from fastdllm.forward import Window
+from fastdllm.engine.batch import parts
+from fastdllm.forward import Plan, Shape, Window
 from fastdllm.models import Model
 from fastdllm.models.spec import ModelSpec
 from fastdllm.models.transformer import Layer, Transformer
 from fastdllm.reuse import LayerReuse, subset_layers
 from fastdllm.reuse.base import Work
+from fastdllm.runners import eager
 from tests.random_models import WatchedRunner
 
 LAYERS, SIZE = 6, 8
@@ -152,12 +154,52 @@ def test_trim_always_recomputes_what_changed_and_what_predicts() -> None:
     needed = torch.zeros(1, SIZE, dtype=torch.bool)
     needed[0, 2] = True
     h[0, 4] = -h[0, 4]
-    at, rows = torch.arange(SIZE)[None], torch.zeros(1, 1, dtype=torch.long)
+    at = torch.arange(SIZE)[None]
     window = Window(torch.zeros(1, dtype=torch.long), at, torch.full_like(at, SIZE), SIZE)
-    work = Work(window.row, window, ids, needed, 3, torch.tensor([3]), torch.tensor([SIZE]))
-    chosen = reuse._choose(h, State, rows, at, work)
-    assert set(chosen[0].tolist()) == {2, 4, 6}
-    assert set(chosen[0, :2].tolist()) == {2, 6}
+    work = Work(window.row, window, ids, needed, torch.tensor([3]), torch.tensor([SIZE]), 3, 1)
+    chosen = reuse._score(State, work, at, h).argsort(descending=True)[0, :3].tolist()
+    assert set(chosen) == {2, 4, 6}
+    assert set(chosen[:2]) == {2, 6}
+
+
+def test_runs_of_layers() -> None:
+    """Neighbours are one run; a gap starts another."""
+    for layers, want in (((1, 2, 3), [(1, 4)]), ((2, 4, 5, 9), [(2, 3), (4, 6), (9, 10)]), ((1,), [(1, 2)])):
+        reuse = LayerReuse(4, layers, "delta", 0.25, None, SIZE, False)
+        assert [(run.start, run.stop) for run in reuse.runs] == want
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_pieces_hold_every_fresh_position(packs: bool) -> None:
+    """One row alone runs exactly its own positions where nothing is captured; rows that run whole need no piece."""
+    assert parts([8, 8], [8, 8], packs) == (8, 0)
+    assert parts([0, 0], [8, 8], packs)[1] == 0
+    for n in range(1, 8):
+        assert parts([n], [8], packs) == ((1 << (n - 1).bit_length() if packs else n), 1)
+    for fresh in ([8, 0, 0], [8, 2, 3, 0], [1, 1, 1, 7], [5, 8]):
+        size, count = parts(fresh, [8] * len(fresh), packs)
+        assert 1 <= size <= 8 and count == sum(-(-n // size) for n in fresh)
+
+
+@pytest.mark.parametrize("reuse", REUSE, ids=str)
+def test_rows_that_recompute_all_and_rows_that_reuse_share_a_forward(
+    model: Model, reuse: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed, call = 0, eager.Runner.__call__
+
+    def watched(self: Any, canvas: Any, step: Any, key: Any, plans: list[Plan], noise: Any, shape: Shape) -> Any:
+        nonlocal mixed
+        whole = [plan.fresh == plan.stop - plan.start for plan in plans]
+        mixed += shape.fresh is not None and any(whole) and not all(whole)
+        return call(self, canvas, step, key, plans, noise, shape)
+
+    monkeypatch.setattr(eager.Runner, "__call__", watched)
+    batch = prompts(5, 6, 7, 12)
+    together = fastdllm.generate(model, batch, cache="block", batch_size=4, **OPTIONS, **reuse)
+    assert mixed
+    alone = [fastdllm.generate(model, [p], cache="block", **OPTIONS, **reuse) for p in batch]
+    assert tokens(together) == [tokens(out)[0] for out in alone]
+    assert together.stats.row_layer_tokens == [out.stats.row_layer_tokens[0] for out in alone]
 
 
 def test_a_drift_threshold_recomputes_more_the_lower_it_is(model: Model) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fastdllm
+from fastdllm import kernels
 from fastdllm.build import assemble, runner
 from fastdllm.engine import Request, decode
 from fastdllm.forward import Window
@@ -56,8 +57,8 @@ class Passes:
         ids, marks = self.x[pos % T], torch.isin(pos, torch.tensor(needed, dtype=torch.long))
         quota = torch.tensor([active])
         window = Window(self.row, pos, torch.full_like(pos, T), T, True)
-        hook = self.reuse.hook(self.state, Work(self.row, window, ids, marks, active, quota, torch.tensor([T])))
-        return self.model.network(ids, window, self.store, hook)
+        work = Work(self.row, window, ids, marks, quota, torch.tensor([T]), active, int(active < pos.shape[1]))
+        return self.model.network(ids, window, self.store, self.reuse.layers_of(self.state, work))
 
 
 def test_what_changed_runs_first_then_what_predicts_then_by_position(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,9 +107,10 @@ def test_projected_values_are_those_that_the_layer_stores(quantized: bool) -> No
         quantize(passes.model.network, "int8")
     pos = torch.arange(T)[None]
     passes.model.network(passes.x[None], Window(passes.row, pos, torch.full_like(pos, T), T, True), passes.store)
-    h = passes.model.network.embed(passes.x[None])
+    layer = passes.model.network.layers[0]
+    y, _ = kernels.rmsnorm(passes.model.network.embed(passes.x[None]), layer.attn_norm, layer.spec.rms_eps)
     stored = passes.store.v[0, :, :, :T].transpose(1, 2).flatten(2)
-    torch.testing.assert_close(passes.model.network.layers[0].values(h), stored, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.values(y), stored, rtol=1e-5, atol=1e-5)
 
 
 def test_running_all_is_the_plain_layer() -> None:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastdllm.models.adapters import Adapter
 from fastdllm.models.files import TOKENIZER_FILES, Fields, read_object
-from fastdllm.models.hub import TINY, find_folder, tiny_names
+from fastdllm.models.hub import TINY, find_adapter, find_folder, tiny_names
 from fastdllm.models.quantize import KINDS
 from fastdllm.models.quantize import quantize as quantize_network
 from fastdllm.models.spec import Family, ModelSpec
@@ -51,13 +52,15 @@ DTYPES = {
     "half": torch.float16,
     "double": torch.float64,
 }
-ALLOWED = "device, dtype, revision, quantize, block_size"
+ALLOWED = "device, dtype, revision, quantize, block_size, adapter"
 # What other libraries call the arguments of `load`.
 OTHER_NAMES = {
     "torch_dtype": "dtype=",
     "device_map": "device=",
     "load_in_8bit": "quantize='int8'",
     "quantization_config": "quantize=",
+    "lora_path": "adapter=",
+    "peft": "adapter=",
     "attn_implementation": "none: the attention is the project's own",
 }
 
@@ -208,6 +211,7 @@ def load(
     revision: str | None = None,
     quantize: str | None = None,
     block_size: int | None = None,
+    adapter: str | Path | None = None,
     trust_remote_code: bool = False,
     **other: Any,
 ) -> Model:
@@ -220,6 +224,7 @@ def load(
     revision: of a hub id, a branch, tag or commit.
     quantize: "fp8" (Hopper and later) or "int8" weights, None for none.
     block_size: of a block-diffusion model whose config.json does not say it (A2D's bd3lm, SDAR), or another than it says.
+    adapter: a folder or hub id of a LoRA adapter as peft saves it, merged into the weights.
     trust_remote_code: accepted for the call's familiar shape; the hub's code is never run.
     Raises FileNotFoundError for a model or a file that is not there (an unknown hub id and an unreachable hub included) and
     ValueError for a file or an argument that is wrong, each naming what it is.
@@ -254,7 +259,8 @@ def load(
         raise error if str(folder) in str(error) else ValueError(f"{folder}: {error}") from error
     if tokenizer is not None:
         check_ids(config, spec, tokenizer)
-    network = load_weights(folder, family, spec, dtype, device)
+    lora = None if adapter is None else Adapter(find_adapter(adapter))
+    network = load_weights(folder, family, spec, dtype, device, lora)
     if quantize is not None:
         quantize_network(network, quantize)
     return Model(network, spec, tokenizer, str(name))

@@ -8,8 +8,8 @@ that the peak is the weights on their device and one tensor on the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,9 @@ from torch import Tensor
 from fastdllm.models.files import Fields, read_bytes, read_object
 from fastdllm.models.spec import Family, ModelSpec
 from fastdllm.models.transformer import Transformer
+
+if TYPE_CHECKING:
+    from fastdllm.models.adapters import Adapter
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -161,26 +164,28 @@ def load_weights(
     spec: ModelSpec,
     dtype: torch.dtype,
     device: torch.device,
-    change: Callable[[str, Tensor], Tensor] | None = None,
+    adapter: Adapter | None = None,
 ) -> Transformer:
     """Build the network of `spec` on `device` in `dtype` and fill it from `folder`.
 
-    change: if given, (published name, tensor as stored) -> the tensor to load (an adapter).
+    adapter: merged into the tensors as they are read.
     Raises ValueError naming the tensor that is missing, unexpected, doubled, of a wrong shape or not finite.
     """
     found = headers(shards(folder))
     table = check_headers(folder, family, spec, found)
+    expected = expected_shapes(table, parameter_shapes(spec))
+    if adapter is not None:
+        adapter.check(expected)
     network = Transformer(spec, dtype, "meta").to_empty(device=device)
     if spec.tied_head:
         network.head.weight = network.embed.weight
     parameters = dict(network.named_parameters())
-    expected = expected_shapes(table, parameter_shapes(spec))
     for name, (path, _) in found.items():
         if name not in table:
             continue
         target, row = table[name]
         tensor = read_tensor(path, name)
-        tensor = tensor if change is None else change(name, tensor)
+        tensor = tensor if adapter is None else adapter(name, tensor)
         place = parameters[target].data[row : row + expected[name][0]]
         # Copied from the file to its place: no second copy on the device, none on the host unless the number format changes.
         place.copy_(tensor)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastdllm.models.adapters import Adapter
 from fastdllm.models.files import TOKENIZER_FILES, Fields, read_object
-from fastdllm.models.hub import TINY, find_folder, tiny_names
+from fastdllm.models.hub import TINY, find_adapter, find_folder, tiny_names
 from fastdllm.models.int4 import layout_of
 from fastdllm.models.quantize import KINDS
 from fastdllm.models.quantize import quantize as quantize_network
@@ -52,13 +53,15 @@ DTYPES = {
     "half": torch.float16,
     "double": torch.float64,
 }
-ALLOWED = "device, dtype, revision, quantize, block_size"
+ALLOWED = "device, dtype, revision, quantize, block_size, adapter"
 # What other libraries call the arguments of `load`.
 OTHER_NAMES = {
     "torch_dtype": "dtype=",
     "device_map": "device=",
     "load_in_8bit": "quantize='int8'",
     "quantization_config": "quantize=",
+    "lora_path": "adapter=",
+    "peft": "adapter=",
     "attn_implementation": "none: the attention is the project's own",
 }
 
@@ -212,6 +215,7 @@ def load(
     revision: str | None = None,
     quantize: str | None = None,
     block_size: int | None = None,
+    adapter: str | Path | None = None,
     trust_remote_code: bool = False,
     **other: Any,
 ) -> Model:
@@ -225,6 +229,7 @@ def load(
     quantize: "fp8" (Hopper and later), "int8" or "int4" weights, None for the checkpoint's own, which may be GPTQ's or AWQ's
     in 4 bits.
     block_size: of a block-diffusion model whose config.json does not say it (A2D's bd3lm, SDAR), or another than it says.
+    adapter: a folder or hub id of a LoRA adapter as peft saves it, merged into the weights.
     trust_remote_code: accepted for the call's familiar shape; the hub's code is never run.
     Raises FileNotFoundError for a model or a file that is not there (an unknown hub id and an unreachable hub included) and
     ValueError for a file or an argument that is wrong, each naming what it is.
@@ -262,7 +267,8 @@ def load(
     layout = layout_of(config.inner("quantization_config")) if "quantization_config" in config else None
     if layout and quantize:
         raise ValueError(f"quantize={quantize!r}: the weights of {folder} are quantised already ({layout})")
-    network = load_weights(folder, family, spec, dtype, device, layout=layout)
+    lora = None if adapter is None else Adapter(find_adapter(adapter))
+    network = load_weights(folder, family, spec, dtype, device, lora, layout)
     if quantize is not None:
         quantize_network(network, quantize)
     return Model(network, spec, tokenizer, str(name))

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 TINY = Path(__file__).parent.parent / "tiny"
+ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 PUBLISHED_FILES = ["*.json", "*.safetensors", "merges.txt", "*.jinja"]
 
 
@@ -33,7 +34,21 @@ def find_folder(name: str, revision: str | None = None) -> Path:
         raise FileNotFoundError(
             f"model {name!r} is neither a folder nor a shipped name ({shipped}) nor a hub id 'owner/name'"
         )
-    return _download(name, revision, shipped)
+    return _check_folder(name, _download(name, revision, f"a folder, or a shipped name ({shipped}), works offline"))
+
+
+def find_adapter(name: str) -> Path:
+    """A local folder or a hub id -> the folder that holds a LoRA adapter. Raises FileNotFoundError as `find_folder` does."""
+    if not isinstance(name, str | Path):
+        raise ValueError(f"adapter={name!r} must be a folder or a hub id 'owner/name'")
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")) or "\0" in str(name):
+            raise FileNotFoundError(f"adapter={str(name)!r} is neither a folder nor a hub id 'owner/name'")
+        path = _download(str(name), None, "a folder works offline", ADAPTER_FILES)
+    if not (path / "adapter_config.json").exists():
+        raise FileNotFoundError(f"adapter={str(name)!r}: the folder has no adapter_config.json")
+    return path
 
 
 def _check_folder(name: str, path: Path) -> Path:
@@ -46,15 +61,14 @@ def _check_folder(name: str, path: Path) -> Path:
     raise FileNotFoundError(f"model {name!r}: the folder has no config.json")
 
 
-def _download(name: str, revision: str | None, shipped: str) -> Path:
+def _download(name: str, revision: str | None, offline: str = "", files: list[str] = PUBLISHED_FILES) -> Path:
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
     except ImportError as error:
         raise ImportError(f"model {name!r} looks like a hub id; `pip install huggingface_hub` to download it") from error
-    offline = f"a folder, or a shipped name ({shipped}), works offline"
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=PUBLISHED_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except GatedRepoError:
         reason = "needs an accepted licence and a token (`hf auth login`)"
     except RepositoryNotFoundError:
@@ -66,9 +80,7 @@ def _download(name: str, revision: str | None, shipped: str) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         # Not reached, not in the cache, cut off: whatever library of the client says so, its first line is the reason.
         reason = f"is not on this machine and could not be fetched from the hub ({_first_line(error)}); {offline}"
-    else:
-        return _check_folder(name, folder)
-    raise FileNotFoundError(f"model {name!r} {reason}")
+    raise FileNotFoundError(f"model {name!r} {reason}".rstrip("; "))
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,8 +8,8 @@ that the peak is the weights on their device and one tensor on the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +19,9 @@ from fastdllm.models import int4
 from fastdllm.models.files import Fields, read_bytes, read_object
 from fastdllm.models.spec import Family, ModelSpec
 from fastdllm.models.transformer import Transformer
+
+if TYPE_CHECKING:
+    from fastdllm.models.adapters import Adapter
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -163,27 +166,29 @@ def load_weights(
     spec: ModelSpec,
     dtype: torch.dtype,
     device: torch.device,
-    change: Callable[[str, Tensor], Tensor] | None = None,
+    adapter: Adapter | None = None,
     layout: str | None = None,
 ) -> Transformer:
     """Build the network of `spec` on `device` in `dtype` and fill it from `folder`.
 
-    change: if given, (published name, tensor as stored) -> the tensor to load (an adapter).
+    adapter: merged into the tensors as they are read.
     layout: of a checkpoint in 4 bits, one of `int4.LAYOUTS`.
     Raises ValueError naming the tensor that is missing, unexpected, doubled, of a wrong shape or not finite.
     """
     found = headers(shards(folder))
     packed = {} if layout is None else int4.take_packed(found, family.names(spec), layout)
-    if packed and change is not None:
+    if packed and adapter is not None:
         raise ValueError(f"{folder}: an adapter cannot be merged into weights in 4 bits")
     table = check_headers(folder, family, spec, found)
+    expected = expected_shapes(table, parameter_shapes(spec))
+    if adapter is not None:
+        adapter.check(expected)
     network = Transformer(spec, dtype, "meta")
     int4.make_room(network, table, {name: read_tensor(*parts["scales"]) for name, parts in packed.items()})
     network.to_empty(device=device)
     if spec.tied_head:
         network.head.weight = network.embed.weight
     parameters = dict(network.named_parameters())
-    expected = expected_shapes(table, parameter_shapes(spec))
     for name, (path, _) in found.items():
         if name not in table:
             continue
@@ -196,7 +201,7 @@ def load_weights(
             check_finite(module.scale[rows].copy_(scale), *packed[name]["scales"])
             continue
         tensor = read_tensor(path, name)
-        tensor = tensor if change is None else change(name, tensor)
+        tensor = tensor if adapter is None else adapter(name, tensor)
         place = parameters[target].data[row : row + expected[name][0]]
         # Copied from the file to its place: no second copy on the device, none on the host unless the number format changes.
         place.copy_(tensor)

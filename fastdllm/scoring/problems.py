@@ -11,6 +11,7 @@ from typing import Any
 
 from fastdllm.scoring.extract import extract, needed, statements
 from fastdllm.scoring.sandbox import Checks
+from fastdllm.scoring.statements import Statement
 
 _FUTURE = re.compile(r"^from __future__ import .*\n", re.MULTILINE)
 _FENCE_LINE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})", re.MULTILINE)
@@ -85,7 +86,8 @@ class Problem:
         # The tests may call a helper that the prompt gave and the solution does not use.
         wanted = self.roots | called(self.tests)
         # What is defined again later is another answer of a model that did not stop.
-        found, defined = [], set()
+        found: list[Statement] = []
+        defined: set[str] = set()
         for one in statements(self.prompt + body):
             if not one.binds & self.roots & defined:
                 found.append(one)

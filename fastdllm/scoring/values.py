@@ -77,7 +77,7 @@ def encode(value: Any, refer: Refer) -> Any:
     if type(value) is int and -_SHORT <= value < _SHORT:
         return value
     if isinstance(value, type):
-        return {"type": value.__name__} if vars(builtins).get(value.__name__) is value else refer(value)
+        return _encode_type(value, refer)
     for kind in type(value).__mro__:
         name = f"{kind.__module__}.{kind.__qualname__}"
         if name in _FORMS:
@@ -91,6 +91,10 @@ def encode(value: Any, refer: Refer) -> Any:
     if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () and hasattr(value, "item"):
         return encode(value.item(), refer)
     return refer(value)
+
+
+def _encode_type(kind: type[Any], refer: Refer) -> dict[str, Any]:
+    return {"type": kind.__name__} if vars(builtins).get(kind.__name__) is kind else refer(kind)
 
 
 def decode(data: Any, resolve: Resolve) -> Any:

@@ -6,4 +6,4 @@ import sys
 from fastdllm.scoring.score import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog="postprocess_code.py"))

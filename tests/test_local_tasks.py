@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fastdllm.scoring.problems import human_eval_problems, read_lines
+from fastdllm.scoring.samples import human_eval_problems, read_lines
 from fastdllm.tasks import TASKS_DIR
 
 lm_eval = pytest.importorskip("lm_eval")

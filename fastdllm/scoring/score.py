@@ -8,20 +8,31 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TextIO
 
-from fastdllm.scoring.problems import read_samples
-from fastdllm.scoring.sandbox import Limits, Verdict, run_program
+from fastdllm.scoring.problems import Problem
+from fastdllm.scoring.samples import read_samples
+from fastdllm.scoring.sandbox import Checks, Limits, Verdict, run_program
 
-_PROTECTIONS = {
-    "network": "programs can reach the network",
-    "processes": "programs see, and could signal, other processes",
-    "files": "programs can write wherever this user can",
-    "process_count": "the number of their processes is not limited",
+# What a program may do where a protection is missing, most serious first.
+PROTECTIONS = {
+    "forging": "reach the process that runs their tests, and pass without solving them",
+    "writing": "write wherever this user can",
+    "reading": "read whatever this user can",
+    "network": "reach the network",
+    "processes": "see and signal other processes",
+    "process_count": "start any number of processes",
+    "syscalls": "use every system call",
+    "memory": "exceed the memory limit together for a moment",
 }
+_MOST_COMPLAINTS = 10  # lines on stderr about bad lines of one file
+_ATTEMPTS = 3
+_NO_ANSWER = Verdict("failed", "no answer: the file holds null", 0.0, {})
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
@@ -41,30 +52,27 @@ def score_file(
 ) -> dict[str, Any]:
     """Run every answer in `path` (formats: `read_samples`) and return pass@k, isolation and one entry per answer.
 
-    This executes code that a model wrote. Values of k beyond the number of answers to some problem are an error.
+    This executes code that a model wrote. Lines that hold no sample do not count; `skipped` lists them. An answer that
+    is null has failed. Values of k beyond the number of answers to some problem are an error.
     """
-    found = read_samples(path, problems)
-    fewest = min(len(answers) for _, answers in found)
+    limits = limits or Limits()
+    samples = read_samples(path, problems)
+    found = [(problem, answers) for problem, answers in samples.found if answers]
+    fewest = min((len(answers) for _, answers in found), default=0)
     if not ks or not all(1 <= k <= fewest for k in ks):
         raise ValueError(f"k={list(ks)} must lie between 1 and {fewest}, the fewest answers that a problem has")
     jobs = [(problem, number, answer) for problem, answers in found for number, answer in enumerate(answers)]
-    programs = [problem.program(answer) for problem, _, answer in jobs]
-    verdicts = _run_all(programs, limits or Limits(), workers or os.cpu_count() or 1, progress)
-    passed = {problem.name: 0 for problem, _ in found}
-    for (problem, _, _), verdict in zip(jobs, verdicts, strict=True):
-        passed[problem.name] += verdict.passed
-    scores = {
-        f"pass@{k}": sum(pass_at_k(len(answers), passed[problem.name], k) for problem, answers in found) / len(found)
-        for k in ks
-    }
+    programs = [None if answer is None else problem.solution(answer) for problem, _, answer in jobs]
+    checks = {problem: problem.checks() for problem, _ in found}
+    pairs = [(program, checks[problem]) for (problem, _, _), program in zip(jobs, programs, strict=True)]
+    verdicts = _run_all(pairs, limits, workers or os.cpu_count() or 1, progress)
+    run = [verdict for verdict in verdicts if verdict is not _NO_ANSWER]
     return {
-        **scores,
-        "problems": len(found),
-        "samples": len(jobs),
-        "passed": sum(passed.values()),
+        **_pass_rates(found, jobs, verdicts, ks),
         # A protection counts only if it was in force every time.
-        "isolation": {name: all(v.isolation.get(name, False) for v in verdicts) for name in _PROTECTIONS},
-        "limits": vars(limits or Limits()),
+        "isolation": {name: all(verdict.isolation.get(name) for verdict in run) for name in PROTECTIONS},
+        "limits": vars(limits),
+        "skipped": [{"line": number, "reason": reason} for number, reason in samples.skipped],
         "results": [
             {
                 "name": problem.name,
@@ -72,48 +80,135 @@ def score_file(
                 "status": verdict.status,
                 "message": verdict.message,
                 "seconds": round(verdict.seconds, 3),
-                "program": program,
+                "program": None if answer is None else problem.program(answer),
             }
-            for (problem, number, _), verdict, program in zip(jobs, verdicts, programs, strict=True)
+            for (problem, number, answer), verdict in zip(jobs, verdicts, strict=True)
         ],
     }
 
 
-def _run_all(programs: list[str], limits: Limits, workers: int, progress: bool) -> list[Verdict]:
+def _pass_rates(
+    found: list[tuple[Problem, list[str | None]]],
+    jobs: list[tuple[Problem, int, str | None]],
+    verdicts: list[Verdict],
+    ks: Sequence[int],
+) -> dict[str, Any]:
+    passed = {problem.name: 0 for problem, _ in found}
+    for (problem, _, _), verdict in zip(jobs, verdicts, strict=True):
+        passed[problem.name] += verdict.passed
+    rates = {
+        f"pass@{k}": sum(pass_at_k(len(answers), passed[problem.name], k) for problem, answers in found) / len(found)
+        for k in ks
+    }
+    return {**rates, "problems": len(found), "samples": len(jobs), "passed": sum(passed.values())}
+
+
+def _run_all(pairs: list[tuple[str | None, Checks]], limits: Limits, workers: int, progress: bool) -> list[Verdict]:
     from tqdm import tqdm
 
     pool = ThreadPoolExecutor(workers)
     try:
-        running = {pool.submit(run_program, program, limits): i for i, program in enumerate(programs)}
+        running = {pool.submit(_attempt, program, limits, checks): i for i, (program, checks) in enumerate(pairs)}
         verdicts: dict[int, Verdict] = {}
-        with tqdm(total=len(programs), desc="programs", disable=not progress) as bar:
+        with tqdm(total=len(pairs), desc="programs", disable=not progress) as bar:
             for future in as_completed(running):
                 verdicts[running[future]] = future.result()
                 bar.update()
     finally:
         pool.shutdown(cancel_futures=True)
-    return [verdicts[i] for i in range(len(programs))]
+    return [verdicts[i] for i in range(len(pairs))]
+
+
+def _attempt(program: str | None, limits: Limits, checks: Checks) -> Verdict:
+    """Run a program, again if the machine could not start its processes."""
+    if program is None:
+        return _NO_ANSWER
+    for _ in range(_ATTEMPTS - 1):
+        with suppress(RuntimeError):
+            return run_program(program, limits, checks)
+    return run_program(program, limits, checks)
+
+
+class _Output:
+    """The file of results, opened before anything runs and put in place once it is whole."""
+
+    def __init__(self, path: Path, inputs: Sequence[Path]) -> None:
+        if any(one.exists() and path.exists() and path.samefile(one) for one in inputs):
+            raise ValueError(f"--output {path} would overwrite what is read")
+        self.path = path
+        self._partial: str | None = None
+        if path.exists() and not path.is_file():  # a device or a pipe; a folder is an error here
+            self._file: TextIO = path.open("w", encoding="utf-8")
+            return
+        target = Path(os.path.realpath(path))
+        number, self._partial = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        self._target = target
+        self._file = os.fdopen(number, "w", encoding="utf-8")
+
+    def write(self, results: dict[str, Any]) -> None:
+        self._file.write(json.dumps(results, indent=1) + "\n")
+        self._file.close()
+        if self._partial:
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(self._partial, 0o666 & ~umask)
+            os.replace(self._partial, self._target)
+            self._partial = None
+
+    def discard(self) -> None:
+        """Close the file, and take it away unless it is whole."""
+        with suppress(OSError):
+            self._file.close()
+        if self._partial:
+            os.unlink(self._partial)
+
+
+def _number(kind: type, least: float, most: float) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            name = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {name} from {least:g} to {most:g}, not {text!r}")
+        return value
+
+    return read
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=prog,
-        description="Score generated programs (HumanEval, MBPP): extract the code, run its tests confined, pass@k.",
+        description="Score generated programs (HumanEval, MBPP): extract the code, run its tests confined, pass@k. "
+        "Lines that hold no sample are named and left out; an answer that is null has failed.",
     )
     defaults = Limits()
-    parser.add_argument("file", type=Path, help="samples_*.jsonl of lm-eval --log_samples, or human-eval's JSONL")
+    formats = "samples of lm-eval --log_samples, human-eval or EvalPlus (JSON lines, .gz too), or bigcode's list of lists"
+    parser.add_argument("file", type=Path, help=formats)
     parser.add_argument("--allow-code-execution", action="store_true", help="required: this runs code that a model wrote")
-    parser.add_argument("--k", type=int, nargs="+", default=[1], help="values of k in pass@k (default 1)")
-    parser.add_argument("--problems", type=Path, help="HumanEval's problems, for human-eval's JSONL (default: its package)")
+    parser.add_argument(
+        "--k", type=_number(int, 1, 1 << 20), nargs="+", default=[1], help="values of k in pass@k (default 1)"
+    )
+    parser.add_argument("--problems", type=Path, help="problems of samples without them (default: the human-eval package)")
     parser.add_argument("--output", type=Path, help="results (JSON); default: FILE with the ending .scored.json")
-    parser.add_argument("--workers", type=int, help="programs that run at once (default: number of cores)")
-    parser.add_argument("--timeout", type=float, default=defaults.seconds, help="seconds a program (default 10)")
-    parser.add_argument("--memory", type=int, default=defaults.memory >> 20, help="MiB a process (default 512)")
+    parser.add_argument("--workers", type=_number(int, 1, 1024), help="programs that run at once (default: number of cores)")
+    parser.add_argument(
+        "--timeout", type=_number(float, 0.01, 86_400), default=defaults.seconds, help="seconds a program (default 10)"
+    )
+    parser.add_argument(
+        "--memory", type=_number(int, 64, 1 << 20), default=defaults.memory >> 20, help="MiB a program (default 512)"
+    )
     return parser
 
 
-def main(arguments: Sequence[str] | None = None, prog: str = "score_code.py") -> int:
-    """The command line; returns the exit code: 0 scored, 2 refused."""
+def main(arguments: Sequence[str] | None = None, prog: str = "fastdllm score") -> int:
+    """The command line; returns the exit code: 0 scored, 1 the machine could not run the programs, 2 refused."""
     options = parser(prog).parse_args(arguments)
     if not options.allow_code_execution:
         print(
@@ -121,16 +216,37 @@ def main(arguments: Sequence[str] | None = None, prog: str = "score_code.py") ->
         )
         return 2
     limits = Limits(seconds=options.timeout, memory=options.memory << 20)
+    output = None
     try:
+        inputs = [options.file, *([options.problems] if options.problems else [])]
+        output = _Output(options.output or options.file.with_suffix(".scored.json"), inputs)
         results = score_file(options.file, limits, options.k, options.workers, options.problems, progress=True)
+        _report(results, options)
+        output.write(results)
     except (OSError, ValueError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2
-    for name, consequence in _PROTECTIONS.items():
-        if not results["isolation"][name]:
-            print(f"warning: not confined by this system: {consequence}", file=sys.stderr)
-    output = options.output or options.file.with_suffix(".scored.json")
-    output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    except RuntimeError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if output:
+            output.discard()
     scores = ", ".join(f"pass@{k} {results[f'pass@{k}']:.4f}" for k in options.k)
-    print(f"{scores} ({results['passed']} of {results['samples']} programs, {results['problems']} problems) -> {output}")
+    left_out = f", {len(results['skipped'])} lines left out" if results["skipped"] else ""
+    counts = f"{results['passed']} of {results['samples']} programs, {results['problems']} problems{left_out}"
+    print(f"{scores} ({counts}) -> {output.path}")
     return 0
+
+
+def _report(results: dict[str, Any], options: argparse.Namespace) -> None:
+    """Name on stderr the lines that were left out, and what this system does not protect from."""
+    skipped = results["skipped"]
+    for one in skipped[:_MOST_COMPLAINTS]:
+        print(f"{options.file}, line {one['line']}: left out: {one['reason']}", file=sys.stderr)
+    if len(skipped) > _MOST_COMPLAINTS:
+        print(f"{options.file}: {len(skipped) - _MOST_COMPLAINTS} more lines left out", file=sys.stderr)
+    missing = [consequence for name, consequence in PROTECTIONS.items() if not results["isolation"][name]]
+    if missing:
+        consequences = "; ".join(missing)
+        print(f"warning: on this system, programs can: {consequences} (docs/sandbox.md)", file=sys.stderr)

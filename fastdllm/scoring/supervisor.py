@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that runs one program under test, watches it and ends all that it started.
+"""The process that runs one program and its tests, watches them and ends all that they started.
 
-Three processes: this one holds the verdict and the clock; its child becomes the first of a new process namespace,
-makes files read-only and reaps; the grandchild gives up its rights and runs the program. `sandbox.py` starts this
-with the package's folder on the path instead of the package, so that torch is not imported for every program.
+The program and its tests each get a box: a starter, the first process of a new process namespace, which reaps, and
+the worker, which gives up its rights and runs what nobody has read. The two workers talk by pipes (`remote.py`); this
+process holds the clock. `sandbox.py` starts it with the package's folder on the path instead of the package, so that
+torch is not imported for every program.
 """
 
 from __future__ import annotations
@@ -12,229 +13,330 @@ import json
 import math
 import os
 import resource
-import secrets
 import select
 import signal
 import sys
 import time
-import traceback
-import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from . import kernel
+from . import checks, kernel, landlock, remote, seccomp
+from .cgroup import ControlGroup
+from .usage import Usage, descendants, threads_of_this_user
 
-_TOKEN_BYTES = 16
-_MOST_RESULT_BYTES = 4096
-_MOST_MESSAGE = 500
-_FAILED = b"!"
+_MOST_FDS = 64
+_MOST_REPORT = 1 << 16
+_MOST_INODES = 4096
+_MOST_STARTING = 25.0  # seconds
+_DEEPEST = 100_000  # recursion; taking down millions of frames would last longer than a program may run
+_OWN_PROCESSES = 6  # of a run in a user namespace of its own: this one, two starters, two first ones, the other worker
 
 
 def main() -> None:
-    """Run the job (JSON) from standard input in the empty folder named last; the verdict (JSON) to standard output."""
+    """Run the job from standard input in the empty folder named second; the verdict (JSON) to standard output.
+
+    The third argument says how many bytes of the input are the job itself (JSON); its tests follow.
+    """
     os.chdir(sys.argv[2])
-    job: dict[str, Any] = json.load(sys.stdin)
-    job["number"] = os.getpid()  # no other running program has it
-    isolation = _isolate(job["namespaces"])
-    token_read, token_write = os.pipe()
-    result_read, result_write = os.pipe()
-    started = time.monotonic()
-    child = os.fork()
-    if child == 0:
-        os.close(token_write)
-        _first_process(job, isolation["processes"], token_read, result_write)
-    os.close(result_write)
-    os.close(token_read)
-    token = secrets.token_bytes(_TOKEN_BYTES)  # after the fork: the program's memory never held it
-    os.write(token_write, token)
-    os.close(token_write)
-    result, code = _watch(child, result_read, started + job["seconds"])
-    seconds = time.monotonic() - started
-    _end_descendants(child)
-    isolation["files"], isolation["process_count"] = result[:1] == b"1", result[1:2] == b"1"
-    status, message = _verdict(result[2:], code, token)
-    json.dump({"status": status, "message": message, "seconds": seconds, "isolation": isolation}, sys.stdout)
+    job = json.loads(_read(int(sys.argv[3])))
+    sys.path[-1:] = job["packages"]  # in place of this package's own folder
+    sys.dont_write_bytecode = True
+    run = _Run(job, os.getcwd())
+    try:
+        verdict = run.result()
+    finally:
+        run.end()
+    json.dump(verdict, sys.stdout)
 
 
-def _isolate(namespaces: bool) -> dict[str, bool]:
-    active = False
-    if sys.platform == "linux":
+class _Box:
+    """A starter's process id, and what its worker has written: a report on its confinement, then an outcome."""
+
+    def __init__(self, pid: int, pipe: int) -> None:
+        self.pid, self.pipe = pid, pipe
+        self.said = b""
+        self.open = True
+        self.status: int | None = None
+
+    def listen(self) -> None:
+        chunk = os.read(self.pipe, _MOST_REPORT)
+        self.said += chunk
+        self.open = bool(chunk) and len(self.said) <= _MOST_REPORT
+
+    def reap(self) -> None:
+        if self.status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.status = os.waitstatus_to_exitcode(status) if pid else None
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.said.split(b"\n")[:-1]]
+
+
+class _Run:
+    def __init__(self, job: dict[str, Any], folder: str) -> None:
+        self.job, self.folder = job, folder
+        self.tests: dict[str, Any] = {}
+        self.number = os.getpid()  # no other running program has it
+        self.namespaces = False
+        self.group: ControlGroup | None = None
+        self.boxes: list[_Box] = []
+
+    def result(self) -> dict[str, Any]:
+        self._isolate()
+        asked, answered = os.pipe(), os.pipe()
+        program = self._start(0, lambda pipe: self._run_program(pipe, asked[0], answered[1]), {asked[0], answered[1]})
+        self.tests = json.loads(_read())  # after the fork: the program's memory never held what is expected of it
+        tests = self._start(1, lambda pipe: self._run_tests(pipe, answered[0], asked[1]), {answered[0], asked[1]})
+        for fd in (*asked, *answered):
+            os.close(fd)
+        self._wait_for_reports()
+        usage = Usage()
+        exceeded = self._watch(program, tests, usage)
+        status, message = exceeded or self._verdict(program, tests)
+        return {"status": status, "message": message, "seconds": usage.wall(), "isolation": self._isolation()}
+
+    def _run_program(self, pipe: int, incoming: int, outgoing: int) -> None:
+        os.close(pipe)
+        program = remote.Tested(remote.Channel(incoming, outgoing), self.job["program"])
+        sys.modules["solution"] = program.module
+        sys.argv = [remote.SOLUTION]
+        set_limit = sys.setrecursionlimit
+        sys.setrecursionlimit = lambda limit: set_limit(min(limit, _DEEPEST))
+        program.serve()
+
+    def _run_tests(self, pipe: int, incoming: int, outgoing: int) -> None:
+        tester = remote.Tester(remote.Channel(incoming, outgoing))
+        _write(pipe, checks.run(tester, self.job["program"], **self.tests))
+
+    def _isolate(self) -> None:
+        if sys.platform != "linux":
+            return
         kernel.die_with_parent()
         kernel.adopt_orphans()
-        if namespaces:
+        # Not for the program's own allocation, which RLIMIT_AS stops first, with a MemoryError.
+        room = self.job["memory"] + self.job["file_bytes"] + (64 << 20)
+        with suppress(OSError):
+            self.group = ControlGroup(room, self.job["processes"] + _OWN_PROCESSES)
+        os.chmod(self.folder, 0o711)  # the workers become other users, each with a folder of its own inside
+        if self.job["namespaces"]:
             with suppress(OSError):
-                kernel.leave_network_and_processes()
-                active = True
+                kernel.leave_network()
+                self.namespaces = True
         kernel.hide_memory()
-    return {"network": active, "processes": active}
 
+    def _start(self, number: int, work: Callable[[int], None], kept: set[int]) -> _Box:
+        read, write = os.pipe()
+        os.mkdir(self._workspace(number), 0o700)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                self._starter(number, lambda: work(write), write, kept)
+            finally:  # whatever is raised in a child must not run the rest of this process once more
+                os._exit(1)
+        os.close(write)
+        self.boxes.append(_Box(pid, read))
+        return self.boxes[-1]
 
-def _first_process(job: dict[str, Any], namespaces: bool, token_fd: int, result_fd: int) -> NoReturn:
-    """Becomes process 1 of its namespace: when it ends, the kernel ends everything the program started."""
-    read_only = False
-    if sys.platform == "linux":
-        kernel.die_with_parent()
-        if namespaces:
+    def _starter(self, number: int, work: Callable[[], None], pipe: int, kept: set[int]) -> NoReturn:
+        _take_away_input_and_output()
+        report = {"network": self.namespaces, "memory": False, "processes": False, "reading": False, "writing": False}
+        if sys.platform == "linux":
+            kernel.die_with_parent()
+            if self.group:
+                with suppress(OSError):
+                    self.group.enter()
+                    report["memory"] = True
+            if self.namespaces:
+                with suppress(OSError):
+                    kernel.own_process_ids()
+                    report["processes"] = True
+        worker = os.fork()
+        if worker == 0:
+            self._first(number, work, pipe, kept, report)
+        _close_all_but(())
+        _pass_on_status_of(worker)
+
+    def _first(self, number: int, work: Callable[[], None], pipe: int, kept: set[int], report: dict[str, bool]) -> NoReturn:
+        """Becomes process 1 of its namespace: when it ends, the kernel ends everything that the worker started."""
+        os.chdir(self._workspace(number))
+        if sys.platform == "linux":
+            kernel.die_with_parent()
+            if report["processes"]:
+                here = os.getcwd()
+                try:
+                    kernel.enter_root(here, self.job["shown"], self.job["hidden"], self.job["file_bytes"], _MOST_INODES)
+                    report.update(reading=True, writing=True)
+                except (OSError, KeyError):
+                    os.chdir(here)
+        worker = os.fork()
+        if worker == 0:
+            self._work(number, work, pipe, kept, report)
+        _close_all_but(())
+        _pass_on_status_of(worker)
+
+    def _work(self, number: int, work: Callable[[], None], pipe: int, kept: set[int], report: dict[str, bool]) -> NoReturn:
+        try:
+            os.setsid()  # so that a signal to its own process group cannot reach the supervisor
+            _close_all_but({pipe, *kept})
+            os.environ["HOME"] = os.environ["TMPDIR"] = os.getcwd()
+            self._give_up_rights(number, report)
+            _write(pipe, report)
+        except BaseException as error:  # the machine's fault, not the program's
+            _write(pipe, {"error": str(error) or type(error).__name__})
+            os._exit(1)
+        work()
+        os._exit(0)
+
+    def _give_up_rights(self, number: int, report: dict[str, bool]) -> None:
+        """Limits, then files, then privileges, then system calls; `report` notes what is in force."""
+        kernel.limit(resource.RLIMIT_CPU, math.ceil(self.job["seconds"]) + 1)
+        kernel.limit(resource.RLIMIT_AS, self.job["memory"])
+        kernel.limit(resource.RLIMIT_FSIZE, self.job["file_bytes"])
+        kernel.limit(resource.RLIMIT_NOFILE, _MOST_FDS)
+        kernel.limit(resource.RLIMIT_CORE, 0)
+        report.update(process_count=False, syscalls=False, forging=False)
+        if sys.platform != "linux":
+            return
+        mounted = report["reading"]
+        already = _OWN_PROCESSES if self.namespaces else threads_of_this_user()
+        if not mounted:
             with suppress(OSError):
-                kernel.make_files_read_only(os.getcwd(), job["file_bytes"])
-                read_only = True
-    os.write(result_fd, b"1" if read_only else b"0")
-    worker = os.fork()
-    if worker == 0:
-        _run(job, namespaces, token_fd, result_fd)
-    os.close(result_fd)
+                landlock.restrict(self.job["shown"], self.job["hidden"], os.getcwd())
+                report.update(reading=True, writing=True)
+        if os.getuid() == 0 and kernel.drop_root(2 * self.number + number, keep_reading=report["reading"]):
+            already = 0
+        elif self.namespaces:
+            kernel.keep_capabilities(0)
+        kernel.limit(resource.RLIMIT_NPROC, already + self.job["processes"])
+        report["process_count"] = os.getuid() != 0
+        kernel.die_with_parent()  # a change of user cleared it
+        kernel.forbid_new_privileges()
+        with suppress(OSError):
+            seccomp.install(file_attributes=mounted)
+            report.update(syscalls=True, network=True)
+        # What Landlock leaves open, only the list of calls closes.
+        report["writing"] = report["writing"] and (mounted or report["syscalls"])
+        # Another process's memory and pipes: out of sight, or out of the user's rights and of reach of the calls.
+        report["forging"] = report["processes"] or report["syscalls"]
+
+    def _wait_for_reports(self) -> None:
+        """Until both workers are confined: what that takes on a busy machine is not the program's time."""
+        end = time.monotonic() + _MOST_STARTING
+        while not all(box.said or not box.open for box in self.boxes) and time.monotonic() < end:
+            self._listen(0.05)
+
+    def _listen(self, seconds: float) -> None:
+        open_ = {box.pipe: box for box in self.boxes if box.open}
+        for pipe in select.select(list(open_), [], [], seconds if open_ else 0.002)[0]:
+            open_[pipe].listen()
+
+    def _watch(self, program: _Box, tests: _Box, usage: Usage) -> tuple[str, str] | None:
+        """Until the tests have ended; status and message if a limit was exceeded before."""
+        while tests.status is None or tests.open:
+            self._listen(0.02)
+            if len(tests.lines()) > 1:
+                return None
+            exceeded = usage.exceeded(self.job["seconds"], self.job["memory"])
+            if exceeded:
+                return exceeded
+            tests.reap()
+            if program.status is None:
+                program.reap()
+                if program.status is not None:  # what outlived it holds its pipes, but must not answer for it
+                    _kill(descendants() - descendants(tests.pid) - {tests.pid})
+        return None
+
+    def _verdict(self, program: _Box, tests: _Box) -> tuple[str, str]:
+        outcome = tests.lines()[1:]
+        if not outcome:
+            return _died(tests.status, "its tests")
+        if outcome[0]["status"] != checks.ENDED:
+            return outcome[0]["status"], outcome[0]["message"]
+        if outcome[0]["message"]:
+            return "failed", outcome[0]["message"]
+        end = time.monotonic() + 1.0
+        while program.status is None and time.monotonic() < end:
+            time.sleep(0.002)
+            program.reap()
+        return _died(program.status, "it")
+
+    def _isolation(self) -> dict[str, bool]:
+        """What was in force for the program and for its tests."""
+        reports = [box.lines()[0] for box in self.boxes if box.said]
+        for report in reports:
+            if "error" in report:
+                raise RuntimeError(report["error"])
+        if len(reports) < len(self.boxes):
+            raise RuntimeError("a process ended before it was confined")
+        return {name: all(report[name] for report in reports) for name in reports[0]}
+
+    def _workspace(self, number: int) -> str:
+        return f"{self.folder}/{number}"
+
+    def end(self, patience: float = 5.0) -> None:
+        """End all that the boxes started, those included that outlived their parents."""
+        _kill(box.pid for box in self.boxes if box.status is None)
+        end = time.monotonic() + patience
+        while time.monotonic() < end:
+            with suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+            left = descendants()
+            if not left:
+                break
+            _kill(left)
+            time.sleep(0.001)
+        if self.group:
+            self.group.remove()
+
+
+def _died(code: int | None, who: str) -> tuple[str, str]:
+    if code is None:
+        return "failed", f"{who} closed the pipes before the tests ended"
+    if code == 128 + signal.SIGXCPU:
+        return "timed out", "did not end within the time limit"
+    if code > 128 or code < 0:  # the worker, or the process above it, ended by a signal
+        number = code - 128 if code > 128 else -code
+        return "failed", f"{who} was killed by signal {number} before the tests ended"
+    return "failed", f"{who} exited with status {code} before the tests ended"
+
+
+def _pass_on_status_of(worker: int) -> NoReturn:
     while True:
         pid, status = os.wait()
         if pid == worker:
             os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status))
 
 
-def _run(job: dict[str, Any], namespaces: bool, token_fd: int, result_fd: int) -> NoReturn:
-    try:
-        os.setsid()  # so that a signal to its own process group cannot reach the supervisor
-        counted = _give_up_rights(job, namespaces)
-        os.write(result_fd, b"1" if counted else b"0")
-        devnull = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2):
-            os.dup2(devnull, fd)
-        outcome = _execute(job["program"], token_fd)
-    except BaseException as error:  # whatever happens here must not pass for the end of the tests
-        outcome = _FAILED + f"the program could not be started: {error!r}".encode()
-    with suppress(OSError):
-        os.write(result_fd, outcome)
-    os._exit(0)
-
-
-def _give_up_rights(job: dict[str, Any], namespaces: bool) -> bool:
-    """Limits, then privileges. True if the number of processes is limited."""
-    seconds = math.ceil(job["seconds"])
-    kernel.limit(resource.RLIMIT_CPU, seconds)
-    kernel.limit(resource.RLIMIT_AS, job["memory"])
-    kernel.limit(resource.RLIMIT_FSIZE, job["file_bytes"])
-    kernel.limit(resource.RLIMIT_NOFILE, 64)
-    kernel.limit(resource.RLIMIT_CORE, 0)
-    if sys.platform != "linux":
-        return False
-    counted = True
-    already = 0
-    if os.getuid() == 0:
-        counted = kernel.drop_root(job["number"])
-    elif namespaces:
-        kernel.drop_capabilities()
-    else:
-        # The limit counts every thread of the user, those outside included.
-        already = sum(_threads(pid) for pid in _processes() if _owner(pid) == os.getuid())
-    kernel.limit(resource.RLIMIT_NPROC, already + job["processes"])
-    kernel.forbid_new_privileges()
-    kernel.die_with_parent()  # a change of user cleared it
-    return counted
-
-
-def _execute(program: str, token_fd: int) -> bytes:
-    """Run the program; the token if it ran to its end, else what went wrong.
-
-    The token is read only now, so that nothing the program could print, raise or exit with counts as success.
-    """
-    module = types.ModuleType("solution")  # not __main__: a `main()` at the end of an answer does not run
-    sys.modules["solution"] = module
-    sys.path.pop()
-    sys.argv = ["solution.py"]
-    try:
-        exec(compile(program, "solution.py", "exec", dont_inherit=True), module.__dict__)
-    except BaseException as error:  # SystemExit and KeyboardInterrupt are failures, too
-        return _FAILED + _describe(error, program).encode("utf-8", "replace")[:_MOST_MESSAGE]
-    return os.read(token_fd, _TOKEN_BYTES)
-
-
-def _describe(error: BaseException, program: str) -> str:
-    name = type(error).__name__
-    try:
-        text = f"{name}: {error}"[:_MOST_MESSAGE]
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "solution.py"]
-        return f"{text} at: {program.splitlines()[lines[-1] - 1].strip()}" if lines and lines[-1] else text
-    except BaseException:  # the program may define an exception that cannot be printed
-        return name
-
-
-def _watch(child: int, result_fd: int, deadline: float) -> tuple[bytes, int | None]:
-    """What the program wrote, and its exit code; None if it still ran at the deadline or wrote without end."""
-    result = b""
-    open_, ended = True, None
-    while time.monotonic() < deadline and len(result) < _MOST_RESULT_BYTES and (open_ or ended is None):
-        if open_ and select.select([result_fd], [], [], 0.0 if ended is not None else 0.05)[0]:
-            chunk = os.read(result_fd, _MOST_RESULT_BYTES)
-            result += chunk
-            open_ = bool(chunk)
-            continue
-        if ended is not None:
-            break  # something that outlived the program holds the pipe, but has nothing to say
-        pid, status = os.waitpid(child, os.WNOHANG)
-        ended = os.waitstatus_to_exitcode(status) if pid else None
-        if not open_ and ended is None:
-            time.sleep(0.002)
-    return result, ended
-
-
-def _verdict(outcome: bytes, code: int | None, token: bytes) -> tuple[str, str]:
-    if secrets.compare_digest(outcome, token):
-        return "passed", ""
-    if outcome.startswith(_FAILED):
-        return "failed", outcome[1:].decode("utf-8", "replace")
-    if code is None or code == 128 + signal.SIGXCPU:
-        return "timed out", "did not end within the time limit"
-    if code > 128 or code < 0:  # the program, or the process above it, ended by a signal
-        number = code - 128 if code > 128 else -code
-        return "failed", f"killed by signal {number} before its tests ended"
-    return "failed", f"exited with status {code} before its tests ended"
-
-
-def _end_descendants(child: int, patience: float = 5.0) -> None:
-    """End the child, and then all that became a child of this process by outliving it."""
-    with suppress(ProcessLookupError):
-        os.kill(child, signal.SIGKILL)
-    end = time.monotonic() + patience
-    while time.monotonic() < end:
-        with suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        left = _descendants()
-        if not left:
-            return
-        for pid in left:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.001)
-
-
-def _descendants() -> set[int]:
-    parents = {pid: parent for pid in _processes() if (parent := _parent(pid)) is not None}
-    found: set[int] = set()
-    ring = {os.getpid()}
-    while ring:
-        ring = {pid for pid, parent in parents.items() if parent in ring} - found
-        found |= ring
+def _read(amount: int | None = None) -> bytes:
+    """So many bytes of standard input and no more, or all that is left."""
+    found = b""
+    while amount is None or len(found) < amount:
+        chunk = os.read(0, 1 << 20 if amount is None else amount - len(found))
+        if not chunk:
+            break
+        found += chunk
     return found
 
 
-def _processes() -> Iterator[int]:
-    with suppress(OSError):
-        yield from (int(name) for name in os.listdir("/proc") if name.isdigit())
+def _take_away_input_and_output() -> None:
+    devnull = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(devnull, fd)
 
 
-def _parent(pid: int) -> int | None:
-    with suppress(OSError), open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
-        return int(stat.read().rpartition(")")[2].split()[1])
-    return None
+def _close_all_but(kept: Iterable[int]) -> None:
+    for fd in {*range(3, _MOST_FDS)} - {*kept}:
+        with suppress(OSError):
+            os.close(fd)
 
 
-def _owner(pid: int) -> int | None:
-    with suppress(OSError):
-        return os.stat(f"/proc/{pid}").st_uid
-    return None
+def _write(pipe: int, message: dict[str, Any]) -> None:
+    os.write(pipe, json.dumps(message).encode() + b"\n")
 
 
-def _threads(pid: int) -> int:
-    with suppress(OSError):
-        return len(os.listdir(f"/proc/{pid}/task"))
-    return 0
+def _kill(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)

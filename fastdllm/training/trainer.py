@@ -61,7 +61,11 @@ class BlockDiffusionTrainer(Trainer):
         return super().compute_loss(model, batch, return_outputs, num_items_in_batch)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Every saved folder, checkpoints included, holds the tokenizer with the mask."""
+        """Every saved folder, checkpoints included, holds the tokenizer with the mask, and an adapter its model's config."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            save_tokenizer(self.tokenizer_to_save, Path(output_dir or self.args.output_dir))
+            folder = Path(output_dir or self.args.output_dir)
+            save_tokenizer(self.tokenizer_to_save, folder)
+            model = self.accelerator.unwrap_model(self.model)
+            if hasattr(model, "peft_config"):  # an adapter of a plain Qwen2 says nothing of blocks and of the mask
+                model.get_base_model().config.save_pretrained(folder)

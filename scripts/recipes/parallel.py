@@ -56,7 +56,10 @@ class Setting:
 
     def options(self, model: Model, length: int) -> dict[str, Any]:
         # Many rows of changing numbers: a graph for each would take longer to capture than it saves.
-        given: dict[str, Any] = {"gen_length": length, "threshold": self.threshold, "runner": "eager"}
+        rule: dict[str, Any] = {"decoder": "quota"}  # one token a step; a threshold of 1 would take all that round to 1
+        if self.threshold < 1:
+            rule = {"decoder": "threshold", "threshold": self.threshold}
+        given = rule | {"gen_length": length, "runner": "eager"}
         return given if model.spec.block_causal else given | {"block_length": min(self.block, length)}
 
 

@@ -145,32 +145,16 @@ def measure(model: Model, held_out: list[Conversation], settings: list[Setting],
 
 
 def trajectories(model: Model, conversations: list[Conversation], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The model's own answers and by which forward it committed each token, one by one as they are done."""
+    """The model's own answers, and which forward committed each token. One that does not end is left out."""
     prompts = [prompt_of(c, model) for c in conversations]
     setting = Setting(min(args.blocks), args.teacher_threshold)
-    orders = [[0] * args.gen_length for _ in prompts]
-    forwards = [0] * len(prompts)
     options = setting.options(model, args.gen_length) | {"batch_size": args.decode_batch}
-    for step in fastdllm.stream(model, prompts, **options):
-        committed = step.committed.tolist()  # sync: the host keeps the order
-        for slot, (row, start) in enumerate(zip(step.rows, step.starts, strict=True)):
-            forwards[row] += 1
-            for offset, new in enumerate(committed[slot], start=start - len(prompts[row])):
-                if new and 0 <= offset < args.gen_length:
-                    orders[row][offset] = forwards[row]
-        for row, result in step.done.items():
-            answer = result.ids[len(prompts[row]) :].tolist()
-            end = next((i for i, token in enumerate(answer) if token in model.spec.stop_ids), None)
-            if end is None:
-                continue  # an answer that does not end teaches nothing about ending
-            text = model.tokenizer.decode(answer[:end], skip_special_tokens=True)
-            yield {
-                "row": row,
-                "prompt": prompts[row].tolist(),
-                "answer": answer[: end + 1],
-                "order": orders[row][: end + 1],
-                "right": agrees(text, reference_of(conversations[row])),
-            }
+    out = fastdllm.generate(model, prompts, **options)
+    for row, (prompt, ids) in enumerate(zip(prompts, out.sequences, strict=True)):
+        answer = ids[len(prompt) :].tolist()
+        if answer and answer[-1] in model.spec.stop_ids:
+            line = {"row": row, "prompt": prompt.tolist(), "answer": answer, "order": out.committed_at[row].tolist()}
+            yield line | {"right": agrees(out.texts[row], reference_of(conversations[row]))}
 
 
 def collect(model: Model, conversations: list[Conversation], path: Path, args: argparse.Namespace) -> list[Example]:

@@ -62,11 +62,13 @@ class Batch(NamedTuple):
 @dataclass(frozen=True)
 class Collator:
     """Examples to a batch. The canvas after a prompt has `canvas` tokens, or, for a quarter of the rows, fewer: callers ask
-    for answers of any length. An example without room for one is left out."""
+    for answers of any length. An example without room for one is left out. grid: the blocks of a block-causal model, whose
+    last one is always whole."""
 
     end_id: int
     canvas: int
     context: int
+    grid: int = 0
     full_share: float = 0.75
 
     def __call__(self, examples: Sequence[Example | None]) -> dict[str, Tensor]:
@@ -78,7 +80,8 @@ class Collator:
         for e in kept:
             longest = min(self.canvas, self.context - len(e.prompt))
             drawn = longest if random.random() < self.full_share else random.randint(len(e.answer), longest)
-            stops.append(len(e.prompt) + drawn)
+            stop = len(e.prompt) + drawn
+            stops.append(-(-stop // self.grid) * self.grid if self.grid else stop)
         width = -(-max(stops) // WIDTH_STEP) * WIDTH_STEP
         ids = torch.full((len(kept), width), self.end_id)
         order = torch.full((len(kept), width), UNKNOWN)

@@ -240,7 +240,7 @@ def train(examples: Examples, network: Network, folder: Path, args: argparse.Nam
         model=model,
         args=training,
         train_dataset=examples,
-        data_collator=Collator(examples.tokenizer.eos_token_id, args.gen_length, context),
+        data_collator=Collator(examples.tokenizer.eos_token_id, args.gen_length, context, spec.block_causal),
         spec=spec,
         curriculum=curriculum,
         clock=clock,

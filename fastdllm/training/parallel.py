@@ -71,9 +71,12 @@ class Collator:
     grid: int = 0
     full_share: float = 0.75
 
+    def fits(self, example: Example) -> bool:
+        room = min(self.canvas, self.context - len(example.prompt))
+        return len(example.prompt) > 0 and 0 < len(example.answer) <= room
+
     def __call__(self, examples: Sequence[Example | None]) -> dict[str, Tensor]:
-        kept = [e for e in examples if e is not None and len(e.answer) <= self.canvas]
-        kept = [e for e in kept if 0 < len(e.prompt) <= self.context - len(e.answer)]
+        kept = [e for e in examples if e is not None and self.fits(e)]
         if not kept:
             raise ValueError(f"no example of this batch fits a canvas of {self.canvas} tokens in {self.context}")
         stops = []

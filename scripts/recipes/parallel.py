@@ -18,7 +18,7 @@ import math
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from fastdllm.training.records import BadRecord, Conversation, is_target, keep_g
 from fastdllm.training.samples import encode
 
 REFERENCE = "one token a step"
+DRAWS = 50  # tries to find an example that fits
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,9 @@ class Examples(Dataset[Example | None]):
         stops: tuple[int, ...],
         data_share: float,
         plain_share: float,
+        fits: Callable[[Example], bool],
     ) -> None:
+        self.fits = fits
         self.trajectories, self.conversations, self.tokenizer, self.stops = trajectories, conversations, tokenizer, stops
         self.data_share, self.plain_share = data_share if trajectories else 1.0, plain_share
 
@@ -107,6 +110,13 @@ class Examples(Dataset[Example | None]):
 
     def __getitem__(self, index: int) -> Example | None:
         draw = random.Random(index)
+        for _ in range(DRAWS):
+            example = self.draw(draw)
+            if example is not None and self.fits(example):
+                return example
+        return None  # the collator leaves it out
+
+    def draw(self, draw: random.Random) -> Example | None:
         if draw.random() >= self.data_share:
             return draw.choice(self.trajectories)
         conversation = draw.choice(self.conversations)
@@ -115,7 +125,7 @@ class Examples(Dataset[Example | None]):
                 return to_plain_example(conversation, self.tokenizer, self.tokenizer.eos_token_id)
             return to_example(conversation, self.tokenizer, self.stops)
         except BadRecord:
-            return None  # the collator leaves it out
+            return None
 
 
 def prompt_of(conversation: Conversation, model: Model) -> Tensor:
@@ -192,7 +202,7 @@ class Lines(TrainerCallback):
             print(f"step {state.global_step}", *(f"{n} {float(logs[n]):.3g}" for n in names if n in logs), flush=True)
 
 
-def train(examples: Examples, network: Network, folder: Path, args: argparse.Namespace) -> float:
+def train(examples: Examples, collator: Collator, network: Network, folder: Path, args: argparse.Namespace) -> float:
     """Train until the session or the run is over; writes OUT/model. Returns the share of the run that is done."""
     spec, out = network.spec, args.out / "checkpoints"
     resume = None
@@ -235,12 +245,11 @@ def train(examples: Examples, network: Network, folder: Path, args: argparse.Nam
     curriculum = Curriculum(
         tuple(args.blocks), args.share, args.ramp, args.own, args.recorded, args.forwards, args.fill_threshold
     )
-    context = min(spec.max_length, args.context or spec.max_length)
     trainer = ParallelTrainer(
         model=model,
         args=training,
         train_dataset=examples,
-        data_collator=Collator(examples.tokenizer.eos_token_id, args.gen_length, context, spec.block_causal),
+        data_collator=collator,
         spec=spec,
         curriculum=curriculum,
         clock=clock,
@@ -412,8 +421,11 @@ def main(argv: list[str] | None = None) -> None:
     kept = collect(teacher, conversations, args.out / "trajectories.jsonl", args)
     stops = teacher.spec.stop_ids
     del teacher
-    examples = Examples(kept, conversations, tokenizer, stops, args.data_share, args.plain_share)
-    done = train(examples, network, folder, args)
+    spec = network.spec
+    context = min(spec.max_length, args.context or spec.max_length)
+    collator = Collator(tokenizer.eos_token_id, args.gen_length, context, spec.block_causal)
+    examples = Examples(kept, conversations, tokenizer, stops, args.data_share, args.plain_share, collator.fits)
+    done = train(examples, collator, network, folder, args)
     print(f"{100 * done:.0f} % of the run is done", file=sys.stderr)
     (args.out / "after.json").unlink(missing_ok=True)
     after = evaluated(args.out / "after.json", str(args.out / "model"), held_out, args)

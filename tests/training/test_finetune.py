@@ -289,7 +289,7 @@ def test_fsdp_saves_what_load_reads_and_resumes_it(qwen2: Path, data: Path, tmp_
     launch([*SHARDED, *options(qwen2, data, whole, **common, **extra)])
     shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
     launch([*SHARDED, *options(qwen2, data, resumed, **common, resume_from_checkpoint="latest")])
-    assert losses(whole) == pytest.approx(losses(one), rel=1e-4)
+    assert losses(whole) == pytest.approx(losses(one), rel=1e-3)
     name = "adapter_model.safetensors" if lora else "model.safetensors"
     first, second = load_file(whole / name), load_file(resumed / name)
     assert first.keys() == second.keys() == load_file(one / name).keys()

@@ -284,7 +284,7 @@ def problems(path: Path) -> Path:
 
 def options(name: str, data: Path, out: Path, *more: str) -> list[str]:
     given = f"--model {name} --data {data} --out {out} --problems 2 --trajectories 3 --teacher_threshold 0.9"
-    given += " --max_steps 2 --batch 2 --log_every 1 --cpu --workers 0 --thresholds 0.9 --decode_blocks 32 --gen_length 64"
+    given += " --max_steps 2 --batch 2 --log_every 1 --cpu --workers 0 --thresholds 0.9 --decode_blocks 32 --gen_length 128"
     return [*given.split(), "--data_share", "0.5", "--plain_share", "0.5", "--blocks", "32", "64", *more]
 
 

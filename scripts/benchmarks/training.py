@@ -25,12 +25,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import transformers
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 from torch.nn.utils import clip_grad_norm_
 from transformers import Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from fastdllm.training.model import Fast_dLLM_QwenConfig, Fast_dLLM_QwenForCausalLM
 from fastdllm.training.objective import choose_masked, draw_noise
@@ -152,8 +153,9 @@ def one_device(rank: int, world: int, port: int, shape: Shape, objective: str, a
     model = build(shape, objective, device)
     if world > 1:
         mesh = dist.device_mesh.init_device_mesh(device.type, (world,))
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
+        for module in model.modules():
+            if isinstance(module, Qwen2DecoderLayer):
+                fully_shard(module, mesh=mesh)
         fully_shard(model, mesh=mesh)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type == "cuda")
     batch = inputs(shape, objective, device)
@@ -183,7 +185,7 @@ def run(shape: Shape, objective: str, world: int, args: argparse.Namespace) -> t
     """Seconds a step, matrix rate and peak memory of a case, in processes of its own that give their memory back."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result"
-        mp.spawn(one_device, (world, free_port(), shape, objective, args, out), nprocs=world)
+        spawn(one_device, (world, free_port(), shape, objective, args, out), nprocs=world)
         seconds, rate, peak = map(float, out.read_text().split())
     return seconds, rate, peak
 
@@ -221,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"{label}, {objective}, {world} ...", flush=True)
                 try:
                     seconds, rate, peak = run(shape, objective, world, args)
-                except mp.ProcessRaisedException as error:
+                except ProcessRaisedException as error:
                     reason = "out of memory" if "OutOfMemoryError" in str(error) else str(error).strip().splitlines()[-1]
                     lines.append(f"| {label} | {objective} | {world} | {shape.rows} x {shape.tokens} | {reason} | | | |")
                     continue

@@ -149,7 +149,7 @@ def measure(model: Model, held_out: list[Conversation], settings: list[Setting],
     for setting in tqdm(settings, desc="answering", unit=" settings", file=sys.stderr):
         options = setting.options(model, args.gen_length) | {"batch_size": args.decode_batch}
         out = fastdllm.generate(model, prompts, **options)
-        right = [agrees(text, reference_of(c)) for text, c in zip(out.texts, held_out, strict=True)]
+        right = [agrees(text, reference_of(c)) for text, c in zip(out.texts or [], held_out, strict=True)]
         results.append({"setting": setting.name, **asdict(setting), "right": right, "forwards": out.stats.row_forwards})
     return results
 
@@ -160,11 +160,12 @@ def trajectories(model: Model, conversations: list[Conversation], args: argparse
     setting = Setting(min(args.blocks), args.teacher_threshold)
     options = setting.options(model, args.gen_length) | {"batch_size": args.decode_batch}
     out = fastdllm.generate(model, prompts, **options)
+    texts = out.texts or []
     for row, (prompt, ids) in enumerate(zip(prompts, out.sequences, strict=True)):
         answer = ids[len(prompt) :].tolist()
         if answer and answer[-1] in model.spec.stop_ids:
             line = {"row": row, "prompt": prompt.tolist(), "answer": answer, "order": out.committed_at[row].tolist()}
-            yield line | {"right": agrees(out.texts[row], reference_of(conversations[row]))}
+            yield line | {"right": agrees(texts[row], reference_of(conversations[row]))}
 
 
 def collect(model: Model, conversations: list[Conversation], path: Path, args: argparse.Namespace) -> list[Example]:
@@ -172,9 +173,9 @@ def collect(model: Model, conversations: list[Conversation], path: Path, args: a
     out, since a wrong answer given sooner is no gain."""
     lines: list[dict[str, Any]] = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for text in path.read_text(encoding="utf-8").splitlines():
             try:
-                lines.append(json.loads(line))
+                lines.append(json.loads(text))
             except ValueError:
                 print(f"{path}: a torn line is left out", file=sys.stderr)
     known = {line["number"] for line in lines}
@@ -218,8 +219,7 @@ def train(examples: Examples, collator: Collator, network: Network, folder: Path
             network, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules=network.projections)
         )
     if args.compile:
-        torch.compiler.reset()
-        network.forward = torch.compile(network.forward, dynamic=True)
+        network.compile(dynamic=True)
     cuda = torch.cuda.is_available() and not args.cpu
     training = TrainingArguments(
         output_dir=str(out),
@@ -266,7 +266,7 @@ def train(examples: Examples, collator: Collator, network: Network, folder: Path
         sys.exit(0)
     if args.lora:
         trained = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().state_dict()
-    save_network({name.removeprefix("_orig_mod."): tensor for name, tensor in trained.items()}, folder, args.out / "model")
+    save_network(trained, folder, args.out / "model")
     return 1.0 if args.max_steps and trainer.state.global_step >= args.max_steps else clock.progress
 
 

@@ -4,20 +4,25 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from fastdllm.models import find_folder
+from fastdllm.models import find_folder, tiny_names
 from fastdllm.models.tokenizer import load_tokenizer
 from fastdllm.training.model import Fast_dLLM_QwenConfig, Fast_dLLM_QwenForCausalLM
 
 MASK_TOKEN = "|<MASK>|"
 MODEL_TYPES = ("qwen2", Fast_dLLM_QwenConfig.model_type)
 # Rewritten on saving; what an older library or another class wrote there must not be carried along.
+WEIGHTS, ADAPTER = "model.safetensors", "adapter_config.json"
+# What a training checkpoint may hold its weights in: a model, an adapter, FSDP's and DeepSpeed's own form.
+CHECKPOINT_WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "pytorch_model_fsdp*", "global_step*")
 OWN_FIELDS = {"model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype"}
 
 
@@ -47,9 +52,15 @@ def load_for_training(
     """Load a Qwen2 or Fast-dLLM v2 checkpoint: a shipped name, a folder or a hub id.
 
     `|<MASK>|` takes the tokenizer's first free id unless it has one; the embedding grows only when no row is left
-    for it, as Qwen2.5's does not. attention: "sdpa" or "flex_attention", which has no backward on a CPU.
+    for it, as Qwen2.5's does not. attention: "sdpa" or "flex_attention", which has no backward on a CPU. Raises ValueError
+    for a checkpoint that lacks tensors, has others than the model, or holds numbers that are no weights.
     """
+    local = Path(name).expanduser()
+    if (local / ADAPTER).is_file() and not list(local.glob("model*.safetensors")):
+        base = json.loads((local / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise ValueError(f"{name}: a LoRA adapter of {base}; train from a whole model (--merge_lora writes one)")
     folder = find_folder(name)
+    check_tensors(folder)
     config = read_config(folder, block)
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
@@ -57,15 +68,95 @@ def load_for_training(
     if MASK_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([AddedToken(MASK_TOKEN, special=True, normalized=False)], special_tokens=True)
     config.mask_token_id = tokenizer.convert_tokens_to_ids(MASK_TOKEN)
-    model = Fast_dLLM_QwenForCausalLM.from_pretrained(
+    model, found = Fast_dLLM_QwenForCausalLM.from_pretrained(
         folder,
         config=config,
         dtype=dtype,
         attn_implementation=attention,
+        ignore_mismatched_sizes=True,  # reported below, with the folder's name
+        output_loading_info=True,
     )
+    for problem, what in (
+        ("missing_keys", "lacks"),
+        ("unexpected_keys", "has unknown"),
+        ("mismatched_keys", "has misshapen"),
+    ):
+        if names := sorted(name if isinstance(name, str) else name[0] for name in found[problem]):
+            raise ValueError(f"{folder}: the checkpoint {what} tensors: {quote(names)}")
+    if names := [name for name, tensor in model.named_parameters() if not tensor.isfinite().all()]:
+        raise ValueError(f"{folder}: NaN or infinite weights in {quote(names)}")
+    # Adapters name the model that they belong to: by where others find it, not by this machine's cache.
+    model.name_or_path = str(local.resolve()) if local.is_dir() and name not in tiny_names() else name
     if config.mask_token_id >= config.vocab_size:
         model.resize_token_embeddings(config.mask_token_id + 1)
     return model, tokenizer
+
+
+def quote(names: list[str], most: int = 5) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def check_tensors(folder: Path) -> None:
+    """Raise ValueError for weight files that cannot be read, and for tensors that hold no floating-point numbers."""
+    index = folder / f"{WEIGHTS}.index.json"
+    files = {WEIGHTS} if not index.is_file() else set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    for path in (folder / name for name in sorted(files)):
+        if not path.is_file():
+            raise ValueError(f"{folder}: there is no {path.name}")
+        if problem := torn(path):
+            raise ValueError(f"{path}: {problem}")
+        with safe_open(path, "pt") as tensors:
+            names = tensors.keys()
+            kinds = {name: tensors.get_slice(name).get_dtype() for name in names}
+        if names := sorted(name for name, kind in kinds.items() if kind not in ("F64", "F32", "F16", "BF16")):
+            raise ValueError(f"{path}: weights that are no floating-point numbers: {quote(names)}")
+
+
+def torn(path: Path) -> str | None:
+    """What is wrong with a file of weights or of training state, None where it is whole.
+
+    A file that was being written when the process ended has its head or its last part missing, which its format shows.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                pass
+        elif path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix in (".bin", ".pt", ".pth") and not zipfile.is_zipfile(path):
+            return "not a whole file of torch.save"
+    except (SafetensorError, ValueError, OSError) as error:
+        return f"cannot be read ({error})"
+    return None
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What a run could not resume from in a Trainer's checkpoint folder, None where it is whole."""
+    if not (checkpoint / "trainer_state.json").is_file():
+        return "there is no trainer_state.json"
+    if not any(path for pattern in CHECKPOINT_WEIGHTS for path in checkpoint.glob(pattern)):
+        return "there are no weights"
+    problems = ((path, torn(path)) for path in sorted(checkpoint.rglob("*")) if path.is_file())
+    return next((f"{path.name} {problem}" for path, problem in problems if problem), None)
+
+
+def checkpoint_to_resume(wanted: str, output: Path) -> tuple[Path, list[str]]:
+    """The folder to resume from, and a line for each that was passed over.
+
+    wanted: a folder, or "latest" for the newest whole checkpoint of `output`. Raises ValueError where there is none.
+    """
+    if wanted != "latest":
+        if problem := damage(Path(wanted)):
+            raise ValueError(f"resume_from_checkpoint={wanted!r}: {problem}")
+        return Path(wanted), []
+    steps = {path: path.name.rpartition("-")[2] for path in output.glob("checkpoint-*") if path.is_dir()}
+    passed = []
+    for path in sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda p: -int(steps[p])):
+        if not (problem := damage(path)):
+            return path, passed
+        passed.append(f"{path}: passed over, {problem}")
+    raise ValueError("\n".join([*passed, f"resume_from_checkpoint='latest': {output} has no whole checkpoint"]))
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -60,8 +60,20 @@ class BlockDiffusionTrainer(Trainer):
         batch["masked"] = choose_masked(labels, positions, self.block, noise)
         return super().compute_loss(model, batch, return_outputs, num_items_in_batch)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """A sharded model is gathered tensor by tensor, which makes a second copy of a tied head: leave it out."""
+        model = self.accelerator.unwrap_model(self.model)
+        base = model.get_base_model() if hasattr(model, "peft_config") else model
+        if state_dict is not None and base.config.tie_word_embeddings:
+            state_dict = {name: tensor for name, tensor in state_dict.items() if not name.endswith("lm_head.weight")}
+        super()._save(output_dir, state_dict)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Every saved folder, checkpoints included, holds the tokenizer with the mask."""
+        """Every saved folder, checkpoints included, holds the tokenizer with the mask, and an adapter its model's config."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            save_tokenizer(self.tokenizer_to_save, Path(output_dir or self.args.output_dir))
+            folder = Path(output_dir or self.args.output_dir)
+            save_tokenizer(self.tokenizer_to_save, folder)
+            model = self.accelerator.unwrap_model(self.model)
+            if hasattr(model, "peft_config"):  # an adapter of a plain Qwen2 says nothing of blocks and of the mask
+                model.get_base_model().config.save_pretrained(folder)

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import fastdllm
-from fastdllm.training.checkpoint import load_for_training
+from fastdllm.training.checkpoint import checkpoint_to_resume, load_for_training
 from tests.training.conftest import tiny_qwen2
 from v2.train_scripts import finetune
 
@@ -113,6 +115,10 @@ def test_lora_trains_adapters_only_and_merges(qwen2: Path, data: Path, tmp_path:
     finetune.main(options(qwen2, data, output, max_steps=4, per_device_train_batch_size=12, **extra))
     assert losses(output)[-1] < losses(output)[0]
     adapters = load_file(output / "adapter_model.safetensors")
+    assert json.loads((output / "adapter_config.json").read_text())["base_model_name_or_path"] == str(qwen2)
+    assert json.loads((output / "config.json").read_text())["bd_size"] == 8
+    with pytest.raises(ValueError, match=f"a LoRA adapter of {qwen2}"):
+        load_for_training(str(output))
     assert adapters
     assert all("lora_" in name for name in adapters)
 
@@ -177,8 +183,10 @@ def test_bad_records_are_skipped_or_fatal(
     errors = capsys.readouterr().err
     assert "alpaca.json[1]" in errors
     assert "12 samples in 12 rows" in errors
-    with pytest.raises(ValueError, match=r"alpaca\.json\[1\]"):
+    with pytest.raises(SystemExit) as stopped:
         finetune.main(options(qwen2, data, tmp_path / "out", max_steps=1, on_bad_record="error"))
+    assert stopped.value.code == 2
+    assert "alpaca.json[1]" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -188,13 +196,26 @@ def test_bad_records_are_skipped_or_fatal(
         (["--on_bad_record", "ignore"], "ignore"),
         (["--merge_lora"], "--lora"),
         (["--lear", "1"], "--lear"),
+        (["--learning_rat", "1"], "did you mean --learning_rate?"),
+        (["--include_tokens_per_second", "true"], "use --include_num_input_tokens_seen"),
+        (["--warmup-ratio=0.1"], "use --warmup_share"),
+        (["--block_size", "512"], "use --context_length"),
     ],
-    ids=["unknown", "value", "needs lora", "abbreviation"],
+    ids=["unknown", "value", "needs lora", "abbreviation", "near", "replaced", "replaced by this script", "published"],
 )
 def test_bad_options_are_named(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         finetune.main([*options(Path("m"), Path("d"), Path("o")), *argv])
-    assert message in capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_what_replaces_an_option_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        finetune.parse(["--help"])
+    known = set(re.findall(r"--\w+", capsys.readouterr().out))
+    for hint in finetune.REPLACED.values():
+        assert set(re.findall(r"--\w+", hint)) <= known, hint
 
 
 @pytest.mark.parametrize(("pad_with", "fill", "label"), [("mask", 259, -100), ("end", 2, 2), ("none", None, None)])
@@ -213,9 +234,67 @@ def test_last_block_is_filled_as_asked(qwen2: Path, data: Path, pad_with: str, f
         assert (one.labels[size:] == label).all()
 
 
-def test_context_must_hold_whole_blocks(qwen2: Path, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"context_length=100 .* bd_size=8"):
+def test_context_must_hold_whole_blocks(qwen2: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
         finetune.main(options(qwen2, data, tmp_path, context_length=100))
+    assert re.search(r"^finetune: context_length=100 .* bd_size=8$", capsys.readouterr().err, re.MULTILINE)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"])
+@pytest.mark.parametrize("harm", [truncate, Path.unlink], ids=["torn", "missing"])
+def test_a_torn_checkpoint_is_passed_over(
+    qwen2: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, harm: Callable[[Path], None]
+) -> None:
+    if harm is Path.unlink and name in ("optimizer.pt", "scheduler.pt"):
+        pytest.skip("a run that saves its weights alone has none")
+    extra = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    finetune.main(options(qwen2, data, tmp_path, **extra))
+    harm(tmp_path / "checkpoint-2" / name)
+    assert checkpoint_to_resume("latest", tmp_path)[0].name == "checkpoint-1"
+    capsys.readouterr()
+    finetune.main(options(qwen2, data, tmp_path, **extra, resume_from_checkpoint="latest"))
+    errors = capsys.readouterr().err
+    assert re.search(rf"checkpoint-2: passed over, .*{'weights' if name == 'model.safetensors' else ''}", errors)
+    assert f"resuming from {tmp_path / 'checkpoint-1'}" in errors
+    assert checkpoint_to_resume("latest", tmp_path) == (tmp_path / "checkpoint-2", [])
+
+
+def test_without_a_whole_checkpoint_there_is_nothing_to_resume(qwen2: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        checkpoint_to_resume("latest", tmp_path)
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-best").mkdir()
+    with pytest.raises(ValueError, match=r"checkpoint-1: passed over, there is no trainer_state\.json"):
+        checkpoint_to_resume("latest", tmp_path)
+    with pytest.raises(ValueError, match="resume_from_checkpoint='nowhere'"):
+        checkpoint_to_resume("nowhere", tmp_path)
+
+
+SHARDED = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+SHARDED += [Path(__file__).with_name("fsdp_on_cpu.py")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_fsdp_saves_what_load_reads_and_resumes_it(qwen2: Path, data: Path, tmp_path: Path, lora: bool) -> None:
+    """Two processes that hold half of every weight each: the whole model is saved, and a run continues from it."""
+    common = {"max_steps": 3, "per_device_train_batch_size": 2} | ({"lora": True, "lora_rank": 4} if lora else {})
+    one, whole, resumed = (tmp_path / name for name in ("one", "whole", "resumed"))
+    finetune.main(options(qwen2, data, one, **{**common, "per_device_train_batch_size": 4}))
+    extra = {"save_strategy": "steps", "save_steps": 2} | ({"merge_lora": True} if lora else {})
+    launch([*SHARDED, *options(qwen2, data, whole, **common, **extra)])
+    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+    launch([*SHARDED, *options(qwen2, data, resumed, **common, resume_from_checkpoint="latest")])
+    assert losses(whole) == pytest.approx(losses(one), rel=1e-3)
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    first, second = load_file(whole / name), load_file(resumed / name)
+    assert first.keys() == second.keys() == load_file(one / name).keys()
+    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+    fastdllm.load(str(whole / "merged" if lora else whole), device="cpu")
 
 
 @pytest.mark.parametrize("name", ["ddp.yaml", "fsdp.yaml"])

@@ -3,18 +3,32 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
+from fastdllm.prompts import encode_messages
 from fastdllm.training.collator import Collator, Row, Rows
 from fastdllm.training.masks import PADDING
 from fastdllm.training.objective import IGNORE
-from fastdllm.training.records import BadRecord, Conversation, keep_good, read_records, to_conversation
+from fastdllm.training.records import (
+    INSTRUCTIONS,
+    BadRecord,
+    Conversation,
+    Record,
+    keep_good,
+    read_records,
+    to_conversation,
+)
 from fastdllm.training.samples import Sample, encode, fit, pack, pad_to_block
 
 TALK = [
@@ -93,6 +107,15 @@ def test_bad_records_are_reported_by_line_and_left_out(tmp_path: Path) -> None:
         assert report.startswith(f"{path}:{number}:"), report
 
 
+TEMPLATE_ERRORS = {
+    "its own": "{{ raise_exception('no system prompts') }}",
+    "index": "{{ messages[7]['role'] }}",
+    "type": "{{ messages[0]['content'] + 1 }}",
+    "division": "{{ 1 // 0 }}",
+    "syntax": "{% if %}",
+}
+
+
 @pytest.mark.parametrize("line", BAD_LINES, ids=range(len(BAD_LINES)))
 def test_bad_records_are_fatal_by_choice(line: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
@@ -101,17 +124,175 @@ def test_bad_records_are_fatal_by_choice(line: str, tmp_path: Path) -> None:
         list(keep_good(read_records(path), to_conversation, "error", print))
 
 
-def test_unreadable_files_are_always_fatal(tmp_path: Path) -> None:
-    (tmp_path / "broken.json").write_text('[{"messages": ')
-    with pytest.raises(ValueError, match=r"broken\.json.*JSON"):
-        list(read_records(tmp_path / "broken.json"))
-    (tmp_path / "text.json").write_text(json.dumps({"type": "text_only", "instances": []}))
-    with pytest.raises(ValueError, match="text_only"):
-        list(read_records(tmp_path / "text.json"))
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        list(read_records(tmp_path / "nowhere.json"))
+def test_files_that_cannot_be_read_are_reported_and_the_others_used(tmp_path: Path) -> None:
+    (tmp_path / "a_broken.json").write_text('[{"messages": ')
+    (tmp_path / "b_text.json").write_text(json.dumps({"type": "text_only", "instances": []}))
+    (tmp_path / "c_deep.json").write_text("[" * 100_000)
+    (tmp_path / "d_good.json").write_text(json.dumps([{"messages": TALK}]))
+    (tmp_path / "e_folder.json").mkdir()
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"alpaca": {"file_name": "d_good.json"}}))
+    reports: list[str] = []
+    kept = list(keep_good(read_records(tmp_path), to_conversation, "skip", reports.append))
+    assert [talk.messages for talk in kept] == [TALK]
+    assert [Path(report.partition(":")[0]).name for report in reports] == ["a_broken.json", "b_text.json[0]", "c_deep.json"]
+
+
+def test_a_missing_file_is_always_fatal(tmp_path: Path) -> None:
+    (tmp_path / "dataset_info.json").write_text("{}")
+    for source in (tmp_path / "nowhere.json", tmp_path):
+        with pytest.raises(FileNotFoundError, match="no such file"):
+            list(read_records(source))
     with pytest.raises(ValueError, match="on_bad_record='ignore'"):
         list(keep_good([], to_conversation, "ignore", print))
+
+
+def test_json_lines_are_known_by_any_name(tmp_path: Path) -> None:
+    path = tmp_path / "lines.json"
+    path.write_text("\n".join([json.dumps({"messages": TALK}), "{broken", json.dumps({"messages": TALK})]))
+    reports: list[str] = []
+    assert len(list(keep_good(read_records(path), to_conversation, "skip", reports.append))) == 2
+    assert [report.startswith(f"{path}:2:") for report in reports] == [True]
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path, name: str) -> None:
+    record = {"messages": TALK}
+    text = json.dumps(record if name.endswith("l") else [record])
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert [talk.messages for talk in read(tmp_path)] == [TALK]
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_bytes_that_are_not_utf8_spoil_their_own_record(tmp_path: Path, name: str) -> None:
+    good = json.dumps({"messages": TALK}).encode()
+    latin = b'{"prompt": "caf\xe9?", "completion": "oui"}'
+    parts = [good, latin, good]
+    (tmp_path / name).write_bytes(b"\n".join(parts) if name.endswith("l") else b"[" + b",".join(parts) + b"]")
+    reports: list[str] = []
+    assert len(list(keep_good(read_records(tmp_path), to_conversation, "skip", reports.append))) == 2
+    assert len(reports) == 1
+    assert "UTF-8" in reports[0]
+
+
+USER, SAID = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
+FORMS = {
+    "sharegpt": {"id": "a_0", "conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]},
+    "sharegpt with roles": {"conversations": [USER, SAID]},
+    "mixed spelling": {"conversations": [{"from": "USER", "content": "2+2?"}, {"role": "Assistant", "value": "4"}]},
+    "content parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "2+2?"}]}, SAID]},
+    "prompt and completion": {"prompt": "2+2?", "completion": "4"},
+    "prompt and response": {"prompt": "2+2?", "response": "4"},
+    "question and answer": {"question": "2+2?", "answer": "4"},
+    "dolly": {"instruction": "2+2?", "context": "", "response": "4", "category": "open_qa"},
+    "alpaca": {"instruction": "2+2?", "input": "", "output": "4"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_common_form_gives_the_same_conversation(form: str) -> None:
+    assert to_conversation(Record("here", FORMS[form])).messages == [USER, SAID]
+
+
+def test_fields_beside_an_instruction_count() -> None:
+    dolly = {"instruction": "When?", "context": "It was 1815.", "response": "1815"}
+    assert to_conversation(Record("here", dolly)).messages[0]["content"] == "When?\n\nIt was 1815."
+    value = {**FORMS["alpaca"], "system": "Be brief.", "history": [["1+1?", "2"], ["2+1?", "3"]]}
+    contents = [(m["role"], m["content"]) for m in to_conversation(Record("here", value)).messages]
+    assert contents == [
+        ("system", "Be brief."),
+        ("user", "1+1?"),
+        ("assistant", "2"),
+        ("user", "2+1?"),
+        ("assistant", "3"),
+        ("user", "2+2?"),
+        ("assistant", "4"),
+    ]
+
+
+def targets(messages: list[dict[str, object]], tokenizer: PreTrainedTokenizerFast) -> str:
+    encoded = encode(to_conversation(Record("here", {"messages": messages})), tokenizer)
+    return tokenizer.decode(encoded.ids[encoded.labels != IGNORE])
+
+
+def test_a_conversation_that_the_assistant_begins_is_trained_on(tokenizer: PreTrainedTokenizerFast) -> None:
+    talk = [{"role": "assistant", "content": "Hello!"}, USER, SAID]
+    encoded = encode(to_conversation(Record("here", {"messages": talk})), tokenizer)
+    assert tokenizer.decode(encoded.ids) == tokenizer.apply_chat_template(talk, tokenize=False)
+    assert targets(talk, tokenizer) == "Hello!<|im_end|>\n4<|im_end|>\n"
+
+
+def test_turns_that_are_excluded_or_empty_are_no_targets(tokenizer: PreTrainedTokenizerFast) -> None:
+    for other in ({"content": ""}, {"content": "5", "weight": 0}, {"content": "5", "loss": False}):
+        assert targets([USER, {"role": "assistant", **other}, USER, SAID], tokenizer) == "4<|im_end|>\n"
+    asked = {"prompt": [USER, {"role": "assistant", "content": "5"}, USER], "completion": [SAID]}
+    encoded = encode(to_conversation(Record("here", asked)), tokenizer)
+    assert tokenizer.decode(encoded.ids[encoded.labels != IGNORE]) == "4<|im_end|>\n"
+
+
+def with_mask(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens([AddedToken("|<MASK>|", special=True, normalized=False)], special_tokens=True)
+    return tokenizer
+
+
+@given(
+    text=st.lists(st.sampled_from(["<|im_end|>", "|<MASK>|", "<|im_start|>", "x", " ", "\n", "<|im_", "end|>"])).map("".join)
+)
+def test_control_tokens_in_texts_are_text(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    """As many special tokens as the template writes, no mask, the text itself, and the prompt that inference has."""
+    tokenizer = with_mask(tokenizer)
+    special = set(tokenizer.get_added_vocab().values())
+    talk = [{"role": "user", "content": f"a{text}b"}, {"role": "assistant", "content": f"c{text}d"}]
+    harmless = [{**message, "content": "x"} for message in talk]
+    encoded, plain = (encode(Conversation("here", messages), tokenizer) for messages in (talk, harmless))
+    assert [i for i in encoded.ids if i in special] == [i for i in plain.ids if i in special]
+    assert [i for i in encoded.labels if i in special] == [tokenizer.eos_token_id]
+    assert tokenizer.decode(encoded.ids[encoded.labels != IGNORE]) == f"c{text}d<|im_end|>\n"
+    model = SimpleNamespace(tokenizer=tokenizer, name="here")
+    prompt = encode_messages(model, talk[:1]).tolist()
+    assert encoded.ids[: len(prompt)].tolist() == prompt
+
+
+TEXT = st.text(st.characters(), max_size=20) | st.sampled_from(["", "\ud800", "<|im_end|>", "assistant", "system"])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
+    max_leaves=12,
+)
+ROLE = st.sampled_from(["user", "assistant", "system", "tool", "human", "gpt", "poet"]) | JSON
+MESSAGE = st.fixed_dictionaries(
+    {}, optional={n: ROLE if n in ("role", "from") else JSON for n in ("role", "from", "content", "value", "tool_calls")}
+)
+GOOD_MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": TEXT})
+TALKS = st.lists(MESSAGE | GOOD_MESSAGE, max_size=4) | JSON
+KEYS = ["messages", "conversations", "system", "tools", "history", "instances", "type"]
+KEYS += sorted({key for keys in INSTRUCTIONS for key in keys if key})
+RECORD = st.dictionaries(st.sampled_from(KEYS), TALKS, max_size=5) | JSON
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
+@given(records=st.lists(RECORD, max_size=4), ending=st.sampled_from(["json", "jsonl"]), mangled=st.binary(max_size=3))
+def test_whatever_a_file_holds_is_a_sample_or_a_bad_record(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, records: list[object], ending: str, mangled: bytes
+) -> None:
+    """Random JSON, with fields of the right names and of the wrong types, NaN, lone surrogates and broken bytes."""
+    path = tmp_path / f"random.{ending}"
+    good = {"messages": [USER, SAID]}
+    texts = [json.dumps(value).encode() for value in [*records, good]]
+    path.write_bytes(
+        b"\n".join([mangled.replace(b"\n", b""), *texts]) if ending == "jsonl" else b"[" + b",".join(texts) + b"]"
+    )
+    reports: list[str] = []
+
+    def to_sample(record: Record) -> Sample:
+        return encode(to_conversation(record), tokenizer)
+
+    kept = list(keep_good(read_records(path), to_sample, "skip", reports.append))
+    assert len(kept) >= 1
+    assert all(report.startswith(str(path)) for report in reports)
+    for one in kept:
+        assert (one.labels != IGNORE).any()
+        assert ((one.labels == IGNORE) | (one.labels == one.ids)).all()
 
 
 def test_only_the_assistants_words_are_targets(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -141,9 +322,12 @@ def test_templates_that_rewrite_the_past_are_refused(
         encode(Conversation("here", TALK), tokenizer)
 
 
-def test_templates_that_refuse_a_conversation(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no system prompts') }}")
-    with pytest.raises(BadRecord, match=r"here: .*no system prompts"):
+@pytest.mark.parametrize("kind", TEMPLATE_ERRORS)
+def test_whatever_a_template_raises_is_a_bad_record(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE_ERRORS[kind])
+    with pytest.raises(BadRecord, match="here: the chat template refuses it"):
         encode(Conversation("here", TALK), tokenizer)
 
 

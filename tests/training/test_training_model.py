@@ -4,10 +4,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM, Qwen2Model
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
@@ -197,6 +202,62 @@ def test_other_architectures_are_refused(tmp_path: Path, change: dict[str, objec
     path = tiny_qwen2(tmp_path) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=message):
+        load_for_training(str(tmp_path))
+
+
+def drop(tensors: dict[str, Tensor]) -> None:
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+
+
+def add(tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.0.self_attn.q_norm.weight"] = torch.ones(8)
+
+
+def cut(tensors: dict[str, Tensor]) -> None:
+    tensors["model.norm.weight"] = torch.ones(7)
+
+
+def not_a_number(tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.1.self_attn.k_proj.bias"][3] = float("nan")
+
+
+def integers(tensors: dict[str, Tensor]) -> None:
+    tensors["model.norm.weight"] = torch.ones(32, dtype=torch.int64)
+
+
+DAMAGE = {
+    drop: r"lacks tensors: model\.layers\.0\.mlp\.up_proj\.weight",
+    add: r"unknown tensors: model\.layers\.0\.self_attn\.q_norm\.weight",
+    cut: r"misshapen tensors: model\.norm\.weight",
+    not_a_number: r"NaN or infinite weights in model\.layers\.1\.self_attn\.k_proj\.bias",
+    integers: r"no floating-point numbers: model\.norm\.weight",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "sharded"])
+def test_damaged_weights_are_refused_by_name(tmp_path: Path, damage: Callable[..., None], sharded: bool) -> None:
+    """transformers would draw what is missing at random and train on."""
+    folder = tiny_qwen2(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    damage(tensors)
+    name = "model-00001-of-00001.safetensors" if sharded else "model.safetensors"
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / name, metadata={"format": "pt"})
+    if sharded:
+        index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=DAMAGE[damage]):
+        load_for_training(str(folder))
+
+
+@given(share=st.floats(0, 1, exclude_max=True))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
+def test_torn_weights_are_refused_by_name(qwen2: Path, tmp_path: Path, share: float) -> None:
+    whole = (qwen2 / "model.safetensors").read_bytes()
+    shutil.copytree(qwen2, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ValueError, match=r"model\.safetensors: cannot be read"):
         load_for_training(str(tmp_path))
 
 

@@ -10,6 +10,7 @@ Options are those below and all of transformers' TrainingArguments. On several d
 
 from __future__ import annotations
 
+import difflib
 import math
 import sys
 from dataclasses import dataclass, field
@@ -20,13 +21,45 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, PreTrainedTokenizerFast, TrainingArguments, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from fastdllm.training.checkpoint import MASK_TOKEN, load_for_training, save_tokenizer
+from fastdllm.training.checkpoint import MASK_TOKEN, checkpoint_to_resume, load_for_training, save_tokenizer
 from fastdllm.training.collator import Collator, Rows
 from fastdllm.training.objective import IGNORE
 from fastdllm.training.records import Conversation, Record, keep_good, read_records, to_conversation
 from fastdllm.training.samples import FAST_DLLM_V2_TEMPLATE, Sample, encode, fit, pack, pad_to_block
 from fastdllm.training.trainer import BlockDiffusionTrainer
+
+# Names that the published script or an older transformers knew, and what replaces each.
+REPLACED = {
+    "block_size": "use --context_length",
+    "dispatch_batches": "use --accelerator_config",
+    "evaluation_strategy": "use --eval_strategy",
+    "fp16_backend": "leave it out",
+    "fsdp_min_num_params": "use --fsdp_config",
+    "fsdp_transformer_layer_cls_to_wrap": "use --fsdp_config",
+    "group_by_length": "use --train_sampling_strategy group_by_length",
+    "half_precision_backend": "leave it out",
+    "include_inputs_for_metrics": "use --include_for_metrics inputs",
+    "include_tokens_per_second": "use --include_num_input_tokens_seen non_padding, which also logs tokens a second",
+    "jit_mode_eval": "use --torch_compile",
+    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
+    "lora_r": "use --lora_rank",
+    "no_cuda": "use --use_cpu",
+    "overwrite_output_dir": "leave it out; --resume_from_checkpoint continues a run",
+    "per_gpu_eval_batch_size": "use --per_device_eval_batch_size",
+    "per_gpu_train_batch_size": "use --per_device_train_batch_size",
+    "push_to_hub_model_id": "use --hub_model_id",
+    "push_to_hub_organization": "use --hub_model_id",
+    "push_to_hub_token": "use --hub_token",
+    "save_safetensors": "leave it out; checkpoints are safetensors",
+    "split_batches": "use --accelerator_config",
+    "torchdynamo": "use --torch_compile_backend",
+    "use_lora": "use --lora",
+    "use_mps_device": "leave it out",
+    "warmup_ratio": "use --warmup_share",
+    "xpu_backend": "use --ddp_backend",
+}
 
 
 @dataclass
@@ -57,7 +90,7 @@ class DataArguments:
     """What to train on and how it is cut into rows."""
 
     dataset_path: str = field(
-        metadata={"help": "a .json or .jsonl file, or a folder of them: messages, LMFlow conversations or Alpaca"}
+        metadata={"help": "a .json or .jsonl file, or a folder of them: messages, ShareGPT, Alpaca, ... (README.md)"}
     )
     eval_dataset_path: str | None = field(default=None, metadata={"help": "the same, for --eval_strategy"})
     context_length: int = field(
@@ -110,7 +143,13 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, FinetuneArgum
     )
     *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
-        parser.error(f"unknown option {' '.join(unknown)}; --help lists the known ones")
+        name = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
+        if name in REPLACED:
+            parser.error(f"--{name} is no option any more: {REPLACED[name]}")
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(f"--{name}", known, 1)
+        hint = f"did you mean {near[0]}?" if near else "--help lists the known ones"
+        parser.error(f"unknown option {' '.join(unknown)}; {hint}")
     model, data, training = parsed
     if training.output_dir is None:
         parser.error("--output_dir is needed")
@@ -164,10 +203,16 @@ def lora_config(model: ModelArguments) -> LoraConfig:
     )
 
 
-def main(argv: list[str]) -> None:
-    """Load, train, save."""
+def prepare(argv: list[str]) -> tuple[ModelArguments, FinetuneArguments, BlockDiffusionTrainer, Path | None]:
+    """Everything before the first step. Raises ValueError and OSError for what the user should mend."""
     options, data, training = parse(argv)
     set_seed(training.seed)
+    quiet = training.process_index != 0
+    resume = None
+    if training.resume_from_checkpoint:
+        resume, passed_over = checkpoint_to_resume(training.resume_from_checkpoint, Path(training.output_dir))
+        if not quiet:
+            print(*passed_over, f"resuming from {resume}", sep="\n", file=sys.stderr)
     flex = training.device.type == "cuda"
     model, tokenizer = load_for_training(
         options.model_name_or_path,
@@ -181,7 +226,6 @@ def main(argv: list[str]) -> None:
     if data.conversation_template == "fast_dllm_v2" or not tokenizer.chat_template:
         tokenizer.chat_template = FAST_DLLM_V2_TEMPLATE
 
-    quiet = training.process_index != 0
     rows = load_samples(data.dataset_path, tokenizer, data, block, quiet)
     held_out = data.eval_dataset_path and load_samples(data.eval_dataset_path, tokenizer, data, block, quiet)
     if options.lora:
@@ -201,15 +245,36 @@ def main(argv: list[str]) -> None:
         tokenizer=tokenizer,
         block=block,
     )
-    resume = training.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume == "latest" else resume)
+    return options, training, trainer, resume
+
+
+def merge(options: ModelArguments, output: Path, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype) -> None:
+    """Write the whole model with the adapters of `output` added in to `output`/merged.
+
+    From the files, by one process: the trained model may be spread over all of them.
+    """
+    unset_hf_deepspeed_config()  # ZeRO-3 would spread this model, too
+    base, _ = load_for_training(options.model_name_or_path, options.bd_size, dtype)
+    merged = PeftModel.from_pretrained(base, output).merge_and_unload()
+    merged.save_pretrained(output / "merged")
+    save_tokenizer(tokenizer, output / "merged")
+
+
+def main(argv: list[str]) -> None:
+    """Load, train, save. What the user should mend is one line and exit code 2."""
+    try:
+        options, training, trainer, resume = prepare(argv)
+    except (ValueError, OSError) as error:
+        print(f"finetune: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    trainer.train(resume_from_checkpoint=resume and str(resume))
     trainer.save_model()
     trainer.save_state()
+    # No process may leave while another still writes or gathers, and all leave the group before any of them ends.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
     if options.merge_lora and training.should_save:
-        merged = Path(training.output_dir) / "merged"
-        peft_model: PeftModel = trainer.accelerator.unwrap_model(trainer.model)
-        peft_model.merge_and_unload().save_pretrained(merged)
-        save_tokenizer(tokenizer, merged)
+        merge(options, Path(training.output_dir), trainer.tokenizer_to_save, weights_dtype(options, training))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def read(config: Fields, ids: Mapping[str, int]) -> ModelSpec:
         mask_id=mask_id(config, ids, "<|MASK|>", 151669),
         stop_ids=stops,
         pad_id=pad_id(config, stops, 0),
-        defaults={"cache": "block", "block_length": size, "schedule": "even", "small_block_size": size},
+        defaults={"cache": "block", "block_length": size, "strict": True, "schedule": "even", "small_block_size": size},
     )
 
 

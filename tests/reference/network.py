@@ -88,6 +88,8 @@ class PlainNetwork:
             p = f"layers.{i}."
             y = self._norm(h, p + "attn_norm") @ w[p + "qkv.weight"].T + (w[p + "qkv.bias"] if s.qkv_bias else 0)
             q, k, v = y.view(len(ids), -1, s.head_dim).split([s.heads, s.kv_heads, s.kv_heads], 1)
+            if s.qk_norm:
+                q, k = self._norm(q, p + "q_norm"), self._norm(k, p + "k_norm")
             k, v = kv(i, self._rotate(k, pos), v.clone())
             group = s.heads // s.kv_heads
             score = torch.einsum("whd,thd->hwt", self._rotate(q, pos), k.repeat_interleave(group, 1)) / s.head_dim**0.5

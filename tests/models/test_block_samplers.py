@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SDAR, Stable-DiffCoder and A2D's bd3lm give the tokens and the forwards of their published samplers, as a plain loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import fastdllm
+from tests.published_checkpoints import write_checkpoint
+from tests.reference import block
+from tests.reference.network import PlainNetwork
+
+SIZES = {"sdar": 4, "stable_diffcoder": 4, "a2d-qwen3": 8, "a2d-qwen2": 8}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, fastdllm.Model]:
+    made = {}
+    for kind, size in SIZES.items():
+        torch.manual_seed(3)
+        folder = tmp_path_factory.mktemp(kind)
+        write_checkpoint(folder, kind)
+        made[kind] = fastdllm.load(str(folder), device="cpu", block_size=size)
+        made[kind].network.head.weight.mul_(5)  # sharper, so that thresholds part the tokens
+    return made
+
+
+def prompt(model: fastdllm.Model, length: int) -> torch.Tensor:
+    ids = torch.randint(300, 500, (length,))
+    if length > 2:  # a block of nothing but masks would be full of ties
+        ids[0] = model.spec.mask_id  # text like any other
+    return ids
+
+
+@pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.parametrize("length", [1, 3, 8, 13])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"decoder": "threshold", "threshold": 0.3},
+        {"decoder": "threshold", "threshold": 0.9},
+        {"decoder": "quota", "steps": "all"},
+        {"decoder": "quota", "steps": "half"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("cache", ["block", "none"])
+def test_the_published_sampler(
+    models: dict[str, fastdllm.Model], kind: str, length: int, rule: dict[str, Any], cache: str
+) -> None:
+    model, size = models[kind], SIZES[kind]
+    if rule["decoder"] == "quota":  # what a partial block's share of the steps is, the samplers answer differently
+        length = -(-length // size) * size
+    ids = prompt(model, length)
+    answer = -(-length // size) * size - length + 2 * size
+    per_block = None if rule["decoder"] == "threshold" else {"all": size, "half": size // 2}[rule["steps"]]
+    options = dict(rule) if per_block is None else {"decoder": "quota", "steps": per_block * (answer // size)}
+    strict = model.spec.defaults.get("strict", False)
+    expected, forwards = block.generate(
+        PlainNetwork(model, size),
+        ids,
+        length=answer,
+        block_size=size,
+        steps=per_block,
+        threshold=rule.get("threshold"),
+        strict=strict,
+    )
+    shape = {"gen_length": answer, "block_length": size, "small_block_size": size, "stop_ids": ()}
+    out = fastdllm.generate(model, [ids], cache=cache, **shape, **options)
+    assert out.sequences[0].tolist() == expected
+    if cache == "block":
+        assert out.stats.forwards == forwards

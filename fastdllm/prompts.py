@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -412,7 +413,7 @@ def _find(
     otherwise; blanks at a message's ends stay outside its marks, since templates strip them.
     """
     held = set(text)
-    marks = [chr(code) for code in MARKS if chr(code) not in held][: 2 * len(messages)]
+    marks = list(islice((mark for mark in map(chr, MARKS) if mark not in held), 2 * len(messages)))
     if len(marks) < 2 * len(messages):
         return [None] * len(messages), []
     pairs = list(zip(marks[::2], marks[1::2], strict=True))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -126,7 +127,7 @@ def _send(
     if stop_after is not None:
         to.wfile.flush()
         to.close_connection = True
-        to.connection.close()
+        to.connection.shutdown(socket.SHUT_RDWR)  # close() alone leaves the line open while the files on it live
 
 
 @pytest.fixture
@@ -144,7 +145,7 @@ def load(cache: Path, url: str, name: str = REPO, revision: str = "", offline: b
     variables |= {"HF_ENDPOINT": url, "HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
     variables |= {"PYTHONPATH": str(root), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1" if offline else "0"}
     command = [sys.executable, "-c", LOAD, name, revision]
-    done = subprocess.run(command, env=variables, cwd=root, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(command, env=variables, cwd=root, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-1]
 

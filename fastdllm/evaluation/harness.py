@@ -138,10 +138,7 @@ class DiffusionLM(TemplateLM):
             asked["temperature"] = asked.get("temperature", 1.0) if sampled else 0.0
         _, asked = split(merge(asked, self._fixed), self.options_type)
         length = min(self.defaults.get("gen_length", DecodeConfig().gen_length), self.max_length // 2)
-        options = self.complete(decode_options(asked, {**self.defaults, "gen_length": length}))
-        if "steps" in self._fixed and "gen_length" not in self._fixed and "schedule" not in options:
-            options["steps"] = min(coerce(k, options[k], int) for k in ("steps", "gen_length"))
-        return DecodeConfig(**options)
+        return DecodeConfig(**self.complete(decode_options(asked, {**self.defaults, "gen_length": length})))
 
     def complete(self, options: dict[str, Any]) -> dict[str, Any]:
         """A family's last word: fill in what depends on other options."""

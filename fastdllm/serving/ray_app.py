@@ -15,6 +15,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
+import ray
 import torch
 from ray import serve
 
@@ -120,6 +121,7 @@ def serve_replicas(settings: Settings, args: argparse.Namespace) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    connect()
     serve.start(http_options={"host": args.host, "port": args.port})
     try:
         serve.run(app, name="fastdllm", route_prefix="/")
@@ -128,4 +130,14 @@ def serve_replicas(settings: Settings, args: argparse.Namespace) -> int:
             pass
     finally:
         serve.shutdown()
+        ray.shutdown()
     return 0
+
+
+def connect() -> None:
+    """Join the cluster that RAY_ADDRESS names, else start one on this machine, which nobody else can reach."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # reports to nobody unless asked to
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False)
+    else:
+        ray.init(_node_ip_address="127.0.0.1", include_dashboard=False, log_to_driver=False)

@@ -31,7 +31,7 @@ def evaluate(model: Any, task: str, **options: Any) -> dict[str, Any]:
 
 
 def adapter(**options: Any) -> Any:
-    from fastdllm.harness import DiffusionLM
+    from fastdllm.evaluation.harness import DiffusionLM
 
     return DiffusionLM(pretrained="tiny-llada", device="cpu", batch_size=4, **options)
 

@@ -118,13 +118,13 @@ def serve_replicas(settings: Settings, args: argparse.Namespace) -> int:
         raise ValueError("--replicas is a fixed number; give it or --min-replicas and --max-replicas")
     scale = {name: getattr(args, name) for name in ("replicas", "min_replicas", "max_replicas")}
     app = application(Deployed(**dataclasses.asdict(settings), **scale))
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     connect()
     serve.start(http_options={"host": args.host, "port": args.port})
     try:
         serve.run(app, name="fastdllm", route_prefix="/")
+        stop = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):  # only now: Ray sets handlers of its own when it starts
+            signal.signal(number, lambda *_: stop.set())
         print(f"fastdllm: {settings.model} answers on http://{args.host}:{args.port}", file=sys.stderr, flush=True)
         while not stop.wait(1.0):
             pass

@@ -7,9 +7,11 @@ print(out.texts[0], out.stats.to_json())
 """
 
 from fastdllm.config import DecodeConfig
+from fastdllm.decide import Decision, decide
 from fastdllm.generation import Output, generate, stream
 from fastdllm.models import Model, load
 from fastdllm.registry import register
+from fastdllm.text import stream_text
 
 __version__ = "0.2.0"
-__all__ = ["DecodeConfig", "Model", "Output", "generate", "load", "register", "stream"]
+__all__ = ["Decision", "DecodeConfig", "Model", "Output", "decide", "generate", "load", "register", "stream", "stream_text"]

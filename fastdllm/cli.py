@@ -14,6 +14,8 @@ Fast inference and evaluation of diffusion language models (LLaDA, Dream, Fast-d
   chat    talk to a model in the terminal and see its answers being filled in
   app     the same in the browser: every token with its step and confidence, two settings side by side
   eval    run lm-eval tasks: accuracy, forwards and tokens per second
+  serve   an OpenAI-compatible server: chat, completions, streaming, typed answers; one process or many
+  batch   answer a file of requests in OpenAI's batch format
   score   run the tests of generated HumanEval and MBPP programs, confined
 
 fastdllm COMMAND --help explains a command, fastdllm --version tells the version. Start with:  fastdllm chat
@@ -50,8 +52,39 @@ def _version() -> str:
     return __version__
 
 
-COMMANDS: dict[str, Command] = {"chat": chat, "app": app, "eval": evaluate, "score": score}
-NEEDS = {"gradio": "ui", "rich": "ui", "transformers": "ui", "tokenizers": "ui", "lm_eval": "eval", "tqdm": "eval"}
+def serve(arguments: Sequence[str]) -> int:
+    from fastdllm.serving.command import main
+
+    return main(arguments, prog="fastdllm serve")
+
+
+def batch(arguments: Sequence[str]) -> int:
+    from fastdllm.serving.batch import main
+
+    return main(arguments, prog="fastdllm batch")
+
+
+COMMANDS: dict[str, Command] = {
+    "chat": chat,
+    "app": app,
+    "eval": evaluate,
+    "serve": serve,
+    "batch": batch,
+    "score": score,
+}
+NEEDS = {
+    "gradio": "ui",
+    "rich": "ui",
+    "transformers": "ui",
+    "tokenizers": "ui",
+    "lm_eval": "eval",
+    "tqdm": "eval",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "pydantic": "serve",
+    "prometheus_client": "serve",
+    "ray": "ray",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 PIECE = 8  # positions of a packed piece: what Fast-dLLM v2 recomputes of a block, and the narrowest captured pass
+ALTERNATIVES = 20  # likeliest tokens of a position that a step can name
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Shape:
         reuse has no part in this forward.
     drawn: some row draws its tokens, so that the logits themselves are needed.
     truncated: some row that draws them leaves out unlikely ones.
+    alternatives: likeliest tokens to name at each position, 0 or ALTERNATIVES.
     """
 
     width: int
@@ -37,6 +39,7 @@ class Shape:
     fresh: int | None = None
     drawn: bool = False
     truncated: bool = False
+    alternatives: int = 0
 
     def positions(self, rows: int) -> int:
         """Positions that a forward of `rows` rows computes for each branch."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,7 +74,7 @@ def stream(
     *,
     constraints: Sequence[dict[int, int]] | dict[int, int] | None = None,
     **options: Any,
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     """The decoding loop a step at a time, with each step's block content (see `engine.Step`).
 
     Arguments as `generate`. Closing the iterator stops the computation.

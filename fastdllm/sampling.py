@@ -82,21 +82,27 @@ class Sampler:
         return draws(numbers) or self.confidence == "random" or numbers["alg_temp"] > 0
 
     def draw(
-        self, generators: Sequence[torch.Generator | None], width: int, vocab: int, drawn: Sequence[bool] | None = None
+        self,
+        generators: Sequence[torch.Generator | None],
+        width: int,
+        vocab: int,
+        drawn: Sequence[bool] | None = None,
+        widths: Sequence[int] | None = None,
     ) -> Tensor | None:
         """Uniform noise [R, width, n] for one step, one draw per row from its own generator.
 
         generators: None for a row that is not random; its noise means nothing. drawn: whether each row draws tokens, which
-        takes `vocab` numbers per position besides the one for its place; by default all do if this sampler does.
-        None when nothing is random.
+        takes `vocab` numbers per position besides the one for its place; by default all do if this sampler does. widths:
+        positions that each row draws for, by default all; what it draws then depends on no other row and on no longer block
+        of the run. None when nothing is random.
         """
         if all(g is None for g in generators):
             return None
         drawn = [bool(self.drawn)] * len(generators) if drawn is None else drawn
         columns = (vocab if any(drawn) else 0) + 1
         rows = []
-        for g, tokens in zip(generators, drawn, strict=True):
-            own = None if g is None else torch.rand(width, vocab * tokens + 1, generator=g, device=g.device)
+        for g, tokens, own_width in zip(generators, drawn, widths or [width] * len(generators), strict=True):
+            own = None if g is None else torch.rand(own_width, vocab * tokens + 1, generator=g, device=g.device)
             rows.append(own)
         device = next(row.device for row in rows if row is not None)
         idle = torch.full((width, columns), 0.5, device=device)
@@ -179,7 +185,8 @@ def _column(number: float | Tensor, like: Tensor) -> Tensor:
 
 
 def _widened(row: Tensor | None, idle: Tensor) -> Tensor:
-    """Noise of a row as wide as that of the widest: what it does not need comes first."""
+    """Noise of a row in the shape of all: of the columns what it does not need comes first, of the positions last."""
     if row is None or row.shape == idle.shape:
         return idle if row is None else row
-    return torch.cat([idle[:, : idle.shape[1] - row.shape[1]], row], 1)
+    row = torch.cat([idle[: len(row), : idle.shape[1] - row.shape[1]], row], 1)
+    return torch.cat([row, idle[len(row) :]])

@@ -31,6 +31,11 @@ EXTRAS = [
     "rich",
     "matplotlib",
     "tqdm",
+    "fastapi",
+    "uvicorn",
+    "pydantic",
+    "prometheus_client",
+    "ray",
 ]
 ABOVE = {("engine", "sampling")}  # the engine takes the sampler apart; nothing imports the engine
 SYNC_CALLS = ("item", "tolist", "cpu", "nonzero")
@@ -107,6 +112,11 @@ def test_kernels_import_torch_and_triton_only() -> None:
         ("peft", ("fastdllm/training/",)),
         ("gradio", ("fastdllm/ui/page.py",)),
         ("rich", ("fastdllm/ui/screen.py",)),
+        ("fastapi", ("fastdllm/serving/app.py",)),
+        ("uvicorn", ("fastdllm/serving/command.py",)),
+        ("pydantic", ("fastdllm/serving/",)),
+        ("prometheus_client", ("fastdllm/serving/",)),
+        ("ray", ("fastdllm/serving/ray_app.py",)),
     ],
 )
 def test_heavy_libraries_stay_in_their_place(library: str, homes: tuple[str, ...]) -> None:

@@ -15,6 +15,7 @@ from fastdllm import registry
 from fastdllm.build import assemble, runner
 from fastdllm.engine import Request, decode
 from fastdllm.models.transformer import Layer
+from fastdllm.prompts import encode
 from fastdllm.store import UNIT
 from tests.random_models import FAMILIES, MASK, STOP, VOCAB, WatchedRunner, accepted, prompts, random_model
 from tests.reference.network import PlainNetwork
@@ -333,3 +334,15 @@ def test_a_stop_token_before_a_constraint_does_not_end_the_answer() -> None:
     assert out.sequences[0][5 + 9] == 7
     assert out.stats.row_tokens == [10]
     assert len(out.sequences[0]) == 5 + 11
+
+
+def test_draws_depend_on_no_longer_block_of_the_run() -> None:
+    """A short answer is the same in a run with room for long ones: a server decodes both."""
+    model = fastdllm.load("tiny-llada")
+    config = fastdllm.DecodeConfig(gen_length=12, temperature=1.0, seed=3, block_length=32, stop_ids=())
+    short = fastdllm.generate(model, "Question: What is 3 + 4?\nAnswer:", config).sequences[0]
+    run = assemble(model, config.replace(gen_length=64))
+    prompt = encode(model, "Question: What is 3 + 4?\nAnswer:")[0]
+    steps = decode(model, [Request(prompt, 12, 3), Request(prompt, 64, 4)], run, runner(model, config))
+    done = {number: result for step in steps for number, result in step.done.items()}
+    assert done[0].ids.tolist() == short.tolist()

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastdllm.decoding import Decoding
 from fastdllm.engine.row import Place, Request, Result, Row
 from fastdllm.engine.source import Source
+from fastdllm.forward import ALTERNATIVES
 from fastdllm.sampling import draws, truncates
 from fastdllm.store import UNIT, Canvas, Room, units
 
@@ -51,6 +52,10 @@ def check(model: Model, run: Decoding, request: Request) -> None:
             raise ValueError(f"{name}={value!r} is not a number of this run; allowed are {', '.join(run.numbers)}")
         if not math.isfinite(value):
             raise ValueError(f"{name}={value!r} must be a finite number")
+    if not 0 <= request.alternatives <= ALTERNATIVES:
+        raise ValueError(f"alternatives={request.alternatives} must lie in 0..{ALTERNATIVES}")
+    if request.alternatives and run.decoder.branches > 1:
+        raise ValueError(f"alternatives={request.alternatives} must be 0: the decoder tries branches")
     numbers = {**run.numbers, **request.numbers}
     for name in ("temperature", "top_k", "alg_temp", "cfg_scale"):
         if numbers.get(name, 0) < 0:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdllm.blocks import Pass
 from fastdllm.decoding import Decoding
 from fastdllm.engine.row import Row
-from fastdllm.forward import PIECE, Plan, Shape
+from fastdllm.forward import ALTERNATIVES, PIECE, Plan, Shape
 
 NARROW = 64  # up to this width passes are grouped by equal width, or packed; above it they are padded to a multiple of it
 PASS_TOKENS = 16384  # positions of one forward at most: bounds the activations, and a wide pass gains nothing beyond
@@ -50,7 +50,8 @@ class Batch:
     def noise(self, run: Decoding, vocab: int) -> Tensor | None:
         """The step's draws, see `Sampler.draw`."""
         generators: list[torch.Generator | None] = [row.generator for row in self.rows]
-        return run.sampler.draw(generators, run.block_length, vocab, [row.drawn for row in self.rows])
+        drawn, widths = [row.drawn for row in self.rows], [row.widest for row in self.rows]
+        return run.sampler.draw(generators, run.block_length, vocab, drawn, widths)
 
     def advance(self, run: Decoding, status: list[list[int]], layers: int) -> None:
         """Each row takes in what the forward did and what it cost."""
@@ -108,6 +109,7 @@ def shape_of(turns: list[Turn], run: Decoding, packs: bool) -> Shape:
         fresh=fresh,
         drawn=any(row.drawn for row in rows),
         truncated=any(row.truncated for row in rows),
+        alternatives=ALTERNATIVES * any(row.request.alternatives for row in rows),
     )
 
 

@@ -10,7 +10,7 @@ it gives alone, and a row that finishes leaves its place to the next request.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -37,7 +37,8 @@ class Step:
 
     rows: the requests it served. starts, stops: where their blocks lie. seconds: it took. done: the requests it finished.
     With `trace`: ids [R, Q] after the step (the mask id where a token was taken back), confidence [R, Q] (NaN where nothing
-    was scored), committed [R, Q] bool.
+    was scored), committed [R, Q] bool, logprobs [R, Q] of what stands there now, where it was scored; and for requests with
+    `alternatives` the likeliest tokens of each position with their log-probabilities, [R, Q, n] each.
     """
 
     rows: list[int]
@@ -48,6 +49,8 @@ class Step:
     ids: Tensor | None = None
     confidence: Tensor | None = None
     committed: Tensor | None = None
+    logprobs: Tensor | None = None
+    likeliest: tuple[Tensor, Tensor] | None = None
 
 
 @torch.inference_mode()
@@ -60,7 +63,7 @@ def decode(
     rows: int | None = None,
     positions: int | None = None,
     trace: bool = False,
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     """Decode every request; yields one `Step` per forward.
 
     requests: a list, or a source that hands them over as they come (`source.py`).
@@ -87,6 +90,8 @@ def decode(
                 step = Step([r.number for r in batch.rows], [b.start for b in blocks], [b.stop for b in blocks], 0.0, done)
                 if trace:
                     step.ids, step.confidence, step.committed = out.ids.clone(), out.conf.clone(), out.committed.clone()
+                    step.logprobs = out.logprob.clone()
+                    step.likeliest = out.likeliest and (out.likeliest[0].clone(), out.likeliest[1].clone())
                 step.seconds = time.perf_counter() - started
                 yield step
 

@@ -37,6 +37,7 @@ class Request:
     stop_ids: tokens that end the answer; None for the run's.
     numbers: values of its own in place of the run's, by name (`Decoding.numbers`): temperature, threshold, ...
     ends: asked after each block whether the answer so far [N], on the CPU, is enough.
+    alternatives: how many of each position's likeliest tokens a traced step shall name, up to `forward.ALTERNATIVES`.
     """
 
     prompt: Tensor
@@ -46,6 +47,7 @@ class Request:
     stop_ids: tuple[int, ...] | None = None
     numbers: Mapping[str, float] = field(default_factory=dict)
     ends: Callable[[Tensor], bool] | None = None
+    alternatives: int = 0
 
 
 @dataclass
@@ -109,7 +111,7 @@ class Row:
     reuse stands. at: index of the current block. opening: its next forward opens the block. first_masked: the block's first
     position is masked. step, denoised, outer_step: forwards of this block, those after its opening pass, and those of the
     outer block. initial, remaining: masks when it opened and now. committed: tokens gained by the last forward. stopped: it
-    ended before its length did.
+    ended before its length did. widest: positions of its widest block.
     """
 
     number: int
@@ -132,8 +134,10 @@ class Row:
     remaining: int = 0
     committed: int = 0
     cost: Cost = field(default_factory=Cost)
+    widest: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.widest = max(block.stop - max(block.start, block.prompt) for block in self.blocks)
         self._enter()
 
     @property

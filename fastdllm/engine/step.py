@@ -54,16 +54,21 @@ class Scored:
 @dataclass
 class Outcome:
     """What one forward did, on the device. status [R, 4] int64: masks left in the block, 1 if the row stopped, 1 if the
-    block's first position is masked, positions that drifted (layer reuse). ids, conf, committed [R, Q]."""
+    block's first position is masked, positions that drifted (layer reuse). ids, conf, committed, logprob [R, Q]. likeliest:
+    with `Shape.alternatives`, the likeliest tokens of each position and their log-probabilities, [R, Q, n] each."""
 
     status: Tensor
     ids: Tensor
     conf: Tensor
     committed: Tensor
+    logprob: Tensor
+    likeliest: tuple[Tensor, Tensor] | None = None
 
     def head(self, rows: int) -> Outcome:
         """The first `rows` rows, without those that fill up a graph."""
-        return Outcome(self.status[:rows], self.ids[:rows], self.conf[:rows], self.committed[:rows])
+        likeliest = None if self.likeliest is None else (self.likeliest[0][:rows], self.likeliest[1][:rows])
+        tensors = (self.status, self.ids, self.conf, self.committed, self.logprob)
+        return Outcome(*(tensor[:rows] for tensor in tensors), likeliest)
 
 
 def denoise(model: Model, canvas: Canvas, run: Decoding, table: Tensor, noise: Tensor | None, shape: Shape) -> Outcome:
@@ -83,7 +88,10 @@ def denoise(model: Model, canvas: Canvas, run: Decoding, table: Tensor, noise: T
     # Where branches or shadows are at work, a position may change its token without having been open.
     written = committed | (after != before) & ~still if run.decoder.branches > 1 or rule.shadow else committed
     record(canvas, plan, where.block, view, after, still, written)
-    return report(canvas, run, plan, where, view, committed, after, still, drifted)
+    out = report(canvas, run, plan, where, view, committed, after, still, drifted)
+    if shape.alternatives:
+        out.likeliest = likeliest(scored.logits[:: run.lanes], model.banned, shape.alternatives)
+    return out
 
 
 def own_numbers(
@@ -135,7 +143,7 @@ def score(
     """What the model says of the block's positions. The head runs for them only."""
     network, size = model.network, where.block.shape
     predicting = hidden.gather(1, where.source[..., None].expand(-1, -1, hidden.shape[-1]))
-    if not ("cfg_scale" in numbers or shape.shadows or rule.adjust or shape.drawn):
+    if not ("cfg_scale" in numbers or shape.shadows or rule.adjust or shape.drawn or shape.alternatives):
         stats = network.confidence(predicting.flatten(0, 1), model.banned, **sampler.statistics)
         return Scored(sampler.scores(stats, size, noise))  # nothing looks at the logits, which need not reach memory
     if shape.shadows:
@@ -227,4 +235,10 @@ def report(
     drifted = torch.zeros_like(plan.row) if drifted is None else drifted
     status = torch.stack([still.sum(1), stopped.long(), still[:, 0].long(), drifted], 1)
     conf, lead = view.conf.masked_fill(~view.masked, torch.nan), slice(None, None, run.lanes)
-    return Outcome(status[lead], after[lead], conf[lead], committed[lead])
+    return Outcome(status[lead], after[lead], conf[lead], committed[lead], view.logprob[lead])
+
+
+def likeliest(logits: Tensor, banned: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """logits [R, Q, V] -> the `count` likeliest tokens of each position and their log-probabilities, untempered."""
+    logprob, token = logits.float().masked_fill(banned, -torch.inf).log_softmax(-1).topk(min(count, logits.shape[-1]), -1)
+    return token, logprob

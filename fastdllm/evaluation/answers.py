@@ -24,6 +24,7 @@ from fastdllm.engine import Request, decode
 from fastdllm.generation import answer_length
 from fastdllm.models import Model
 from fastdllm.stats import Stats, peak_memory
+from fastdllm.text import is_cut
 
 CHUNK = 2**22  # words of a weight that are summed at once
 
@@ -62,18 +63,6 @@ def answer(model: Model, asks: list[Ask], batch_size: int, stats: Stats) -> Iter
             stats.finish(result, length)
             yield at, ids[:length]
     stats.add(Stats(peak_memory=peak_memory(model.device)))
-
-
-def cut(text: str, stops: tuple[str, ...]) -> str:
-    """`text` before the first stop string; empty stop strings say nothing."""
-    ends = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
-    return text[: min(ends, default=len(text))]
-
-
-def is_cut(text: str, stops: tuple[str, ...]) -> bool:
-    """Whether `cut` gives the same for `text` and for anything that starts with it: a stop string is there, and none that
-    would start before it can still be incomplete."""
-    return any(stop in text for stop in stops) and len(cut(text, stops)) + max(map(len, stops)) - 1 <= len(text)
 
 
 def answer_key(*parts: Any) -> str:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 import fastdllm
 from fastdllm.build import assemble
 from fastdllm.config import DecodeConfig
-from fastdllm.evaluation.answers import AnswerStore, Ask, answer, answer_key, cut, fingerprint
+from fastdllm.evaluation.answers import AnswerStore, Ask, answer, answer_key, fingerprint
 from fastdllm.evaluation.distributed import World, choose_device
 from fastdllm.evaluation.options import (
     HarnessOptions,
@@ -48,6 +48,7 @@ from fastdllm.likelihood import Score, log_likelihoods
 from fastdllm.models import Model
 from fastdllm.prompts import check_model, encode_text, render
 from fastdllm.stats import Stats
+from fastdllm.text import cut
 
 log = logging.getLogger("lm_eval.fastdllm")  # below lm-eval's, which shows only its own
 

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, TextIO
 
+from fastdllm import registry
+from fastdllm.text import AnswerText, text_of
+
 if TYPE_CHECKING:
     from fastdllm.models import Model
     from fastdllm.trace import Trace
@@ -55,7 +58,7 @@ def answer_text(model: Model, trace: Trace) -> str:
 
 
 class PlainScreen:
-    """Lines of text: for files, pipes and terminals without `rich`. An answer grows by whole blocks."""
+    """Lines of text: for files, pipes and terminals without `rich`. An answer grows by what will not change any more."""
 
     def __init__(self, out: TextIO | None = None) -> None:
         self.out = out or sys.stdout
@@ -65,19 +68,21 @@ class PlainScreen:
 
     @contextmanager
     def answering(self, model: Model) -> Iterator[Any]:
-        shown = ""
+        text: AnswerText | None = None
 
         def show(trace: Trace) -> None:
-            nonlocal shown
-            # A decoder may take tokens of the current block back, so only the blocks before it are final.
-            final = trace.length if trace.finished else (trace.steps[-1].start if trace.steps else 0)
-            ids = [token for token in trace.answer()[:final] if token != trace.mask_id]
-            text = printable(model.tokenizer.decode(ids, skip_special_tokens=True))
-            if text.endswith("\ufffd") and not trace.finished:
-                return
-            self.out.write(text[len(shown) :])
+            nonlocal text
+            if text is None:
+                revocable = bool(registry.find("decoders", trace.config.get("decoder") or "threshold").shadow)
+                text = text_of(model, trace.length, trace.stop_ids, (), trace.fixed, revocable)
+            piece = ""
+            if trace.steps:
+                last, ids = trace.steps[-1], trace.at().ids
+                piece = text.step(last.start, ids[last.start : last.stop])
+            if trace.finished:
+                piece += text.finish()
+            self.out.write(printable(piece))
             self.out.flush()
-            shown = text
 
         try:
             yield show

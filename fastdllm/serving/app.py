@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The HTTP side: OpenAI's endpoints over a `Service`, and nothing that decides anything about decoding."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.staticfiles import StaticFiles
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+
+import fastdllm
+from fastdllm.serving.errors import ApiError, as_api_error
+from fastdllm.serving.protocol import ChatBody, CompletionBody, DecideBody, describe
+from fastdllm.serving.service import Asked, Service
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+log = logging.getLogger("fastdllm.serving")
+T = TypeVar("T")
+MAX_BODY = 8 * 2**20  # bytes; a longer body is refused before it is read
+STATIC = Path(__file__).parent / "static"
+GONE = 499  # the client closed the connection: nobody reads this, logs and metrics do
+
+
+def create_app(
+    service: Service,
+    *,
+    api_key: str | None = None,
+    hosts: Sequence[str] | None = None,
+    wait_until_warm: bool = False,
+) -> FastAPI:
+    """The application. api_key: what clients must send as a bearer token under /v1, None for no key. hosts: names under
+    which the server may be addressed, None for any; a server on the loopback interface names its own, so that no web page
+    can reach it under a name that it pointed there. wait_until_warm: listen only then; else /health says so meanwhile."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        warming = asyncio.create_task(_warm(service))
+        if wait_until_warm:
+            await warming
+        yield
+        warming.cancel()
+        with suppress(asyncio.CancelledError):
+            await warming
+        await asyncio.to_thread(service.close)
+
+    app = FastAPI(
+        title="fastdllm",
+        version=fastdllm.__version__,
+        description="OpenAI-compatible server for diffusion language models",
+        lifespan=lifespan,
+    )
+    app.state.service = service
+    app.add_middleware(Gate, api_key=api_key, hosts=hosts, metrics=service.metrics)
+    _add_error_handlers(app)
+    _add_operations(app, service)
+    _add_endpoints(app, service)
+    if STATIC.is_dir():
+        app.mount("/", StaticFiles(directory=STATIC, html=True), name="page")
+    return app
+
+
+async def _warm(service: Service) -> None:
+    try:
+        await service.warm_up()
+    except ApiError as error:
+        log.error("the model could not be warmed up: %s", error)
+        service.state = "failed"
+
+
+def _add_operations(app: FastAPI, service: Service) -> None:
+    @app.get("/health", tags=["operation"])
+    async def health() -> Response:
+        """200 as soon as the model is warm; 503 before that, during shutdown, and when the device is lost."""
+        state = service.health
+        return JSONResponse({"status": state}, 200 if state == "ready" else 503)
+
+    @app.get("/metrics", tags=["operation"])
+    async def metrics() -> Response:
+        """Figures for Prometheus."""
+        return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_endpoints(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/models", tags=["OpenAI"])
+    async def models() -> dict[str, Any]:
+        """The one model that is served."""
+        return service.models()
+
+    @app.get("/v1/models/{name:path}", tags=["OpenAI"])
+    async def model(name: str) -> dict[str, Any]:
+        """The same, by its name."""
+        if name != service.name:
+            raise ApiError(
+                404, f"the model {name[:100]!r} does not exist; here is {service.name!r}", "model", "model_not_found"
+            )
+        return service.models()["data"][0]
+
+    @app.post("/v1/chat/completions", tags=["OpenAI"])
+    async def chat(body: ChatBody, request: Request) -> Response:
+        """Answer a conversation."""
+        return await _respond(service, request, body.stream, service.chat(body))
+
+    @app.post("/v1/completions", tags=["OpenAI"])
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        """Continue a text, several texts, or token ids."""
+        return await _respond(service, request, body.stream, service.completions(body))
+
+    @app.post("/v1/decide", tags=["typed answers"])
+    async def decisions(body: DecideBody, request: Request) -> Response:
+        """Answer typed questions (choice, yes or no, score) with probabilities, from one forward."""
+        return JSONResponse(await _while_connected(request, service.decide(body)))
+
+
+async def _respond(service: Service, request: Request, stream: bool, asking: Awaitable[Asked]) -> Response:
+    if not stream:
+        return JSONResponse(await _while_connected(request, _answer(service, asking)))
+    asked = await _while_connected(request, asking)
+    chunks = service.chunks(asked)
+    try:
+        first = await anext(chunks)  # what goes wrong before anything was sent is an error with a status of its own
+    except BaseException:
+        await chunks.aclose()
+        raise
+    return StreamingResponse(_events(first, chunks), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+async def _answer(service: Service, asking: Awaitable[Asked]) -> dict[str, Any]:
+    return await service.answer(await asking)
+
+
+async def _events(first: dict[str, Any], chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncIterator[str]:
+    """Server-sent events. An error after the first one is an event as well, since the status is long sent."""
+    async with aclosing(chunks):
+        try:
+            yield _event(first)
+            async for chunk in chunks:
+                yield _event(chunk)
+        except Exception as error:
+            yield _event(_told(error).body())
+        yield "data: [DONE]\n\n"
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+async def _while_connected(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the client hangs up."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ApiError(GONE, "the client closed the connection")
+    finally:
+        for pending in (task, gone):
+            pending.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _told(error: BaseException) -> ApiError:
+    known = as_api_error(error)
+    if known.status == 500:
+        log.error("a request failed", exc_info=error)
+    return known
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    def reply(error: ApiError) -> Response:
+        return JSONResponse(error.body(), error.status, error.headers)
+
+    @app.exception_handler(ApiError)
+    async def known(_: Request, error: ApiError) -> Response:
+        return reply(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        return reply(describe(error))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return reply(ApiError(error.status_code, message[:300]))
+
+    @app.exception_handler(Exception)
+    async def unknown(_: Request, error: Exception) -> Response:
+        return reply(_told(error))
+
+
+async def _discard(receive: Receive) -> None:
+    """Read on and forget, within bounds."""
+    size, more = 0, True
+    while more and size < 8 * MAX_BODY:
+        message = await receive()
+        size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+
+
+class Gate:
+    """What every request passes before it is read: host, key and size; and the counting of what became of it."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None, hosts: Sequence[str] | None, metrics: Any) -> None:
+        self.app, self._key, self._hosts, self._metrics = app, api_key, hosts, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        status, size = 500, 0
+
+        async def counted_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        async def bounded_receive() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > MAX_BODY:
+                raise ApiError(413, f"the body is longer than {MAX_BODY} bytes", code="body_too_large")
+            return message
+
+        try:
+            headers = Headers(scope=scope)
+            self._check(scope["path"], headers)
+            await self.app(scope, bounded_receive, counted_send)
+        except ApiError as error:
+            if error.status == 413:
+                await _discard(receive)  # else the client sees a broken connection in place of the reason
+            await JSONResponse(error.body(), error.status, error.headers)(scope, receive, counted_send)
+        finally:
+            route = getattr(scope.get("route"), "path", None) or "other"
+            self._metrics.requests.labels(route, str(status)).inc()
+
+    def _check(self, path: str, headers: Headers) -> None:
+        host = headers.get("host", "")
+        name = host if host.endswith("]") else host.rsplit(":", 1)[0] if ":" in host else host
+        if self._hosts is not None and name.lower() not in self._hosts:
+            raise ApiError(403, f"this server is not known as {name[:100]!r}", code="unknown_host")
+        if self._key is not None and path.startswith("/v1"):
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._key.encode()):
+                raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length[:20]) > MAX_BODY:
+            raise ApiError(413, f"the body is longer than {MAX_BODY} bytes", code="body_too_large")

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastdllm batch in.jsonl out.jsonl`: a file of requests in OpenAI's batch format, answered in one continuous batch.
+
+A line of the output is written whole, under a lock, and forced to the disk. A process that is killed leaves at most one torn
+line, which the next writer cuts off. What has an answer in the output is not asked again, so a run goes on where the last
+one ended. Under `accelerate launch` every process answers its share of the lines, into the same file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import fcntl
+import json
+import os
+import sys
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from pydantic import ValidationError
+from tqdm import tqdm
+
+from fastdllm.serving.command import Settings, add_limits, add_model_options, settings
+from fastdllm.serving.errors import ApiError, as_api_error
+from fastdllm.serving.protocol import ChatBody, CompletionBody, DecideBody, describe
+from fastdllm.serving.service import Service
+
+
+@dataclass(frozen=True)
+class Line:
+    """One request of the input: where it stood, its own id, the endpoint and the body."""
+
+    number: int
+    custom_id: str
+    url: str
+    body: Any
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The requests of a file. ValueError naming the line that is none, or whose custom_id another one has."""
+    lines: dict[str, Line] = {}
+    for number, raw in enumerate(path.read_bytes().splitlines(), start=1):
+        if not raw.strip():
+            continue
+        try:
+            data = json.loads(raw)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number} is not JSON ({error})") from error
+        if not isinstance(data, dict) or not isinstance(data.get("custom_id"), str) or not isinstance(data.get("url"), str):
+            raise ValueError(f"{path}:{number} must be an object with custom_id, method, url and body")
+        if data.get("method", "POST") != "POST" or data["url"] not in ENDPOINTS:
+            raise ValueError(f"{path}:{number}: allowed are POST and {', '.join(ENDPOINTS)}")
+        if data["custom_id"] in lines:
+            raise ValueError(
+                f"{path}:{number}: custom_id {data['custom_id']!r} is that of line {lines[data['custom_id']].number}"
+            )
+        lines[data["custom_id"]] = Line(number, data["custom_id"], data["url"], data.get("body"))
+    return list(lines.values())
+
+
+class Output:
+    """The output file, which several processes append to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def done(self) -> set[str]:
+        """custom_ids that have a line. ValueError where the file holds something else."""
+        if not self.path.exists():
+            return set()
+        with self.path.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            _repair(file)
+            file.seek(0)
+            found = set()
+            for number, raw in enumerate(file, start=1):
+                try:
+                    found.add(json.loads(raw)["custom_id"])
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(
+                        f"{self.path}:{number} is not a line of a batch's output; it is left as it is"
+                    ) from error
+            return found
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Append a line."""
+        with self.path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            _repair(file)
+            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _repair(file: BinaryIO) -> None:
+    """Cut off a line without an end, which a writer left that was killed."""
+    end = file.seek(0, os.SEEK_END)
+    at = end
+    while at:
+        start = max(0, at - 65536)
+        file.seek(start)
+        newline = file.read(at - start).rfind(b"\n")
+        if newline >= 0:
+            at = start + newline + 1
+            break
+        at = start
+    if at < end:
+        file.truncate(at)
+    file.seek(0, os.SEEK_END)
+
+
+async def _chat(service: Service, body: Any) -> dict[str, Any]:
+    return await service.answer(await service.chat(_unstreamed(ChatBody.model_validate(body))))
+
+
+async def _completions(service: Service, body: Any) -> dict[str, Any]:
+    return await service.answer(await service.completions(_unstreamed(CompletionBody.model_validate(body))))
+
+
+async def _decide(service: Service, body: Any) -> dict[str, Any]:
+    return await service.decide(DecideBody.model_validate(body))
+
+
+def _unstreamed(body: Any) -> Any:
+    if body.stream:
+        raise ApiError(400, "a batch is not streamed; leave out stream", "stream")
+    return body
+
+
+ENDPOINTS: dict[str, Callable[[Service, Any], Awaitable[dict[str, Any]]]] = {
+    "/v1/chat/completions": _chat,
+    "/v1/completions": _completions,
+    "/v1/decide": _decide,
+}
+
+
+async def respond(service: Service, line: Line) -> dict[str, Any]:
+    """The output line of one request: the response, or the error that it got."""
+    try:
+        status, body = 200, await ENDPOINTS[line.url](service, line.body)
+    except Exception as error:
+        known = describe(error) if isinstance(error, ValidationError) else as_api_error(error)
+        status, body = known.status, known.body()
+    failed = None if status == 200 else {"code": body["error"]["code"] or str(status), "message": body["error"]["message"]}
+    response = {"status_code": status, "request_id": uuid.uuid4().hex, "body": body}
+    return {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line.custom_id, "response": response, "error": failed}
+
+
+async def answer_all(service: Service, lines: Sequence[Line], output: Output, at_once: int, show: bool = True) -> int:
+    """Answer the lines in their order, `at_once` at a time; returns how many got an error."""
+    failed, waiting = 0, iter(lines)
+
+    async def work() -> None:
+        nonlocal failed
+        for line in waiting:
+            result = await respond(service, line)
+            failed += result["error"] is not None
+            output.add(result)
+            bar.update()
+
+    with tqdm(total=len(lines), desc="answers", disable=not show) as bar:
+        await asyncio.gather(*(work() for _ in range(min(at_once, len(lines)))))
+    return failed
+
+
+def length_of(line: Line) -> int:
+    """How long a request is, roughly, in characters of its body and of its answer: longest first means little waiting at the
+    end, and memory trouble at once."""
+    body = line.body if isinstance(line.body, dict) else {}
+    wanted = [body.get(name) for name in ("max_tokens", "max_completion_tokens")]
+    return len(json.dumps(body)) + 4 * max(
+        [n for n in wanted if isinstance(n, int) and not isinstance(n, bool)], default=256
+    )
+
+
+def share(lines: Sequence[Line], rank: int, size: int) -> list[Line]:
+    """The lines of one process, longest first. It does not depend on what is done already, so that two processes that start
+    at different times never take the same line."""
+    return sorted(lines, key=lambda line: (-length_of(line), line.number))[rank::size]
+
+
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(
+        prog=prog,
+        description="Answer a file of requests in OpenAI's batch format. A run that was interrupted goes on where it ended.",
+        epilog='Each line of the input: {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": '
+        '{"messages": [...], "max_tokens": 128}}. Under accelerate launch the processes share the lines.',
+    )
+    out.add_argument("input", type=Path, metavar="IN.jsonl", help="requests, one a line")
+    out.add_argument(
+        "output", type=Path, metavar="OUT.jsonl", help="responses, one a line, in the order in which they finish"
+    )
+    add_model_options(out, positional=False)
+    add_limits(out)
+    return out
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """The command; returns 0 when every line has an answer, 1 when some got an error, 2 for bad options or input."""
+    own = parser(prog)
+    args = own.parse_args(arguments)
+    try:
+        return _run(args)
+    except (ValueError, OSError) as error:
+        print(f"{own.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+
+    chosen, output = settings(args), Output(args.output)
+    lines, done = read_lines(args.input), output.done()
+    rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    own = [line for line in share(lines, rank, size) if line.custom_id not in done]
+    if done:
+        print(f"{len(done)} of {len(lines)} requests have an answer already", file=sys.stderr)
+    if not own:
+        return 0
+    service = _service(chosen, chosen.device or _own_device(size))
+    try:
+        failed = asyncio.run(answer_all(service.start(), own, output, 2 * chosen.max_batch, rank == 0))
+    finally:
+        service.close(timeout=10)
+    if failed:
+        print(f"{failed} requests got an error; their lines in {args.output} say why", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _own_device(size: int) -> str | None:
+    """Of several processes on one machine, each takes a GPU of its own."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if size > 1 and torch.cuda.is_available() else None
+
+
+def _service(chosen: Settings, device: str | None) -> Service:
+    # Everything waits here rather than at the door, however long it takes.
+    return dataclasses.replace(chosen, device=device, max_queue=10**9, timeout=float("inf")).service()

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastdllm serve`: the options of a server, one process or several replicas."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import fastdllm
+from fastdllm.config import DecodeConfig
+from fastdllm.engine.admission import ROWS
+from fastdllm.serving.memory import positions_that_fit
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from fastdllm.serving.service import Service
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that makes a server, as plain values, so that it can be sent to replicas.
+
+    model: a shipped name, a folder or a hub id.
+    name: what clients call it; default the same.
+    decoding: options of `DecodeConfig`.
+    device, dtype, revision, quantize: as `fastdllm.load` takes them.
+    max_batch: requests in one batch.
+    max_positions: positions in flight; None for what memory allows.
+    max_queue: requests that may wait.
+    timeout: seconds for one request.
+    api_key, hosts: see `create_app`.
+    """
+
+    model: str = "tiny-llada"
+    name: str | None = None
+    decoding: dict[str, Any] = dataclasses.field(default_factory=dict)
+    device: str | None = None
+    dtype: str | None = None
+    revision: str | None = None
+    quantize: str | None = None
+    max_batch: int = ROWS
+    max_positions: int | None = None
+    max_queue: int = 256
+    timeout: float = 600.0
+    api_key: str | None = None
+    hosts: tuple[str, ...] | None = None
+
+    def service(self) -> Service:
+        """The model, loaded, behind a service that is not started yet."""
+        from fastdllm.serving.service import Service
+
+        config = DecodeConfig(**self.decoding)
+        model = fastdllm.load(self.model, self.device, self.dtype, self.revision, self.quantize)
+        return Service(
+            model,
+            config,
+            name=self.name or self.model,
+            positions=self.max_positions or positions_that_fit(model, self.max_batch),
+            rows=self.max_batch,
+            max_queue=self.max_queue,
+            timeout=self.timeout,
+        )
+
+    def app(self) -> FastAPI:
+        """The application around it."""
+        from fastdllm.serving.app import create_app
+
+        return create_app(self.service(), api_key=self.api_key, hosts=self.hosts)
+
+
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(
+        prog=prog,
+        description="Serve a diffusion language model over OpenAI's API: chat, completions, streaming, typed answers.",
+        epilog="Per-request numbers of decoding (temperature, threshold, ...) come with each request; the options here hold "
+        "for all. docs/serving.md has examples.",
+    )
+    add_model_options(out)
+    add_limits(out)
+    group = out.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="interface to listen on (default: this machine only)")
+    group.add_argument("--port", type=int, default=8000, help="port (default 8000)")
+    group.add_argument(
+        "--api-key",
+        default=os.environ.get("FASTDLLM_API_KEY"),
+        metavar="KEY",
+        help="what clients must send as a bearer token (default: the variable FASTDLLM_API_KEY, else no key)",
+    )
+    group.add_argument(
+        "--allowed-host",
+        dest="hosts",
+        action="append",
+        metavar="NAME",
+        help="name under which clients may address the server; may be repeated (default: on this machine's own interface "
+        "its names, on others any)",
+    )
+    group.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"), help="(default info)")
+    replicas = out.add_argument_group("several replicas, by Ray Serve (pip install 'fastdllm[ray]')")
+    replicas.add_argument("--replicas", type=int, metavar="N", help="so many, one GPU each or a share of the CPU")
+    replicas.add_argument("--min-replicas", type=int, metavar="N", help="scale with the requests at hand, at least so many")
+    replicas.add_argument("--max-replicas", type=int, metavar="N", help="and at most so many")
+    return out
+
+
+def add_model_options(out: argparse.ArgumentParser, positional: bool = True) -> None:
+    """The model and how it decodes; shared with `fastdllm batch`."""
+    group = out.add_argument_group("model")
+    help_text = "shipped name, local folder or hub id (default tiny-llada)"
+    if positional:
+        group.add_argument("model", nargs="?", default="tiny-llada", metavar="MODEL", help=help_text)
+    else:
+        group.add_argument("--model", default="tiny-llada", metavar="MODEL", help=help_text)
+    group.add_argument("--served-model-name", dest="name", metavar="NAME", help="what clients call it (default: MODEL)")
+    group.add_argument("--revision", help="branch, tag or commit on the hub")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    group.add_argument("--dtype", help="float32, bfloat16, float16 (default: bfloat16 on cuda, float32 elsewhere)")
+    group.add_argument("--quantize", metavar="KIND", help="8-bit weights: fp8 or int8")
+    group = out.add_argument_group("decoding")
+    group.add_argument("--preset", metavar="NAME", help="a setting by name: exact, paper, balanced, fast")
+    group.add_argument("--cache", metavar="NAME", help="what is kept between forwards (default: the family's)")
+    group.add_argument("--decoder", metavar="NAME", help="what a forward commits (default threshold)")
+    group.add_argument("--gen-length", type=int, metavar="N", help="length of an answer that asks for none (default 256)")
+    group.add_argument(
+        "--set",
+        dest="others",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other option of fastdllm.DecodeConfig; may be repeated",
+    )
+
+
+def add_limits(out: argparse.ArgumentParser) -> None:
+    group = out.add_argument_group("limits")
+    group.add_argument("--max-batch", type=int, default=ROWS, metavar="N", help=f"requests in one batch (default {ROWS})")
+    group.add_argument(
+        "--max-positions", type=int, metavar="N", help="positions of prompts and answers in flight (default: what fits)"
+    )
+    group.add_argument("--max-queue", type=int, default=256, metavar="N", help="requests that may wait (default 256)")
+    group.add_argument(
+        "--timeout", type=float, default=600.0, metavar="SECONDS", help="deadline of a request at most (default 600)"
+    )
+
+
+def settings(args: argparse.Namespace) -> Settings:
+    """The command line as settings; ValueError names what is wrong."""
+    decoding = {k: getattr(args, k) for k in ("preset", "cache", "decoder", "gen_length") if getattr(args, k) is not None}
+    for item in args.others:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"--set {item!r} must be NAME=VALUE")
+        decoding[name.replace("-", "_")] = value
+    for name in ("max_batch", "max_positions", "max_queue", "timeout"):
+        value = getattr(args, name)
+        if value is not None and not value > 0 and not (name == "max_queue" and value == 0):
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be positive")
+    hosts = getattr(args, "hosts", None)
+    if hosts is None and getattr(args, "host", None) in LOOPBACK:
+        hosts = ["127.0.0.1", "localhost", "[::1]"]
+    DecodeConfig(**decoding)  # before the weights are read: a bad option is an error at once
+    return Settings(
+        args.model, args.name, decoding, args.device, args.dtype, args.revision, args.quantize, args.max_batch,
+        args.max_positions, args.max_queue, args.timeout, getattr(args, "api_key", None), hosts and tuple(hosts),
+    )  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """The command; returns the exit code: 0 after an orderly end, 2 for bad options or a model that cannot be loaded."""
+    own = parser(prog)
+    args = own.parse_args(arguments)
+    logging.basicConfig(level=args.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    try:
+        chosen = settings(args)
+        if args.replicas or args.max_replicas or args.min_replicas:
+            from fastdllm.serving.ray_app import serve_replicas
+
+            return serve_replicas(chosen, args)
+        app = chosen.app()
+    except (ValueError, OSError) as error:
+        print(f"{own.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return run(app, args.host, args.port, args.log_level)
+
+
+def run(app: FastAPI, host: str, port: int, log_level: str) -> int:
+    """Serve until SIGTERM or SIGINT; then take no further requests, finish those at work, and return 0."""
+    import uvicorn
+
+    def ended(signum: int, frame: FrameType | None) -> None:
+        """uvicorn has shut down in order and raises the signal once more, which would end the process by it."""
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ended)
+    server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level=log_level, timeout_keep_alive=30))
+    try:
+        server.run()
+    except SystemExit as stopped:  # the port is taken, or startup failed; uvicorn has said why
+        return int(stopped.code or 1)
+    return 0 if server.started else 1

@@ -1,0 +1,442 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One decoding loop for many callers: requests join and leave it between two rounds.
+
+A single thread runs `engine.decode` on a live source, so that nothing else ever launches work on the device. Callers, on any
+thread, submit a request with a function that takes its events. Other work on the model (scores, typed answers) is handed
+over as a call and runs between two rounds.
+
+When a round raises, nothing says whose fault it was. So each request that was running is tried again by itself: the one
+that raises alone fails, the others start anew and, since a row depends on no other, write the same tokens once more.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection
+from concurrent.futures import Future
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from fastdllm.build import assemble, resolve, runner
+from fastdllm.config import DecodeConfig
+from fastdllm.engine import Request, Result, Step, check, decode
+from fastdllm.engine.admission import ROWS, size_of
+from fastdllm.forward import ALTERNATIVES
+from fastdllm.serving.errors import Closed, Expired, Overloaded, TooLong
+from fastdllm.store import UNIT
+
+if TYPE_CHECKING:
+    from fastdllm.models import Model
+
+log = logging.getLogger("fastdllm.serving")
+T = TypeVar("T")
+CRASHES = 3  # times that the loop may raise with nothing in it before it is given up
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One forward of a request: the `forward`-th, over the block that starts at position `start` of the answer and now holds
+    `ids` (the mask id where open). confidence, committed, logprobs, likeliest: of each position (see `engine.Step`)."""
+
+    forward: int
+    start: int
+    ids: list[int]
+    confidence: list[float]
+    committed: list[bool]
+    logprobs: list[float]
+    likeliest: list[list[tuple[int, float]]] | None = None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The answer is complete. ids: of all its positions, masks at most after its end. logprobs: of each when it was
+    committed, NaN where none was. forwards, positions: what it cost."""
+
+    ids: list[int]
+    logprobs: list[float]
+    forwards: int
+    positions: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """There will be no answer."""
+
+    error: BaseException
+
+
+Event = Progress | Finished | Failed
+
+
+@dataclass(eq=False)
+class Job:
+    """A submitted request. deliver: takes its events, on the decoding thread, and must return at once. watched: whether it
+    wants `Progress`. deadline: of `time.monotonic`. positions: what it takes of the memory budget."""
+
+    request: Request
+    deliver: Callable[[Event], None]
+    watched: bool
+    deadline: float | None
+    positions: int
+    submitted: float
+    forwards: int = 0
+    started: bool = False
+    queued: bool = False
+    withdrawn: bool = False
+    over: bool = False
+
+
+class Feed:
+    """The source of one run of the loop: hands over what waits, and says what is no longer wanted."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._handed = 0
+        self.jobs: dict[int, Job] = {}  # by number, those that the loop still holds
+
+    def known(self) -> None:
+        return None
+
+    def take(self, idle: bool) -> list[Request] | None:
+        jobs = self._scheduler._next(idle, self.jobs.values())
+        if jobs is None:
+            return None
+        for job in jobs:
+            self.jobs[self._handed] = job
+            self._handed += 1
+        return [job.request for job in jobs]
+
+    def withdrawn(self) -> Collection[int]:
+        now = time.monotonic()
+        for job in self.jobs.values():
+            if job.deadline is not None and now > job.deadline and not job.withdrawn:
+                self._scheduler._expire(job)
+        gone = [number for number, job in self.jobs.items() if job.withdrawn]
+        for number in gone:
+            del self.jobs[number]
+        return gone
+
+
+class Scheduler:
+    """Decodes submitted requests with one model under one config, in one continuous batch.
+
+    positions: memory budget, positions of prompts and answers on the canvas at once; None: what the engine takes. rows:
+    requests in one batch at most, None: as many as fit. max_queue: requests that may wait beyond those that fit.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        config: DecodeConfig,
+        *,
+        positions: int | None = None,
+        rows: int | None = None,
+        max_queue: int = 256,
+    ) -> None:
+        self.model, self.config = model, config
+        self.run = assemble(model, for_any_length(model, config))
+        self.positions, self.rows, self.max_queue = positions, rows or ROWS, max_queue
+        self.alternatives = 0 if self.run.decoder.branches > 1 else ALTERNATIVES
+        self.revocable = self.run.decoder.shadow
+        self.tokens = self.forwards = self.finished = self.failed = self.aborted = 0  # totals, for the metrics
+        self.broken: BaseException | None = None
+        self._lock = threading.Condition()
+        self._waiting: deque[Job] = deque()
+        self._suspects: deque[Job] = deque()
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._active: set[Job] = set()
+        self._crashes = 0
+        self._closed = False
+        self._seconds_per_answer = 0.5
+        self._thread = threading.Thread(target=self._serve, name="decoding", daemon=True)
+
+    # Callers' side: any thread.
+
+    def start(self) -> Scheduler:
+        self._thread.start()
+        return self
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests will be answered: the device works, and the thread has not ended."""
+        return self.broken is None and (self._thread.ident is None or self._thread.is_alive())
+
+    @property
+    def running(self) -> int:
+        return sum(job.started for job in tuple(self._active))
+
+    @property
+    def waiting(self) -> int:
+        return sum(not job.started for job in tuple(self._active))
+
+    @property
+    def positions_in_flight(self) -> int:
+        return sum(job.positions for job in tuple(self._active) if job.started)
+
+    def submit(
+        self, request: Request, deliver: Callable[[Event], None], *, watched: bool = True, deadline: float | None = None
+    ) -> Job:
+        """Take a request in; its events go to `deliver`, `Finished` or `Failed` last.
+
+        Raises ValueError for a request that makes no sense (`TooLong` where it can never fit), `Overloaded` when the queue
+        is full, `Closed` during shutdown.
+        """
+        return self.submit_all([request], [deliver], watched=watched, deadline=deadline)[0]
+
+    def submit_all(
+        self,
+        requests: list[Request],
+        deliver: list[Callable[[Event], None]],
+        *,
+        watched: bool = True,
+        deadline: float | None = None,
+    ) -> list[Job]:
+        """As `submit`, for requests that come together: all are taken or none."""
+        jobs = []
+        for request, to in zip(requests, deliver, strict=True):
+            check(self.model, self.run, request)
+            positions = size_of(request, self.run, self.model.spec) * UNIT * self.run.lanes
+            if self.positions is not None and positions > self.positions:
+                raise TooLong(
+                    f"{len(request.prompt)} tokens of prompt and an answer of {request.length} exceed the {self.positions} "
+                    "positions that this server holds at once"
+                )
+            jobs.append(Job(request, to, watched, deadline, positions, time.monotonic()))
+        with self._lock:
+            if self._closed or not self.alive:
+                raise Closed("the server is shutting down" if self._closed else "the model's device has failed")
+            self._admit(jobs)
+            self._waiting += jobs
+            self._active.update(jobs)
+            self._lock.notify_all()
+        return jobs
+
+    def _admit(self, jobs: list[Job]) -> None:
+        """Mark those that must wait for memory; Overloaded when more would wait than may."""
+        busy, held = len(self._active), sum(job.positions for job in self._active)
+        for job in jobs:
+            busy, held = busy + 1, held + job.positions
+            job.queued = busy > self.rows or (self.positions is not None and held > self.positions)
+        waiting = sum(job.queued and not job.started for job in self._active)
+        if waiting + sum(job.queued for job in jobs) > self.max_queue:
+            raise Overloaded(waiting, self.retry_after(waiting))
+
+    def retry_after(self, waiting: int) -> int:
+        """Seconds until a queue of that length has moved on, by the answers of late."""
+        return max(1, min(60, round(self._seconds_per_answer * (waiting + 1) / 2)))
+
+    def withdraw(self, job: Job) -> None:
+        """The answer is no longer wanted: its row is free within one round. Harmless for a finished one."""
+        with self._lock:
+            if job.over:
+                return
+            self.aborted += 1
+            self._drop(job)
+
+    def call(self, work: Callable[[], T]) -> Future[T]:
+        """Run `work` on the decoding thread, between two rounds."""
+        future: Future[T] = Future()
+        with self._lock:
+            if self._closed or not self.alive:
+                raise Closed("the server is shutting down" if self._closed else "the model's device has failed")
+            self._calls.append((work, future))
+            self._lock.notify_all()
+        return future
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Take no further requests, finish those taken, and stop; False when `timeout` seconds were not enough."""
+        with self._lock:
+            self._closed = True
+            self._lock.notify_all()
+        if self._thread.ident is None:
+            return True
+        self._thread.join(timeout)
+        if not self._thread.is_alive():
+            return True
+        with self._lock:
+            for job in list(self._active):
+                self._fail(job, Closed("the server is shutting down"))
+        self._thread.join(timeout)
+        return False
+
+    # The decoding thread.
+
+    def _serve(self) -> None:
+        executor = runner(self.model, self.config)
+        while True:
+            feed = Feed(self)
+            budget = {"positions": self.positions, "rows": self.rows}
+            try:
+                with closing(decode(self.model, feed, self.run, executor, trace=True, **budget)) as steps:
+                    for step in steps:
+                        self._take_in(step, feed)
+                break
+            except Exception as error:
+                log.exception("a round of the decoding loop failed")
+                self._recover(error, list(feed.jobs.values()))
+                if self.broken is not None:
+                    break
+        with self._lock:
+            for job in list(self._active):
+                self._fail(job, self.broken or Closed("the server is shutting down"))
+            for _, future in self._calls:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(Closed("the server is shutting down"))
+            self._calls.clear()
+
+    def _next(self, idle: bool, held: Collection[Job]) -> list[Job] | None:
+        """What the loop, which holds `held`, shall take in now. Blocks while there is nothing to do at all; None: nothing
+        will come any more."""
+        while True:
+            self._run_calls()
+            with self._lock:
+                jobs = self._hand_over(held)
+                if jobs or not idle:
+                    return jobs
+                if self._closed and not self._waiting and not self._suspects and not self._calls:
+                    return None
+                if not self._calls:
+                    self._lock.wait(1.0)
+
+    def _hand_over(self, held: Collection[Job]) -> list[Job]:
+        """Those whose turn it is and that fit; after a failure one suspect at a time, and nothing beside it."""
+        while self._suspects:
+            if held:
+                return []
+            job = self._suspects.popleft()
+            if not job.over:
+                return [job]
+        now, jobs = time.monotonic(), []
+        for job in [job for job in self._waiting if job.deadline is not None and now > job.deadline]:
+            self._expire(job)
+        positions, count = sum(job.positions for job in held), len(held)
+        while self._waiting:
+            positions, count = positions + self._waiting[0].positions, count + 1
+            if count > self.rows or (self.positions is not None and positions > self.positions):
+                break
+            jobs.append(self._waiting.popleft())
+        return jobs
+
+    def _run_calls(self) -> None:
+        while True:
+            with self._lock:
+                if not self._calls:
+                    return
+                work, future = self._calls.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(work())
+            except Exception as error:
+                self._free_memory(error)
+                future.set_exception(error)
+
+    def _take_in(self, step: Step, feed: Feed) -> None:
+        """Tell each request of a step how far it is."""
+        jobs = [feed.jobs.get(number) for number in step.rows]
+        for job in jobs:
+            if job is not None:
+                job.started, job.forwards = True, job.forwards + 1
+        self.forwards += 1
+        if any(job is not None and job.watched and not job.withdrawn for job in jobs):
+            assert step.ids is not None and step.confidence is not None
+            assert step.committed is not None and step.logprobs is not None
+            ids, confidence, committed = step.ids.tolist(), step.confidence.tolist(), step.committed.tolist()
+            logprobs, likeliest = step.logprobs.tolist(), step.likeliest and [part.tolist() for part in step.likeliest]
+            for i, job in enumerate(jobs):
+                if job is None or not job.watched or job.withdrawn:
+                    continue
+                prompt = len(job.request.prompt)
+                start = max(step.starts[i] - prompt, 0)
+                size = step.stops[i] - prompt - start
+                top = None
+                if likeliest and job.request.alternatives:
+                    top = [list(zip(*pair, strict=True)) for pair in zip(likeliest[0][i], likeliest[1][i], strict=True)]
+                of_row = (ids[i][:size], confidence[i][:size], committed[i][:size], logprobs[i][:size])
+                self._tell(job, Progress(job.forwards, start, *of_row, top))
+        for number, result in step.done.items():
+            job = feed.jobs.pop(number, None)
+            if job is None or job.withdrawn:
+                continue
+            with self._lock:
+                job.over = True
+                self._active.discard(job)
+                self.finished += 1
+                took = time.monotonic() - job.submitted
+                self._seconds_per_answer += 0.1 * (took / max(1, len(step.rows)) - self._seconds_per_answer)
+            self._tell(job, finished(result, len(job.request.prompt)))
+
+    def _recover(self, error: BaseException, running: list[Job]) -> None:
+        """After a round raised: fail the request that ran alone, or put the running ones aside to be tried one by one."""
+        self._free_memory(error)
+        with self._lock:
+            self._crashes = 0 if running else self._crashes + 1
+            if self._crashes > CRASHES or not self._device_works():
+                self.broken = error
+                return
+            running = [job for job in running if not job.over]
+            if isinstance(error, torch.OutOfMemoryError) and self.positions is not None and len(running) != 1:
+                # Less from now on, but always one request.
+                held = [job.positions for job in running]
+                self.positions = max(3 * sum(held) // 4, *held) if held else self.positions // 2
+            if len(running) == 1:
+                self._fail(running[0], error)
+                return
+            for job in running:
+                job.forwards, job.started = 0, False
+            self._suspects.extend(running)
+
+    def _device_works(self) -> bool:
+        """Whether the device still computes: after some errors it answers every further call with the same one."""
+        try:
+            return bool(torch.ones(1, device=self.model.device).sum().item() == 1)
+        except Exception:
+            return False
+
+    def _free_memory(self, error: BaseException) -> None:
+        """Let go of what a failed computation holds: its tensors hang on the frames of the traceback."""
+        error.__traceback__ = None
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _expire(self, job: Job) -> None:
+        with self._lock:
+            waited = time.monotonic() - job.submitted
+            self._fail(job, Expired(f"the answer was not finished within its {waited:.1f} s"))
+
+    def _fail(self, job: Job, error: BaseException) -> None:
+        if job.over:
+            return
+        self.failed += 1
+        self._drop(job)
+        self._tell(job, Failed(error))
+
+    def _drop(self, job: Job) -> None:
+        job.over = job.withdrawn = True
+        self._active.discard(job)
+        with suppress(ValueError):
+            self._waiting.remove(job)
+        self._lock.notify_all()
+
+    def _tell(self, job: Job, event: Event) -> None:
+        try:
+            job.deliver(event)
+        except Exception:  # the listener's event loop may be gone; the others go on
+            log.exception("a listener failed")
+
+
+def for_any_length(model: Model, config: DecodeConfig) -> DecodeConfig:
+    """The config with an answer of at least one whole block: a short default must not cut the blocks of longer answers."""
+    chosen = resolve(model.spec, config)
+    return chosen if chosen.gen_length >= (chosen.block_length or 0) else chosen.replace(gen_length=chosen.block_length)
+
+
+def finished(result: Result, prompt: int) -> Finished:
+    """A result without tensors: nothing of the device leaves the decoding thread."""
+    return Finished(result.ids[prompt:].tolist(), result.logprobs.tolist(), result.forwards, result.positions)

@@ -1,0 +1,527 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a checked body to an answer: what the endpoints, batch files and the web page share, without HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+import fastdllm
+from fastdllm.build import resolve
+from fastdllm.config import DecodeConfig
+from fastdllm.decide import decide
+from fastdllm.engine import Request, check
+from fastdllm.likelihood import Probe, Reading, read, token_probes
+from fastdllm.prompts import encode, encode_literally
+from fastdllm.serving.errors import ApiError, Expired, as_api_error
+from fastdllm.serving.listing import TokenList, chat_logprobs, text_logprobs
+from fastdllm.serving.metrics import Metrics
+from fastdllm.serving.protocol import Body, ChatBody, CompletionBody, DecideBody, numbers
+from fastdllm.serving.scheduler import Event, Failed, Finished, Progress, Scheduler
+from fastdllm.serving.tokens import Spelling
+from fastdllm.text import AnswerText, is_cut, text_of
+
+if TYPE_CHECKING:
+    from fastdllm.models import Model
+
+T = TypeVar("T")
+SCORED_AT_ONCE = 16  # prompts' tokens in one forward between two rounds
+SPREAD = 4  # a normaliser may shorten a text by this factor at most (composition of characters)
+
+
+@dataclass(frozen=True)
+class Echo:
+    """A prompt that is repeated before its completion: its text and, if asked for, readings of its tokens but the first."""
+
+    text: str
+    readings: list[Reading] | None
+
+
+@dataclass
+class Choice:
+    """One answer on its way. number: its place in the response; prompt: ids [P]; text: what is final of it."""
+
+    number: int
+    prompt: Tensor
+    request: Request
+    text: AnswerText
+    tokens: TokenList
+    result: Finished | None = None
+    forwards: int = 0  # forwards whose denoising event was given out
+    echo: Echo | None = None
+
+    @property
+    def reason(self) -> str:
+        return "stop" if self.text.ended else "length"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Something new of one choice: text, and the event of the forward behind it. over: nothing follows."""
+
+    choice: Choice
+    text: str
+    progress: Progress | None = None
+    over: bool = False
+
+
+@dataclass
+class Asked:
+    """A checked request: its choices, and how to tell about them. id, created: of the response."""
+
+    body: Body
+    choices: list[Choice]
+    chat: bool
+    deadline: float
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+    scored: int = 0  # forwards that scored prompts
+
+
+class Service:
+    """A model that answers. name: what clients call it; timeout: seconds that a request may take at most."""
+
+    def __init__(
+        self,
+        model: Model,
+        config: DecodeConfig,
+        *,
+        name: str | None = None,
+        positions: int | None = None,
+        rows: int | None = None,
+        max_queue: int = 256,
+        timeout: float = 600.0,
+        metrics: Metrics | None = None,
+    ) -> None:
+        if model.tokenizer is None:
+            raise ValueError(f"model {model.name!r} has no tokenizer; a server speaks text")
+        self.model, self.config, self.name, self.timeout = model, config, name or model.name, timeout
+        self.scheduler = Scheduler(model, config, positions=positions, rows=rows, max_queue=max_queue)
+        self.metrics = metrics or Metrics()
+        self.metrics.watch(self.scheduler)
+        self.spelling = Spelling(model)
+        self.state = "loading"
+        self._tokenizer: Any = model.tokenizer
+        self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
+        self._longest = max((len(token) for token in model.tokenizer.get_vocab()), default=1)
+        self._fixed = {**resolve(model.spec, config).given(), "stop_ids": list(self.scheduler.run.stop_ids)}
+
+    def start(self) -> Service:
+        self.scheduler.start()
+        return self
+
+    async def warm_up(self) -> None:
+        """Decode a few tokens, so that the first caller does not wait for kernels and graphs; then `state` is "ready"."""
+        prompt = torch.full((min(32, self.model.spec.max_length // 2),), self.model.spec.pad_id)
+        length = min(self.config.gen_length, 64, self.model.spec.max_length - len(prompt))
+        choice = self._choice(0, prompt, length, 0, {}, {}, [])
+        async for _ in self._pieces([choice], False, time.monotonic() + 600):
+            pass
+        if self.state == "loading":
+            self.state = "ready"
+
+    def close(self, timeout: float | None = None) -> None:
+        """Finish what was taken in and stop."""
+        self.state = "draining"
+        self.scheduler.close(timeout)
+        self._tokenizing.shutdown(wait=False)
+
+    @property
+    def health(self) -> str:
+        """ "ready", "loading", "draining", or "failed" when the device or the loop is lost."""
+        return self.state if self.scheduler.alive or self.state == "draining" else "failed"
+
+    def models(self) -> dict[str, Any]:
+        card = {"id": self.name, "object": "model", "created": 0, "owned_by": "fastdllm"}
+        return {"object": "list", "data": [{**card, "max_model_len": self.model.spec.max_length}]}
+
+    # Requests.
+
+    async def chat(self, body: ChatBody) -> Asked:
+        """Check a chat request and encode it. Raises `ApiError`."""
+        self._check_model(body.model)
+        messages = [message.plain() for message in body.messages]
+        self._check_size([message["content"] for message in messages], "messages")
+        prompt = await self._encode([messages], "messages")
+        return self._ask(body, prompt, "messages", chat=True)
+
+    async def completions(self, body: CompletionBody) -> Asked:
+        """Check a completion request and encode it. Raises `ApiError`."""
+        self._check_model(body.model)
+        prompts = body.prompts
+        if not prompts or any(not len(prompt) for prompt in prompts):
+            raise ApiError(400, "prompt is empty; at least one token is needed", "prompt")
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        self._check_size(texts, "prompt")
+        for prompt in prompts:
+            if not isinstance(prompt, str) and len(prompt) >= self.model.spec.max_length:
+                raise self._too_long(len(prompt), 1, "prompt")
+        given = prompts if texts else [self._ids(prompt) for prompt in prompts]
+        asked = self._ask(body, await self._encode(given, "prompt"), "prompt", chat=False)
+        if body.echo:
+            await self._echo(asked, prompts)
+        return asked
+
+    async def decide(self, body: DecideBody) -> dict[str, Any]:
+        """Answer typed questions. Raises `ApiError`."""
+        self._check_model(body.model)
+        if body.messages is not None:
+            messages = [message.plain() for message in body.messages]
+            self._check_size([message["content"] for message in messages], "messages")
+            prompt: Any = (await self._encode([messages], "messages"))[0]
+        else:
+            text = isinstance(body.prompt, str)
+            self._check_size([str(body.prompt)] if text else [], "prompt")
+            prompt = (await self._encode([body.prompt if text else self._ids(body.prompt)], "prompt"))[0]
+        questions = [question.model_dump(exclude_none=True) for question in body.questions]
+        self._check_size([str(question) for question in questions], "questions")
+        try:
+            answers = await self._call(lambda: decide(self.model, prompt, questions))
+        except ValueError as error:
+            raise ApiError(400, str(error), "questions") from error
+        return {
+            "id": f"decide-{uuid.uuid4().hex}",
+            "object": "decision",
+            "created": int(time.time()),
+            "model": self.name,
+            "answers": {
+                name: {
+                    "type": answer.type,
+                    "answer": answer.answer,
+                    "probabilities": {str(option): p for option, p in answer.probabilities.items()},
+                    **({} if answer.mean is None else {"mean": answer.mean}),
+                }
+                for name, answer in answers.items()
+            },
+            "usage": {"prompt_tokens": answers.prompt_tokens, "canvases": answers.canvases, "forwards": answers.forwards},
+        }
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name != self.name:
+            raise ApiError(
+                404, f"the model {name[:100]!r} does not exist; here is {self.name!r}", "model", "model_not_found"
+            )
+
+    def _check_size(self, texts: Sequence[str], param: str) -> None:
+        """Refuse what cannot fit before it is tokenised, which takes long for megabytes."""
+        room = self.model.spec.max_length * self._longest * SPREAD
+        if sum(map(len, texts)) > room:
+            raise ApiError(413, f"{param} is longer than any text of {self.model.spec.max_length} tokens", param,
+                           "context_length_exceeded")  # fmt: skip
+
+    def _too_long(self, prompt: int, length: int, param: str) -> ApiError:
+        room = self.model.spec.max_length
+        return ApiError(
+            400,
+            f"{param}: {prompt} tokens of prompt and {length} of answer exceed the model's context of {room}",
+            param,
+            "context_length_exceeded",
+        )
+
+    def _ids(self, ids: Any) -> Tensor:
+        if any(not 0 <= token < self.model.spec.vocab for token in ids):
+            raise ApiError(400, f"prompt has token ids outside 0..{self.model.spec.vocab - 1}", "prompt")
+        return torch.tensor(ids, dtype=torch.long)
+
+    async def _encode(self, prompts: Any, param: str) -> list[Tensor]:
+        def work() -> list[Tensor]:
+            return encode(self.model, prompts)
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
+        except Exception as error:  # a chat template may raise anything of its own
+            raise ApiError(400, f"{param}: {str(error) or type(error).__name__}"[:500], param) from error
+
+    def _ask(self, body: Body, prompts: list[Tensor], param: str, chat: bool) -> Asked:
+        """The choices of a request: `n` for every prompt, each with a seed of its own."""
+        given = numbers(body.others(), self._numbers(), self._fixed)
+        for name in ("temperature", "top_p", "top_k"):
+            if getattr(body, name) is not None:
+                given[name] = getattr(body, name)
+        if (body.top_alternatives or 0) > self.scheduler.alternatives:
+            raise ApiError(
+                400, f"this server keeps {self.scheduler.alternatives} alternatives of each token", "top_logprobs"
+            )
+        seed = self.config.seed if body.seed is None else body.seed
+        choices: list[Choice] = []
+        for prompt in prompts:
+            room = self.model.spec.max_length - len(prompt)
+            length = body.length or min(self.config.gen_length, max(room, 1))
+            if length > room:
+                raise self._too_long(len(prompt), length, param if room < 1 or body.length is None else "max_tokens")
+            fixed = self._constraints(body.constraints or {}, length)
+            for k in range(body.n):
+                own = (length, (seed + k) % 2**63, given, fixed, body.stops, body.top_alternatives or 0)
+                choices.append(self._choice(len(choices), prompt, *own))
+                self._check(choices[-1].request)
+        deadline = time.monotonic() + min(body.timeout or self.timeout, self.timeout)
+        return Asked(body, choices, chat, deadline)
+
+    def _check(self, request: Request) -> None:
+        """Refuse here what the engine would refuse, with the field that is at fault."""
+        try:
+            check(self.model, self.scheduler.run, request)
+        except ValueError as error:
+            names = [*request.numbers, *(["constraints"] if request.fixed else [])]
+            param = next((name for name in names if str(error).startswith(name.removesuffix("s"))), None)
+            raise ApiError(400, f"{param}: {error}" if param else str(error), param) from error
+
+    def _numbers(self) -> frozenset[str]:
+        """Names of what a request may set for itself."""
+        return frozenset(self.scheduler.run.numbers)
+
+    def _constraints(self, given: Mapping[str, str | int], length: int) -> dict[int, int]:
+        """Tokens to fix, by position of the answer: ids as they are, texts as their tokens from there on."""
+        fixed: dict[int, int] = {}
+        for key, value in given.items():
+            if not key.isascii() or not key.isdigit() or int(key[:9]) >= length or len(key) > 9:
+                raise ApiError(
+                    400, f"constraints: {key[:40]!r} is not a position of the answer, 0..{length - 1}", "constraints"
+                )
+            tokens = [value] if isinstance(value, int) else encode_literally(self.model, value)
+            for at, token in enumerate(tokens, start=int(key)):
+                if at >= length or at in fixed:
+                    what = "does not fit the answer" if at >= length else "overlaps another one"
+                    raise ApiError(400, f"constraints: {str(value)[:40]!r} at position {key} {what}", "constraints")
+                fixed[at] = token
+        return fixed
+
+    def _choice(
+        self,
+        number: int,
+        prompt: Tensor,
+        length: int,
+        seed: int,
+        given: Mapping[str, float],
+        fixed: dict[int, int],
+        stops: list[str],
+        alternatives: int = 0,
+    ) -> Choice:
+        stop_ids = self.model.spec.stop_ids if self.config.stop_ids is None else self.config.stop_ids
+        ends = None
+        if stops:
+
+            def ends(ids: Tensor) -> bool:
+                return is_cut(self._decode(ids.tolist()), stops)
+
+        # A stop token may be written before a constraint; then the answer is decoded to its end.
+        request = Request(prompt, length, seed, fixed, () if fixed else None, dict(given), ends, alternatives)
+        text = text_of(self.model, length, stop_ids, stops, fixed, self.scheduler.revocable)
+        return Choice(number, prompt, request, text, TokenList(self._decode, length))
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    async def _echo(self, asked: Asked, prompts: Sequence[Any]) -> None:
+        """Give every choice its prompt to repeat, with the log-probabilities of its tokens if they are wanted."""
+        echoes: dict[int, Echo] = {}
+        for choice in asked.choices:
+            if id(choice.prompt) not in echoes:
+                given = prompts[choice.number // asked.body.n]
+                text = given if isinstance(given, str) else self._decode(given)
+                wanted = asked.body.top_alternatives is not None
+                readings = await self._score(choice.prompt, asked.deadline) if wanted else None
+                echoes[id(choice.prompt)] = Echo(text, readings)
+                asked.scored += len(readings or [])
+            choice.echo = echoes[id(choice.prompt)]
+
+    async def _score(self, prompt: Tensor, deadline: float) -> list[Reading]:
+        """Every token of a prompt but the first, given those before it; a few at a time, so that answers go on meanwhile."""
+        probes, readings = token_probes(self.model, prompt.cpu()), []
+        for at in range(0, len(probes), SCORED_AT_ONCE):
+            if time.monotonic() > deadline:
+                raise as_api_error(Expired("the prompt was not scored in time"))
+            part = probes[at : at + SCORED_AT_ONCE]
+            readings += await self._call(partial(self._read, part))
+        return readings
+
+    def _read(self, probes: list[Probe]) -> list[Reading]:
+        return [reading for _, reading in read(self.model, [(0, 0.0, probe) for probe in probes], len(probes))]
+
+    async def _call(self, work: Callable[[], T]) -> T:
+        """`work` on the thread that owns the device, between two rounds."""
+        try:
+            return await asyncio.wrap_future(self.scheduler.call(work))
+        except ValueError:
+            raise
+        except Exception as error:
+            raise as_api_error(error) from error
+
+    # Answers.
+
+    async def answer(self, asked: Asked) -> dict[str, Any]:
+        """The whole response. Cancelling withdraws the request."""
+        watched = bool(asked.body.top_alternatives)
+        async with aclosing(self._pieces(asked.choices, watched, asked.deadline)) as pieces:
+            async for _ in pieces:
+                pass
+        render = self._chat_choice if asked.chat else self._text_choice
+        return {
+            **self._head(asked, "chat.completion" if asked.chat else "text_completion"),
+            "choices": [render(asked, choice) for choice in asked.choices],
+            "usage": self._usage(asked),
+        }
+
+    async def chunks(self, asked: Asked) -> AsyncGenerator[dict[str, Any], None]:
+        """The response in chunks, as they are sent one event each. Closing withdraws the request."""
+        head = self._head(asked, "chat.completion.chunk" if asked.chat else "text_completion")
+        options = asked.body.stream_options
+        async with aclosing(self._pieces(asked.choices, True, asked.deadline)) as pieces:
+            await anext(pieces)  # taken in; only now may anything be sent
+            for choice in asked.choices:
+                if asked.chat:
+                    role = {"role": "assistant", "content": ""}
+                    yield {**head, "choices": [{"index": choice.number, "delta": role, "finish_reason": None}]}
+                elif choice.echo:
+                    yield {**head, "choices": [self._text_delta(asked, choice, choice.echo.text, None)]}
+            async for piece in pieces:
+                choice = piece.choice
+                if options and options.include_denoising and piece.progress and piece.progress.forward > choice.forwards:
+                    choice.forwards = piece.progress.forward
+                    yield {**head, "choices": [], "denoising": self._denoising(piece)}
+                reason = choice.reason if piece.over else None
+                if piece.text or reason:
+                    delta = self._chat_delta if asked.chat else self._text_delta
+                    yield {**head, "choices": [delta(asked, choice, piece.text, reason)]}
+        if options and options.include_usage:
+            yield {**head, "choices": [], "usage": self._usage(asked)}
+
+    async def _pieces(self, choices: list[Choice], watched: bool, deadline: float) -> AsyncGenerator[Piece, None]:
+        """What happens to the choices, as it happens, after an empty piece once they are taken in. All are withdrawn when
+        this is closed before its end."""
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[tuple[Choice, Event]] = asyncio.Queue()
+
+        def listener(choice: Choice) -> Callable[[Event], None]:
+            def deliver(event: Event) -> None:
+                loop.call_soon_threadsafe(events.put_nowait, (choice, event))
+
+            return deliver
+
+        begun, first = time.monotonic(), True
+        try:
+            jobs = self.scheduler.submit_all(
+                [c.request for c in choices], [listener(c) for c in choices], watched=watched, deadline=deadline
+            )
+        except Exception as error:
+            raise as_api_error(error) from error
+        left = len(choices)
+        try:
+            yield Piece(choices[0], "")
+            while left:
+                choice, event = await events.get()
+                if isinstance(event, Failed):
+                    raise as_api_error(event.error) from event.error
+                piece = self._take_in(choice, event)
+                left -= piece.over
+                if first and watched and piece.text:
+                    first = False
+                    self.metrics.first_text.observe(time.monotonic() - begun)
+                yield piece
+            self.metrics.finished(choices, time.monotonic() - begun)
+        finally:
+            for job in jobs:
+                self.scheduler.withdraw(job)
+
+    def _take_in(self, choice: Choice, event: Event) -> Piece:
+        if isinstance(event, Progress):
+            choice.tokens.committed(event)
+            return Piece(choice, choice.text.step(event.start, event.ids), event)
+        assert isinstance(event, Finished)
+        choice.result = event
+        return Piece(choice, choice.text.finish(event.ids), None, True)
+
+    # Responses.
+
+    def _head(self, asked: Asked, kind: str) -> dict[str, Any]:
+        prefix = "chatcmpl" if asked.chat else "cmpl"
+        return {
+            "id": f"{prefix}-{asked.id}",
+            "object": kind,
+            "created": asked.created,
+            "model": self.name,
+            "system_fingerprint": f"fastdllm-{fastdllm.__version__}",
+        }
+
+    def _usage(self, asked: Asked) -> dict[str, Any]:
+        choices = asked.choices
+        prompts = {id(choice.prompt): len(choice.prompt) for choice in choices}
+        prompt, tokens = sum(prompts.values()), sum(choice.text.tokens for choice in choices)
+        forwards = sum(choice.result.forwards for choice in choices if choice.result)
+        forwards += asked.scored
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": tokens,
+            "total_tokens": prompt + tokens,
+            "forwards": forwards,
+            "tokens_per_forward": round(tokens / max(1, forwards), 3),
+        }
+
+    def _chat_choice(self, asked: Asked, choice: Choice) -> dict[str, Any]:
+        return {
+            "index": choice.number,
+            "message": {"role": "assistant", "content": choice.text.text, "refusal": None},
+            "logprobs": self._logprobs(asked, choice, True),
+            "finish_reason": choice.reason,
+        }
+
+    def _chat_delta(self, asked: Asked, choice: Choice, text: str, reason: str | None) -> dict[str, Any]:
+        return {
+            "index": choice.number,
+            "delta": {"content": text} if text else {},
+            "logprobs": self._logprobs(asked, choice, reason is not None),
+            "finish_reason": reason,
+        }
+
+    def _text_choice(self, asked: Asked, choice: Choice) -> dict[str, Any]:
+        text = (choice.echo.text if choice.echo else "") + choice.text.text
+        return self._text_delta(asked, choice, text, choice.reason)
+
+    def _text_delta(self, asked: Asked, choice: Choice, text: str, reason: str | None) -> dict[str, Any]:
+        logprobs = self._logprobs(asked, choice, reason is not None)
+        return {"index": choice.number, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs(self, asked: Asked, choice: Choice, over: bool) -> dict[str, Any] | None:
+        """Of the tokens that came since the last call; None where nobody asked."""
+        most = asked.body.top_alternatives
+        if most is None:
+            return None
+        if choice.result is not None:
+            choice.tokens.complete(choice.result.logprobs)
+        fresh = choice.tokens.take(choice.text, over)
+        if asked.chat:
+            return chat_logprobs(self.spelling, fresh, most)
+        echo, prompt = choice.echo, None
+        if echo is not None and echo.readings is not None:
+            prompt = (choice.prompt.tolist(), echo.readings)
+            choice.echo = Echo(echo.text, None)  # once
+        return text_logprobs(self.spelling, fresh, most, prompt, len(echo.text) if echo else 0)
+
+    def _denoising(self, piece: Piece) -> dict[str, Any]:
+        """One forward as the client sees it; positions count from the start of the answer."""
+        progress, mask = piece.progress, self.model.spec.mask_id
+        assert progress is not None
+        tokens = [None if token == mask else self.spelling.text(token) for token in progress.ids]
+        confidence = [None if math.isnan(value) else round(value, 6) for value in progress.confidence]
+        committed = [progress.start + i for i, new in enumerate(progress.committed) if new]
+        return {
+            "index": piece.choice.number,
+            "forward": progress.forward,
+            "start": progress.start,
+            "stop": progress.start + len(progress.ids),
+            "tokens": tokens,
+            "ids": [None if token == mask else token for token in progress.ids],
+            "confidence": confidence,
+            "committed": committed,
+        }

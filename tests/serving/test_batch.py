@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batch files: OpenAI's format, and no line lost or doubled however often a run is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastdllm
+from fastdllm.serving.batch import Line, Output, main, read_lines, share
+from tests.serving.conftest import ROOT
+
+
+def line(i: int, **body: Any) -> dict[str, Any]:
+    body = {"prompt": f"Tom has {i} apples and", "max_tokens": 16, **body}
+    return {"custom_id": f"request-{i}", "method": "POST", "url": "/v1/completions", "body": body}
+
+
+def write(path: Path, lines: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in lines), encoding="utf-8")
+    return path
+
+
+def results(path: Path) -> dict[str, Any]:
+    entries = [json.loads(entry) for entry in path.read_text(encoding="utf-8").splitlines()]
+    assert len({entry["custom_id"] for entry in entries}) == len(entries), "a line is doubled"
+    return {entry["custom_id"]: entry for entry in entries}
+
+
+def test_every_line_gets_the_answer_it_gets_alone_or_its_error(tmp_path: Path, model: fastdllm.Model) -> None:
+    chat = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}
+    lines = [
+        *(line(i, max_tokens=8 + i) for i in range(5)),
+        {"custom_id": "chat", "method": "POST", "url": "/v1/chat/completions", "body": chat},
+        {"custom_id": "decide", "method": "POST", "url": "/v1/decide",
+         "body": {"prompt": "x", "questions": [{"name": "ok", "type": "yes_no"}]}},
+        line(90, temperature=-1),
+        line(91, stream=True),
+        {"custom_id": "nothing", "method": "POST", "url": "/v1/completions", "body": None},
+    ]  # fmt: skip
+    source, out = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    assert main([str(source), str(out), "--max-batch", "4"]) == 1
+    found = results(out)
+    assert set(found) == {entry["custom_id"] for entry in lines}
+    for i in range(5):
+        body = found[f"request-{i}"]["response"]["body"]
+        expected = fastdllm.generate(model, f"Tom has {i} apples and", gen_length=8 + i).texts[0]
+        assert body["choices"][0]["text"] == expected and found[f"request-{i}"]["error"] is None
+    assert found["chat"]["response"]["status_code"] == found["decide"]["response"]["status_code"] == 200
+    for name in ("request-90", "request-91", "nothing"):
+        assert found[name]["response"]["status_code"] == 400 and found[name]["error"]["message"]
+    before = out.read_bytes()
+    assert main([str(source), str(out)]) == 0, "everything has a line already"
+    assert out.read_bytes() == before
+
+
+def test_a_torn_line_is_cut_off_and_asked_again(tmp_path: Path) -> None:
+    output = Output(tmp_path / "out.jsonl")
+    for i in range(3):
+        output.add({"custom_id": f"request-{i}"})
+    whole = output.path.read_bytes()
+    for cut in (1, 5, len(whole) // 3):
+        output.path.write_bytes(whole[:-cut])
+        done = output.done()
+        assert done == {f"request-{i}" for i in range(whole[:-cut].count(b"\n"))}
+        output.add({"custom_id": "next"})
+        assert output.done() == done | {"next"}
+    output.path.write_bytes(b'{"custom_id": "half')
+    assert output.done() == set() and output.path.read_bytes() == b""
+
+
+def test_a_file_that_is_no_output_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = write(tmp_path / "in.jsonl", [line(0)])
+    other = tmp_path / "notes.txt"
+    other.write_text("my notes\n")
+    assert main([str(source), str(other)], prog="fastdllm batch") == 2
+    assert other.read_text() == "my notes\n"
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "in.jsonl:1 is not JSON"),
+        ("[]", "in.jsonl:1 must be an object"),
+        ('{"custom_id": 3, "url": "/v1/completions"}', "in.jsonl:1 must be an object"),
+        ('{"custom_id": "a", "url": "/v1/files"}', "allowed are POST and"),
+        (
+            '{"custom_id": "a", "url": "/v1/completions"}\n\n{"custom_id": "a", "url": "/v1/completions"}',
+            "in.jsonl:3: custom_id 'a'",
+        ),
+    ],
+)
+def test_a_line_that_is_no_request_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "in.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        read_lines(tmp_path / "in.jsonl")
+
+
+def test_processes_share_all_lines_longest_first() -> None:
+    lines = [Line(i, str(i), "/v1/completions", {"prompt": "x" * (i * 7 % 13), "max_tokens": 1 + i % 5}) for i in range(23)]
+    parts = [share(lines, rank, 3) for rank in range(3)]
+    assert sorted(entry.number for part in parts for entry in part) == list(range(23))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    long = Line(99, "99", "/v1/completions", {"prompt": "x" * 500})
+    assert share([*lines, long], 0, 1)[0] is long
+
+
+def start(arguments: list[str], *launcher: str) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [*(launcher or (sys.executable,)), "-m", "fastdllm.cli", "batch", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def test_a_killed_run_goes_on_without_a_lost_or_doubled_line(tmp_path: Path, model: fastdllm.Model) -> None:
+    lines = [line(i, max_tokens=48, threshold=0.999) for i in range(40)]
+    source, out = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    arguments = [str(source), str(out), "--max-batch", "4"]
+    process, end = start(arguments), time.monotonic() + 90
+    while time.monotonic() < end and not (out.exists() and out.read_bytes().count(b"\n") >= 5):
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = out.read_bytes()
+    assert 5 <= kept.count(b"\n") < 40, "the run was to be killed in its middle"
+    with out.open("ab") as file:
+        file.write(b'{"custom_id": "request-7", "resp')  # what a kill in the middle of a line leaves
+    assert main(arguments) == 0
+    assert out.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
+    found = results(out)
+    assert set(found) == {entry["custom_id"] for entry in lines}
+    expected = fastdllm.generate(model, "Tom has 3 apples and", gen_length=48, threshold=0.999).texts[0]
+    assert found["request-3"]["response"]["body"]["choices"][0]["text"] == expected
+
+
+@pytest.mark.slow
+def test_two_processes_answer_one_file(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    lines = [line(i) for i in range(20)]
+    source, out = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+                "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
+    process = start([str(source), str(out), "--device", "cpu"], *launcher)
+    assert process.wait(110) == 0, process.stderr.read().decode()[-3000:]
+    assert set(results(out)) == {entry["custom_id"] for entry in lines}

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever a body holds, the answer is an answer or an error of the sender's, and the server lives on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import fastdllm
+from fastdllm import DecodeConfig
+from fastdllm.serving.app import create_app
+from fastdllm.serving.service import Service
+
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/decide")
+GOOD: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2},
+    "/v1/completions": {"prompt": "Hi", "max_tokens": 2},
+    "/v1/decide": {"prompt": "Hi", "questions": [{"name": "ok", "type": "yes_no"}]},
+}
+FIELDS = [
+    "model", "messages", "prompt", "questions", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "n",
+    "seed", "stop", "stream", "stream_options", "logprobs", "top_logprobs", "echo", "constraints", "threshold", "alg_temp",
+    "timeout", "cache", "tools", "user", "logit_bias", "cfg_scale", "gen_length", "\ud800", "a\x00b", "",
+]  # fmt: skip
+
+texts = st.text(st.characters(), max_size=8) | st.sampled_from(["\ud800", "\x00", "<|mask|>", "🙂", "NaN"])
+numbers = (
+    st.integers()
+    | st.integers(-3, 600)
+    | st.floats(allow_nan=True, allow_infinity=True)
+    | st.sampled_from([10**400, -(10**400), 1e308])
+)
+values = st.recursive(
+    st.none() | st.booleans() | numbers | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+class Client:
+    """The application in this process, on an event loop that lasts."""
+
+    def __init__(self, service: Service) -> None:
+        self.service, self.loop = service, asyncio.new_event_loop()
+        transport = httpx.ASGITransport(create_app(service), raise_app_exceptions=False)
+        self.http = httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=100)
+
+    def post(self, path: str, body: bytes) -> httpx.Response:
+        headers = {"Content-Type": "application/json"}
+        return self.loop.run_until_complete(self.http.post(path, content=body, headers=headers))
+
+
+@pytest.fixture(scope="module")
+def client(model: fastdllm.Model) -> Iterator[Client]:
+    service = Service(model, DecodeConfig(gen_length=4, block_length=4), max_queue=512).start()
+    yield Client(service)
+    service.close(timeout=30)
+
+
+def check(client: Client, path: str, body: bytes) -> None:
+    response = client.post(path, body)
+    assert response.status_code in (200, 400, 404, 413), (response.status_code, response.text, body[:300])
+    if response.status_code != 200:
+        error = response.json()["error"]
+        assert error["message"] and error["type"]
+    assert client.service.health != "failed"
+
+
+LIMITS = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@LIMITS
+@given(st.sampled_from(PATHS), st.sampled_from(FIELDS), values)
+def test_a_good_body_with_one_wild_field(client: Client, path: str, field: str, value: Any) -> None:
+    check(client, path, json.dumps({**GOOD[path], field: value}).encode("utf-8", "surrogatepass"))
+
+
+@LIMITS
+@given(st.sampled_from(PATHS), values)
+def test_any_json_at_every_entry(client: Client, path: str, value: Any) -> None:
+    check(client, path, json.dumps(value).encode())
+
+
+@LIMITS
+@given(st.sampled_from(PATHS), st.binary(max_size=60), st.integers(0, 200))
+def test_damaged_bodies(client: Client, path: str, noise: bytes, at: int) -> None:
+    good = json.dumps(GOOD[path]).encode()
+    check(client, path, good[:at] + noise + good[at + len(noise) :])
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[" * 100_000,
+        b'{"a":' * 5_000,
+        b"\x00",
+        b"\xff\xfe{}",
+        b'{"max_tokens":' + b"9" * 5_000 + b"}",
+        b"NaN",
+        b'"x"',
+    ],
+    ids=range(9),
+)
+def test_bodies_that_break_parsers(client: Client, path: str, body: bytes) -> None:
+    response = client.post(path, body)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["message"]
+
+
+def test_answers_go_on_and_nothing_is_left(client: Client) -> None:
+    for path in PATHS:
+        assert client.post(path, json.dumps(GOOD[path]).encode()).status_code == 200
+    scheduler = client.service.scheduler
+    assert not scheduler._active and not scheduler._waiting and scheduler.alive

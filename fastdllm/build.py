@@ -70,6 +70,10 @@ def _within_bounds(spec: ModelSpec, values: dict[str, Any], given: Mapping[str, 
 def _check_family(spec: ModelSpec, values: Mapping[str, Any]) -> None:
     """Raise ValueError for a cache, a geometry or blocks that the family cannot run."""
     causal, cache = bool(spec.block_causal), values["cache"]
+    if spec.causal_context:
+        raise ValueError(f"the family {spec.family!r} reads its context causally, which no cache here does yet")
+    if spec.causal_context:
+        raise ValueError(f"the family {spec.family!r} reads its context causally, which no cache here does yet")
     if registry.class_of(Kind.CACHES, cache).block_causal not in (None, causal):
         raise ValueError(
             f"cache={registry.name_of(cache)!r} does not fit the family {spec.family!r}; "

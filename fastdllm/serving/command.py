@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import fastdllm
 from fastdllm.config import DecodeConfig
 from fastdllm.engine.admission import ROWS
-from fastdllm.serving.memory import positions_that_fit
+from fastdllm.memory import positions_that_fit
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

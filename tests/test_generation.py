@@ -31,8 +31,9 @@ def whole(model: fastdllm.Model) -> str:
 @pytest.mark.parametrize("name", ["stop", "stop_strings", "until"])
 def test_a_stop_string_ends_the_answer_before_it(model: fastdllm.Model, whole: str, name: str) -> None:
     stop = whole[12:15]
+    stops = {name: [stop, "never"]}
     full = fastdllm.generate(model, QUESTION, gen_length=64, block_length=8)
-    out = fastdllm.generate(model, QUESTION, gen_length=64, block_length=8, **{name: [stop, "never there"]})
+    out = fastdllm.generate(model, QUESTION, gen_length=64, block_length=8, **stops)
     expected = full.texts[0][: full.texts[0].find(stop)]
     assert out.texts == [expected] and out.finish_reasons == ["stop"]
     assert out.stats.forwards < full.stats.forwards, "decoding ends with the block of the stop string"
@@ -40,9 +41,9 @@ def test_a_stop_string_ends_the_answer_before_it(model: fastdllm.Model, whole: s
     kept = model.tokenizer.decode(out.sequences[0][prompt:])
     assert stop in kept and stop not in model.tokenizer.decode(out.sequences[0][prompt:-1])
     assert len(out.logprobs[0]) == len(out.committed_at[0]) == len(out.sequences[0]) - prompt
-    steps = list(fastdllm.stream(model, QUESTION, gen_length=64, block_length=8, **{name: stop}))
+    steps = list(fastdllm.stream(model, QUESTION, gen_length=64, block_length=8, **stops))
     assert len(steps) == out.stats.forwards
-    pieces = fastdllm.stream_text(model, QUESTION, gen_length=64, block_length=8, **{name: stop})
+    pieces = fastdllm.stream_text(model, QUESTION, gen_length=64, block_length=8, **stops)
     assert "".join(pieces) == expected
 
 

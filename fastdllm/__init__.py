@@ -1,17 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fast inference for diffusion language models: LLaDA, Dream and Fast-dLLM v2.
+"""Fast inference for diffusion language models: LLaDA, Dream, Fast-dLLM v2 and their relatives.
 
 model = fastdllm.load("tiny-llada")
-out = fastdllm.generate(model, [[{"role": "user", "content": "..."}]], gen_length=256)
+out = fastdllm.generate(model, [{"role": "user", "content": "..."}], gen_length=256)
 print(out.texts[0], out.stats.to_json())
 """
 
 from fastdllm.config import DecodeConfig
 from fastdllm.decide import Decision, decide
-from fastdllm.generation import Output, generate, stream
+from fastdllm.engine import Request, Result, Step
+from fastdllm.generation import Output, generate, stream, stream_text
+from fastdllm.likelihood import log_likelihoods
 from fastdllm.models import Model, load
+from fastdllm.prompts import encode
 from fastdllm.registry import register
-from fastdllm.text import stream_text
+from fastdllm.stats import Stats
+from fastdllm.trace import Trace, watch
 
 __version__ = "0.2.0"
-__all__ = ["Decision", "DecodeConfig", "Model", "Output", "decide", "generate", "load", "register", "stream", "stream_text"]
+__all__ = [
+    "Decision",
+    "DecodeConfig",
+    "Model",
+    "Output",
+    "Request",
+    "Result",
+    "Stats",
+    "Step",
+    "Trace",
+    "decide",
+    "encode",
+    "generate",
+    "load",
+    "log_likelihoods",
+    "register",
+    "stream",
+    "stream_text",
+    "watch",
+]

@@ -18,6 +18,7 @@ Fast inference and evaluation of diffusion language models (LLaDA, Dream, Fast-d
   batch   answer a file of requests in OpenAI's batch format
   score   run the tests of generated HumanEval and MBPP programs, confined
 
+Every command takes --import MODULE, which may register decoders and caches of your own (fastdllm.register).
 fastdllm COMMAND --help explains a command, fastdllm --version tells the version. Start with:  fastdllm chat
 """
 
@@ -72,19 +73,6 @@ COMMANDS: dict[str, Command] = {
     "batch": batch,
     "score": score,
 }
-NEEDS = {
-    "gradio": "ui",
-    "rich": "ui",
-    "transformers": "ui",
-    "tokenizers": "ui",
-    "lm_eval": "eval",
-    "tqdm": "eval",
-    "fastapi": "serve",
-    "uvicorn": "serve",
-    "pydantic": "serve",
-    "prometheus_client": "serve",
-    "ray": "ray",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,13 +87,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"fastdllm: unknown command {name!r}\n\n{USAGE}" if name else USAGE, end="", file=sys.stderr)
         return 2
+    from fastdllm import libraries, registry
+
     try:
-        return COMMANDS[name](rest)
+        return COMMANDS[name](registry.take_imports(rest))
+    except ValueError as error:
+        if not str(error).startswith("--import"):
+            raise
+        print(f"fastdllm {name}: {error}", file=sys.stderr)
+        return 2
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing not in NEEDS:
+        if missing not in libraries.INSTALL:
             raise
-        print(f"fastdllm {name} needs {missing}: pip install 'fastdllm[{NEEDS[missing]}]'", file=sys.stderr)
+        print(libraries.hint(f"fastdllm {name}", missing), file=sys.stderr)
         return 1
 
 

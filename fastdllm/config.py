@@ -38,18 +38,20 @@ ELSEWHERE = {
     "max_length": "gen_length counts the new tokens only, without the prompt",
     "min_length": "stop_ids=() always writes gen_length tokens",
     "min_new_tokens": "stop_ids=() always writes gen_length tokens",
-    "stop": "stop strings belong to lm-eval's `until`; stop_ids takes token ids",
-    "stop_strings": "stop strings belong to lm-eval's `until`; stop_ids takes token ids",
-    "stopping_criteria": "stop_ids takes token ids, and fastdllm.stream can be left at any step",
+    "stop": "stop strings are the argument stop of fastdllm.generate, stream and stream_text",
+    "stop_strings": "stop strings are the argument stop of fastdllm.generate, stream and stream_text",
+    "until": "stop strings are the argument stop of fastdllm.generate, stream and stream_text",
+    "stopping_criteria": "stop takes texts, stop_ids token ids, and fastdllm.stream can be left at any step",
     "eos_token_id": "stop_ids takes the token ids that end an answer",
     "stop_token": "stop_ids takes the token ids that end an answer",
     "do_sample": "temperature=0 takes the most likely token, above 0 tokens are drawn",
     "num_beams": "there is no beam search; decoder='draft_verify' and 'lopa' try several branches",
-    "num_return_sequences": "repeat the prompt: row i draws from seed + i",
-    "n": "repeat the prompt: row i draws from seed + i",
-    "attention_mask": "pass a list of prompts without padding",
-    "streamer": "fastdllm.stream yields every step",
-    "stream": "fastdllm.stream yields every step",
+    "num_return_sequences": "it is an argument of fastdllm.generate and fastdllm.stream",
+    "n": "num_return_sequences is an argument of fastdllm.generate and fastdllm.stream",
+    "attention_mask": "it is an argument of fastdllm.generate and fastdllm.stream",
+    "streamer": "fastdllm.stream_text yields text, fastdllm.stream every step",
+    "stream": "fastdllm.stream_text yields text, fastdllm.stream every step",
+    "progress": "it is an argument of fastdllm.generate",
     "guidance_scale": "classifier-free guidance is cfg_scale",
     "num_steps": "the number of denoising steps is steps",
     "num_inference_steps": "the number of denoising steps is steps",
@@ -117,7 +119,7 @@ class DecodeConfig:
     cfg_scale: Annotated[float, "Classifier-free guidance, with cache none only; 0 is off.", Bounds(0, 1000)] = 0.0
     seed: Annotated[int, "Of the draws; row i draws from seed + i.", Bounds(-(2**62), 2**62)] = 0
     stop_ids: Annotated[tuple[int, ...] | None, "Tokens that end an answer; () never stops early."] = None
-    batch_size: Annotated[int | None, "Prompts decoded together; all of them if left open.", Bounds(1)] = None
+    batch_size: Annotated[int | None, "Prompts decoded together; default what memory allows, up to 64.", Bounds(1)] = None
     runner: Annotated[
         str | None,
         "How a forward is executed; cuda_graph on a GPU, else eager.",

@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`generate` and `stream`: from prompts to texts, around the one loop of `engine/loop.py`."""
+"""From prompts to texts, around the one loop of `engine/loop.py`.
+
+generate      every prompt, whole answers
+stream_text   one prompt, its answer in pieces of text that will not change any more
+stream        every forward, with what it left in the blocks it worked on
+trace.watch   one prompt, the history of its answer after every forward
+"""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,19 +18,28 @@ import torch
 from torch import Tensor
 
 from fastdllm.build import assemble, runner
-from fastdllm.config import DecodeConfig
-from fastdllm.engine import Request, Step, decode
+from fastdllm.config import DecodeConfig, rename
+from fastdllm.decoding import Decoding
+from fastdllm.engine import Request, Result, Step, decode
+from fastdllm.memory import positions_that_fit
 from fastdllm.models import Model
 from fastdllm.prompts import Prompts, encode
 from fastdllm.stats import Stats, peak_memory
+from fastdllm.text import cut, is_cut, text_of
+
+ROWS = 64  # prompts decoded together unless batch_size says otherwise, as far as memory allows
+# What transformers, vLLM and lm-eval call the arguments of `generate`.
+ALIASES = {"stop_strings": "stop", "until": "stop", "n": "num_return_sequences", "use_tqdm": "progress"}
+Constraints = Sequence[dict[int, int]] | dict[int, int] | None
 
 
 @dataclass
 class Output:
-    """What `generate` returns, on the CPU.
+    """What `generate` returns, on the CPU: one entry an answer, the answers to one prompt side by side.
 
-    sequences: 1-D LongTensors, prompt included, cut after the first stop token.
-    texts: the answers without special tokens; None without a tokenizer.
+    sequences: 1-D LongTensors, prompt included, cut after the first stop token, or the token that completes a stop string.
+    texts: the answers without special tokens, cut before the first stop string; None without a tokenizer.
+    finish_reasons: "stop" after a stop token or a stop string, "length" for an answer that gen_length cut off.
     stats: what the run cost.
     trace: the steps, only with trace=True.
     logprobs: of each answer's tokens, the stop token included, when they were committed, fp32; NaN for fixed tokens. They
@@ -37,15 +53,42 @@ class Output:
     trace: list[Step] | None = None
     logprobs: list[Tensor] = field(default_factory=list)
     committed_at: list[Tensor] = field(default_factory=list)
+    finish_reasons: list[str] = field(default_factory=list)
 
 
-def _requests(
+@dataclass
+class Call:
+    """A call of `generate` or `stream`, understood: requests, what the run chooses, the texts that end an answer."""
+
+    model: Model
+    config: DecodeConfig
+    run: Decoding
+    requests: list[Request]
+    stops: tuple[str, ...]
+
+    def steps(self, trace: bool) -> Generator[Step, None, None]:
+        """Decode. Without a batch_size as many requests share the canvas as memory has room for, `ROWS` at most."""
+        rows, positions = self.config.batch_size, None
+        if rows is None:
+            rows = ROWS
+            positions = positions_that_fit(self.model, min(rows, len(self.requests)))
+        executor = runner(self.model, self.config)
+        return decode(self.model, self.requests, self.run, executor, rows=rows, positions=positions, trace=trace)
+
+
+def _call(
     model: Model,
     prompts: Prompts,
-    config: DecodeConfig,
-    constraints: Sequence[dict[int, int]] | dict[int, int] | None,
-) -> list[Request]:
-    ids = encode(model, prompts)
+    config: DecodeConfig | None,
+    constraints: Constraints,
+    stop: str | Sequence[str] | None,
+    copies: int,
+    attention_mask: Any,
+    options: Mapping[str, Any],
+) -> Call:
+    config = config.replace(**options) if config is not None else DecodeConfig(**options)
+    stops = _stops(model, stop)
+    ids = encode(model, prompts, attention_mask)
     fixed = [constraints or {}] * len(ids) if constraints is None or isinstance(constraints, dict) else list(constraints)
     if len(fixed) != len(ids):
         raise ValueError(f"constraints has {len(fixed)} entries for {len(ids)} prompts")
@@ -56,15 +99,37 @@ def _requests(
                 f"prompt {i} has {len(p)} tokens; with gen_length={config.gen_length} at most {max(room, 0)} fit the "
                 f"model's context of {model.spec.max_length}"
             )
+    run = assemble(model, config)
+    if isinstance(copies, bool) or not isinstance(copies, int) or copies < 1:
+        raise ValueError(f"num_return_sequences={copies!r} must be an integer of at least 1")
+    if copies > 1 and not run.sampler.random(run.numbers):
+        raise ValueError(
+            f"num_return_sequences={copies} would give the same answer {copies} times; it needs a temperature, an alg_temp "
+            "or confidence='random'"
+        )
+    ends = _ends(model, stops) if stops else None
     # A stop token may be written before a fixed one, so a row with fixed tokens decodes to its end.
-    return [
-        Request(p, config.gen_length, config.seed + i, tokens, () if tokens else None)
-        for i, (p, tokens) in enumerate(zip(ids, fixed, strict=True))
+    pairs = [pair for pair in zip(ids, fixed, strict=True) for _ in range(copies)]
+    requests = [
+        Request(prompt, config.gen_length, config.seed + i, tokens, () if tokens else None, ends=ends)
+        for i, (prompt, tokens) in enumerate(pairs)
     ]
+    return Call(model, config, run, requests, stops)
 
 
-def _configure(config: DecodeConfig | None, options: dict[str, Any]) -> DecodeConfig:
-    return config.replace(**options) if config is not None else DecodeConfig(**options)
+def _stops(model: Model, stop: Any) -> tuple[str, ...]:
+    stops = [stop] if isinstance(stop, str) else list(stop or ())
+    if not all(isinstance(text, str) for text in stops):
+        raise ValueError(f"stop={stop!r} must be a text or a list of texts; tokens that end an answer are stop_ids")
+    stops = [text for text in stops if text]
+    if stops and getattr(model, "tokenizer", None) is None:
+        raise ValueError(f"stop={stop!r} needs a tokenizer, and model {getattr(model, 'name', model)!r} has none")
+    return tuple(stops)
+
+
+def _ends(model: Model, stops: tuple[str, ...]) -> Callable[[Tensor], bool]:
+    tokenizer: Any = model.tokenizer
+    return lambda ids: is_cut(tokenizer.decode(ids, skip_special_tokens=True), stops)
 
 
 def stream(
@@ -72,17 +137,19 @@ def stream(
     prompts: Prompts,
     config: DecodeConfig | None = None,
     *,
-    constraints: Sequence[dict[int, int]] | dict[int, int] | None = None,
+    constraints: Constraints = None,
+    stop: str | Sequence[str] | None = None,
+    num_return_sequences: int = 1,
+    attention_mask: Any = None,
     **options: Any,
 ) -> Generator[Step, None, None]:
     """The decoding loop a step at a time, with each step's block content (see `engine.Step`).
 
     Arguments as `generate`. Closing the iterator stops the computation.
     """
-    config = _configure(config, options)
-    requests = _requests(model, prompts, config, constraints)
-    run, executor = assemble(model, config), runner(model, config)
-    yield from decode(model, requests, run, executor, rows=config.batch_size, trace=True)
+    other = _renamed(options, stop=stop, num_return_sequences=num_return_sequences)
+    stop, copies = other.pop("stop", None), other.pop("num_return_sequences", 1)
+    yield from _call(model, prompts, config, constraints, stop, copies, attention_mask, other).steps(trace=True)
 
 
 def generate(
@@ -90,43 +157,138 @@ def generate(
     prompts: Prompts,
     config: DecodeConfig | None = None,
     *,
-    constraints: Sequence[dict[int, int]] | dict[int, int] | None = None,
+    constraints: Constraints = None,
+    stop: str | Sequence[str] | None = None,
+    num_return_sequences: int = 1,
+    attention_mask: Any = None,
+    progress: bool = False,
     trace: bool = False,
     **options: Any,
 ) -> Output:
     """Answer every prompt.
 
-    prompts: a text, texts, lists of messages, 1-D id tensors, or a [B, P] tensor; lengths may differ. config and options:
-    see `DecodeConfig` (options override the config). constraints: tokens to fix by position of the answer, one dict for all
-    prompts or one per prompt. trace: keep every step. Raises ValueError for bad input, naming option, value and limit.
+    prompts: a text, texts, a conversation, conversations, 1-D id tensors, a [B, P] tensor, or what a tokenizer returns;
+        lengths may differ.
+    config, options: see `DecodeConfig`; options override the config.
+    constraints: tokens to fix by position of the answer, one dict for all prompts or one per prompt.
+    stop: texts that end an answer and are not part of its text. Decoding ends with the block in which one appears.
+    num_return_sequences: answers to each prompt, which differ by their draws.
+    attention_mask: of prompts given as ids [B, P], 0 on padding.
+    progress: show a bar that counts answers (needs tqdm).
+    trace: keep every step.
+
+    Other names of these are understood: n, stop_strings, until, use_tqdm. Raises ValueError for bad input, naming option,
+    value and limit.
     """
-    config = _configure(config, options)
-    requests = _requests(model, prompts, config, constraints)
-    run, executor = assemble(model, config), runner(model, config)
+    other = _renamed(options, stop=stop, num_return_sequences=num_return_sequences, progress=progress)
+    stop, copies, progress = other.pop("stop", None), other.pop("num_return_sequences", 1), other.pop("progress", False)
+    call = _call(model, prompts, config, constraints, stop, copies, attention_mask, other)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
-    results, steps, stats = {}, [], Stats()
-    for step in decode(model, requests, run, executor, rows=config.batch_size, trace=trace):
-        stats.take(step)
-        results.update(step.done)
-        if trace:
-            steps.append(step)
-    out = Output(stats=stats, trace=steps if trace else None)
-    for i, request in enumerate(requests):
-        result, prompt = results[i], len(request.prompt)
-        ids = result.ids.cpu()
-        length = answer_length(ids[prompt:], run.stop_ids, request.fixed)
-        out.sequences.append(ids[: prompt + length + 1])
-        out.logprobs.append(result.logprobs[: length + 1].cpu())
-        out.committed_at.append(result.committed_at[: length + 1].cpu())
-        stats.finish(result, length)
-    stats.peak_memory = peak_memory(model.device)
-    if model.tokenizer is not None:
-        out.texts = [
-            model.tokenizer.decode(s[len(r.prompt) :], skip_special_tokens=True)
-            for s, r in zip(out.sequences, requests, strict=True)
-        ]
+    results: dict[int, Result] = {}
+    out = Output(trace=[] if trace else None)
+    with _bar(len(call.requests), progress) as advance, closing(call.steps(trace)) as steps:
+        for step in steps:
+            out.stats.take(step)
+            results.update(step.done)
+            advance(len(step.done))
+            if out.trace is not None:
+                out.trace.append(step)
+    texts = [_add(out, call, request, results[i]) for i, request in enumerate(call.requests)]
+    out.texts = None if model.tokenizer is None else texts
+    out.stats.peak_memory = peak_memory(model.device)
     return out
+
+
+def _renamed(options: Mapping[str, Any], **given: Any) -> dict[str, Any]:
+    """Options and those arguments that were given, under this project's names."""
+    unset = {"stop": None, "num_return_sequences": 1, "progress": False}
+    return rename({**{k: v for k, v in given.items() if v is not unset[k] and v != unset[k]}, **options}, ALIASES)
+
+
+def _add(out: Output, call: Call, request: Request, result: Result) -> str:
+    """Take in a finished answer; returns its text, "" without a tokenizer."""
+    prompt, tokenizer = len(request.prompt), call.model.tokenizer
+    ids = result.ids.cpu()
+    answer, run = ids[prompt:], call.run
+    length = answer_length(answer, (*run.stop_ids, call.model.spec.mask_id), request.fixed)  # masks: blocks nobody needed
+    out.stats.finish(result, length)
+    text = "" if tokenizer is None else tokenizer.decode(answer[:length], skip_special_tokens=True)
+    shown = cut(text, call.stops)
+    kept = length + int(length < len(answer) and int(answer[length]) in run.stop_ids)
+    stopped = kept > length
+    if len(shown) < len(text):
+        kept, stopped = _tokens_of(call, answer[:length]), True
+    out.sequences.append(ids[: prompt + kept])
+    out.logprobs.append(result.logprobs[:kept].cpu())
+    out.committed_at.append(result.committed_at[:kept].cpu())
+    out.finish_reasons.append("stop" if stopped else "length")
+    return shown
+
+
+def _tokens_of(call: Call, answer: Tensor) -> int:
+    """How many tokens of an answer it takes until a stop string is complete."""
+    tokenizer: Any = call.model.tokenizer
+    low, high = 1, len(answer)
+    while low < high:
+        middle = (low + high) // 2
+        text = tokenizer.decode(answer[:middle], skip_special_tokens=True)
+        low, high = (low, middle) if len(cut(text, call.stops)) < len(text) else (middle + 1, high)
+    return low
+
+
+@contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Callable[[int], Any]]:
+    """Gives the function that advances a bar of `total` answers; one that does nothing where no bar is shown."""
+    if not shown:
+        yield lambda count: None
+        return
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError("progress=True needs tqdm: pip install tqdm") from error
+    with tqdm(total=total, unit="answer") as bar:
+        yield bar.update
+
+
+def stream_text(
+    model: Model,
+    prompt: Prompts,
+    config: DecodeConfig | None = None,
+    *,
+    stop: str | Sequence[str] | None = None,
+    constraints: dict[int, int] | None = None,
+    **options: Any,
+) -> Iterator[str]:
+    """The answer to one prompt in pieces of text that will not change any more; joined, they are the answer.
+
+    A piece ends with a whole character and never holds a part of a stop string. Arguments as `generate`, for one prompt.
+    Closing the iterator stops the computation. ValueError for several prompts, and for a model without a tokenizer.
+    """
+    other = _renamed(options, stop=stop)
+    call = _call(model, prompt, config, constraints, other.pop("stop", None), 1, None, other)
+    if len(call.requests) != 1:
+        raise ValueError(f"stream_text follows one prompt, not {len(call.requests)}")
+    if model.tokenizer is None:
+        raise ValueError(f"model {model.name!r} has no tokenizer, so its answer has no text")
+    return _pieces(call)
+
+
+def _pieces(call: Call) -> Iterator[str]:
+    request, run = call.requests[0], call.run
+    prompt = len(request.prompt)
+    answer = text_of(call.model, request.length, run.stop_ids, call.stops, request.fixed, run.decoder.shadow)
+    with closing(call.steps(trace=True)) as steps:
+        for step in steps:
+            start = max(step.starts[0], prompt)
+            assert step.ids is not None  # of a traced step
+            piece = answer.step(start - prompt, step.ids[0, : step.stops[0] - start].tolist())
+            if 0 in step.done:
+                piece += answer.finish(step.done[0].ids[prompt:].tolist())
+            if piece:
+                yield piece
+            if answer.ended:
+                return
 
 
 def answer_length(answer: Tensor, stop_ids: Sequence[int], fixed: Iterable[int] = ()) -> int:

@@ -30,6 +30,7 @@ from fastdllm.models import Model
 from fastdllm.prompts import check_model, ids_row
 from fastdllm.sampling import guide
 from fastdllm.store import KVStore, block_end
+from fastdllm.threads import use_threads
 
 
 class Reads(Enum):
@@ -218,6 +219,7 @@ Asked = tuple[int, float, Probe]
 @torch.inference_mode()
 def read(model: Model, probes: Iterable[Asked], batch_size: int, cfg_scale: float = 0.0) -> Iterator[tuple[Asked, Reading]]:
     """What the model says of each probe, `batch_size` canvases to a forward, in order."""
+    use_threads(model)
     probes, store = iter(probes), None
     while batch := list(islice(probes, batch_size)):
         length = max(len(probe.ids) for _, _, probe in batch)

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdllm.libraries import has_tokenizers, hint
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -53,7 +55,7 @@ def encode(model: Model, prompts: Prompts, attention_mask: Any = None) -> list[T
         if isinstance(prompt, Tensor):
             ids = prompt
         elif model.tokenizer is None:
-            raise ValueError(f"model {model.name!r} has no tokenizer; pass token ids instead of text")
+            raise ValueError(f"model {model.name!r} has no tokenizer; pass token ids instead of text{_why()}")
         elif isinstance(prompt, str):
             ids = torch.tensor(encode_text(model, prompt), dtype=torch.long)
         else:
@@ -66,6 +68,10 @@ def encode(model: Model, prompts: Prompts, attention_mask: Any = None) -> list[T
     if not out:
         raise ValueError("prompts is empty")
     return out
+
+
+def _why() -> str:
+    return "" if has_tokenizers() else f"; {hint('reading texts', 'transformers')}"
 
 
 def check_model(model: Any) -> None:
@@ -297,7 +303,7 @@ class Encoded(NamedTuple):
 def encode_messages(model: Model, messages: Messages) -> Tensor:
     """Ids [P] of a conversation and of the start of the answer. See `encode_conversation`."""
     if model.tokenizer is None:
-        raise ValueError(f"model {model.name!r} has no tokenizer, so it cannot chat")
+        raise ValueError(f"model {model.name!r} has no tokenizer, so it cannot chat{_why()}")
     ids = encode_conversation(model.tokenizer, messages, add_generation_prompt=True).ids
     return torch.tensor(ids, dtype=torch.long)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
+from collections.abc import Sequence
 from enum import Enum
 from functools import cache
 from importlib import import_module
@@ -92,6 +94,35 @@ def register(kind: Kind | str, component: type, *, name: str | None = None) -> t
         raise ValueError(f"name={name!r} is a {kind.option} that ships with fastdllm; give another name=")
     _registered[kind][name] = component
     return component
+
+
+def import_modules(names: Sequence[str]) -> None:
+    """Import modules, also from the current folder, for what they register. ValueError names one that fails."""
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    for name in names:
+        try:
+            import_module(name)
+        except Exception as error:  # whatever a module does when it is imported
+            raise ValueError(f"--import {name}: {type(error).__name__}: {error}") from error
+
+
+def take_imports(arguments: Sequence[str]) -> list[str]:
+    """A command line without its `--import MODULE`s, which are imported: what they register are options of its parser."""
+    rest: list[str] = []
+    modules: list[str] = []
+    given = iter(arguments)
+    for argument in given:
+        if argument == "--import":
+            modules.append(next(given, ""))
+        elif argument.startswith("--import="):
+            modules.append(argument.partition("=")[2])
+        else:
+            rest.append(argument)
+    if "" in modules:
+        raise ValueError("--import needs the name of a module, such as my_rules")
+    import_modules(modules)
+    return rest
 
 
 def unregister(kind: Kind | str, name: str) -> None:

@@ -7,16 +7,8 @@ A diffusion model fills positions in any order, a token may be a part of a chara
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
-
-from fastdllm.build import assemble
-from fastdllm.config import DecodeConfig
-from fastdllm.generation import stream
-from fastdllm.prompts import Prompts, encode
 
 if TYPE_CHECKING:
     from fastdllm.models import Model
@@ -165,45 +157,6 @@ class AnswerText:
         self.ended, self._held = self.ended or self._cut, ""
         self.text += rest
         return piece + rest
-
-
-def stream_text(
-    model: Model,
-    prompt: Prompts,
-    config: DecodeConfig | None = None,
-    *,
-    stop: str | Sequence[str] = (),
-    constraints: dict[int, int] | None = None,
-    **options: Any,
-) -> Iterator[str]:
-    """The answer to one prompt in pieces of text that will not change any more; joined, they are the answer.
-
-    stop: texts that end the answer and are not part of it. The other arguments are those of `fastdllm.generate`. Closing the
-    iterator stops the computation. ValueError for several prompts, and for a model without a tokenizer.
-    """
-    config = config.replace(**options) if config is not None else DecodeConfig(**options)
-    ids = encode(model, prompt)
-    if len(ids) != 1:
-        raise ValueError(f"stream_text follows one prompt, not {len(ids)}")
-    if model.tokenizer is None:
-        raise ValueError(f"model {model.name!r} has no tokenizer, so its answer has no text")
-    return _pieces(model, ids, config, [stop] if isinstance(stop, str) else list(stop), constraints or {})
-
-
-def _pieces(model: Model, ids: list[Tensor], config: DecodeConfig, stops: list[str], fixed: dict[int, int]) -> Iterator[str]:
-    prompt, run = len(ids[0]), assemble(model, config)
-    answer = text_of(model, config.gen_length, run.stop_ids, stops, fixed, run.decoder.shadow)
-    with closing(stream(model, ids, config, constraints=fixed)) as steps:
-        for step in steps:
-            start = max(step.starts[0], prompt)
-            assert step.ids is not None  # of a traced step
-            piece = answer.step(start - prompt, step.ids[0, : step.stops[0] - start].tolist())
-            if 0 in step.done:
-                piece += answer.finish(step.done[0].ids[prompt:].tolist())
-            if piece:
-                yield piece
-            if answer.ended:
-                return
 
 
 def text_of(

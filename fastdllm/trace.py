@@ -76,6 +76,42 @@ class Trace:
     finished: bool = False
     positions: int = 0
 
+    def __post_init__(self) -> None:
+        self._now, self._curve = self._start(), [len(self.fixed)]
+
+    def _start(self) -> Snapshot:
+        """The answer before the first forward."""
+        start = Snapshot([self.mask_id] * self.length, [None] * self.length, [None] * self.length)
+        for position, token in self.fixed.items():
+            start.ids[position], start.written[position] = token, 0
+        return start
+
+    def _play(self, on: Snapshot, first: int, last: int) -> Iterator[int]:
+        """Carry out the forwards from `first` (counted from 1) to `last`; yields how many positions each one gained."""
+        for number in range(first, last + 1):
+            gained = 0
+            for change in self.steps[number - 1].changes:
+                open_again = change.token == self.mask_id
+                gained += (on.written[change.position] is None) - open_again
+                on.ids[change.position] = change.token
+                on.written[change.position] = None if open_again else number
+                on.confidence[change.position] = None if open_again else change.confidence
+            yield gained
+
+    def _catch_up(self) -> Snapshot:
+        """The answer now: kept from step to step, since every redraw asks for it."""
+        for gained in self._play(self._now, len(self._curve), len(self.steps)):
+            self._curve.append(self._curve[-1] + gained)
+        return self._now
+
+    @property
+    def finish_reason(self) -> str | None:
+        """ "stop" for an answer that ended by itself, "length" for one that was cut at its length, None for one that was
+        stopped or is not finished."""
+        if not self.finished:
+            return None
+        return "stop" if len(self.answer()) < self.length else "length"
+
     def add(self, step: Step, row: int = 0, spell: Callable[[int], str] = str) -> None:
         """Take in a step of `fastdllm.stream` that served request `row`; one that did not is passed over.
 
@@ -83,7 +119,7 @@ class Trace:
         """
         if row not in step.rows:
             return
-        i, now = step.rows.index(row), self.at()
+        i, now = step.rows.index(row), self._catch_up()
         # The first block of a v2 answer may begin inside the prompt; a step's ids begin at the first position of the answer.
         start = max(step.starts[i], self.prompt_length) - self.prompt_length
         stop = step.stops[i] - self.prompt_length
@@ -101,18 +137,13 @@ class Trace:
 
     def at(self, step: int | None = None) -> Snapshot:
         """The answer after `step` forwards; default: now."""
-        ids: list[int] = [self.mask_id] * self.length
-        written: list[int | None] = [None] * self.length
-        confidence: list[float | None] = [None] * self.length
-        for position, token in self.fixed.items():
-            ids[position], written[position] = token, 0
-        for number, done in enumerate(self.steps[:step], start=1):
-            for change in done.changes:
-                open_again = change.token == self.mask_id
-                ids[change.position] = change.token
-                written[change.position] = None if open_again else number
-                confidence[change.position] = None if open_again else change.confidence
-        return Snapshot(ids, written, confidence)
+        last = len(self.steps[:step])
+        now = self._catch_up() if last == len(self.steps) else self._start()
+        out = Snapshot(list(now.ids), list(now.written), list(now.confidence))
+        if last < len(self.steps):
+            for _ in self._play(out, 1, last):
+                pass
+        return out
 
     def answer(self, step: int | None = None) -> list[int]:
         """The ids before the end, open positions (mask ids) included. The end is the first stop token behind the last
@@ -123,12 +154,8 @@ class Trace:
 
     def filled(self) -> list[int]:
         """Positions that hold a token after 0, 1, 2, ... forwards: the acceptance curve."""
-        taken, curve = set(self.fixed), [len(self.fixed)]
-        for step in self.steps:
-            for change in step.changes:
-                (taken.discard if change.token == self.mask_id else taken.add)(change.position)
-            curve.append(len(taken))
-        return curve
+        self._catch_up()
+        return list(self._curve)
 
     def seconds(self, step: int | None = None) -> float:
         return sum(done.seconds for done in self.steps[:step])

@@ -64,7 +64,7 @@ def evaluate(name: str, run: Run, limit: int) -> dict[str, Any]:
         command += ["--model", run.adapter, "--model_args", f"pretrained={run.model},{run.options},show_speed=True"]
         command += ["--tasks", TASK, "--apply_chat_template", "--limit", str(limit), "--batch_size", "1"]
         # accelerate gives a process one thread unless told otherwise; runs come one after the other and may use all cores.
-        defaults = {"LMEVAL_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": str(os.cpu_count())}
+        defaults = {"LMEVAL_LOG_LEVEL": "ERROR"}
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         env = {**defaults, **os.environ, "PYTHONPATH": path}
         done = subprocess.run([*command, "--output_path", folder], env=env, stdout=subprocess.DEVNULL)

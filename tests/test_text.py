@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import fastdllm
 from fastdllm import registry
-from fastdllm.text import AnswerText, TokenText, cut, is_cut, settled, stream_text
+from fastdllm.generation import stream_text
+from fastdllm.text import AnswerText, TokenText, cut, is_cut, settled
 
 MODELS = ("tiny-llada", "tiny-dream", "tiny-fast-dllm-v2")
 MASK = -1

@@ -11,7 +11,7 @@ import torch
 
 import fastdllm
 from fastdllm.engine import Step
-from fastdllm.trace import Change, Trace, watch
+from fastdllm.trace import Change, Trace, TraceStep, watch
 
 MESSAGES = [[{"role": "user", "content": "Tom has 12 apples and buys 5 more. How many has he now?"}]]
 MASK, STOP = 1, 2
@@ -125,3 +125,38 @@ def test_tokens_are_counted_up_to_the_end() -> None:
 def test_only_one_prompt_can_be_watched(model: fastdllm.Model) -> None:
     with pytest.raises(ValueError, match="one prompt, not 2"):
         next(watch(model, ["a", "b"]))
+
+
+def test_a_frame_costs_its_own_forward_and_not_the_whole_history(
+    model: fastdllm.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played = []
+    play = Trace._play
+    monkeypatch.setattr(Trace, "_play", lambda self, on, a, b: played.append(max(0, b - a + 1)) or play(self, on, a, b))
+    for trace in watch(model, MESSAGES, gen_length=32, decoder="quota", steps=32, stop_ids=()):
+        trace.at(), trace.answer(), trace.filled()
+    assert sum(played) == 32
+
+
+def test_a_snapshot_stays_as_it_was(model: fastdllm.Model) -> None:
+    run = watch(model, MESSAGES, gen_length=32, decoder="quota", steps=32, stop_ids=())
+    seen = [next(run).at() for _ in range(4)]
+    *_, trace = run
+    assert [trace.at(step) for step in range(4)] == seen
+
+
+def test_a_token_that_is_taken_back_is_open_again() -> None:
+    steps = [
+        TraceStep(0, 2, 0.1, (Change(0, 7, 0.9), Change(1, 8, 0.8))),
+        TraceStep(0, 2, 0.1, (Change(0, MASK, None),)),
+        TraceStep(0, 2, 0.1, (Change(0, 9, 0.7),)),
+    ]
+    trace = Trace("m", {}, 1, 2, MASK, (STOP,), steps=steps)
+    assert trace.filled() == [0, 2, 1, 2]
+    assert trace.at(2).ids == [MASK, 8] and trace.at(2).written == [None, 1] and trace.at().written == [3, 1]
+
+
+def test_an_answer_says_why_it_ended(model: fastdllm.Model) -> None:
+    for length, reason in ((48, "stop"), (8, "length")):
+        for trace in watch(model, MESSAGES, gen_length=length):
+            assert trace.finish_reason == (reason if trace.finished else None)

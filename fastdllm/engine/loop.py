@@ -25,6 +25,7 @@ from fastdllm.engine.row import Request, Result, Row
 from fastdllm.engine.source import Listed, Source
 from fastdllm.engine.step import denoise
 from fastdllm.store import Canvas
+from fastdllm.threads import use_threads
 
 if TYPE_CHECKING:
     from fastdllm.models import Model
@@ -75,6 +76,7 @@ def decode(
     """
     source = Listed(requests) if isinstance(requests, Sequence) else requests
     spec = model.spec
+    use_threads(model)
     with runner.canvas(model, room(model, source, run, rows, positions)) as canvas:
         desk = Desk(model, run, canvas, source)
         execute = partial(runner, canvas, partial(denoise, model, canvas, run), run.key)

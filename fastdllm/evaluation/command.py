@@ -19,6 +19,7 @@ from typing import Any
 
 from fastdllm.evaluation import ADAPTERS, task_folders
 from fastdllm.evaluation.options import parse_arguments, rename
+from fastdllm.registry import take_imports
 
 OFFLINE = "WITHOUT_A_NETWORK"  # scripts name in it the command that needs none
 USAGE = """usage: {prog} --tasks TASK[,TASK...] --model_args pretrained=MODEL[,OPTION=VALUE...] [OPTIONS]
@@ -35,6 +36,7 @@ Run lm-eval tasks with a diffusion language model: accuracy, forwards per sample
   --batch_size   questions decoded together
   --output_path  folder for the results; --log_samples keeps every answer
   --config       a YAML file with these options
+  --import       a module that registers decoders and caches of your own; may be repeated
 
 Examples:
   {prog} --tasks gsm_symbolic --limit 20 --model_args pretrained=tiny-llada,show_speed=True
@@ -50,6 +52,11 @@ def main(model: str = "fastdllm", prog: str = "fastdllm eval", arguments: Sequen
     model: what `--model` is when it is not given. LMEVAL_LOG_LEVEL=DEBUG shows where an error came from.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        arguments = take_imports(arguments)
+    except ValueError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 2
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE.format(prog=prog, model=model, names=", ".join(ADAPTERS)), end="")
         return 0

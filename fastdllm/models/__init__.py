@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastdllm.libraries import has_tokenizers
+from fastdllm.libraries import hint as libraries_hint
 from fastdllm.models.adapters import Adapter
 from fastdllm.models.files import TOKENIZER_FILES, Fields, read_object
 from fastdllm.models.hub import TINY, find_adapter, find_folder, tiny_names
 from fastdllm.models.int4 import layout_of
 from fastdllm.models.quantize import KINDS
 from fastdllm.models.quantize import quantize as quantize_network
-from fastdllm.models.spec import Family, ModelSpec
+from fastdllm.models.spec import MASK_ROLE, Family, ModelSpec
 from fastdllm.models.transformer import Transformer
 from fastdllm.models.weights import load_weights
 
@@ -66,6 +68,27 @@ OTHER_NAMES = {
 }
 
 
+# What people of transformers look for on a model.
+ELSEWHERE = {
+    "generate": "it is a function: fastdllm.generate(model, prompts, gen_length=...)",
+    "chat": "fastdllm.generate(model, messages) answers a conversation, and `fastdllm chat` is one",
+    "stream": "it is a function: fastdllm.stream(model, prompts), or fastdllm.stream_text(model, prompt)",
+    "diffusion_generate": "fastdllm.generate(model, prompts, gen_length=...) is the function",
+    "to": "the device is chosen when loading: fastdllm.load(name, device=...)",
+    "cuda": "the device is chosen when loading: fastdllm.load(name, device='cuda')",
+    "cpu": "the device is chosen when loading: fastdllm.load(name, device='cpu')",
+    "half": "the number format is chosen when loading: fastdllm.load(name, dtype='float16')",
+    "bfloat16": "the number format is chosen when loading: fastdllm.load(name, dtype='bfloat16')",
+    "eval": "there is nothing to switch: a model only infers",
+    "train": "fine-tuning is v2/finetune.py",
+    "config": "its shapes and ids are model.spec; how it decodes is a fastdllm.DecodeConfig",
+    "generation_config": "how it decodes is a fastdllm.DecodeConfig",
+    "forward": "the network is model.network; fastdllm.log_likelihoods scores texts",
+    "parameters": "the network is model.network, a torch module",
+    "state_dict": "the network is model.network, a torch module",
+}
+
+
 @dataclass(eq=False)
 class Model:
     """A network, its spec and its tokenizer (None when the folder has none).
@@ -86,6 +109,11 @@ class Model:
             self.banned[:] = True
             self.banned[torch.tensor(list(self.tokenizer.get_vocab().values()), device=self.device)] = False
         self.banned[self.spec.mask_id] = True
+
+    def __getattr__(self, name: str) -> Any:
+        """Only called for what is not there: says what this is called here."""
+        hint = f"; {ELSEWHERE[name]}" if name in ELSEWHERE else ""
+        raise AttributeError(f"Model has no attribute {name!r}{hint}")
 
     @property
     def device(self) -> torch.device:
@@ -253,7 +281,13 @@ def load(
             raise ValueError(f"block_size={block_size!r}: the blocks of {folder} are not a choice")
         config = config.replace(family.block_field, block_size)
     tokenizer, ids = None, {}
-    if has_tokenizer(folder):
+    if has_tokenizer(folder) and not has_tokenizers():
+        import warnings
+
+        reads = libraries_hint("reading texts", "transformers")
+        warnings.warn(f"{name} is loaded without its tokenizer and takes token ids only; {reads}", stacklevel=2)
+        ids = written_ids(folder)
+    elif has_tokenizer(folder):
         from fastdllm.models.tokenizer import load_tokenizer, special_ids
 
         tokenizer = load_tokenizer(folder)
@@ -272,6 +306,18 @@ def load(
     if quantize is not None:
         quantize_network(network, quantize)
     return Model(network, spec, tokenizer, str(name))
+
+
+def written_ids(folder: Path) -> dict[str, int]:
+    """Added tokens by their text, and the mask's id as `MASK_ROLE`, read off the files without the tokenizer's library."""
+    files = {name: folder / name for name in ("tokenizer.json", "tokenizer_config.json")}
+    read = {name: read_object(path) if path.exists() else {} for name, path in files.items()}
+    ids = {token["content"]: int(token["id"]) for token in read["tokenizer.json"].get("added_tokens") or ()}
+    listed = read["tokenizer_config.json"].get("added_tokens_decoder") or {}
+    ids |= {token["content"]: int(i) for i, token in listed.items()}
+    mask = read["tokenizer_config.json"].get("mask_token")
+    mask = mask.get("content") if isinstance(mask, dict) else mask
+    return {**ids, MASK_ROLE: ids[mask]} if mask in ids else ids
 
 
 def has_tokenizer(folder: Path) -> bool:

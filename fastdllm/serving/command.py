@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import fastdllm
 from fastdllm.config import DecodeConfig
 from fastdllm.engine.admission import ROWS
-from fastdllm.serving.memory import positions_that_fit
+from fastdllm.memory import positions_that_fit
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -105,7 +105,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
         "its names, on others any)",
     )
     group.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"), help="(default info)")
-    replicas = out.add_argument_group("several replicas, by Ray Serve (pip install 'fastdllm[ray]')")
+    replicas = out.add_argument_group("several replicas, by Ray Serve (pip install 'ray[serve]')")
     replicas.add_argument("--replicas", type=int, metavar="N", help="so many, one GPU each or a share of the CPU")
     replicas.add_argument("--min-replicas", type=int, metavar="N", help="scale with the requests at hand, at least so many")
     replicas.add_argument("--max-replicas", type=int, metavar="N", help="and at most so many")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdllm.prompts import encode_messages, fold_system, takes_system
+from fastdllm.ui.options import about
 
 if TYPE_CHECKING:
     from fastdllm.models import Model
@@ -50,7 +51,9 @@ class Conversation:
             raise ValueError("the message is empty")
         room = model.spec.max_length - gen_length
         ids = torch.empty(0, dtype=torch.long)
-        for dropped in range(0, len(self.messages) + 1, 2):
+        # A model that was trained on single questions answers a second one wrongly: it never sees the first.
+        first = len(self.messages) if about(model.name) else 0
+        for dropped in range(first, len(self.messages) + 1, 2):
             turns = [*self.messages[dropped:], {"role": "user", "content": text}]
             ids = encode_messages(model, with_system(model, turns, self.system))
             if len(ids) <= room:
@@ -62,11 +65,11 @@ class Conversation:
 
     def _notices(self, model: Model, dropped: int) -> tuple[str, ...]:
         notices = []
-        if dropped:
+        if dropped and about(model.name):
+            notices.append("this model knows single questions, so each one starts a new conversation")
+        elif dropped:
             what = "message" if dropped == 1 else "messages"
             notices.append(f"context full: the oldest {dropped} {what} of this conversation are no longer sent")
-        if self.messages[dropped:] and model.name.startswith("tiny-"):
-            notices.append("this model learnt from single questions: a new conversation for each gives better answers")
         if self.system and not takes_system(model):
             notices.append("this model's chat template has no system role: the system text is put before the first message")
         if model.tokenizer.chat_template is None:

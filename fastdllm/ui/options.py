@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import fastdllm
 from fastdllm import config as configs
 from fastdllm import registry
 from fastdllm.build import assemble, check_runner, resolve
 from fastdllm.config import ALIASES, OPTIONS, DecodeConfig
 from fastdllm.fields import Option
 from fastdllm.models import Model, tiny_names
+from fastdllm.models.quantize import KINDS
 from fastdllm.registry import Kind
 
 NOT_TYPED = ("geometry", "batch_size")  # an object; a chat answers one prompt at a time
@@ -33,7 +35,7 @@ class About:
 
 WORD_PROBLEMS = About(
     "a small model that shows the method: it solves word problems of the kinds it was trained on, like the examples, and "
-    "nothing else; it learnt from single questions, so start a new conversation before each",
+    "nothing else; it learnt from single questions, so each one starts a new conversation",
     SAMPLE_QUESTION,
     128,
 )
@@ -61,6 +63,17 @@ def add_model_options(parser: argparse.ArgumentParser, default: str) -> None:
     group.add_argument("--revision", help="branch, tag or commit on the hub")
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     group.add_argument("--dtype", help="float32, bfloat16, float16 (default: bfloat16 on cuda, float32 elsewhere)")
+
+
+def add_quantize(parser: argparse.ArgumentParser) -> None:
+    """For commands that load with `loader`."""
+    parser.add_argument("--quantize", choices=tuple(KINDS), help="weights in 8 or 4 bits (default: as they are)")
+
+
+def loader(args: argparse.Namespace) -> Callable[[str], Model]:
+    """Loads a model by name, as the command line says."""
+    quantize = getattr(args, "quantize", None)
+    return lambda name: fastdllm.load(name, args.device, args.dtype, args.revision, quantize)
 
 
 def add_decode_options(parser: argparse.ArgumentParser, gen_length: int) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, TextIO
@@ -108,27 +108,28 @@ class RichScreen:
         from rich.live import Live
         from rich.text import Text
 
-        def text(trace: Trace) -> Text:
-            return Text.assemble(*((part, STYLES[kind]) for kind, part in spans(model, trace)))
+        def text(trace: Trace, shown: Sequence[str] = tuple(STYLES)) -> Text:
+            return Text.assemble(*((part, STYLES[kind]) for kind, part in spans(model, trace) if kind in shown))
 
         def tail(full: Text) -> Text:
             # What has left the screen can't be redrawn, so a long answer shows its end until it is finished.
             lines = full.wrap(self.console, self.console.width)
             return Text("\n").join(lines[-max(1, self.console.height - 3) :])
 
-        final = Text()
+        last: Trace | None = None
         with Live(console=self.console, auto_refresh=False, transient=True) as live:
 
             def show(trace: Trace) -> None:
-                nonlocal final
-                final = text(trace)
-                live.update(tail(final), refresh=True)
+                nonlocal last
+                last = trace
+                live.update(tail(text(trace)), refresh=True)
 
             try:
                 yield show
             finally:
                 live.update(Text(), refresh=True)
-        self.console.print(final)
+        if last is not None:  # what stays holds no masks: those of a stopped answer will never be filled
+            self.console.print(Text(text(last, ("old", "new")).plain))
 
 
 def make_screen() -> PlainScreen | RichScreen:

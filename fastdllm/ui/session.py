@@ -3,23 +3,31 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastdllm.build import resolve
 from fastdllm.config import DecodeConfig, nearest
 from fastdllm.models import Model
 from fastdllm.stats import Stats
+from fastdllm.trace import Trace
 from fastdllm.ui import options
-from fastdllm.ui.conversation import Conversation
+from fastdllm.ui.conversation import Conversation, clean
 
 Say = Callable[..., None]
 
 
 @dataclass
 class Session:
-    """What one chat remembers. `load` turns a name into a model; `model` is None until that has worked once."""
+    """What one chat remembers.
+
+    load: turns a name into a model. config: what was asked for, whatever the model. model: None until loading has worked
+    once. pace: seconds to wait after each forward. asked, trace: the last question and its answer's history. again: a
+    question that a command wants asked once more; retries: how often that happened, which changes the draws.
+    """
 
     load: Callable[[str], Model]
     config: DecodeConfig
@@ -29,6 +37,11 @@ class Session:
     total: Stats = field(default_factory=Stats)
     told: set[str] = field(default_factory=set)
     over: bool = False
+    pace: float = 0.0
+    asked: str | None = None
+    trace: Trace | None = None
+    again: str | None = None
+    retries: int = 0
 
 
 def count(number: int, what: str) -> str:
@@ -44,8 +57,17 @@ def summary(stats: Stats) -> str:
     )
 
 
+def fitting(model: Model, config: DecodeConfig) -> DecodeConfig:
+    """The settings for this model: an answer that would fill its whole context is made as long as its answers are."""
+    if config.gen_length < model.spec.max_length:
+        return config
+    about = options.about(model.name)
+    return config.replace(gen_length=about.gen_length if about else max(1, model.spec.max_length // 2))
+
+
 def load_model(session: Session, name: str) -> None:
-    """Load a model and begin anew; on failure say why and keep the one before."""
+    """Load a model and begin anew; on failure say why and keep the one before. The settings stay as they were asked for."""
+    session.say(f"loading {name} ...", style="dim")
     try:
         model = session.load(name)
         if model.tokenizer is None:
@@ -56,14 +78,15 @@ def load_model(session: Session, name: str) -> None:
         return
     session.model = model
     session.conversation.messages.clear()
+    session.told.clear()
     session.say(options.describe_model(model), style="bold")
     if about := options.about(name):
         session.say(f"{name} is {about.note}")
         session.say(f"try: {about.sample}")
-        if session.config.gen_length >= model.spec.max_length:
-            session.config = session.config.replace(gen_length=about.gen_length)
     try:
-        session.say(options.describe(model, session.config), style="dim")
+        config = fitting(model, session.config)
+        options.check(model, config)
+        session.say(options.describe(model, config), style="dim")
     except ValueError as error:
         session.say(f"{error}; /set changes it", style="red")
 
@@ -90,7 +113,7 @@ def settings(session: Session, rest: str) -> None:
     """NAME VALUE changes a setting (/set threshold 0.8, /set cache none); alone shows them all"""
     name, _, value = rest.replace("=", " ").partition(" ")
     if not name:
-        shown = resolve(session.model.spec, session.config) if session.model else session.config
+        shown = resolve(session.model.spec, fitting(session.model, session.config)) if session.model else session.config
         session.say("  ".join(f"{k}={v}" for k, v in shown.given().items()))
         return
     if not value.strip():
@@ -112,11 +135,60 @@ def model(session: Session, rest: str) -> None:
         session.say(options.describe_model(session.model) if session.model else "no model is loaded")
 
 
+def retry(session: Session, rest: str) -> None:
+    """ask the last question once more, with other draws and the settings as they are now"""
+    if session.asked is None:
+        session.say("nothing has been asked yet", style="red")
+        return
+    said = session.conversation.messages
+    if len(said) > 1 and said[-2]["content"] == clean(session.asked):
+        del said[-2:]
+    session.again, session.retries = session.asked, session.retries + 1
+
+
+def save(session: Session, rest: str) -> None:
+    """FILE writes the conversation: messages as JSON to a name that ends in .json, else Markdown"""
+    if not rest:
+        raise ValueError("usage: /save FILE, for example /save talk.md")
+    talk = [dict(message) for message in session.conversation.messages]
+    if session.conversation.system:
+        talk.insert(0, {"role": "system", "content": session.conversation.system})
+    if rest.endswith(".json"):
+        text = json.dumps(talk, indent=1, ensure_ascii=False)
+    else:
+        text = "\n\n".join(f"**{message['role']}**\n\n{message['content'].strip()}" for message in talk)
+    Path(rest).expanduser().write_text(text + "\n", encoding="utf-8")
+    session.say(f"{count(len(talk), 'message')} -> {rest}")
+
+
+def trace(session: Session, rest: str) -> None:
+    """FILE writes how the last answer came to be, for fastdllm.Trace.load and scripts/studies/plot_trace.py"""
+    if not rest:
+        raise ValueError("usage: /trace FILE, for example /trace answer.json")
+    if session.trace is None:
+        raise ValueError("nothing has been answered yet")
+    session.trace.save(Path(rest).expanduser())
+    session.say(f"{count(len(session.trace.steps), 'forward')} -> {rest}")
+
+
+def pace(session: Session, rest: str) -> None:
+    """SECONDS waits so long after each forward, to watch the answer fill; 0 runs freely"""
+    try:
+        value = float(rest or session.pace)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 60:
+        raise ValueError(f"pace={rest} must lie in [0, 60] seconds")
+    session.pace = value
+    session.say(f"pace: {value:g} s after each forward")
+
+
 def show_help(session: Session, rest: str) -> None:
     """this list"""
     for name, command in COMMANDS.items():
         session.say(f"  /{name:<8} {command.__doc__}")
     session.say("  Ctrl-C stops an answer, Ctrl-D leaves. A message that begins with / is written //")
+    session.say('  Several lines: paste them, break a line with Alt-Enter, or put them between """ and """')
 
 
 def leave(session: Session, rest: str) -> None:
@@ -126,12 +198,17 @@ def leave(session: Session, rest: str) -> None:
 
 COMMANDS: dict[str, Callable[[Session, str], None]] = {
     "reset": reset,
+    "retry": retry,
     "system": system,
     "stats": stats,
+    "save": save,
+    "trace": trace,
+    "pace": pace,
     "set": settings,
     "model": model,
     "help": show_help,
     "exit": leave,
+    "quit": leave,
 }
 
 
@@ -145,5 +222,5 @@ def run_command(session: Session, line: str) -> None:
         return
     try:
         command(session, rest.strip())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         session.say(str(error), style="red")

@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chat in the terminal, for all three families: `fastdllm chat`, `python -m llada.chat`, `python v2/run_chatbot.py`."""
+"""Chat in the terminal, for all families: `fastdllm chat`, `python -m llada.chat`, `python v2/run_chatbot.py`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 
-import fastdllm
+from fastdllm import libraries, registry
 from fastdllm.trace import watch
-from fastdllm.ui import options
+from fastdllm.ui import options, reader
 from fastdllm.ui.screen import PlainScreen, RichScreen, answer_text, make_screen
-from fastdllm.ui.session import Session, count, load_model, run_command, summary
+from fastdllm.ui.session import Session, count, fitting, load_model, run_command, summary
 
 GEN_LENGTH = 128  # as the published chat scripts
+LEAVING = ("exit", "quit")  # a line of this word
 
 
 def parser(default_model: str, prog: str | None = None) -> argparse.ArgumentParser:
@@ -25,9 +27,26 @@ def parser(default_model: str, prog: str | None = None) -> argparse.ArgumentPars
         "one a line. Names with underscores are those of the published scripts.",
     )
     options.add_model_options(out, default_model)
+    options.add_quantize(out)
+    out.add_argument("--import", metavar="MODULE", help="registers decoders and caches of your own; may be repeated")
     options.add_decode_options(out, GEN_LENGTH)
     out.add_argument("--system", default="", metavar="TEXT", help="instructions in front of the conversation")
+    out.add_argument(
+        "--pace",
+        type=seconds,
+        default=0.0,
+        metavar="SECONDS",
+        help="wait so long after each forward, to watch it (default 0)",
+    )
     return out
+
+
+def seconds(text: str) -> float:
+    """A pace; ValueError for what is none."""
+    value = float(text)
+    if not 0 <= value <= 60:
+        raise argparse.ArgumentTypeError(f"pace={text} must lie in [0, 60] seconds")
+    return value
 
 
 def answer(session: Session, screen: PlainScreen | RichScreen, text: str) -> None:
@@ -35,16 +54,25 @@ def answer(session: Session, screen: PlainScreen | RichScreen, text: str) -> Non
     if session.model is None:
         session.say("no model is loaded; /model NAME loads one", style="red")
         return
-    trace, stopped = None, False
+    trace, stopped, session.asked = None, False, text
     try:
-        prompt = session.conversation.prompt(session.model, text, session.config.gen_length)
-        for notice in set(prompt.notices) - session.told:
-            session.say(f"({notice})", style="dim")
+        config = fitting(session.model, session.config)
+        if session.retries:
+            config = config.replace(seed=config.seed + session.retries)
+        prompt = session.conversation.prompt(session.model, text, config.gen_length)
+        for notice in prompt.notices:
+            if notice not in session.told:
+                session.say(f"({notice})", style="dim")
         session.told.update(prompt.notices)
-        with screen.answering(session.model) as show, closing(watch(session.model, prompt.ids, session.config)) as steps:
+        with (
+            reader.quiet_keys(),
+            screen.answering(session.model) as show,
+            closing(watch(session.model, prompt.ids, config)) as steps,
+        ):
             try:
                 for trace in steps:
                     show(trace)
+                    time.sleep(session.pace)
             except KeyboardInterrupt:
                 stopped = True
     except KeyboardInterrupt:
@@ -53,64 +81,67 @@ def answer(session: Session, screen: PlainScreen | RichScreen, text: str) -> Non
         session.say(str(error) or type(error).__name__, style="red")
         return
     if trace is not None:
+        session.trace = trace
         session.total.add(trace.stats())
     if stopped or trace is None:
         took = f" after {count(len(trace.steps), 'forward')}" if trace else ""
         session.say(f"(stopped{took}; this turn is not remembered)", style="dim")
         return
     text = answer_text(session.model, trace)
+    session.conversation.add(prompt, text)
     if not text.strip():
         session.say("(an empty answer: the model ended it at once)", style="dim")
-    session.conversation.add(prompt, text)
+        return
+    if trace.finish_reason == "length" and config.stop_ids != ():
+        session.say(f"(cut at {count(trace.length, 'token')}; /set gen_length N allows more)", style="dim")
     session.say(summary(trace.stats()), style="dim")
 
 
 def chat(session: Session, screen: PlainScreen | RichScreen) -> None:
-    """Read lines until the end of the input or /exit."""
+    """Read messages until the end of the input or /exit."""
     interactive = sys.stdin.isatty()
+    read = reader.typed() if interactive else reader.piped(session.say)
     while not session.over:
         try:
-            line = input("> ") if interactive else read_line(session)
+            text = read()
         except EOFError:
             session.say("")
             break
         except KeyboardInterrupt:
-            session.say("\n(Ctrl-D or /exit leaves)", style="dim")
+            session.say("(Ctrl-D or /exit leaves)", style="dim")
             continue
-        if line.startswith("/") and not line.startswith("//"):
-            run_command(session, line.strip())
-        elif line.strip():
-            answer(session, screen, line[1:] if line.startswith("//") else line)
+        if text.strip().lower() in LEAVING:
+            break
+        session.again = None
+        if text.startswith("/") and not text.startswith("//"):
+            run_command(session, text.strip())
+            if session.again is not None:
+                answer(session, screen, session.again)
+        elif text.strip():
+            session.retries = 0
+            answer(session, screen, text[1:] if text.startswith("//") else text)
         elif interactive:
             session.say("(write a question, or /help)", style="dim")
-
-
-def read_line(session: Session) -> str:
-    """A line of piped input, shown so that the output reads as a conversation."""
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    shown = line.rstrip("\n")
-    session.say(f"> {shown if len(shown) <= 500 else f'{shown[:500]}... ({len(shown)} characters)'}")
-    return shown
 
 
 def main(arguments: Sequence[str] | None = None, default_model: str = "tiny-llada", prog: str | None = None) -> int:
     """The command; returns the exit code: 0, 1 when no model could be loaded, 2 for bad options."""
     arguments_parser = parser(default_model, prog)
-    args = arguments_parser.parse_args(arguments)
     try:
+        rest = registry.take_imports(sys.argv[1:] if arguments is None else arguments)
+        arguments_parser = parser(default_model, prog)  # which now knows what was registered
+        args = arguments_parser.parse_args(rest)
         config = options.config_of(args)
     except ValueError as error:
         arguments_parser.error(str(error))
+    if not libraries.has_tokenizers():
+        print(libraries.hint(arguments_parser.prog, "transformers"), file=sys.stderr)
+        return 1
     # Bytes that are no UTF-8 come in as replacement characters rather than as an error.
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")
-    if sys.stdin.isatty():
-        with suppress(ImportError):
-            import readline  # noqa: F401  (editing, history, and lines above the terminal's 4096 characters)
     screen = make_screen()
-    session = Session(lambda name: fastdllm.load(name, args.device, args.dtype, args.revision), config, screen.say)
+    session = Session(options.loader(args), config, screen.say, pace=args.pace)
     session.conversation.system = args.system
     try:
         load_model(session, args.model)
@@ -118,7 +149,7 @@ def main(arguments: Sequence[str] | None = None, default_model: str = "tiny-llad
         return 130
     if session.model is not None:
         try:
-            options.check(session.model, session.config)
+            options.check(session.model, fitting(session.model, session.config))
         except ValueError as error:
             arguments_parser.error(str(error))
         session.say("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves", style="dim")

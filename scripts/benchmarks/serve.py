@@ -93,8 +93,8 @@ def serving(model: Model, config: DecodeConfig, rows: int) -> Iterator[str]:
     """A server around the model; its address."""
     import uvicorn
 
+    from fastdllm.memory import positions_that_fit
     from fastdllm.serving.app import create_app
-    from fastdllm.serving.memory import positions_that_fit
     from fastdllm.serving.service import Service
 
     service = Service(model, config, name="model", positions=positions_that_fit(model, rows), rows=rows, max_queue=100_000)

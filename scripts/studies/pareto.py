@@ -38,6 +38,7 @@ import itertools
 import json
 import platform
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -294,8 +295,14 @@ def answers(jobs: list[Job], workers: int) -> Iterator[tuple[Job, list[dict[str,
         yield from map(answer, jobs)
         return
     # Spawned: a CUDA context does not survive a fork. One thread each, or the workers are in each other's way.
-    with get_context("spawn").Pool(min(workers, max(1, len(jobs))), torch.set_num_threads, (1,)) as pool:
+    with get_context("spawn").Pool(min(workers, max(1, len(jobs))), start_worker, (sys.argv,)) as pool:
         yield from pool.imap_unordered(answer, jobs)
+
+
+def start_worker(command: list[str]) -> None:
+    """A worker gets one thread, and the modules of `--import`, which registered their components in this process only."""
+    torch.set_num_threads(1)
+    registry.take_imports(command[1:])
 
 
 def resolved(options: dict[str, Any]) -> dict[str, Any]:
@@ -352,6 +359,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", help="default: tiny-llada, or tiny-sudoku for sudoku")
     parser.add_argument("--templates", nargs="+", choices=("chat", "plain"), default=["chat"])
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
+    parser.add_argument("--import", metavar="MODULE", help="registers decoders and caches of your own; may be repeated")
     parser.add_argument("--settings", nargs="+", help="instead of the list that fits the model")
     parser.add_argument("--more", nargs="+", default=[], help="settings besides those")
     parser.add_argument("--reference", help="what `report` pairs the others with, default one token per step")
@@ -364,6 +372,10 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device")
     parser.add_argument("--summary", type=Path, help="also write JSON and plot to this path, without suffix")
+    try:
+        given = registry.take_imports(sys.argv[1:] if given is None else given)
+    except ValueError as error:
+        parser.error(str(error))
     args = parser.parse_args(given)
     task = TASKS[args.task]
     args.models = args.models or list(task.models)

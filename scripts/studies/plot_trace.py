@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Draw a saved trace: in which order the tokens came, how sure the model was, how many came per forward.
+"""Draw a saved trace: which words each forward wrote, in which order, and where the model was in doubt.
 
     python -m scripts.studies.plot_trace trace.json -o trace.png
-    python -m scripts.studies.plot_trace --prompt "..." --model tiny-llada --set cache=none -o trace.png  (records one first)
+    python -m scripts.studies.plot_trace --model tiny-llada --set decoder=quota -o trace.png  (records an answer first)
 
-A trace is what `fastdllm.trace.watch` yields; `trace.save("trace.json")` writes it.
+A trace is what `fastdllm.watch` yields; `trace.save("trace.json")` and the chat's /trace write it.
 """
 
 from __future__ import annotations
@@ -18,61 +18,79 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdllm.trace import Trace, watch
+from fastdllm.ui.options import about
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+NOW, BEFORE, DOUBT, GIVEN = "#1f5fbf", "#dce6f4", "#e08a1e", "#7a7a7a"
+SURE = 0.5  # below this confidence a token was a doubtful choice
+
+
 def draw(trace: Trace) -> Figure:
-    """The figure. Left: one dot a token, at its position and the forward that wrote it; right: tokens of each forward;
-    below: the confidence each token was written with."""
+    """The figure: a row for each forward, a column for each token of the answer; what a forward wrote is dark, what stood
+    there before is light, what is still open is white."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.patches import Patch
 
-    now, steps = trace.at(), len(trace.steps)
-    known = [(p, now.written[p], c) for p, c in enumerate(now.confidence) if c is not None]
-    other = [(p, w) for p, w in enumerate(now.written) if w is not None and now.confidence[p] is None]
-    curve = trace.filled()
-    figure, axes = plt.subplots(
-        2, 2, figsize=(10, 6.4), width_ratios=(5, 1), height_ratios=(3, 1), sharex="col", layout="constrained"
-    )
-    (order, counts), (confidence, corner) = axes
-    corner.axis("off")
-
-    # Confident tokens dark, doubtful ones light; the panel below is the scale.
-    if known:
-        positions, written, sure = zip(*known, strict=True)
-        look = {"c": sure, "cmap": "viridis_r", "vmin": 0, "vmax": 1, "edgecolors": "0.3", "linewidths": 0.4, "zorder": 3}
-        order.scatter(positions, written, s=26, **look)
-        confidence.scatter(positions, sure, s=18, **look)
-    if other:
-        order.scatter(*zip(*other, strict=True), marker="D", s=26, color="tab:red", zorder=3, label="not scored")
-        order.legend(loc="lower right")
-    for start in sorted({step.start for step in trace.steps} - {0}):
-        for axis in (order, confidence):
-            axis.axvline(start - 0.5, color="0.75", linewidth=1)
-    end = len(trace.answer())
-    if end < trace.length:
-        for axis in (order, confidence):
-            axis.axvline(end - 0.5, color="tab:red", linestyle="--", linewidth=1)
-        confidence.text(end - 1, 0.04, "the answer ends", color="tab:red", ha="right", va="bottom", fontsize=9)
-    order.set(ylabel="forward", ylim=(steps + 0.6, 0.4), title=title(trace))
-    confidence.set(xlabel="position of the answer", ylabel="confidence", ylim=(0, 1.05))
-    counts.barh(range(1, steps + 1), [after - before for before, after in pairwise(curve)], color="0.4")
-    counts.set(xlabel="positions filled", ylim=(steps + 0.6, 0.4))
-    counts.tick_params(labelbottom=True)
+    ids, now, steps = trace.answer(), trace.at(), len(trace.steps)
+    shown = max(1, len(ids))
+    figure, axis = plt.subplots(figsize=(min(24.0, 2.2 + 0.17 * shown), min(7.0, 2.2 + 0.3 * steps)), layout="constrained")
+    colours = {
+        "written in this forward": NOW,
+        f"written with less than {SURE:.0%} confidence": DOUBT,
+        "there already": BEFORE,
+    }
+    for position, token in enumerate(ids):
+        written, sure = now.written[position], now.confidence[position]
+        if token == trace.mask_id or written is None:
+            continue
+        doubtful = written > 0 and sure is not None and sure < SURE
+        axis.add_patch(plt.Rectangle((position, written + 0.5), 1, steps - written, color=BEFORE, linewidth=0))
+        colour = GIVEN if not written else DOUBT if doubtful else NOW
+        axis.add_patch(
+            plt.Rectangle((position, max(written, 1) - 0.5), 1, 1, facecolor=colour, edgecolor="white", linewidth=0.6)
+        )
+    for start in sorted({step.start for step in trace.steps if 0 < step.start < shown}):
+        axis.axvline(start, color="0.4", linewidth=1, linestyle=":")
+    words = [spelled(trace.texts.get(token, "")) if token != trace.mask_id else "" for token in ids]
+    size = max(4.0, min(9.0, 24 * 72 / shown * 0.6))
+    axis.set_xticks([p + 0.5 for p in range(len(words))], words, rotation=90, family="monospace", fontsize=size)
+    axis.set(xlim=(0, shown), ylim=(steps + 0.5, 0.5), ylabel="forward")
+    axis.yaxis.get_major_locator().set_params(integer=True)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    axis.set_title(title(trace), loc="left")
+    handles = [Patch(color=colour, label=label) for label, colour in colours.items()]
+    if trace.fixed:
+        handles.append(Patch(color=GIVEN, label="a constraint"))
+    figure.legend(handles=handles, loc="outside lower left", ncols=4, frameon=False, fontsize=9)
     return figure
 
 
+def spelled(text: str) -> str:
+    """A token as a label: a line break shows, and a dollar sign starts no formula."""
+    return text.replace("\n", "\u21b5").strip(" ").replace("$", r"\$") or "\u00b7"
+
+
 def title(trace: Trace) -> str:
+    """What the figure shows, in a sentence."""
     stats = trace.stats()
-    cache = trace.config.get("cache", "default")
-    return (
-        f"{trace.model}, {trace.config.get('decoder', 'threshold')}, cache {cache}: {stats.tokens} tokens in "
-        f"{stats.forwards} forwards, {stats.tokens_per_forward:.1f} tokens per forward"
-    )
+    if not stats.tokens:
+        return f"{trace.model}: an empty answer in {stats.forwards} forwards"
+    order = "left to right" if in_order(trace) else "not left to right"
+    each = f"{stats.tokens_per_forward:.1f} a forward, " if stats.tokens_per_forward >= 1.05 else ""
+    return f"{trace.model}: {stats.tokens} tokens in {stats.forwards} forwards, {each}{order}"
+
+
+def in_order(trace: Trace) -> bool:
+    """Whether no token of the answer was written before one to its left."""
+    written = [w for w in trace.at().written[: len(trace.answer())] if w]
+    return all(before <= after for before, after in pairwise(written))
 
 
 def record(model: str, prompt: str, options: Sequence[str]) -> Trace:
@@ -87,12 +105,15 @@ def record(model: str, prompt: str, options: Sequence[str]) -> Trace:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("trace", nargs="?", type=Path, help="JSON file that Trace.save wrote")
-    parser.add_argument("--prompt", help="record a new trace of the answer to this question")
-    parser.add_argument("--model", default="tiny-llada", help="for --prompt (default tiny-llada)")
+    parser.add_argument("--prompt", help="record the answer to this question (default without a file: one the model knows)")
+    parser.add_argument("--model", default="tiny-llada", help="that answers (default tiny-llada)")
     parser.add_argument("--set", dest="options", action="append", default=[], metavar="NAME=VALUE", help="for --prompt")
     parser.add_argument("--save", type=Path, help="also write the recorded trace here")
     parser.add_argument("-o", "--output", type=Path, default=Path("trace.png"), help="figure (default trace.png)")
     args = parser.parse_args(arguments)
+    known = about(args.model)
+    if args.trace is None and args.prompt is None:
+        args.prompt = known.sample if known else None
     if (args.trace is None) == (args.prompt is None):
         parser.error("give either a trace file or --prompt")
     try:

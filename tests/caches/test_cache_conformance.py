@@ -3,64 +3,51 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 import fastdllm
-from fastdllm import registry
-from fastdllm.blocks import Block, Pass, Progress, grid_aligned, prompt_aligned
-from tests.random_models import MASK, prompts, random_model
+from fastdllm import registry, testing
+from fastdllm.blocks import Block, Pass, Progress, prompt_aligned
+from fastdllm.caches import dual
+from fastdllm.testing import check_cache, prompts, random_model
 
 CACHES = registry.names("caches")
-SHAPES = [(1, 1), (1, 8), (3, 21), (8, 16), (13, 40), (16, 9)]  # prompt length, answer length
-
-
-def plans(name: str) -> list[tuple[Any, list[Block]]]:
-    """The plan with its default options over every geometry it takes."""
-    kind = registry.find("caches", name)
-    geometries = {False: [prompt_aligned(8), prompt_aligned(64)], True: [grid_aligned(8, 4), grid_aligned(8, 8)]}
-    wanted = geometries[False] + geometries[True] if kind.block_causal is None else geometries[kind.block_causal]
-    return [(kind(), geometry(p, p + n)) for geometry in wanted for p, n in SHAPES]
-
-
-def families(name: str) -> list[str]:
-    kind = registry.find("caches", name)
-    return [f for f in ("llada", "dream", "v2") if kind.block_causal in (None, f == "v2")]
 
 
 @pytest.mark.parametrize("name", CACHES)
 def test_passes_stay_in_the_sequence_and_cover_the_block(name: str) -> None:
-    for cache, blocks in plans(name):
-        known = 0  # positions whose keys have been computed at least once
-        for block in blocks:
-            steps = [Progress(0, 0, True), Progress(1, 1, True), Progress(2, 2, False), Progress(9, 9, False)]
-            passes: list[Pass] = [cache.step(block, progress) for progress in steps]
-            for p in passes:
-                assert p.start <= block.start and block.stop <= p.stop, "a step must recompute the whole block"
-            opening = cache.open(block)
-            for p in ([opening] if opening else []) + passes:
-                assert 0 <= p.start < p.stop <= block.visible_end and p.stop <= p.read <= block.visible_end
-                assert p.start <= known, "keys before the pass were never computed"
-                known = max(known, p.stop)
-                first, last = p.hide
-                assert first >= last or block.stop <= first < last < block.visible_end, (
-                    "the block or the last slot is hidden"
-                )
-                assert p.read <= known or p.hide[1] >= known, "a pass reads keys that were never computed"
+    testing.check_passes(name)
 
 
 @pytest.mark.parametrize("name", CACHES)
 def test_every_number_of_steps_ends_without_masks(name: str) -> None:
-    for family in families(name):
-        model, given = random_model(family), prompts(3, 10)
-        for steps in (5, 9, 16):
-            out = fastdllm.generate(
-                model, given, cache=name, decoder="quota", steps=steps, gen_length=16, small_block_size=4, stop_ids=()
-            )
-            for sequence, prompt in zip(out.sequences, given, strict=True):
-                assert len(sequence) == len(prompt) + 16 and MASK not in sequence[len(prompt) :]
-                assert sequence[: len(prompt)].tolist() == prompt.tolist()
+    testing.check_endings(name)
+
+
+@dataclass(frozen=True)
+class Stale(dual.Cache):
+    """Never refreshes the prompt: its keys are read before they are computed."""
+
+    def open(self, block: Block) -> Pass | None:
+        return None
+
+
+@dataclass(frozen=True)
+class Narrow(dual.Cache):
+    def step(self, block: Block, progress: Progress) -> Pass:
+        return Pass(block.start, max(block.start + 1, block.stop - 1), block.total)
+
+
+def test_a_plan_of_ones_own_is_checked_and_told_what_is_wrong() -> None:
+    check_cache(dual.Cache)
+    check_cache(dual.Cache())
+    with pytest.raises(AssertionError, match="never computed"):
+        check_cache(Stale)
+    with pytest.raises(AssertionError, match="recompute the whole block"):
+        check_cache(Narrow)
 
 
 def outcome(family: str, **options: Any) -> tuple[list[list[int]], list[int], list[int]]:

@@ -21,7 +21,26 @@ def with_template(model: Model, template: str | None) -> Model:
     return other
 
 
-def test_the_second_turn_is_the_template_over_all_messages(model: Model) -> None:
+@pytest.fixture
+def talker(model: Model) -> Model:
+    """The same model under a name of which nothing is known: the shipped one never sees an earlier turn."""
+    other = copy.copy(model)
+    other.name = "a-chat-model"
+    return other
+
+
+def test_a_shipped_model_gets_single_questions(model: Model) -> None:
+    talk = Conversation()
+    talk.add(talk.prompt(model, "How many?", 32), "Seven.")
+    prompt = talk.prompt(model, "And now?", 32)
+    assert model.tokenizer.decode(prompt.ids) == "<|user|>And now?<|assistant|>" and prompt.dropped == 2
+    assert prompt.notices == ("this model knows single questions, so each one starts a new conversation",)
+    talk.add(prompt, "Eight.")
+    assert [m["content"] for m in talk.messages] == ["And now?", "Eight."]
+
+
+def test_the_second_turn_is_the_template_over_all_messages(talker: Model) -> None:
+    model = talker
     talk = Conversation()
     talk.add(talk.prompt(model, "How many?", 32), "Seven.")
     messages = [
@@ -35,7 +54,8 @@ def test_the_second_turn_is_the_template_over_all_messages(model: Model) -> None
     assert len(talk.messages) == 2, "asking for a prompt changed the conversation"
 
 
-def test_the_oldest_turns_go_when_the_context_is_full(model: Model) -> None:
+def test_the_oldest_turns_go_when_the_context_is_full(talker: Model) -> None:
+    model = talker
     talk = Conversation()
     for turn in range(12):
         prompt = talk.prompt(model, f"Question {turn}: " + "apples and pears " * 8, 200)

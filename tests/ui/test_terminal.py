@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import json
 import os
 import pty
 import signal
@@ -88,7 +90,7 @@ def test_an_empty_input_leaves_with_zero(chat: Chat) -> None:
         ("   ", ""),
         ("y" * 100_000, "the message is too long"),
         ("Emoji 😀 and \x1b[31m control \x07 characters \x00", "␛[31m"),
-        ("half a pair \ud83d and <|mask|> <|eos|>", "tokens/forward"),
+        ("half a pair \ud83d and <|mask|> <|eos|>", "an empty answer"),
         ("//help is a message", "tokens/forward"),
     ],
 )
@@ -135,8 +137,140 @@ def test_settings_say_what_runs(chat: Chat) -> None:
     assert "stop_ids=()" in shown["all"] and "gen_length=40" in shown["all"] and "threshold=0.8" in shown["all"]
 
 
+def named(model: Model, name: str) -> Model:
+    """The same network under a name of which nothing is known."""
+    other = copy.copy(model)
+    other.name = name
+    return other
+
+
+def test_a_model_of_single_questions_never_sees_the_one_before(chat: Chat, question: str) -> None:
+    code, out = chat(question, "And if she had 9 fewer?", question, "/set gen_length 8", question)
+    answers = [part.split("\n", 1)[1] for part in out.split(f"> {question}")[1:]]
+    assert code == 0 and answers[0].split("tokens/forward")[0].split("·")[0] == answers[1].split("·")[0]
+    assert out.count("each one starts a new conversation)") == 1, "told once"
+
+
+def test_an_answer_that_its_length_cut_says_so(chat: Chat, question: str) -> None:
+    out = chat(question, "/set gen_length 8", question)[1]
+    whole, short = out.split("> /set gen_length 8")
+    assert "cut at" not in whole and "(cut at 8 tokens; /set gen_length N allows more)" in short
+    assert "cut at" not in chat("/set stop_ids ()", "/set gen_length 8", question)[1], "it was asked to be so long"
+
+
+def test_settings_outlive_a_model_whose_context_is_smaller(model: Model, question: str) -> None:
+    small = fastdllm.load("tiny-sudoku", device="cpu")
+    out = io.StringIO()
+    models = {"tiny-llada": model, "tiny-sudoku": small}
+    session = Session(models.__getitem__, DecodeConfig(gen_length=128, threshold=0.8), PlainScreen(out).say)
+    for name, asked in (("tiny-llada", question), ("tiny-sudoku", options.SUDOKU.sample), ("tiny-llada", question)):
+        terminal.run_command(session, f"/model {name}")
+        terminal.answer(session, PlainScreen(out), asked)
+    assert session.config == DecodeConfig(gen_length=128, threshold=0.8)
+    described = [line for line in out.getvalue().splitlines() if "new tokens in blocks" in line]
+    assert ["128 new" in line for line in described] == [True, False, True] and "threshold 0.8" in described[2]
+    assert out.getvalue().count("loading tiny-") == 3 and "cut at" not in out.getvalue()
+
+
+def test_retry_asks_again_with_other_draws_and_remembers_one_turn(model: Model, question: str) -> None:
+    model = named(model, "a-chat-model")
+    out = io.StringIO()
+    session = Session(lambda _: model, DecodeConfig(gen_length=64, temperature=5.0), PlainScreen(out).say, model)
+    terminal.run_command(session, "/retry")
+    assert "nothing has been asked yet" in out.getvalue()
+    terminal.answer(session, PlainScreen(out), question)
+    found = [session.trace.answer()]
+    for _ in range(2):
+        terminal.run_command(session, "/retry")
+        terminal.answer(session, PlainScreen(out), session.again)
+        found.append(session.trace.answer())
+        assert [m["role"] for m in session.conversation.messages] == ["user", "assistant"]
+    assert len({tuple(ids) for ids in found}) == 3
+
+
+def test_a_talk_and_a_trace_are_written_to_files(chat: Chat, question: str, tmp_path: Path) -> None:
+    talk, markdown, trace = (tmp_path / name for name in ("talk.json", "talk.md", "trace.json"))
+    nowhere = tmp_path / "none" / "x"
+    lines = (
+        "/trace early.json",
+        question,
+        f"/save {talk}",
+        f"/save {markdown}",
+        f"/trace {trace}",
+        f"/save {nowhere}",
+        "/save",
+    )
+    out = chat("/system Be brief.", *lines)[1]
+    assert [m["role"] for m in json.loads(talk.read_text())] == ["system", "user", "assistant"]
+    assert question in markdown.read_text() and "**assistant**" in markdown.read_text()
+    assert Trace.load(trace).finished
+    assert "nothing has been answered yet" in out and "No such file" in out and "usage: /save FILE" in out
+
+
+@pytest.mark.parametrize("word", ["/quit", "/exit", "exit", "quit", " Quit "])
+def test_words_that_leave(chat: Chat, word: str) -> None:
+    code, out = chat(word, "/stats")
+    assert code == 0 and "answers" not in out
+
+
+def test_three_quotes_hold_a_message_of_several_lines(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(terminal, "answer", lambda session, screen, text: asked.append(text))
+    chat('"""one line"""', '"""', "first", "", "  second", '"""', "plain", '"""never', "closed")
+    assert asked == ["one line", "first\n\n  second", "plain", "never\nclosed"]
+
+
+@pytest.mark.parametrize("value", ["-1", "61", "nan", "x"])
+def test_a_pace_is_checked_when_it_is_set(chat: Chat, value: str) -> None:
+    assert "must lie in [0, 60]" in chat(f"/pace {value}")[1]
+    with pytest.raises(SystemExit) as stopped:
+        chat("", arguments=("--pace", value))
+    assert stopped.value.code == 2
+
+
+def test_a_pace_slows_every_forward(model: Model, monkeypatch: pytest.MonkeyPatch, question: str) -> None:
+    slept = []
+    monkeypatch.setattr(terminal.time, "sleep", slept.append)
+    session = Session(lambda _: model, DecodeConfig(gen_length=32), PlainScreen(io.StringIO()).say, model, pace=0.2)
+    terminal.answer(session, PlainScreen(io.StringIO()), question)
+    assert slept == [0.2] * (len(session.trace.steps) + 1) and session.trace.seconds() < 0.2 * len(slept)
+
+
+def test_a_rule_of_ones_own_is_an_option_of_the_chat(
+    chat: Chat, question: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_chat_rules.py").write_text(RULES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        code, out = chat(question, arguments=("--import", "my_chat_rules", "--decoder", "surest", "--least", "0.7"))
+    finally:
+        fastdllm.registry.unregister("decoders", "surest")
+    assert code == 0 and "decoder surest (least 0.7)" in out and "39" in out
+    with pytest.raises(SystemExit) as stopped:
+        chat("", arguments=("--import", "no_such_rules"))
+    assert stopped.value.code == 2
+
+
+RULES = '''"""A rule for the test."""
+from dataclasses import dataclass
+import fastdllm
+from fastdllm.decoders.base import DecoderRule
+
+@dataclass(frozen=True)
+class Surest(DecoderRule):
+    least: float = 0.9
+
+    def step(self, view):
+        return view.commit(view.scores() >= self.least)
+
+fastdllm.register("decoders", Surest)
+'''
+
+
 def test_history_goes_into_the_next_turn_until_reset(model: Model, monkeypatch: pytest.MonkeyPatch, question: str) -> None:
     screen = PlainScreen(io.StringIO())
+    model = named(model, "a-chat-model")
     session = Session(lambda _: model, DecodeConfig(gen_length=64), screen.say, model)
     sent, watch = [], terminal.watch
     monkeypatch.setattr(terminal, "watch", lambda m, ids, c: sent.append(m.tokenizer.decode(ids)) or watch(m, ids, c))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many positions a server may hold at once."""
+"""How many positions a run may hold at once: the server's budget, and that of `generate` without a batch_size."""
 
 from __future__ import annotations
 
@@ -23,9 +23,14 @@ def bytes_per_position(model: Model) -> int:
 
 def positions_that_fit(model: Model, rows: int) -> int:
     """As many as free memory allows, at most what `rows` requests of the model's whole context take."""
-    on_gpu = model.device.type == "cuda"
-    free = GPU_SHARE * torch.cuda.mem_get_info(model.device)[0] if on_gpu else CPU_SHARE * _available()
-    return max(1, min(int(free / bytes_per_position(model)), rows * (model.spec.max_length + 256)))
+    share, free = (GPU_SHARE, _free_on_gpu(model.device)) if model.device.type == "cuda" else (CPU_SHARE, _available())
+    return max(1, min(int(share * free / bytes_per_position(model)), rows * (model.spec.max_length + 256)))
+
+
+def _free_on_gpu(device: torch.device) -> float:
+    """Bytes that nobody has, and those that torch keeps for its next tensors."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return float(torch.cuda.mem_get_info(device)[0] + kept)
 
 
 def _available() -> float:

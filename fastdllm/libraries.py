@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Libraries that only a part of the package needs: whether they are there, and what to install where they are not."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+# What to install for a module whose own name does not say it, or needs others beside it.
+INSTALL = {
+    "tokenizers": "transformers",
+    "gradio": "gradio transformers",
+    "lm_eval": "lm_eval transformers accelerate datasets",
+    "fastapi": "fastapi uvicorn pydantic prometheus-client transformers",
+    "uvicorn": "fastapi uvicorn pydantic prometheus-client transformers",
+    "pydantic": "fastapi uvicorn pydantic prometheus-client transformers",
+    "prometheus_client": "prometheus-client",
+    "ray": "'ray[serve]'",
+    "rich": "rich",
+    "tqdm": "tqdm",
+    "transformers": "transformers",
+}
+
+
+def has_tokenizers() -> bool:
+    """Whether texts can be made into ids."""
+    return all(_has(name) for name in ("tokenizers", "transformers"))
+
+
+def hint(what: str, module: str) -> str:
+    """One line: what needs which library, and how to get it."""
+    return f"{what} needs {module}: pip install {INSTALL.get(module, module)}"
+
+
+def _has(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`generate`, `stream` and `stream_text` as users of other libraries call them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import fastdllm
+from fastdllm import generation, threads
+from fastdllm.memory import bytes_per_position, positions_that_fit
+from tests.random_models import STOP, prompts, random_model
+
+TEXT = "A student has 23 pencils. His sister has 7 fewer pencils than he has. How many pencils do they have together?"
+QUESTION = [{"role": "user", "content": TEXT}]
+
+
+@pytest.fixture(scope="module")
+def model() -> fastdllm.Model:
+    return fastdllm.load("tiny-llada", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def whole(model: fastdllm.Model) -> str:
+    return fastdllm.generate(model, QUESTION, gen_length=64).texts[0]
+
+
+@pytest.mark.parametrize("name", ["stop", "stop_strings", "until"])
+def test_a_stop_string_ends_the_answer_before_it(model: fastdllm.Model, whole: str, name: str) -> None:
+    stop = whole[12:15]
+    stops = {name: [stop, "never"]}
+    full = fastdllm.generate(model, QUESTION, gen_length=64, block_length=8)
+    out = fastdllm.generate(model, QUESTION, gen_length=64, block_length=8, **stops)
+    expected = full.texts[0][: full.texts[0].find(stop)]
+    assert out.texts == [expected] and out.finish_reasons == ["stop"]
+    assert out.stats.forwards < full.stats.forwards, "decoding ends with the block of the stop string"
+    prompt = len(fastdllm.encode(model, QUESTION)[0])
+    kept = model.tokenizer.decode(out.sequences[0][prompt:])
+    assert stop in kept and stop not in model.tokenizer.decode(out.sequences[0][prompt:-1])
+    assert len(out.logprobs[0]) == len(out.committed_at[0]) == len(out.sequences[0]) - prompt
+    steps = list(fastdllm.stream(model, QUESTION, gen_length=64, block_length=8, **stops))
+    assert len(steps) == out.stats.forwards
+    pieces = fastdllm.stream_text(model, QUESTION, gen_length=64, block_length=8, **stops)
+    assert "".join(pieces) == expected
+
+
+@pytest.mark.parametrize("stop", ["", [], [""], None])
+def test_an_empty_stop_string_says_nothing(model: fastdllm.Model, whole: str, stop: Any) -> None:
+    assert fastdllm.generate(model, QUESTION, gen_length=64, stop=stop).texts == [whole]
+
+
+def test_every_answer_says_why_it_ended(model: fastdllm.Model) -> None:
+    assert fastdllm.generate(model, QUESTION, gen_length=64).finish_reasons == ["stop"]
+    assert fastdllm.generate(model, QUESTION, gen_length=8).finish_reasons == ["length"]
+    assert fastdllm.generate(model, QUESTION, gen_length=64, stop_ids=()).finish_reasons == ["length"]
+    # A stop token at the very last position ends the answer all the same.
+    random = random_model()
+    out = fastdllm.generate(random, prompts(5), gen_length=8, constraints={7: STOP})
+    assert out.finish_reasons == (["stop"] if STOP in out.sequences[0][5:12] else ["length"])
+
+
+def test_several_answers_to_a_prompt_lie_side_by_side_and_draw_apart() -> None:
+    model, given = random_model(), prompts(5, 9)
+    out = fastdllm.generate(model, given, num_return_sequences=3, temperature=1.0, gen_length=16, stop_ids=())
+    assert [len(s) for s in out.sequences] == [21] * 3 + [25] * 3
+    assert len({tuple(s.tolist()) for s in out.sequences}) == 6
+    same = fastdllm.generate(model, [p for p in given for _ in range(3)], temperature=1.0, gen_length=16, stop_ids=())
+    assert all(torch.equal(a, b) for a, b in zip(out.sequences, same.sequences, strict=True))
+    assert len(fastdllm.generate(model, given[0], n=2, confidence="random", decoder="quota", gen_length=8).sequences) == 2
+    with pytest.raises(ValueError, match="num_return_sequences=2 would give the same answer"):
+        fastdllm.generate(model, given, num_return_sequences=2, gen_length=8)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"stop": [3]}, "stop=.3. must be a text or a list of texts"),
+        ({"stop": "a", "until": "b"}, "are the same option"),
+        ({"num_return_sequences": 0}, "num_return_sequences=0 must be"),
+        ({"num_return_sequences": 1.5}, "num_return_sequences=1.5 must be"),
+        ({"max_tokens": 8, "gen_length": 9}, "are the same option"),
+        ({"streamer": 1}, "fastdllm.stream_text yields text"),
+        ({"treshold": 0.5}, "did you mean 'threshold'"),
+    ],
+)
+def test_bad_arguments_are_named(model: fastdllm.Model, options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        fastdllm.generate(model, QUESTION, **options)
+
+
+def test_stop_strings_need_a_tokenizer() -> None:
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        fastdllm.generate(random_model(), prompts(5), stop="x", gen_length=8)
+
+
+def test_padded_ids_with_their_mask_are_what_a_tokenizer_returns(model: fastdllm.Model, whole: str) -> None:
+    ids = fastdllm.encode(model, QUESTION)[0]
+    padded = torch.nn.functional.pad(ids, (4, 0), value=model.spec.pad_id)[None]
+    mask = torch.ones_like(padded)
+    mask[:, :4] = 0
+    assert fastdllm.generate(model, padded, attention_mask=mask, gen_length=64).texts == [whole]
+
+
+def test_a_bar_counts_answers(capsys: pytest.CaptureFixture) -> None:
+    given = prompts(5, 6, 7)
+    fastdllm.generate(random_model(), given, gen_length=8)
+    assert capsys.readouterr().err == ""
+    fastdllm.generate(random_model(), given, gen_length=8, progress=True)
+    assert "3/3" in capsys.readouterr().err
+
+
+def test_memory_bounds_how_many_prompts_share_the_canvas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And changes no answer."""
+    model, given = random_model(), prompts(*range(5, 25))
+    free = fastdllm.generate(model, given, gen_length=8)
+    room = 2 * 64
+    monkeypatch.setattr("fastdllm.memory._available", lambda: 4 * room * bytes_per_position(model))
+    assert positions_that_fit(model, 20) == room
+    widest = 0
+    for step in fastdllm.stream(model, given, gen_length=8):
+        widest = max(widest, len(step.rows))
+    tight = fastdllm.generate(model, given, gen_length=8)
+    assert widest <= 4, "rows of 32 positions at least"
+    assert [s.tolist() for s in tight.sequences] == [s.tolist() for s in free.sequences]
+    many = fastdllm.generate(model, given, gen_length=8, batch_size=20)
+    assert many.stats.forwards == free.stats.forwards < tight.stats.forwards, "a given batch_size stands"
+
+
+def test_without_a_batch_size_no_more_than_the_usual_rows_run_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "ROWS", 3)
+    assert max(len(step.rows) for step in fastdllm.stream(random_model(), prompts(*[5] * 8), gen_length=8)) == 3
+
+
+def test_threads_follow_the_size_of_the_model_and_a_choice_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 8
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads, "MOST", 8)
+    monkeypatch.setattr(threads, "_chosen", {8})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: now)
+
+    def change(count: int) -> None:
+        nonlocal now
+        now = count
+
+    monkeypatch.setattr(torch, "set_num_threads", change)
+    assert [threads.threads_for(n) for n in (0, 6_000_000, 60_000_000, 8_000_000_000)] == [1, 1, 2, 8]
+    model = random_model()
+    fastdllm.generate(model, prompts(4), gen_length=8)
+    assert now == 1
+    large = copy.copy(model)
+    large.network = copy.copy(model.network)
+    monkeypatch.setattr(threads, "PARAMETERS", 1)
+    fastdllm.log_likelihoods(large, [(prompts(4)[0], prompts(4)[0])], mc_num=1)
+    assert now == 8
+    monkeypatch.setattr(threads, "PARAMETERS", 25_000_000)
+    now = 5
+    fastdllm.generate(model, prompts(4), gen_length=8)
+    assert now == 5, "torch.set_num_threads has the say"
+    now = 8
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    fastdllm.generate(model, prompts(4), gen_length=8)
+    assert now == 8, "OMP_NUM_THREADS has the say"

@@ -63,7 +63,6 @@ def evaluate(name: str, run: Run, limit: int) -> dict[str, Any]:
         command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / run.script)]
         command += ["--model", run.adapter, "--model_args", f"pretrained={run.model},{run.options},show_speed=True"]
         command += ["--tasks", TASK, "--apply_chat_template", "--limit", str(limit), "--batch_size", "1"]
-        # accelerate gives a process one thread unless told otherwise; runs come one after the other and may use all cores.
         defaults = {"LMEVAL_LOG_LEVEL": "ERROR"}
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         env = {**defaults, **os.environ, "PYTHONPATH": path}

@@ -66,7 +66,7 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture) -> None:
     assert capsys.readouterr().out == f"fastdllm {fastdllm.__version__}\n"
 
 
-def test_a_missing_library_is_named_with_the_extra_that_brings_it(
+def test_a_missing_library_is_named_with_the_way_to_get_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     def missing(_: object) -> int:
@@ -74,7 +74,7 @@ def test_a_missing_library_is_named_with_the_extra_that_brings_it(
 
     monkeypatch.setitem(cli.COMMANDS, "app", missing)
     assert cli.main(["app"]) == 1
-    assert "fastdllm app needs gradio: pip install 'fastdllm[ui]'" in capsys.readouterr().err
+    assert "fastdllm app needs gradio: pip install gradio" in capsys.readouterr().err
 
 
 def test_the_command_needs_no_optional_library_to_start() -> None:
@@ -92,3 +92,65 @@ def test_the_command_needs_no_optional_library_to_start() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_core_alone_runs_the_shipped_models_on_ids_and_says_what_texts_need() -> None:
+    code = (
+        "import sys, warnings\n"
+        "class Blocked:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('gradio', 'rich', 'lm_eval', 'transformers', 'tokenizers', 'tqdm'):\n"
+        "            raise ModuleNotFoundError(name + ' is blocked', name=name)\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+        "import fastdllm\n"
+        "from fastdllm.cli import main\n"
+        "with warnings.catch_warnings(record=True) as told:\n"
+        "    models = [fastdllm.load(name, device='cpu') for name in fastdllm.models.tiny_names()]\n"
+        "assert len(told) == len(models) and 'pip install transformers' in str(told[0].message)\n"
+        "for model in models:\n"
+        "    assert len(fastdllm.generate(model, [5, 6, 7], gen_length=8).sequences[0]) > 3\n"
+        "try:\n"
+        "    fastdllm.generate(models[0], 'text')\n"
+        "except ValueError as error:\n"
+        "    assert 'pip install transformers' in str(error)\n"
+        "sys.exit(main(['chat']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr == "fastdllm chat needs transformers: pip install transformers\n"
+
+
+def test_modules_to_import_are_imported_or_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "broken_rules.py").write_text('"""A module that fails."""\nraise RuntimeError("not today")\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    given: list[list[str]] = []
+    monkeypatch.setitem(cli.COMMANDS, "app", lambda rest: given.append(list(rest)) or 0)
+    assert cli.main(["app", "--import", "json", "--port", "1", "--import=csv"]) == 0 and given == [["--port", "1"]]
+    for arguments, expected in (
+        (["--import", "broken_rules"], "--import broken_rules: RuntimeError: not today"),
+        (["--import", "no_such_rules"], "No module named 'no_such_rules'"),
+        (["--import"], "--import needs the name of a module"),
+    ):
+        assert cli.main(["app", *arguments]) == 2
+        assert expected in capsys.readouterr().err
+
+
+def test_a_model_says_where_what_people_look_for_is() -> None:
+    import copy
+    import pickle
+
+    from fastdllm.testing import random_model
+
+    model = random_model()
+    for name, expected in (
+        ("generate", "fastdllm.generate"),
+        ("to", "device="),
+        ("config", "model.spec"),
+        ("x", "no attribute 'x'$"),
+    ):
+        with pytest.raises(AttributeError, match=expected):
+            getattr(model, name)
+    assert copy.copy(model).spec == pickle.loads(pickle.dumps(model)).spec == model.spec

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A program and its tests in two processes: calls, results and exceptions as lines of JSON over two pipes.
 
-`Tested` answers in the program's process; `Tester` asks in the other. The tests see the program's functions and
+`ProgramSide` answers in the program's process; `ChecksSide` asks in the other. The tests see the program's functions and
 objects as `Handle`s. What decides a test stays with the tests: plain values are compared there, and a handle is never
 compared or combined with a value of the tests, since the program would be told what is expected of it.
 """
@@ -155,7 +155,7 @@ class _Side:
         raise NotImplementedError
 
 
-class Tested(_Side):
+class ProgramSide(_Side):
     """The program's side: runs it, then does what the tests ask of its objects."""
 
     def __init__(self, channel: Channel, program: str) -> None:
@@ -215,7 +215,7 @@ def _holds(data: Any) -> bool:
     return isinstance(data, list) or (isinstance(data, dict) and "kind" in data and data["kind"] != "builtins.int")
 
 
-class Tester(_Side):
+class ChecksSide(_Side):
     """The tests' side. Handles of one object are one handle."""
 
     def __init__(self, channel: Channel) -> None:
@@ -281,7 +281,7 @@ class Handle:
 
     __slots__ = ("number", "tester")
 
-    def __init__(self, tester: Tester, number: int) -> None:
+    def __init__(self, tester: ChecksSide, number: int) -> None:
         object.__setattr__(self, "tester", tester)
         object.__setattr__(self, "number", number)
 
@@ -310,7 +310,7 @@ class Handle:
 
 
 def _perform(operation: str, handle: Handle, *args: Any, **kwargs: Any) -> Any:
-    tester: Tester = object.__getattribute__(handle, "tester")
+    tester: ChecksSide = object.__getattribute__(handle, "tester")
     return tester.perform(operation, handle, *args, **kwargs)
 
 

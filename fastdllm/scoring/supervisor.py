@@ -98,7 +98,7 @@ class _Run:
 
     def _run_program(self, pipe: int, incoming: int, outgoing: int) -> None:
         os.close(pipe)
-        program = remote.Tested(remote.Channel(incoming, outgoing), self.job["program"])
+        program = remote.ProgramSide(remote.Channel(incoming, outgoing), self.job["program"])
         sys.modules["solution"] = program.module
         sys.argv = [remote.SOLUTION]
         set_limit = sys.setrecursionlimit
@@ -106,7 +106,7 @@ class _Run:
         program.serve()
 
     def _run_tests(self, pipe: int, incoming: int, outgoing: int) -> None:
-        tester = remote.Tester(remote.Channel(incoming, outgoing))
+        tester = remote.ChecksSide(remote.Channel(incoming, outgoing))
         _write(pipe, checks.run(tester, self.job["program"], **self.tests))
 
     def _isolate(self) -> None:

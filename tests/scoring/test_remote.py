@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastdllm.scoring import checks, values
-from fastdllm.scoring.remote import Channel, Gone, Handle, Tested, Tester
+from fastdllm.scoring.remote import Channel, ChecksSide, Gone, Handle, ProgramSide
 
 ATOMS = st.one_of(
     st.none(),
@@ -128,8 +128,8 @@ class Scripted:
 @settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(["value", "raised", "args", "ask", "kwargs", "module", "missing"]), JSON))
 def test_whatever_a_program_answers_is_a_plain_value_or_an_exception(reply: dict[str, Any]) -> None:
-    for act in (lambda tester: tester.perform("call", 1, [2]), lambda tester: tester.name("math"), Tester.run):
-        tester = Tester(Scripted(reply))  # type: ignore[arg-type]
+    for act in (lambda tester: tester.perform("call", 1, [2]), lambda tester: tester.name("math"), ChecksSide.run):
+        tester = ChecksSide(Scripted(reply))  # type: ignore[arg-type]
         try:
             value = act(tester)
         except Exception:  # what a test may meet, and fails by
@@ -143,14 +143,14 @@ def test_whatever_a_program_answers_is_a_plain_value_or_an_exception(reply: dict
 
 
 @contextmanager
-def running(program: str) -> Iterator[Tester]:
+def running(program: str) -> Iterator[ChecksSide]:
     """A program's side in a thread."""
     asked, answered = os.pipe(), os.pipe()
-    tested = Tested(Channel(asked[0], answered[1]), program)
+    tested = ProgramSide(Channel(asked[0], answered[1]), program)
     thread = threading.Thread(target=tested.serve)
     thread.start()
     try:
-        yield Tester(Channel(answered[0], asked[1]))
+        yield ChecksSide(Channel(answered[0], asked[1]))
     finally:
         os.close(asked[1])
         thread.join()
@@ -285,7 +285,7 @@ def test_the_problem_s_own_definitions_go_before_the_program_s() -> None:
 
 @pytest.mark.parametrize("source", ["try: f()\nexcept: pass", "try: f()\nexcept BaseException: pass\nassert True"])
 def test_a_program_that_ends_does_not_pass_by_a_test_that_catches_everything(source: str) -> None:
-    tester = Tester(Scripted({"value": None}, {"value": {"handle": 0}}))  # type: ignore[arg-type]
+    tester = ChecksSide(Scripted({"value": None}, {"value": {"handle": 0}}))  # type: ignore[arg-type]
     tester.channel.broken = "ended"
     assert checks.run(tester, "", source, "", ("f",))["status"] == checks.ENDED
 

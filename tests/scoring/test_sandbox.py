@@ -350,7 +350,7 @@ GREEDY = {
         "process_count",
         "MiB together",
     ),
-    "files": ("for i in range(30_000): open(f'{i}', 'w').close()", "processes", "No space left"),
+    "files": ("for i in range(5_000): open(f'{i}', 'w').close()", "processes", "No space left"),
     "one after another": (
         "for i in range(30):\n    with open(f'{i}', 'wb') as f: f.write(bytes(8 << 20))",
         "processes",

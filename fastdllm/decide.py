@@ -13,7 +13,7 @@ work, so there each question has a canvas of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastdllm.fields import shown
 from fastdllm.likelihood import Probe, read
-from fastdllm.prompts import Prompts, encode, encode_literally
+from fastdllm.prompts import Prompts, check_model, check_text, encode, encode_literally
 
 if TYPE_CHECKING:
     from fastdllm.models import Model
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 TYPES = ("choice", "yes_no", "score")
 DEFAULTS: dict[str, list[Any]] = {"yes_no": ["yes", "no"], "score": list(range(10))}
 CANVASES = 16  # in one forward
+LARGEST = 1e15  # of a number among the options: beyond it a mean of them is not exact
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,9 @@ def decide(model: Model, prompt: Prompts, questions: Sequence[Mapping[str, Any]]
     ("choice", "yes_no", "score") and, for a choice, "options"; "text" asks in other words than the name.
     Raises ValueError for a question that makes no sense, several prompts, or a template beyond the model's context.
     """
+    check_model(model)
+    if isinstance(questions, str | bytes | Mapping) or not isinstance(questions, Iterable):
+        raise ValueError(f"questions={shown(questions)} must be a list of dicts")
     asked = [parse(i, question) for i, question in enumerate(questions)]
     if not asked:
         raise ValueError("questions is empty")
@@ -93,27 +98,39 @@ def decide(model: Model, prompt: Prompts, questions: Sequence[Mapping[str, Any]]
 def parse(i: int, given: Mapping[str, Any]) -> Question:
     """A question as passed by the user; ValueError naming what is wrong with the i-th one."""
     at = f"questions[{i}]"
-    unknown = set(given) - {"name", "type", "options", "text"}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{at}={shown(given)} must be a dict with name, type, options, text")
+    unknown = [field for field in given if field not in ("name", "type", "options", "text")]
     if unknown:
-        raise ValueError(f"{at} has the unknown field {min(unknown)!r}; allowed are name, type, options, text")
+        raise ValueError(f"{at} has the unknown field {shown(unknown[0])}; allowed are name, type, options, text")
     name, kind = given.get("name"), given.get("type")
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f"{at}.name={name!r} must be a text")
     if kind not in TYPES:
         raise ValueError(f"{at}.type={kind!r} is unknown; allowed are {', '.join(TYPES)}")
-    options = given.get("options") or DEFAULTS.get(kind, [])
+    check_text(name, f"{at}.name")
+    options = given.get("options")
+    if not isinstance(options, list | tuple | range | None):
+        raise ValueError(f"{at}.options={shown(options)} must be a list")
+    options = options or DEFAULTS.get(kind, [])
     if len(options) < 2 or (kind == "yes_no" and len(options) != 2):
         raise ValueError(
             f"{at}.options has {len(options)} entries; {'exactly' if kind == 'yes_no' else 'at least'} 2 needed"
         )
     for option in options:
         number = isinstance(option, int | float) and not isinstance(option, bool)
+        if number and not abs(option) <= LARGEST:  # of NaN and infinity there is no mean
+            raise ValueError(f"{at}.options: {shown(option)} must be finite and at most {LARGEST:g}")
         if not (number if kind == "score" else number or isinstance(option, str)) or not str(option).strip():
-            raise ValueError(f"{at}.options: {option!r} is not a {'number' if kind == 'score' else 'text or number'}")
+            raise ValueError(f"{at}.options: {shown(option)} is not a {'number' if kind == 'score' else 'text or number'}")
+        check_text(str(option), f"{at}.options")
     if len({str(option) for option in options}) < len(options):
         raise ValueError(f"{at}.options has an entry twice")
-    text = given.get("text")
-    return Question(name, kind, tuple(options), name if text is None else str(text))
+    text = name if given.get("text") is None else given["text"]
+    if not isinstance(text, str):
+        raise ValueError(f"{at}.text={shown(text)} must be a text")
+    check_text(text, f"{at}.text")
+    return Question(name, kind, tuple(options), text)
 
 
 @dataclass(frozen=True)

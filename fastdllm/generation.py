@@ -12,11 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastdllm import fields
 from fastdllm.build import assemble, runner
 from fastdllm.config import DecodeConfig, rename
 from fastdllm.decoding import Decoding
@@ -86,12 +89,10 @@ def _call(
     attention_mask: Any,
     options: Mapping[str, Any],
 ) -> Call:
-    config = config.replace(**options) if config is not None else DecodeConfig(**options)
+    config = merged(config, options)
     stops = _stops(model, stop)
     ids = encode(model, prompts, attention_mask)
-    fixed = [constraints or {}] * len(ids) if constraints is None or isinstance(constraints, dict) else list(constraints)
-    if len(fixed) != len(ids):
-        raise ValueError(f"constraints has {len(fixed)} entries for {len(ids)} prompts")
+    fixed = tokens_to_fix(constraints, len(ids))
     room = model.spec.max_length - config.gen_length
     for i, p in enumerate(ids):
         if len(p) > room:
@@ -117,11 +118,42 @@ def _call(
     return Call(model, config, run, requests, stops)
 
 
+def merged(config: Any, options: Mapping[str, Any]) -> DecodeConfig:
+    """The config of a call; options override what was passed as one."""
+    if not isinstance(config, DecodeConfig | None):
+        raise ValueError(f"config={fields.shown(config)} must be a DecodeConfig")
+    return DecodeConfig(**options) if config is None else config.replace(**options)
+
+
+def tokens_to_fix(constraints: Any, prompts: int) -> list[dict[int, int]]:
+    """The tokens to fix of each prompt, as integers; the engine compares them with the answer and the vocabulary."""
+    if constraints is None or isinstance(constraints, Mapping):
+        entries: Sequence[Any] = [constraints] * prompts
+    elif isinstance(constraints, list | tuple):
+        entries = constraints
+    else:
+        raise ValueError(f"constraints={fields.shown(constraints)} must be a dict, position: token id, or a list of these")
+    if len(entries) != prompts:
+        raise ValueError(f"constraints has {len(entries)} entries for {prompts} prompts")
+    return [_tokens_at(entry) for entry in entries]
+
+
+def _tokens_at(entry: Any) -> dict[int, int]:
+    if not isinstance(entry, Mapping | None):
+        raise ValueError(f"constraints has the entry {fields.shown(entry)}; it must be a dict, position: token id")
+    for number in chain.from_iterable((entry or {}).items()):
+        if isinstance(number, bool) or not isinstance(number, Integral):
+            raise ValueError(f"constraints={fields.shown(entry)}: {fields.shown(number)} must be of type int")
+    return {int(at): int(token) for at, token in (entry or {}).items()}
+
+
 def _stops(model: Model, stop: Any) -> tuple[str, ...]:
-    stops = [stop] if isinstance(stop, str) else list(stop or ())
-    if not all(isinstance(text, str) for text in stops):
-        raise ValueError(f"stop={stop!r} must be a text or a list of texts; tokens that end an answer are stop_ids")
-    stops = [text for text in stops if text]
+    given = [stop] if isinstance(stop, str) else () if stop is None else stop
+    if not isinstance(given, list | tuple | set | frozenset) or not all(isinstance(text, str) for text in given):
+        raise ValueError(
+            f"stop={fields.shown(stop)} must be a text or a list of texts; tokens that end an answer are stop_ids"
+        )
+    stops = [text for text in given if text]
     if stops and getattr(model, "tokenizer", None) is None:
         raise ValueError(f"stop={stop!r} needs a tokenizer, and model {getattr(model, 'name', model)!r} has none")
     return tuple(stops)
@@ -203,7 +235,8 @@ def generate(
 def _renamed(options: Mapping[str, Any], **given: Any) -> dict[str, Any]:
     """Options and those arguments that were given, under this project's names."""
     unset = {"stop": None, "num_return_sequences": 1, "progress": False}
-    return rename({**{k: v for k, v in given.items() if v is not unset[k] and v != unset[k]}, **options}, ALIASES)
+    said = {k: v for k, v in given.items() if not (isinstance(v, type(unset[k])) and v == unset[k])}
+    return rename({**said, **options}, ALIASES)
 
 
 def _add(out: Output, call: Call, request: Request, result: Result) -> str:

@@ -21,10 +21,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import chain, islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastdllm.fields import coerce, shown
 from fastdllm.forward import Window
 from fastdllm.models import Model
 from fastdllm.prompts import check_model, ids_row
@@ -101,11 +103,19 @@ def log_likelihoods(
     fitting = [name for name, reads in METHODS.items() if reads.fits(block_causal)]
     if method not in fitting:
         allowed = ", ".join(fitting)
-        raise ValueError(f"likelihood={method!r} does not fit the family {model.spec.family!r}; allowed are {allowed}")
+        raise ValueError(f"likelihood={shown(method)} does not fit the family {model.spec.family!r}; allowed are {allowed}")
+    mc_num, batch_size, seed = (
+        coerce(name, value, int) for name, value in (("mc_num", mc_num), ("batch_size", batch_size), ("seed", seed))
+    )
+    cfg_scale, check_greedy = coerce("cfg_scale", cfg_scale, float), coerce("check_greedy", check_greedy, bool)
     for name, value, low in (("mc_num", mc_num, 1), ("batch_size", batch_size, 1), ("cfg_scale", cfg_scale, 0)):
-        if not low <= value < math.inf:
-            raise ValueError(f"{name}={value} must be at least {low}" + (" and finite" if value == math.inf else ""))
-    pairs = [(ids_row(context, "context"), ids_row(target, "target")) for context, target in pairs]
+        if value < low:
+            raise ValueError(f"{name}={value} must be at least {low}")
+    if abs(seed) > 2**62:
+        raise ValueError(f"seed={shown(seed)} must lie between {-(2**62)} and {2**62}")
+    if not isinstance(pairs, Iterable):
+        raise ValueError(f"pairs={shown(pairs)} must be a list of (context, target)")
+    pairs = [_pair(i, pair) for i, pair in enumerate(pairs)]
     for context, target in pairs:
         _check_lengths(model, len(context), len(target))
         for name, ids in (("context", context), ("target", target)):
@@ -132,6 +142,12 @@ def log_likelihoods(
         for i, agrees in zip(asked, found, strict=True):
             greedy[i] = agrees
     return [Score(total, g) for total, g in zip(totals, greedy, strict=True)]
+
+
+def _pair(i: int, given: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(given, list | tuple) or len(given) != 2:
+        raise ValueError(f"pairs[{i}]={shown(given)} must be two rows of token ids, (context, target)")
+    return ids_row(given[0], "context"), ids_row(given[1], "target")
 
 
 def _check_lengths(model: Model, context: int, target: int) -> None:

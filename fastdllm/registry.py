@@ -87,9 +87,9 @@ def register(kind: Kind | str, component: type, *, name: str | None = None) -> t
         )
     if not issubclass(component, kind.base):
         raise ValueError(f"{component.__name__} must derive from fastdllm.{kind.value}.base.{kind.base.__name__}")
-    name = name or snake_case(component.__name__)
-    if not name.isidentifier():
-        raise ValueError(f"name={name!r} must be an identifier, such as my_rule")
+    name = snake_case(component.__name__) if name is None else name
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"name={fields.shown(name)} must be an identifier, such as my_rule")
     if name in shipped(kind):
         raise ValueError(f"name={name!r} is a {kind.option} that ships with fastdllm; give another name=")
     _registered[kind][name] = component

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastdllm.config import DecodeConfig
 from fastdllm.engine import Step
-from fastdllm.generation import stream
+from fastdllm.generation import merged, stream, tokens_to_fix
 from fastdllm.models import Model
 from fastdllm.prompts import Prompts, encode
 from fastdllm.stats import Stats
@@ -219,12 +219,12 @@ def watch(
 
     Arguments as `fastdllm.generate`, for a single prompt. Closing the iterator stops the computation.
     """
-    config = config.replace(**options) if config is not None else DecodeConfig(**options)
+    config = merged(config, options)
     ids: list[Tensor] = encode(model, prompt)
     if len(ids) != 1:
         raise ValueError(f"watch follows one prompt, not {len(ids)}")
     stop_ids = model.spec.stop_ids if config.stop_ids is None else config.stop_ids
-    fixed = dict(constraints or {})
+    [fixed] = tokens_to_fix(constraints, 1)
     options = {name: list(v) if isinstance(v, tuple) else v for name, v in config.given().items() if v is not None}
     trace = Trace(model.name, options, len(ids[0]), config.gen_length, model.spec.mask_id, stop_ids, fixed)
     trace.texts = {token: spell(model, token) for token in fixed.values()}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -96,8 +97,20 @@ def test_many_questions_take_one_forward_and_probabilities_add_up(model: fastdll
         ([{"name": "a", "type": "yes_no", "hint": 1}], "unknown field 'hint'"),
         ([{"name": "a", "type": "yes_no"}] * 2, "'a' occurs twice"),
         ([{"name": "a", "type": "choice", "options": ["x " * 600, "y"]}], "context"),
+        (None, "questions=None must be a list of dicts"),
+        ({"name": "a", "type": "yes_no"}, "questions=.* must be a list of dicts"),
+        ([None], r"questions\[0\]=None must be a dict"),
+        (["a"], r"questions\[0\]='a' must be a dict"),
+        ([{"name": "a", "type": "yes_no", 5: 1, "hint": 1}], "unknown field 5"),
+        ([{"name": "a", "type": "choice", "options": "abc"}], r"questions\[0\].options='abc' must be a list"),
+        ([{"name": "a", "type": "choice", "options": {"x": 1, "y": 2}}], "must be a list"),
+        ([{"name": "a", "type": "choice", "options": 5}], "options=5 must be a list"),
+        ([{"name": "a", "type": "score", "options": [math.nan, 1]}], "options: nan must be finite"),
+        ([{"name": "a", "type": "score", "options": [10**400, 1]}], "must be finite"),
+        ([{"name": "a", "type": "choice", "options": ["x", "\ud800"]}], r"questions\[0\].options has a lone surrogate"),
+        ([{"name": "a", "type": "yes_no", "text": 5}], r"questions\[0\].text=5 must be a text"),
     ],
 )
-def test_a_question_that_makes_no_sense_is_named(questions: list[dict[str, Any]], message: str) -> None:
+def test_a_question_that_makes_no_sense_is_named(questions: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         decide(fastdllm.load("tiny-llada"), PROMPT, questions)

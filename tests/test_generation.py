@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -84,11 +85,32 @@ def test_several_answers_to_a_prompt_lie_side_by_side_and_draw_apart() -> None:
         ({"max_tokens": 8, "gen_length": 9}, "are the same option"),
         ({"streamer": 1}, "fastdllm.stream_text yields text"),
         ({"treshold": 0.5}, "did you mean 'threshold'"),
+        ({"stop": 5}, "stop=5 must be a text or a list of texts"),
+        ({"stop": b"x"}, "stop=b'x' must be a text"),
+        ({"stop": {"a": 1}}, "stop=.* must be a text"),
+        ({"stop": torch.ones(2)}, "stop=tensor.* must be a text"),
+        ({"stop": False}, "stop=False must be a text"),
+        ({"config": {"gen_length": 8}}, "config=.* must be a DecodeConfig"),
+        ({"constraints": 5}, "constraints=5 must be a dict"),
+        ({"constraints": "x"}, "constraints='x' must be a dict"),
+        ({"constraints": ["x"]}, "the entry 'x'; it must be a dict"),
+        ({"constraints": {"0": 5}}, "'0' must be of type int"),
+        ({"constraints": {0: "yes"}}, "'yes' must be of type int"),
+        ({"constraints": {0: 5.0}}, "5.0 must be of type int"),
+        ({"constraints": {True: 5}}, "True must be of type int"),
+        ({"constraints": {0: None}}, "None must be of type int"),
     ],
 )
 def test_bad_arguments_are_named(model: fastdllm.Model, options: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         fastdllm.generate(model, QUESTION, **options)
+
+
+@pytest.mark.parametrize("follow", [fastdllm.generate, fastdllm.stream, fastdllm.stream_text, fastdllm.watch])
+@pytest.mark.parametrize("options", [{"config": 5}, {"constraints": {"0": 5}}, {"constraints": {0: "yes"}}])
+def test_every_way_in_refuses_the_same(model: fastdllm.Model, follow: Callable[..., Any], options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(options))}=.* must be"):
+        list(follow(model, QUESTION, **options))
 
 
 def test_stop_strings_need_a_tokenizer() -> None:

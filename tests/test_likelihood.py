@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -194,9 +195,16 @@ def test_guidance_moves_the_score_away_from_the_unconditional_one() -> None:
         ("fast_dllm_v2", {"method": "monte_carlo"}, "allowed are chain, first_token"),
         ("llada", {"mc_num": 0}, "mc_num=0 must be at least 1"),
         ("llada", {"batch_size": 0}, "batch_size=0 must be at least 1"),
-        ("dream", {"cfg_scale": -1}, "cfg_scale=-1 must be at least 0"),
-        ("dream", {"cfg_scale": math.nan}, "cfg_scale=nan must be at least 0"),
-        ("dream", {"cfg_scale": math.inf}, "cfg_scale=inf must be at least 0 and finite"),
+        ("dream", {"cfg_scale": -1}, "cfg_scale=-1.0 must be at least 0"),
+        ("dream", {"cfg_scale": math.nan}, "cfg_scale=nan must be of type float, and finite"),
+        ("dream", {"cfg_scale": math.inf}, "cfg_scale=inf must be of type float, and finite"),
+        ("llada", {"method": []}, r"likelihood=\[\] does not fit"),
+        ("llada", {"mc_num": "many"}, "mc_num='many' must be of type int"),
+        ("llada", {"mc_num": 1.5}, "mc_num=1.5 must be of type int"),
+        ("llada", {"batch_size": None}, "batch_size=None must be of type int"),
+        ("llada", {"seed": "x"}, "seed='x' must be of type int"),
+        ("llada", {"seed": 10**30}, "seed=1000+ must lie between"),
+        ("llada", {"check_greedy": "x"}, "check_greedy='x' must be of type bool"),
     ],
 )
 def test_bad_options_are_named(family: str, options: dict, message: str) -> None:
@@ -220,9 +228,13 @@ def test_what_does_not_fit_the_model_is_an_error() -> None:
         ((torch.ones(2), [3]), "context is a Tensor .*; token ids are integers"),
         (("text", [3]), "context is a str; token ids are integers"),
         (([1], None), "target is None; token ids are integers"),
+        (([1],), r"pairs\[0\]=.* must be two rows of token ids"),
+        (([1], [2], [3]), r"pairs\[0\]=.* must be two rows of token ids"),
+        (5, r"pairs\[0\]=5 must be two rows of token ids"),
+        ({1: 2, 3: 4}, r"pairs\[0\]=.* must be two rows of token ids"),
     ],
 )
-def test_what_are_no_ids_is_an_error(one: tuple, message: str) -> None:
+def test_what_are_no_ids_is_an_error(one: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         log_likelihoods(tiny("llada"), [one])
     lists = log_likelihoods(tiny("llada"), [([1, 2], [3])], mc_num=1)

@@ -99,7 +99,7 @@ def log_likelihoods(
     """
     check_model(model)
     block_causal = bool(model.spec.block_causal)
-    method = method or ("chain" if block_causal else "monte_carlo")
+    method = ("chain" if block_causal else "monte_carlo") if method is None else method
     fitting = [name for name, reads in METHODS.items() if reads.fits(block_causal)]
     if method not in fitting:
         allowed = ", ".join(fitting)

@@ -26,11 +26,11 @@ def code(language: str) -> list[str]:
 
 def test_the_notebook_runs_from_top_to_bottom(capsys: pytest.CaptureFixture) -> None:
     cells = [block for block in code("python") if not block.startswith("# fastdllm/")]
-    notebook: dict[str, object] = {"__name__": "notebook"}
-    sys.modules["notebook"] = types.ModuleType("notebook")  # where dataclasses look up the types of fields
+    notebook = types.ModuleType("notebook")
+    sys.modules["notebook"] = notebook  # where dataclasses look up the types of fields
     try:
         for cell in cells:
-            exec(cell, notebook)
+            exec(cell, vars(notebook))
     finally:
         registry.unregister("decoders", "relative")
         del sys.modules["notebook"]

@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "fastdllm score") -
         if output:
             output.discard()
     scores = ", ".join(f"pass@{k} {results[f'pass@{k}']:.4f}" for k in options.k)
-    left_out = f", {len(results['skipped'])} lines left out" if results["skipped"] else ""
+    left_out = f", lines left out: {len(results['skipped'])}" if results["skipped"] else ""
     counts = f"{results['passed']} of {results['samples']} programs, {results['problems']} problems{left_out}"
     print(f"{scores} ({counts}) -> {output.path}")
     return 0

@@ -281,7 +281,7 @@ def test_bad_lines_are_counted_and_named(tmp_path: Path, capsys: Any, monkeypatc
     path = write(tmp_path / "s.jsonl", "null", GOOD, *["{"] * 20)
     assert score.main([str(path), "--allow-code-execution"]) == 0
     said = capsys.readouterr()
-    assert "1 of 1 programs, 1 problems, 21 lines left out" in said.out
+    assert "1 of 1 programs, 1 problems, lines left out: 21" in said.out
     assert f"{path}, line 1: left out: not a JSON object" in said.err and f"{path}: 11 more lines left out" in said.err
     assert "warning" not in said.err
     results = json.loads((tmp_path / "s.scored.json").read_text())

@@ -156,7 +156,10 @@ def write_tokenizer(family: str, folder: Path, tiny_llada: Path) -> int:
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / "special_tokens_map.json", named)
     if family != "dream":
-        backend(folder).save(str(folder / "tokenizer.json"))
+        written = json.loads(backend(folder).to_str())
+        for token in written["added_tokens"]:  # the loader keeps their ids there; the published file lists them once
+            written["model"]["vocab"].pop(token["content"], None)
+        (folder / "tokenizer.json").write_text(json.dumps(written, indent=2, ensure_ascii=False), encoding="utf-8")
     return len(vocab)
 
 

@@ -171,7 +171,7 @@ def check_step(decoder: Chosen, width: int, kind: str) -> None:
     rule = rule_of(decoder, width)
     v = view(rule, 9, width, kind)
     ids, masked = v.ids.clone(), v.masked.clone()
-    checked = v.unaware.clone() if rule.shadow else None
+    checked = None if v.unaware is None else v.unaware.clone()
     after = rule.step(v)
     assert isinstance(after, Tensor), f"step must return the block's next ids, not {type(after).__name__}"
     assert after.shape == ids.shape, f"step returns {list(after.shape)}, not the block's {list(ids.shape)}"
@@ -187,8 +187,8 @@ def check_step(decoder: Chosen, width: int, kind: str) -> None:
     written, taken_back = after != ids, ~masked & (after == MASK)
     assert not (written & ~masked & ~taken_back).any(), "a position was written that is not open"
     assert torch.equal(after[written & masked], v.top[written & masked]), "a token was written that is not the top one"
-    if checked is not None:
-        assert torch.equal(v.unaware.isnan(), checked.isnan()), "a rule changes what it was given: view.check"
+    if checked is not None and v.unaware is not None:
+        assert torch.equal(v.unaware.isnan(), checked.isnan()), "a rule changes what it was given: view.unaware"
         assert not (taken_back & checked.isnan()).any(), "a token was taken back that nothing speaks against"
     else:
         assert not taken_back.any(), "a token was taken back without shadows"
@@ -247,12 +247,13 @@ def check_generation(decoder: Chosen, family: str) -> None:
 
 def check_lossless(decoder: Chosen, family: str) -> None:
     """The tokens of one token per step, in fewer forwards, under every cache whose forwards depend on the block only."""
-    plans = [n for n in registry.caches_for(family == "v2") if registry.find(Kind.CACHES, n).pure]
+    caches: dict[str, Any] = {n: registry.find(Kind.CACHES, n) for n in registry.caches_for(family == "v2")}
+    plans = [name for name, kind in caches.items() if kind.pure]
     spent = saved = 0
     for seed in range(3):
         model, given = random_model(family, seed), prompts(4, 9)
         for plan in plans:
-            options = {"cache": plan, "gen_length": 24, "block_length": 8}
+            options: dict[str, Any] = {"cache": plan, "gen_length": 24, "block_length": 8}
             one = generate(model, given, decoder="quota", **options)
             fast = generate(model, given, decoder=decoder, **options)
             assert _ids(fast) == _ids(one), f"other tokens than one token per step (cache {plan}, family {family})"
@@ -269,7 +270,7 @@ def _ids(out: Output) -> list[list[int]]:
 
 def plans_of(plan: Chosen) -> Iterator[tuple[Any, list[Block]]]:
     """The plan, its options at their defaults, over every geometry it takes."""
-    kind = registry.class_of(Kind.CACHES, plan)
+    kind: Any = registry.class_of(Kind.CACHES, plan)
     plan = kind() if isinstance(plan, str | type) else plan
     both_ways = [] if kind.block_causal else [prompt_aligned(8), prompt_aligned(64)]
     by_blocks = [] if kind.block_causal is False else [grid_aligned(8, 4), grid_aligned(8, 8)]
@@ -301,11 +302,17 @@ def check_passes(plan: Chosen) -> None:
 
 def check_endings(plan: Chosen) -> None:
     """Whatever the number of steps, no mask is left and the prompt stays."""
-    kind = registry.class_of(Kind.CACHES, plan)
+    kind: Any = registry.class_of(Kind.CACHES, plan)
     for family in (f for f in FAMILIES if kind.block_causal in (None, f == "v2")):
         model, given = _model(family), prompts(3, 10)
         for steps in (5, 9, 16):
-            options = {"decoder": "quota", "steps": steps, "gen_length": 16, "small_block_size": 4, "stop_ids": ()}
+            options: dict[str, Any] = {
+                "decoder": "quota",
+                "steps": steps,
+                "gen_length": 16,
+                "small_block_size": 4,
+                "stop_ids": (),
+            }
             out = generate(model, given, cache=plan, **options)
             for sequence, prompt in zip(out.sequences, given, strict=True):
                 where = f"{steps} steps, family {family}"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import fastdllm
 from fastdllm.evaluation import answers
-from fastdllm.evaluation.answers import cut, is_cut
+from fastdllm.text import cut, is_cut
 from fastdllm.evaluation.options import read_batch_size
 from fastdllm.tasks import TASKS_DIR
 

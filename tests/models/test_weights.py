@@ -183,7 +183,7 @@ def test_bad_folders_and_configs_say_what_is_wrong(tmp_path: Path) -> None:
     write_json(fresh("alibi") / "config.json", llada_config(alibi=True))
     broken("alibi", ValueError, "alibi=True; only False is supported")
     write_json(fresh("rope", "v2") / "config.json", qwen2_config("v2", rope_scaling={"type": "yarn", "factor": 4.0}))
-    broken("rope", ValueError, "rope type 'yarn'; only 'default' is supported")
+    broken("rope", ValueError, "rope_scaling has type='yarn'; supported are default")
     (tmp_path / "empty").mkdir()
     broken("empty", FileNotFoundError, "the folder has no config.json")
     with pytest.raises(FileNotFoundError, match=r"neither a folder nor a shipped name \(.*tiny-llada.*\) nor a hub id"):

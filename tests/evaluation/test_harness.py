@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 import fastdllm
 from fastdllm.evaluation import answers
-from fastdllm.text import cut, is_cut
 from fastdllm.evaluation.options import read_batch_size
 from fastdllm.tasks import TASKS_DIR
+from fastdllm.text import cut, is_cut
 
 lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402 - only after the import above did not skip

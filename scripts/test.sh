@@ -23,7 +23,7 @@ for check in ${CHECKS:-lint types docs tests}; do
             rm -r "$site"
             ;;
         # Two workers with one thread each: small tensors gain nothing from more threads, and two cores stay busy.
-        tests) OMP_NUM_THREADS=1 python -m pytest -q -m "not gpu" -n 2 "$@" ;;
+        tests) OMP_NUM_THREADS=1 python -m pytest -q -m "not gpu and not slow" -n 2 "$@" ;;
         gpu) python -m pytest -q -m gpu "$@" ;;
         *)
             echo "test.sh: unknown check '$check'; allowed are lint, types, docs, tests, gpu" >&2

@@ -15,12 +15,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Block:
-    """Positions [start, stop) decoded together, inside the outer block [outer_start, outer_stop).
+    """Positions that are decoded together.
 
-    Without sub-blocks the outer block is the block. `visible_end` is the end of what this block's queries may see (the whole
-    canvas for a bidirectional model, `outer_stop` for a block-causal one). `index` counts the outer blocks of the row, from
-    0; `opens` marks the first (sub-)block of its outer block. `prompt` and `total` are the row's: its answer is
-    [prompt, total). `grid` is the size of grid-aligned blocks, 0 for prompt-aligned ones.
+    start, stop: the positions [start, stop).
+    outer_start, outer_stop: the block around a sub-block; without sub-blocks the block itself.
+    visible_end: the end of what this block's queries may see: the whole canvas for a bidirectional model, `outer_stop` for a
+        block-causal one.
+    index: counts the outer blocks of the row, from 0.
+    opens: whether this is the first (sub-)block of its outer block.
+    prompt, total: of the row, whose answer is [prompt, total).
+    grid: the size of grid-aligned blocks, 0 for prompt-aligned ones.
     """
 
     start: int
@@ -43,8 +47,12 @@ class Block:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward of one row: recompute [start, stop) and overwrite those slots of the store, seeing the slots [0, read)
-    without [hide[0], hide[1])."""
+    """One forward of one row.
+
+    start, stop: the positions [start, stop) are recomputed, and their slots of the store overwritten.
+    read: they see the slots [0, read) ...
+    hide: ... without [hide[0], hide[1]).
+    """
 
     start: int
     stop: int

@@ -21,9 +21,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class Stats:
-    """forwards: model calls of the whole batch. row_forwards, row_positions (recomputed), row_layer_tokens
-    (positions times the layers that ran for them), row_tokens: per sample. seconds: decoding
-    only. peak_memory: bytes allocated on the CUDA device, None elsewhere."""
+    """The figures of a run.
+
+    forwards: model calls of the whole batch.
+    seconds: of decoding only, by the clock.
+    row_forwards: model calls of each sample.
+    row_positions: positions that they recomputed.
+    row_layer_tokens: those positions times the layers that ran for them.
+    row_tokens: tokens of each answer.
+    peak_memory: bytes allocated on the CUDA device at most; None elsewhere.
+    """
 
     forwards: int = 0
     seconds: float = 0.0

@@ -146,7 +146,7 @@ class Trace:
         return out
 
     def answer(self, step: int | None = None) -> list[int]:
-        """The ids before the end, open positions (mask ids) included. The end is the first stop token behind the last
+        """The ids before the end, open positions (mask ids) included. The end is the first stop token after the last
         constraint: what was asked for belongs to the answer."""
         ids, asked = self.at(step).ids, max(self.fixed, default=-1)
         ends = [i for i, token in enumerate(ids) if token in self.stop_ids and i > asked]

@@ -13,13 +13,20 @@ from torch import Tensor
 class View:
     """What a decoder sees of R rows, one block of Q positions each.
 
-    ids [R, Q] int64 with the mask id where masked; masked [R, Q] bool: positions that may be committed now; top [R, Q]
-    int64: the token each position would take; conf [R, Q] fp32: its confidence; step [R]: forwards spent on the block;
-    initial [R]: masks when it opened; entropy, margin [R, Q] fp32 when the decoder `needs` them; slot [R]: where each row's
-    share of the decoder's `state` lies; unaware [R, Q] fp32 with a decoder's `shadow`: the probability of the token that a
-    position holds, from a query to which that position is masked; NaN where the position may not be opened again.
-    logprob [R, Q] fp32: the log-probability of `top` where a position was scored, and of the token there when it was
-    committed elsewhere. A rule that takes over what another branch holds takes this over too.
+    ids: [R, Q] int64, the mask id where masked.
+    masked: [R, Q] bool, positions that may be committed now.
+    top: [R, Q] int64, the token that each position would take.
+    conf: [R, Q] fp32, its confidence.
+    step: [R], forwards spent on the block.
+    initial: [R], masks when the block opened.
+    mask_id: the id that a rule writes to mask a position again.
+    entropy, margin: [R, Q] fp32, only if the decoder `needs` them.
+    slot: [R], where each row's share of the decoder's `state` lies.
+    state: the tensors that the decoder keeps from step to step.
+    unaware: [R, Q] fp32, only if the decoder has a `shadow`: how likely the token at a position is when that position is
+        masked and all others are not. NaN where the position may not be masked again.
+    logprob: [R, Q] fp32, the log-probability of `top` where a position was scored, and of the token there when it was
+        committed elsewhere. A rule that takes over what another branch holds takes this over too.
     """
 
     ids: Tensor

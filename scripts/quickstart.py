@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluate the shipped models under several settings through lm-eval; print, save and plot what each setting buys.
+"""Evaluate a shipped model under several settings; print, save and plot what each of them gains and costs.
 
-Every run is the command that a user would type, with a fresh process of its own, so that the figures are those of a real
-evaluation: accuracy from lm-eval, forwards, tokens and seconds from the decoder.
+Every row is the command that a user would type, `fastdllm eval`, in a process of its own: accuracy from lm-eval; forwards,
+tokens and seconds from the decoder. All settings answer the same problems, so accuracies are compared problem by problem.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -18,124 +19,136 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from scripts.studies.paired import interval
+
 ROOT = Path(__file__).resolve().parents[1]
 TASK = "gsm_symbolic"
-COLUMNS = ("accuracy", "nfe_per_sample", "tokens_per_forward", "tokens_per_second", "speedup", "samples")
+FILTER = "strict-match"
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One row of the table. `baseline` names the row whose tokens/s its speed-up is measured against."""
+    """One row of the table. reference: the row that its accuracy and its tokens/s are compared with."""
 
     label: str
-    script: str
-    adapter: str
-    model: str
     options: str
-    baseline: str
-
-
-def llada(label: str, options: str) -> Run:
-    common = "gen_length=256,block_length=32"
-    return Run(label, "llada/eval_llada.py", "llada_dist", "tiny-llada", f"{common},{options}", "baseline")
-
-
-def v2(label: str, options: str) -> Run:
-    common = "max_new_tokens=256,bd_size=32,small_block_size=8"
-    return Run(label, "v2/eval.py", "fast_dllm_v2", "tiny-fast-dllm-v2", f"{common},{options}", "v2_baseline")
+    model: str = "tiny-llada"
+    reference: str = "one_a_step"
 
 
 RUNS = {
-    "baseline": llada("LLaDA, one token a step, no cache", "steps=256"),
-    "prefix": llada("LLaDA, prefix cache", "steps=256,use_cache=True"),
-    "parallel": llada("LLaDA, parallel (threshold 0.9)", "threshold=0.9"),
-    "prefix_parallel": llada("LLaDA, prefix cache + parallel", "use_cache=True,threshold=0.9"),
-    "dual_parallel": llada("LLaDA, dual cache + parallel", "use_cache=True,dual_cache=True,threshold=0.9"),
-    "v2_baseline": v2("Fast-dLLM v2, block cache, one token a step", "threshold=1"),
-    "v2_parallel": v2("Fast-dLLM v2, block cache + parallel (0.9)", "threshold=0.9"),
+    "one_a_step": Run("one token per step", "decoder=quota,cache=dual"),
+    "threshold": Run("threshold 0.9", "threshold=0.9,cache=dual"),
+    "paper": Run("preset paper", "preset=paper"),
+    "balanced": Run("preset balanced", "preset=balanced"),
+    "fast": Run("preset fast", "preset=fast"),
+    "exact": Run("preset exact", "preset=exact"),
+    "v2_one_a_step": Run("Fast-dLLM v2, one token per step", "decoder=quota", "tiny-fast-dllm-v2", "v2_one_a_step"),
+    "v2_balanced": Run("Fast-dLLM v2, preset balanced", "preset=balanced", "tiny-fast-dllm-v2", "v2_one_a_step"),
 }
+SHOWN = ("one_a_step", "threshold", "paper", "balanced", "fast")  # the others take longer; --only has them
 
 
-def evaluate(name: str, run: Run, limit: int) -> dict[str, Any]:
-    """Run lm-eval in a process of its own, its progress bars on this terminal; returns a row without its speed-up."""
+def evaluate(name: str, limit: int, batch_size: int) -> Row:
+    """Run lm-eval, its progress on this terminal: accuracy, whether each problem was solved, and the decoder's figures."""
+    run = RUNS[name]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-        command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / run.script)]
-        command += ["--model", run.adapter, "--model_args", f"pretrained={run.model},{run.options},show_speed=True"]
-        command += ["--tasks", TASK, "--apply_chat_template", "--limit", str(limit), "--batch_size", "1"]
-        defaults = {"LMEVAL_LOG_LEVEL": "ERROR"}
+        command = [sys.executable, "-m", "fastdllm.cli", "eval", "--tasks", TASK, "--apply_chat_template", "--log_samples"]
+        command += ["--model_args", f"pretrained={run.model},{run.options},show_speed=True"]
+        command += ["--limit", str(limit), "--batch_size", str(batch_size), "--output_path", folder]
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        env = {**defaults, **os.environ, "PYTHONPATH": path}
-        done = subprocess.run([*command, "--output_path", folder], env=env, stdout=subprocess.DEVNULL)
+        env = {"LMEVAL_LOG_LEVEL": "ERROR", **os.environ, "PYTHONPATH": path}
+        done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL)
         if done.returncode:
             raise SystemExit(f"quickstart: the run {name!r} failed (exit status {done.returncode}); its messages are above")
-        (file,) = Path(folder).rglob("results_*.json")
-        found = json.loads(file.read_text())
-    speed = found["config"]["speed"]
-    return {
-        "accuracy": found["results"][TASK]["exact_match,strict-match"],
-        "nfe_per_sample": speed["nfe"],
-        "tokens_per_forward": speed["tokens_per_forward"],
-        "tokens_per_second": speed["tokens_per_second"],
-        "samples": speed["samples"],
-    }
+        (results,) = Path(folder).rglob("results_*.json")
+        (samples,) = Path(folder).rglob("samples_*.jsonl")
+        speed = json.loads(results.read_text(encoding="utf-8"))["config"]["speed"]
+        lines = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+    solved = {line["doc_id"]: line["exact_match"] for line in lines if line.get("filter", FILTER) == FILTER}
+    figures = {key: speed[key] for key in ("samples", "nfe", "tokens_per_forward", "tokens_per_second")}
+    return {"setting": run.label, "solved": [solved[i] for i in sorted(solved)], **figures}
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    width = max(len(RUNS[name].label) for name in rows)
-    head = f"{'setting':{width}}  accuracy  forwards/sample  tokens/forward  tokens/s  speed-up"
-    lines = [head, "-" * len(head)]
+def compare(rows: dict[str, Row]) -> None:
+    """Add accuracy, the difference from the reference with its 95 % interval (points), and the speed-up."""
     for name, row in rows.items():
-        figures = f"{row['accuracy']:8.1%}  {row['nfe_per_sample']:15.1f}  {row['tokens_per_forward']:14.2f}"
-        lines.append(f"{RUNS[name].label:{width}}  {figures}  {row['tokens_per_second']:8.1f}  {row['speedup']:7.1f}x")
-    return "\n".join(lines)
+        reference = rows.get(RUNS[name].reference, row)
+        difference = np.array(row["solved"], float) - np.array(reference["solved"], float)
+        low, high = interval(difference)
+        row["accuracy"] = float(np.mean(row["solved"]))
+        row["difference"], row["low"], row["high"] = (100 * float(x) for x in (difference.mean(), low, high))
+        row["speedup"] = row["tokens_per_second"] / reference["tokens_per_second"]
 
 
-def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
+def table(rows: dict[str, Row]) -> str:
+    """The rows as Markdown that can also be read as it stands."""
+    head = ("setting", "accuracy", "difference (95 %)", "forwards", "tokens/s", "speed-up")
+    cells = [head]
+    for name, row in rows.items():
+        unpaired = RUNS[name].reference == name or RUNS[name].reference not in rows
+        gap = "" if unpaired else f"{row['difference']:+.1f} ({row['low']:+.1f}, {row['high']:+.1f})"
+        figures = (f"{row['nfe']:.1f}", f"{row['tokens_per_second']:,.0f}", f"{row['speedup']:.1f}")
+        cells.append((row["setting"], f"{row['accuracy']:.1%}", gap, *figures))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    lines.insert(1, " | ".join("-" * width for width in widths))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def plot(rows: dict[str, Row], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    labels = [RUNS[name].label for name in rows]
-    colours = ["#9aa5b1" if RUNS[name].baseline == name else "#2563eb" for name in rows]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.5 * len(rows) + 1.4), sharey=True, layout="constrained")
-    speed = axes[0].barh(labels, [row["tokens_per_second"] for row in rows.values()], color=colours)
-    axes[0].bar_label(
-        speed, [f"{row['tokens_per_second']:.0f}  ({row['speedup']:.1f}x)" for row in rows.values()], padding=4
-    )
-    axes[0].set(xlabel="tokens/s", title="Speed (speed-up over the grey bar above)")
-    right = axes[1].barh(labels, [100 * row["accuracy"] for row in rows.values()], color=colours)
-    axes[1].bar_label(right, [f"{row['accuracy']:.0%}" for row in rows.values()], padding=4)
-    axes[1].set(xlabel="exact match, %", title=f"Accuracy on {max(row['samples'] for row in rows.values())} problems")
-    axes[1].set_xlim(0, 112)
-    axes[0].margins(x=0.25)
-    axes[0].invert_yaxis()
-    for axis in axes:
+    labels = [row["setting"] for row in rows.values()]
+    colours = ["#9aa5b1" if RUNS[name].reference == name else "#1d4ed8" for name in rows]
+    figure, (speed, right) = plt.subplots(1, 2, figsize=(9, 0.5 * len(rows) + 1.3), sharey=True, layout="constrained")
+    bars = speed.barh(labels, [row["tokens_per_second"] for row in rows.values()], color=colours)
+    speed.bar_label(bars, [f"{row['tokens_per_second']:,.0f}  ({row['speedup']:.1f} x)" for row in rows.values()], padding=4)
+    speed.set(xlabel="tokens/s")
+    speed.margins(x=0.3)
+    accuracy = [100 * row["accuracy"] for row in rows.values()]
+    spread = np.array([(max(0, r["difference"] - r["low"]), max(0, r["high"] - r["difference"])) for r in rows.values()]).T
+    bars = right.barh(labels, accuracy, xerr=spread, color=colours, error_kw={"elinewidth": 1, "capsize": 2})
+    right.bar_label(bars, [f"{value:.0f} %" for value in accuracy], padding=4)
+    problems = max(row["samples"] for row in rows.values())
+    right.set(xlabel=f"right answers of {problems}, with the interval of the difference", xlim=(0, 115))
+    speed.invert_yaxis()
+    for axis in (speed, right):
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, facecolor="white")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--limit", type=int, default=20, help="problems per setting (default %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="some of the settings")
-    parser.add_argument("--output", type=Path, default=ROOT / "results", help="folder of quickstart.json and .png")
-    args = parser.parse_args()
-    rows: dict[str, dict[str, Any]] = {}
+    parser.add_argument("--limit", type=int, default=100, help="problems per setting, at most 500 (default %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=16, help="problems decoded together (default %(default)s)")
+    parser.add_argument(
+        "--only", nargs="+", choices=RUNS, default=list(SHOWN), help="which rows; default: all of tiny-llada"
+    )
+    parser.add_argument("--output", type=Path, default=ROOT / "results", help="folder of quickstart.json, .md and .png")
+    args = parser.parse_args(arguments)
+    rows: dict[str, Row] = {}
+    started = time.monotonic()
     for number, name in enumerate(args.only, start=1):
         print(f"[{number}/{len(args.only)}] {RUNS[name].label}", file=sys.stderr, flush=True)
-        started = time.monotonic()
-        rows[name] = evaluate(name, RUNS[name], args.limit)
-        base = rows.get(RUNS[name].baseline, rows[name])
-        rows[name]["speedup"] = rows[name]["tokens_per_second"] / base["tokens_per_second"]
-        print(f"      {time.monotonic() - started:.0f} s", file=sys.stderr)
+        rows[name] = evaluate(name, args.limit, args.batch_size)
+        print(f"      {time.monotonic() - started:.0f} s so far", file=sys.stderr)
+    compare(rows)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    where = f"GSM-Symbolic, {args.limit} problems, batches of {args.batch_size}, {device}, torch {torch.__version__}"
     args.output.mkdir(parents=True, exist_ok=True)
-    settings = {name: {column: row[column] for column in COLUMNS} for name, row in rows.items()}
-    (args.output / "quickstart.json").write_text(json.dumps({"settings": settings}, indent=2) + "\n")
+    saved = {"where": where, "machine": platform.machine(), "settings": rows}
+    (args.output / "quickstart.json").write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+    (args.output / "quickstart.md").write_text(f"{where}.\n\n{table(rows)}\n", encoding="utf-8")
     plot(rows, args.output / "quickstart.png")
-    print(f"\nGSM-Symbolic, {args.limit} problems, batch 1\n\n{table(rows)}\n")
-    print(f"written: {args.output / 'quickstart.json'}, {args.output / 'quickstart.png'}")
+    print(f"\n{where}, {time.monotonic() - started:.0f} s\n\n{table(rows)}\n\nwritten to {args.output}: quickstart.*")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Set up, then evaluate the shipped models on GSM-Symbolic under several settings and show what each of them buys.
+# Set up, then evaluate tiny-llada on GSM-Symbolic under several settings and show what each of them gains and costs.
 #   bash scripts/quickstart.sh [--limit N] [--only NAME ...]
-# Writes results/quickstart.json and results/quickstart.png.
+# Writes results/quickstart.json, .md and .png.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh studies

@@ -240,9 +240,9 @@ def test_the_repository_stays_light() -> None:
     assert not relative([path for path in large if path not in weights or path.stat().st_size > 12_000_000])
 
 
-def readme_tree() -> list[tuple[str, ...]]:
-    """Paths named by the README's tree, an indented listing: names first on a line, then a note in words."""
-    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+def listed_tree() -> list[tuple[str, ...]]:
+    """Paths named by the tree of CONTRIBUTING.md, an indented listing: names first on a line, then a note in words."""
+    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE | re.DOTALL)
     tree = next((block for block in blocks if re.search(r"^fastdllm/", block, re.MULTILINE)), "")
     paths: list[tuple[str, ...]] = []
     folders: list[tuple[int, str]] = []
@@ -256,9 +256,9 @@ def readme_tree() -> list[tuple[str, ...]]:
     return paths
 
 
-def test_the_readme_tree_equals_the_disk() -> None:
-    named = readme_tree()
-    assert named, "README.md shows no tree with a line that starts with fastdllm/"
+def test_the_tree_of_contributing_equals_the_disk() -> None:
+    named = listed_tree()
+    assert named, "CONTRIBUTING.md shows no tree with a line that starts with fastdllm/"
     assert not [path for path in named if not ROOT.joinpath(*path).exists()], "named but absent"
     parts = [path.relative_to(ROOT).parts for path in tracked()]
     on_disk = {part[:1] for part in parts if not part[0].startswith(".")}

@@ -120,7 +120,7 @@ def test_a_run_resumes_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert study["machines"] == [timed["machine"]] and 1 <= len(timed["ids"]) <= 16
     assert [r["problems"] for r in table] == [2, 2] and all(r["tokens_per_second"] > 0 for r in table)
     assert table[0]["setting"] == "quota+dual" and table[0]["same"] == 1
-    assert (tmp_path / "all.png").stat().st_size > 1000 and "| `threshold=0.5+none` |" in capsys.readouterr().out
+    assert path.with_suffix(".png").stat().st_size > 1000 and "| `threshold=0.5+none` |" in capsys.readouterr().out
 
 
 def test_a_setting_that_fails_does_not_end_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

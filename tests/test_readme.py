@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README's Python runs as it stands, and every file it links to exists."""
+"""README's Python prints what README says it prints, every link leads somewhere, and its figures are those of the data."""
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -12,26 +13,46 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+EXAMPLES = re.findall(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-def test_there_is_python_to_run() -> None:
-    assert len(BLOCKS) >= 2
+def test_every_python_block_has_its_output() -> None:
+    assert len(EXAMPLES) == README.count("```python") >= 2
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_a_block_runs_as_it_stands(block: str, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=tmp_path)
+@pytest.mark.parametrize(("code", "output"), EXAMPLES, ids=range(len(EXAMPLES)))
+def test_a_block_prints_what_stands_below_it(code: str, output: str, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip()
+    assert done.stdout == output
+    assert "#### 39" in output, "the shipped model answers the question rightly"
 
 
-def test_the_answer_of_the_quick_start_is_right() -> None:
-    done = subprocess.run([sys.executable, "-c", BLOCKS[0]], capture_output=True, text=True)
-    assert "#### 39" in done.stdout
+def test_figures_of_accuracy_are_in_the_data() -> None:
+    """Cells such as `84.0 %, 110.6` and the presets' rows, against docs/frontier.json."""
+    studies = json.loads((ROOT / "docs" / "frontier.json").read_text(encoding="utf-8"))["studies"]
+    rows = [row for study in studies if study["template"] == "chat" for row in study["settings"]]
+    pairs = {(f"{100 * row['accuracy']:.1f}", f"{row['forwards']:.1f}") for row in rows}
+    cells = re.findall(r"\| (\d+\.\d) %, (\d+\.\d)", README)
+    assert len(cells) >= 12 and set(cells) <= pairs
+    first = {row["preset"]: row for row in studies[0]["settings"] if row["preset"]}
+    for name, row in first.items():
+        cell = f"| {100 * row['difference']:.1f} | {row['forwards']:.1f} | {row['tokens_per_second']:,.0f} |"
+        assert any(line.startswith(f"| `{name}` |") and line.endswith(cell) for line in README.splitlines()), (name, cell)
+
+
+def test_figures_of_speed_are_in_the_data() -> None:
+    data = json.loads((ROOT / "docs" / "speed.json").read_text(encoding="utf-8"))
+    table = README.partition("| | published code |")[2].partition("\n\n")[0]
+    shown = {float(number.replace(",", "")) for number in re.findall(r"(?<![a-z])\d[\d,.]*", table)}
+    known = {row["prompt_1000"] for row in data["tokens_per_second"]}
+    known |= {times["block of 32"] for times in data["forward_ms"].values()} | {32}
+    assert shown == known
 
 
 def test_links_lead_somewhere() -> None:
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    assert links
-    assert not [link for link in links if not (ROOT / link).exists()]
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/eval.md")]
+    for page in pages:
+        found = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+        links = [link for link in found if "://" not in link]
+        assert not [link for link in links if not (page.parent / link).exists()], page.name

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dual cache (Fast-dLLM, arXiv 2505.22618): refresh everything when a block opens, then recompute the block alone."""
+"""Dual cache (Fast-dLLM, arXiv 2505.22618): refresh everything when a block opens, then recompute only the block."""
 
 from dataclasses import dataclass
 

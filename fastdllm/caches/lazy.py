@@ -2,7 +2,7 @@
 """Dual cache with a lazily refreshed prompt: the prompt's keys change little from block to block, so most openings skip it.
 
 The idea is dLLM-Cache's (arXiv 2506.06295), which refreshes the prompt by steps; counted in blocks, a forward still depends
-on the block's content alone.
+only on the block's content.
 """
 
 from dataclasses import dataclass

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dual cache whose denoising passes run each layer for part of the block alone (dLLM-Cache, arXiv 2506.06295; likewise SPA,
+"""Dual cache whose denoising passes run each layer only for part of the block (dLLM-Cache, arXiv 2506.06295; likewise SPA,
 arXiv 2602.02544, and ES-dLLM, arXiv 2603.10088).
 
 From step to step most positions of a block hardly change. Each layer runs for a fixed share of them, those whose values

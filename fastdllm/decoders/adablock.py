@@ -54,7 +54,7 @@ class Decoder(DecoderRule):
         ends = ends & torch.stack([view.top == i for i in self.delimiters or (-1,)]).any(0)
         likely, at = view.conf.masked_fill(~ends, -1).max(1)
         end = torch.where(done, torch.where(likely >= view.rows(self.delimiter_probability), at + 1, width), end)
-        # An opening pass that gives the block's first token alone says nothing of its end, which is chosen one step later.
+        # Where an opening pass gives only the block's first token, it says nothing of the block's end: one step later.
         blind = (view.step == 0) & (view.masked.sum(1) < view.initial)
         view.state["end"][view.slot] = torch.where(blind, 0, end)
         return decider(self.rule, self.level).step(replace(view, masked=view.masked & (slot < end[:, None])))

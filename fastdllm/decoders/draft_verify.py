@@ -4,8 +4,8 @@
 The logits that commit one token also suggest the next ones. Branch d holds the block with the d + 1 best committed, and one
 forward runs all branches. Branch 0 is right by construction; branch d + 1 is right when branch d is and one token per step
 would turn branch d into it. The deepest right branch is what that decoding reaches several forwards later, and new drafts
-start from there. Lossless up to the rounding of a forward, under every cache whose forward depends on the block's content
-alone.
+start from there. Lossless up to the rounding of a forward, under every cache whose forward depends only on the block's
+content.
 """
 
 from dataclasses import dataclass

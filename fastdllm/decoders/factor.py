@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Factor rule (Fast-dLLM, arXiv 2505.22618): commit the n most confident, n the largest with (n + 1)(1 - c_n) < factor.
 
-The published code differs from the paper: it also commits the last masked position when that one alone fails, and accepts
+The published code differs from the paper: it also commits the last masked position when only that one fails, and accepts
 equality. `factor_rule="published"` does the same, for results that must equal the published ones.
 """
 

@@ -3,7 +3,7 @@
 
 The n best tokens together have at least the probability c_1 + ... + c_n - (n - 1) (Frechet's bound), and any other choice
 at those positions at most 1 - c_n. While the first exceeds the second, the joint maximum is the tuple of single maxima; it
-is the strongest such certificate that marginals alone can give. Accepts whatever `factor` accepts at factor = 1 - delta.
+is the strongest such certificate that can be had from marginals. Accepts whatever `factor` accepts at factor = 1 - delta.
 """
 
 from dataclasses import dataclass

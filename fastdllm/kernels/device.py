@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 RESERVED = 1024  # bytes of a multiprocessor's shared memory that the driver keeps per program
-SCRATCH = 16384  # bytes left for what is not on its way: the other operand of a product, reductions
+SCRATCH = 16384  # bytes of shared memory kept free of prefetched tiles: for a product's other operand and for reductions
 
 
 @cache

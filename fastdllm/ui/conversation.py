@@ -59,7 +59,7 @@ class Conversation:
             if len(ids) <= room:
                 return Prompt(ids, text, dropped, self._notices(model, dropped))
         raise ValueError(
-            f"the message is too long: {len(ids)} tokens, and beside an answer of {gen_length} only {max(room, 0)} fit the "
+            f"the message is too long: {len(ids)} tokens, and with an answer of {gen_length} only {max(room, 0)} fit the "
             f"model's context of {model.spec.max_length}"
         )
 

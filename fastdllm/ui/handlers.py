@@ -223,7 +223,7 @@ def ask(
 def compare(models: Models, stop: Stop, message: str, common: Common, choices: Sequence[Choice]) -> Iterator[Duel]:
     """The same prompt under each choice, a frame after every forward.
 
-    The run whose own clock is behind gets the next forward, so both advance as they would side by side while each forward
+    The run whose own clock shows less gets the next forward, so both advance as they would side by side while each forward
     has the machine to itself.
     """
     stop.requested = False

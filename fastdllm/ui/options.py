@@ -145,7 +145,7 @@ def config_of(args: argparse.Namespace) -> DecodeConfig:
     if args.if_cache_position and not args.use_cache:
         raise ValueError("--if_cache_position needs --use_cache")
     if args.use_cache and args.cache:
-        raise ValueError(f"--use_cache is the published name of --cache prefix; it is given beside --cache {args.cache}")
+        raise ValueError(f"--use_cache is the published name of --cache prefix; it contradicts --cache {args.cache}")
     if args.use_cache:
         given["cache"] = "dual" if args.if_cache_position else "prefix"
     return DecodeConfig(**given)

@@ -94,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sweep", action="store_true", help="time the candidate tilings and library alternatives too")
     parser.add_argument("--only", help="one op: attention, linear, head_confidence, ..., layers")
-    parser.add_argument("--kind", help="weights of one kind alone: bf16, fp8, int8, int4 (of the ops that have weights)")
+    parser.add_argument("--kind", help="only weights of one kind: bf16, fp8, int8, int4 (of the ops that have weights)")
     parser.add_argument("--json", help="also write every figure to this file")
     args = parser.parse_args()
     copy, matmul = ceilings()

@@ -35,7 +35,7 @@ from scripts.benchmarks.decode import SHAPES, TINY, Forward, ceilings, median_ms
 OPERATIONS = (
     "rmsnorm", "linear_rmsnorm", "linear_silu_mul", "linear_rope_store", "attention", "head_confidence"
 )  # fmt: skip
-TABLES = ("k_store", "v_store", "cos", "sin")  # of which a call touches some rows alone
+TABLES = ("k_store", "v_store", "cos", "sin")  # a call touches only some of their rows
 FORWARDS = 5
 
 

@@ -10,7 +10,7 @@ A setting reads decoder[=value][:option=value...]+cache[:option=value...], with 
 --settings a list is taken that fits the model, with every decoder and every cache of the registry in it. `quota` is one
 token per step. `run` appends a line per problem to results/pareto/MODEL-TEMPLATE-SPLIT[-DTYPE].jsonl and leaves out what is
 there already, so it may be stopped at any time. `report` writes a table (CSV, JSON, Markdown) and a plot beside each such
-file and, with --summary, one JSON and one figure of all of them.
+file and, with --summary, one JSON of all of them, from which `scripts/studies/figures.py` draws.
 
 Several workers share one device, where a clock means nothing: only a run with one worker notes seconds, and it runs again
 what has none yet. The whole study takes some six minutes on one H200:
@@ -348,8 +348,6 @@ def report(args: argparse.Namespace, studies: list[Study]) -> None:
         args.summary.parent.mkdir(parents=True, exist_ok=True)
         whole = {"studies": found, "templates": templates}
         args.summary.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
-        order = sorted(range(len(studies)), key=lambda i: args.templates.index(studies[i].template))
-        plot([panels[i] for i in order], len(args.models), args.summary.with_suffix(".png"))
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -371,7 +369,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--runner", choices=registry.names("runners"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device")
-    parser.add_argument("--summary", type=Path, help="also write JSON and plot to this path, without suffix")
+    parser.add_argument("--summary", type=Path, help="also write one JSON to this path, without suffix")
     try:
         given = registry.take_imports(sys.argv[1:] if given is None else given)
     except ValueError as error:

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draw the pictures of the documentation from the data beside them, and write the tables of docs/frontier_tables.md.
+
+    python -m scripts.studies.figures                        # everything
+    python -m scripts.studies.figures speed reuse            # some of speed, frontier, sudoku, reuse, tables
+
+Every picture has one message. It is drawn for 800 pixels of width on a white ground, so that it can be read in a README, in
+light and in dark mode.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+BLUE, GREY, DARK, ORANGE = "#1d4ed8", "#9aa5b1", "#1f2933", "#c2410c"
+NEAR = "suffix_window:suffix=32:keep_last=false:refresh_blocks=4"
+Row = dict[str, Any]
+
+
+def data(name: str) -> Any:
+    return json.loads((DOCS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def new(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """An empty figure in the common style; sizes in inches at 100 dots, drawn at twice that."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY}
+    style |= {"text.color": DARK, "axes.labelcolor": DARK, "xtick.color": DARK, "ytick.color": DARK}
+    pyplot.rcParams.update(style)
+    figure, axes = pyplot.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
+    return figure, list(axes[0])
+
+
+def save(figure: Figure, name: str) -> None:
+    from matplotlib import pyplot
+
+    figure.savefig(DOCS / f"{name}.png", dpi=200, facecolor="white", metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def speed() -> None:
+    """Tokens per second of one shape: published code against this."""
+    rows = data("speed")["tokens_per_second"]
+    labels = [f"{'published code' if r['code'] == 'published' else 'fastdllm'}, {r['weights']}" for r in rows]
+    labels = [f"{label}, batch of {r['batch']}" if r["batch"] > 1 else label for label, r in zip(labels, rows, strict=True)]
+    values = [r["prompt_1000"] for r in rows]
+    figure, (axis,) = new(8, 2.9)
+    bars = axis.barh(labels, values, color=[GREY if r["code"] == "published" else BLUE for r in rows], height=0.7)
+    factors = ["", *(f"  {value / values[0]:.1f} x" for value in values[1:])]
+    axis.bar_label(bars, [f"{value:,}{factor}" for value, factor in zip(values, factors, strict=True)], padding=5)
+    title = "Tokens per second: LLaDA-8B's shape, prompt of 1,000 tokens, H100"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+    axis.invert_yaxis()
+    axis.margins(x=0.16)
+    axis.spines[["left", "bottom"]].set_visible(False)
+    axis.tick_params(left=False, bottom=False, labelbottom=False)
+    save(figure, "speed")
+
+
+def forwards_axis(axis: Axes, ticks: Iterable[float]) -> None:
+    from matplotlib import ticker
+
+    axis.set(xscale="log", xlabel="forwards per answer (fewer is faster)")
+    axis.xaxis.set_major_locator(ticker.FixedLocator(list(ticks)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("")
+    axis.grid(alpha=0.25)
+
+
+def mark(axis: Axes, row: Row, text: str, place: tuple[float, float], colour: str = BLUE) -> None:
+    """A named point with the interval of its difference, and its label at an offset in points."""
+    x, y = row["forwards"], 100 * row["accuracy"]
+    spread = [[100 * max(0.0, row["difference"] - row["low"])], [100 * max(0.0, row["high"] - row["difference"])]]
+    axis.errorbar([x], [y], spread, fmt="o", ms=8, color=colour, elinewidth=1, capsize=2, zorder=3)
+    side = "left" if place[0] >= 0 else "right"
+    label(axis, text, (x, y), place, side, colour)
+
+
+def label(axis: Axes, text: str, at: tuple[float, float], place: tuple[float, float], side: str, colour: str) -> None:
+    """Words at an offset in points from a mark; side: that of the words which is nearest to it."""
+    axis.annotate(text, at, place, textcoords="offset points", color=colour, ha=side, va="center", fontweight="bold")
+
+
+def frontier() -> None:
+    """What a user gains by which preset: accuracy over forwards, the presets named, every other setting grey."""
+    studies = [s for s in data("frontier")["studies"] if s["template"] == "chat" and s["model"] != "tiny-fast-dllm-v2"]
+    figure, axes = new(8.4, 4, len(studies))
+    places = {"exact": (0, 14), "paper": (12, -17), "balanced": (-9, 3), "fast": (-9, -8)}
+    for axis, study in zip(axes, studies, strict=True):
+        rows = study["settings"]
+        rest = [r for r in rows if not r["preset"] and r["setting"] != study["reference"]]
+        axis.scatter(
+            [r["forwards"] for r in rest], [100 * r["accuracy"] for r in rest], color=GREY, s=16, alpha=0.8, zorder=2
+        )
+        one = next(r for r in rows if r["setting"] == study["reference"])
+        axis.axhline(100 * one["accuracy"], color=DARK, lw=0.8, ls=":", zorder=1)
+        mark(axis, one, "one token\nper step", (-6, -20), DARK)
+        for row in rows:
+            if row["preset"]:
+                mark(axis, row, row["preset"], places[row["preset"]])
+        forwards_axis(axis, (5, 10, 20, 50, 100))
+        axis.set(xlim=(2, 150), ylim=(66, 88))
+        axis.set_title(study["model"], loc="left", fontsize=12)
+    axes[0].set_ylabel("right answers of 500, %")
+    save(figure, "frontier")
+
+
+def sudoku() -> None:
+    """The order decides: at 20 forwards each, and how fast a threshold may go."""
+    (study,) = data("sudoku")["studies"]
+    rows = {r["setting"]: r for r in study["settings"]}
+    figure, (axis,) = new(8, 4.2)
+    named = {
+        "quota+none": ("most confident first", (-2, 16)),
+        "quota:block_length=5+none": ("row by row", (-10, 0)),
+        "quota:block_length=1+none": ("left to right", (-10, 0)),
+        "quota:confidence=random+none": ("any order", (-10, 0)),
+        "draft_verify=4+none": ("exact", (0, -16)),
+        "threshold=0.99+none": ("threshold 0.99", (10, 10)),
+        "threshold=0.9+none": ("0.9", (11, 0)),
+        "threshold=0.7+none": ("0.7", (-10, 0)),
+        "threshold=0.5+none": ("0.5", (11, 0)),
+    }
+    rest = [r for name, r in rows.items() if name not in named]
+    axis.scatter([r["forwards"] for r in rest], [100 * r["accuracy"] for r in rest], color=GREY, s=16, zorder=2)
+    for name, (text, place) in named.items():
+        mark(axis, rows[name], text, place, ORANGE if name.startswith("quota") else BLUE)
+    forwards_axis(axis, (1, 2, 5, 10, 20))
+    axis.set(ylabel="solved of 500, %", ylim=(0, 114), xlim=(1, 26))
+    axis.set_title("4x4 sudokus: orange, one token per step in four orders; blue, several", loc="left", fontsize=12)
+    save(figure, "sudoku")
+
+
+def reuse() -> None:
+    """Layer reuse saves little before TRIM chooses what runs."""
+    rows = data("reuse")["settings"]
+    figure, (axis,) = new(8, 4)
+    places = {"k=1": (9, 10), "k=32 1 to 7 trim=0.25": (12, -28), "k=3 middle": (9, 0), "k=2 middle output": (-10, 0)}
+    names = {"k=1": "no reuse", "k=32 1 to 7 trim=0.25": "recommended: all layers\nbut the first, TRIM 0.25"}
+    names |= {"k=3 middle": "k=3, middle layers", "k=2 middle output": "outputs reused"}
+    for row in rows:
+        x, y = row["share"], row["accuracy"]
+        if row["setting"] not in places:
+            axis.scatter([x], [y], color=GREY, s=20, zorder=2)
+            continue
+        colour = BLUE if "trim" in row["setting"] else DARK if row["setting"] == "k=1" else ORANGE
+        spread = [[row["difference"] - row["low"]], [row["high"] - row["difference"]]]
+        axis.errorbar([x], [y], spread, fmt="o", ms=8, color=colour, elinewidth=1, capsize=2, zorder=3)
+        side = "left" if places[row["setting"]][0] > 0 else "right"
+        label(axis, names[row["setting"]], (x, y), places[row["setting"]], side, colour)
+    axis.axhline(next(r["accuracy"] for r in rows if r["setting"] == "k=1"), color=DARK, lw=0.8, ls=":")
+    axis.grid(alpha=0.25)
+    axis.set(
+        xlabel="layer-token products, % of no reuse (fewer is less work)", ylabel="right answers of 150, %", xlim=(60, 117)
+    )
+    save(figure, "reuse")
+
+
+def setting_cell(row: Row) -> str:
+    text = row["setting"].replace(NEAR, "NEAR")
+    return f"`{text}`" + (f" (preset `{row['preset']}`)" if row["preset"] else "")
+
+
+def table(study: Row) -> str:
+    """A study's settings, most forwards first, each against the reference on the same problems."""
+    head = "setting", "accuracy", "difference", "p", "same", "tokens differ", "forwards", "positions"
+    timed = any(r["tokens_per_second"] for r in study["settings"])
+    lines = [[*head, "tokens per forward", *(["tokens/s"] if timed else [])]]
+    lines.append(["---"] * len(lines[0]))
+    for r in study["settings"]:
+        cells = [setting_cell(r), f"{100 * r['accuracy']:.1f}"]
+        if r["setting"] == study["reference"]:
+            cells += [""] * 4
+        else:
+            cells += [f"{100 * r['difference']:+.1f} ({100 * r['low']:+.1f}, {100 * r['high']:+.1f})", f"{r['p']:.3f}"]
+            cells += [f"{100 * r['same']:.0f}", f"{100 * r['tokens_differ']:.1f}"]
+        cells += [f"{r['forwards']:.1f}", f"{r['positions']:.0f}", f"{r['tokens_per_forward']:.1f}"]
+        lines.append([*cells, *([f"{r['tokens_per_second']:,.0f}" if r["tokens_per_second"] else ""] if timed else [])])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def tables_page() -> str:
+    """docs/frontier_tables.md."""
+    whole = data("frontier")
+    text = f"""<!-- Written by `python -m scripts.studies.figures tables` from docs/frontier.json and docs/sudoku.json. -->
+# All settings
+
+[Accuracy against forwards](frontier.md) says what these tables mean, and how they were measured. `NEAR` stands for
+`{NEAR}`."""
+    for study in [*whole["studies"], *data("sudoku")["studies"]]:
+        rows, machines = study["settings"], " and ".join(study["machines"])
+        text += f"\n\n## {study['model']}, {study['template']} prompt\n\n"
+        text += f"{rows[0]['problems']} {study['split']} problems, {study['dtype']}, {machines}.\n\n{table(study)}"
+    text += """
+
+## Does the prompt change the order?
+
+Of all pairs of settings, how many change places between the chat and the plain prompt. McNemar's test confirms none of
+them at 5 % under both prompts.
+
+| model | pairs | change places | Kendall's tau |
+|---|---|---|---|
+"""
+    for found in whole["templates"]:
+        assert not found["clear"], "the sentence above would be wrong"
+        text += f"| {found['model']} | {found['pairs']} | {found['change']} | {found['tau']:.2f} |\n"
+    return text
+
+
+def tables() -> None:
+    (DOCS / "frontier_tables.md").write_text(tables_page(), encoding="utf-8")
+
+
+PARTS: dict[str, Callable[[], None]] = {f.__name__: f for f in (speed, frontier, sudoku, reuse, tables)}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; default: all")
+    parts = parser.parse_args(arguments).parts or list(PARTS)
+    if unknown := [name for name in parts if name not in PARTS]:
+        parser.error(f"unknown part {unknown[0]!r}; allowed are {', '.join(PARTS)}")
+    for name in parts:
+        PARTS[name]()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

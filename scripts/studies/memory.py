@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which card holds which model: weights and keys and values, computed from the published shapes.
+
+    python -m scripts.studies.memory               # write docs/memory.md
+    python -m scripts.studies.memory --check       # exit 1 if it is not up to date
+
+Nothing is allocated: networks are made on torch's meta device, and the bytes of their tensors are added up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastdllm.models.spec import ModelSpec
+from fastdllm.models.transformer import Transformer
+from scripts.benchmarks.decode import SHAPES
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "memory.md"
+GIB = 2**30
+NAMES = {"llada": "LLaDA-8B", "dream": "Dream-7B", "v2": "Fast-dLLM-v2-7B"}
+KINDS = ("bf16", "fp8", "int4")
+CARDS = (12, 16, 24, 40, 80, 141)  # GiB, as the cards are sold
+RESERVE = 1.5  # GiB left for the driver and captured graphs
+BF16 = 2  # bytes
+ROW = 1280  # positions of the request that the table counts in: a prompt of 1,000 tokens and 256 new ones, rounded up
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a model takes, in bytes: all weights; and for a position, its keys and values, and a forward's tensors."""
+
+    weights: int
+    position: int
+    forward: int
+
+    def rows(self, card: float) -> int:
+        """How many requests of ROW positions a card of so many GiB holds; negative if not even the weights."""
+        return int((card - RESERVE) * GIB - self.weights) // ((self.position + self.forward) * ROW)
+
+
+def linear_bytes(rows: int, columns: int, kind: str) -> int:
+    """Of a projection's weight and scales, as `fastdllm.kernels.quantize_weight` lays them out."""
+    if kind == "bf16":
+        return rows * columns * BF16
+    if kind == "int4":
+        return rows * (-(-columns // 256) * 128 + -(-columns // 128) * 2 * BF16)
+    return rows * (columns + 4)
+
+
+def need(spec: ModelSpec, kind: str) -> Need:
+    network = Transformer(spec, torch.bfloat16, "meta")  # takes no memory
+    weights, inside = 0, 0
+    for name, module in network.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            of_head = "fp8" if kind == "int4" else kind  # a head takes 8 bits then
+            rows, columns = module.weight.shape
+            weights += linear_bytes(rows, columns, of_head if name == "head" else kind)
+            inside += module.weight.numel()
+    weights += (sum(p.numel() for p in network.parameters()) - inside) * BF16
+    # Twice what goes in and out of a layer's projections: so much a batch of 32 was measured to take beyond its store.
+    forward = 2 * (2 * spec.ffn + 4 * spec.width) * BF16
+    position = 2 * spec.layers * spec.kv_heads * spec.head_dim * BF16
+    return Need(weights, position, forward)
+
+
+def page() -> str:
+    needs = {
+        (name, kind): need(family.spec(config, {}), kind) for name, (family, config) in SHAPES.items() for kind in KINDS
+    }
+    weights = "\n".join(
+        f"| {title} | {' | '.join(f'{needs[name, kind].weights / GIB:.1f} GiB' for kind in KINDS)}"
+        f" | {1000 * needs[name, 'bf16'].position / 2**20:.0f} MiB | {ROW * needs[name, 'bf16'].position / 2**20:.0f} MiB |"
+        for name, title in NAMES.items()
+    )
+    cards = "\n".join(
+        f"| {title} | {kind} | {' | '.join(str(max(0, needs[name, kind].rows(card))) for card in CARDS)} |"
+        for name, title in NAMES.items()
+        for kind in KINDS
+    )
+    working = {name: ROW * needs[name, "bf16"].forward / 2**20 for name in NAMES}
+    return f"""<!-- Written by `python -m scripts.studies.memory`. -->
+# Memory
+
+This page is computed from the published shapes. Only its last section was measured.
+
+## Weights, and what a request adds
+
+Keys and values are kept in bf16 for every position of a request, prompt and answer. The last column is of a request with
+{ROW:,} positions: a prompt of 1,000 tokens and 256 new ones.
+
+| model | {" | ".join(f"weights, {kind}" for kind in KINDS)} | per 1,000 positions | per request |
+|---|{"---|" * (len(KINDS) + 2)}
+{weights}
+
+int8 takes the room of fp8. LLaDA keeps keys and values for each of its 32 heads, Dream and v2 for 4.
+
+## Which card holds which model
+
+How many requests of {ROW:,} positions fit together (`batch_size`), by the GiB of the card; 0 where not even one does.
+{RESERVE} GiB are left for the driver and captured graphs. A batch may refresh all of its rows in one forward, so each
+request also needs room for a forward's tensors: {working["llada"]:.0f} MiB for LLaDA-8B,
+{working["v2"]:.0f} MiB for the others.
+
+| model | weights | {" | ".join(f"{card} GiB" for card in CARDS)} |
+|---|---|{"---|" * len(CARDS)}
+{cards}
+
+fp8 needs Hopper or later; on other cards read its rows as int8.
+
+## Measured
+
+LLaDA-8B's shape with random weights on one H200, peak of the allocator:
+
+| weights | batch | prompt | GiB |
+|---|---|---|---|
+| bf16 | 1 | 1,000 | 16.7 |
+| bf16 | 32 | 1,000 | 41.3 |
+| bf16 | 32 | 128 | 22.8 |
+| fp8 | 1 | 1,000 | 9.7 |
+| fp8 | 32 | 1,000 | 34.2 |
+
+The third line is of version 0.2, the others are of 0.1, which took 24.7 GiB there. What is not weights, keys or values
+belongs to the opening pass of a batch, whose activations grow with the positions that it recomputes.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is out of date")
+    args = parser.parse_args(arguments)
+    if args.check:
+        return int(PAGE.read_text(encoding="utf-8") != page())
+    PAGE.write_text(page(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

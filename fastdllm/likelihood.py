@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import chain, islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -98,29 +98,15 @@ def log_likelihoods(
     for a pair that exceeds the model's context.
     """
     check_model(model)
-    block_causal = bool(model.spec.block_causal)
-    method = ("chain" if block_causal else "monte_carlo") if method is None else method
-    fitting = [name for name, reads in METHODS.items() if reads.fits(block_causal)]
-    if method not in fitting:
-        allowed = ", ".join(fitting)
-        raise ValueError(f"likelihood={shown(method)} does not fit the family {model.spec.family!r}; allowed are {allowed}")
-    mc_num, batch_size, seed = (
-        coerce(name, value, int) for name, value in (("mc_num", mc_num), ("batch_size", batch_size), ("seed", seed))
-    )
-    cfg_scale, check_greedy = coerce("cfg_scale", cfg_scale, float), coerce("check_greedy", check_greedy, bool)
-    for name, value, low in (("mc_num", mc_num, 1), ("batch_size", batch_size, 1), ("cfg_scale", cfg_scale, 0)):
-        if value < low:
-            raise ValueError(f"{name}={value} must be at least {low}")
+    method = _method(model, method)
+    mc_num, batch_size = _at_least("mc_num", mc_num, 1), _at_least("batch_size", batch_size, 1)
+    seed, check_greedy = coerce("seed", seed, int), coerce("check_greedy", check_greedy, bool)
+    cfg_scale = _at_least("cfg_scale", cfg_scale, 0.0)
     if abs(seed) > 2**62:
         raise ValueError(f"seed={shown(seed)} must lie between {-(2**62)} and {2**62}")
     if not isinstance(pairs, Iterable):
         raise ValueError(f"pairs={shown(pairs)} must be a list of (context, target)")
-    pairs = [_pair(i, pair) for i, pair in enumerate(pairs)]
-    for context, target in pairs:
-        _check_lengths(model, len(context), len(target))
-        for name, ids in (("context", context), ("target", target)):
-            if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < model.spec.vocab:
-                raise ValueError(f"a {name} has token ids outside 0..{model.spec.vocab - 1}")
+    pairs = [_pair(model, i, pair) for i, pair in enumerate(pairs)]
     # Long canvases first, side by side with their like: little padding, and memory trouble shows at once.
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
     plans = {
@@ -144,10 +130,38 @@ def log_likelihoods(
     return [Score(total, g) for total, g in zip(totals, greedy, strict=True)]
 
 
-def _pair(i: int, given: Any) -> tuple[Tensor, Tensor]:
+def _method(model: Model, method: str | None) -> str:
+    """The measure of that name, or the family's own; ValueError for one that this model cannot be asked."""
+    block_causal = bool(model.spec.block_causal)
+    method = ("chain" if block_causal else "monte_carlo") if method is None else method
+    fitting = [name for name, reads in METHODS.items() if reads.fits(block_causal)]
+    if method not in fitting:
+        allowed = ", ".join(fitting)
+        raise ValueError(f"likelihood={shown(method)} does not fit the family {model.spec.family!r}; allowed are {allowed}")
+    return method
+
+
+Number = TypeVar("Number", int, float)
+
+
+def _at_least(name: str, value: Any, low: Number) -> Number:
+    """A number of the type of `low` and not below it."""
+    number: Number = coerce(name, value, type(low))
+    if number < low:
+        raise ValueError(f"{name}={number} must be at least {low:g}")
+    return number
+
+
+def _pair(model: Model, i: int, given: Any) -> tuple[Tensor, Tensor]:
+    """A context and a target as rows of ids that the model can read."""
     if not isinstance(given, list | tuple) or len(given) != 2:
         raise ValueError(f"pairs[{i}]={shown(given)} must be two rows of token ids, (context, target)")
-    return ids_row(given[0], "context"), ids_row(given[1], "target")
+    context, target = ids_row(given[0], "context"), ids_row(given[1], "target")
+    _check_lengths(model, len(context), len(target))
+    for name, ids in (("context", context), ("target", target)):
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < model.spec.vocab:
+            raise ValueError(f"a {name} has token ids outside 0..{model.spec.vocab - 1}")
+    return context, target
 
 
 def _check_lengths(model: Model, context: int, target: int) -> None:

@@ -7,6 +7,7 @@ class is called `Cache`, and its dataclass fields are its options.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 from fastdllm.blocks import Block, Pass, Progress
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from fastdllm.reuse.values import ValueReuse
 
 
-class CachePlan:
+class CachePlan(ABC):
     """`open` refreshes the store when a block opens (its logits are the decoder's first step; a shifted model learns only
     the block's first token from it), `step` says what a denoising forward recomputes.
 
@@ -30,9 +31,9 @@ class CachePlan:
         """The pass that opens `block`, or None."""
         return None
 
+    @abstractmethod
     def step(self, block: Block, progress: Progress) -> Pass:
         """The next denoising pass of `block`."""
-        raise NotImplementedError
 
     def reuse(self, layers: int, size: int) -> ValueReuse | None:
         """Which positions of a denoising pass, `size` of them at most, run in each of the model's layers; None: all."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class DecoderRule:
+class DecoderRule(ABC):
     """`needs`: extra statistics of the head, of {"entropy", "margin"}. `probability`: the rule compares the confidence
     with a probability, so that another confidence makes no sense. `branches`: contents of each row that run in the same
     forward; branch 0 is the row's content, the others are tries. `lossless`: the tokens are those of one token per step.
@@ -46,9 +47,9 @@ class DecoderRule:
     # Optional. adjust(view, logits [R, Q, V] fp32) -> the logits to score instead; `view` holds the scores of `logits`.
     adjust: ClassVar[Callable[..., Tensor] | None] = None
 
+    @abstractmethod
     def step(self, view: View) -> Tensor:
         """The next ids [R, Q]. With n branches, those of request i are the rows i * n to i * n + n - 1."""
-        raise NotImplementedError
 
     def of(self, numbers: Mapping[str, Tensor]) -> Self:
         """This rule with the rows' own numbers, columns [R, 1], in place of its options."""

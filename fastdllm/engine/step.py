@@ -31,14 +31,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Where:
-    """window: of the forward. ids [R, N]: what its positions read. block [R, Q]: the block's positions. source [R, Q]: the
-    position of the pass that predicts each. learnt [R, Q] bool: those that this pass predicts."""
+    """Where a forward works.
+
+    window: of the forward. ids [R, N]: what its positions read.
+    block [R, Q]: the block's positions. before, masked [R, Q]: what they hold, and which are open.
+    source [R, Q]: the position of the pass that predicts each. learnt [R, Q] bool: those that this pass predicts.
+    """
 
     window: Window
     ids: Tensor
     block: Tensor
+    before: Tensor
+    masked: Tensor
     source: Tensor
     learnt: Tensor
+
+
+@dataclass(frozen=True)
+class Own:
+    """The run's decoder and sampler with each row's own numbers in them; these numbers, columns [R, 1]; the step's noise."""
+
+    rule: DecoderRule
+    sampler: Sampler
+    numbers: Mapping[str, Tensor]
+    noise: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,20 @@ class Scored:
     scores: Scores
     logits: Tensor | None = None
     unaware: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of the block's positions, [R, Q] each.
+
+    after: the ids that they hold now. still: those that stay masked. committed: those that no longer are.
+    new: those whose token is another one than before, in branches also without having been open.
+    """
+
+    after: Tensor
+    still: Tensor
+    committed: Tensor
+    new: Tensor
 
 
 @dataclass
@@ -74,35 +104,28 @@ class Outcome:
 def denoise(model: Model, canvas: Canvas, run: Decoding, table: Tensor, noise: Tensor | None, shape: Shape) -> Outcome:
     """table [R / lanes, n] int64: the rows' `Plan`s. noise: see `Sampler.draw`."""
     plan = Plan.columns(fan_out(table, run.lanes))
-    rule, sampler, numbers = own_numbers(canvas, run, plan, shape, noise is not None)
+    own = own_numbers(canvas, run, plan, noise, shape)
     where = locate(model.spec, canvas, run, plan, shape)
-    row = plan.row[:, None]
-    before, masked = canvas.x[row, where.block], canvas.masked[row, where.block]
     hidden, drifted = forward(model, canvas, run, plan, where.window, where.ids, shape)
-    if run.guidance and noise is not None:
-        noise = noise.repeat_interleave(2, 0)
-    scored = score(model, rule, sampler, where, hidden, before, noise, numbers, shape)
-    view = observe(model, canvas, rule, sampler, plan, where, scored, before, masked, noise)
-    after, still = commit(run.lanes, rule, view, masked, where.learnt)
-    committed = masked & ~still
-    # Where branches or shadows are at work, a position may change its token without having been open.
-    written = committed | (after != before) & ~still if run.decoder.branches > 1 or rule.shadow else committed
-    record(canvas, plan, where.block, view, after, still, written)
-    out = report(canvas, run, plan, where, view, committed, after, still, drifted)
+    scored = score(model, own, where, hidden, shape)
+    view = observe(model, canvas, own, plan, where, scored)
+    written = commit(run.lanes, own.rule, view, where)
+    record(canvas, plan, where.block, view, written)
+    out = report(canvas, run, plan, where.block, view, written, drifted)
     if shape.alternatives:
         out.likeliest = likeliest(scored.logits[:: run.lanes], model.banned, shape.alternatives)
     return out
 
 
-def own_numbers(
-    canvas: Canvas, run: Decoding, plan: Plan, shape: Shape, random: bool
-) -> tuple[DecoderRule, Sampler, Mapping[str, Tensor]]:
-    """The run's decoder and sampler with each row's own numbers in them, and these numbers: columns [R, 1]."""
-    if not (run.decoder.per_request or run.guidance or run.sampler.drawn or random):
-        return run.decoder, run.sampler, {}  # nothing asks for a number
+def own_numbers(canvas: Canvas, run: Decoding, plan: Plan, noise: Tensor | None, shape: Shape) -> Own:
+    """The run's choices, with what each row brings along in place of the run's own."""
+    if not (run.decoder.per_request or run.guidance or run.sampler.drawn or noise is not None):
+        return Own(run.decoder, run.sampler, {}, None)  # nothing asks for a number
     columns = canvas.numbers[plan.slot][:, : len(run.numbers), None].unbind(1)
     numbers = dict(zip(run.numbers, columns, strict=True))
-    return run.decoder.of(numbers), run.sampler.of(numbers, shape.drawn, shape.truncated), numbers
+    if run.guidance and noise is not None:
+        noise = noise.repeat_interleave(2, 0)
+    return Own(run.decoder.of(numbers), run.sampler.of(numbers, shape.drawn, shape.truncated), numbers, noise)
 
 
 def locate(spec: ModelSpec, canvas: Canvas, run: Decoding, plan: Plan, shape: Shape) -> Where:
@@ -126,57 +149,39 @@ def locate(spec: ModelSpec, canvas: Canvas, run: Decoding, plan: Plan, shape: Sh
     # A shifted model's opening pass ends where the block starts, or discards the rest as published: the first token only.
     learnt &= (block == plan.first[:, None]) | (plan.first_only == 0)[:, None]
     window = Window(plan.row, wide.pos, kv_len, shape.max_kv_len, shape.dense, hide, wide.slot, wide.swap)
-    return Where(window, ids, block, source.clamp(0, shape.width - 1), learnt)
+    before, masked = (tensor[plan.row[:, None], block] for tensor in (canvas.x, canvas.masked))
+    return Where(window, ids, block, before, masked, source.clamp(0, shape.width - 1), learnt)
 
 
-def score(
-    model: Model,
-    rule: DecoderRule,
-    sampler: Sampler,
-    where: Where,
-    hidden: Tensor,
-    before: Tensor,
-    noise: Tensor | None,
-    numbers: Mapping[str, Tensor],
-    shape: Shape,
-) -> Scored:
+def score(model: Model, own: Own, where: Where, hidden: Tensor, shape: Shape) -> Scored:
     """What the model says of the block's positions. The head runs for them only."""
-    network, size = model.network, where.block.shape
+    network, sampler, size = model.network, own.sampler, where.block.shape
     predicting = hidden.gather(1, where.source[..., None].expand(-1, -1, hidden.shape[-1]))
-    if not ("cfg_scale" in numbers or shape.shadows or rule.adjust or shape.drawn or shape.alternatives):
+    guided = "cfg_scale" in own.numbers
+    if not (guided or shape.shadows or own.rule.adjust or shape.drawn or shape.alternatives):
         stats = network.confidence(predicting.flatten(0, 1), model.banned, **sampler.statistics)
-        return Scored(sampler.scores(stats, size, noise))  # nothing looks at the logits, which need not reach memory
+        return Scored(sampler.scores(stats, size, own.noise))  # nothing looks at the logits, which need not reach memory
     if shape.shadows:
         predicting = torch.cat([predicting, hidden[:, shape.width :: 1 + model.spec.shift]])
     logits, *shadowed = network.logits(predicting).split(size[0])  # [R, Q, V] each
-    if "cfg_scale" in numbers:
-        scale = numbers["cfg_scale"][::2, :, None]
+    if guided:
+        scale = own.numbers["cfg_scale"][::2, :, None]
         logits = guide(logits[::2], logits[1::2], scale).repeat_interleave(2, 0)
-    unaware = sampler.probability(shadowed[0], before, model.banned) if shape.shadows else None
-    return Scored(sampler(logits, model.banned, noise), logits, unaware)
+    unaware = sampler.probability(shadowed[0], where.before, model.banned) if shape.shadows else None
+    return Scored(sampler(logits, model.banned, own.noise), logits, unaware)
 
 
-def observe(
-    model: Model,
-    canvas: Canvas,
-    rule: DecoderRule,
-    sampler: Sampler,
-    plan: Plan,
-    where: Where,
-    scored: Scored,
-    before: Tensor,
-    masked: Tensor,
-    noise: Tensor | None,
-) -> View:
+def observe(model: Model, canvas: Canvas, own: Own, plan: Plan, where: Where, scored: Scored) -> View:
     """What the decoder sees, with what it asks for besides: its state, adjusted logits, what shadows say."""
-    row, s, open_now = plan.row[:, None], scored.scores, masked & where.learnt
-    view = View(before, open_now, s.top, s.conf, plan.step, plan.initial, model.spec.mask_id, s.entropy, s.margin, plan.slot)
+    rule, spec, row, s = own.rule, model.spec, plan.row[:, None], scored.scores
+    open_now = where.masked & where.learnt
+    view = View(where.before, open_now, s.top, s.conf, plan.step, plan.initial, spec.mask_id, s.entropy, s.margin, plan.slot)
     if rule.state is not None:
-        width, device = before.shape[1], before.device
-        view.state = canvas.state((type(rule), width), partial(rule.state, width, model.spec.vocab, device))
+        width, device = where.block.shape[1], where.block.device
+        view.state = canvas.state((type(rule), width), partial(rule.state, width, spec.vocab, device))
     if rule.adjust is not None:
         logits = rule.adjust(view, scored.logits.float().masked_fill(model.banned, -torch.inf))
-        s = sampler(logits, model.banned, noise)
+        s = own.sampler(logits, model.banned, own.noise)
         view.top, view.conf, view.entropy, view.margin = s.top, s.conf, s.entropy, s.margin
     view.logprob = s.logprob if rule.branches == 1 else torch.where(open_now, s.logprob, canvas.logprobs[row, where.block])
     if rule.shadow:
@@ -184,58 +189,54 @@ def observe(
     if scored.unaware is not None:
         # Doubted: tokens that decoding chose and that can be predicted anew. What predicts the first token of a block-causal
         # block does not see it and would only repeat itself.
-        doubted = canvas.chosen[row, where.block] & ~masked & where.learnt
+        doubted = canvas.chosen[row, where.block] & ~where.masked & where.learnt
         doubted &= where.window.kv_len.gather(1, where.source) > where.block
         view.unaware = torch.where(doubted, scored.unaware, torch.nan)
     return view
 
 
-def commit(lanes: int, rule: DecoderRule, view: View, masked: Tensor, learnt: Tensor) -> tuple[Tensor, Tensor]:
-    """The block's next ids [R, Q], and what stays masked. What is open in lane 0 is open in all: a branch may take back what
-    another one tried. A position where the decoder writes the mask stays open."""
-    unfilled = of_first(masked, lanes)
+def commit(lanes: int, rule: DecoderRule, view: View, where: Where) -> Written:
+    """What the decoder makes of the block. What is open in lane 0 is open in all: a branch may take back what another one
+    tried. A position where the decoder writes the mask stays open."""
+    unfilled = of_first(where.masked, lanes)
     if rule.shadow:
         unfilled = unfilled | ~view.unaware.isnan()
-    after = torch.where(unfilled & learnt, rule.step(view), view.ids)
+    after = torch.where(unfilled & where.learnt, rule.step(view), view.ids)
     still = unfilled & (after == view.mask_id)
     if lanes > 1:
         full = ~of_first(still, lanes).any(1, keepdim=True)
         after, still = torch.where(full, of_first(after, lanes), after), still & ~full
         view.logprob = torch.where(full, of_first(view.logprob, lanes), view.logprob)
-    return after, still
+    committed = where.masked & ~still
+    # Where branches or shadows are at work, a position may change its token without having been open.
+    changes = rule.branches > 1 or rule.shadow
+    return Written(after, still, committed, committed | (after != where.before) & ~still if changes else committed)
 
 
-def record(canvas: Canvas, plan: Plan, block: Tensor, view: View, after: Tensor, still: Tensor, written: Tensor) -> None:
-    """Write the block back, and where a token was `written` its log-probability and the forward's number."""
+def record(canvas: Canvas, plan: Plan, block: Tensor, view: View, written: Written) -> None:
+    """Write the block back, and where a token is new its log-probability and the forward's number."""
     row = plan.row[:, None]
-    canvas.x[row, block] = after
-    canvas.masked[row, block] = still
-    at = torch.where(written, block, plan.scratch[:, None])
+    canvas.x[row, block] = written.after
+    canvas.masked[row, block] = written.still
+    at = torch.where(written.new, block, plan.scratch[:, None])
     canvas.logprobs[row, at] = view.logprob
     canvas.committed_at[row, at] = plan.forward[:, None].expand_as(at)
 
 
 def report(
-    canvas: Canvas,
-    run: Decoding,
-    plan: Plan,
-    where: Where,
-    view: View,
-    committed: Tensor,
-    after: Tensor,
-    still: Tensor,
-    drifted: Tensor | None,
+    canvas: Canvas, run: Decoding, plan: Plan, block: Tensor, view: View, written: Written, drifted: Tensor | None
 ) -> Outcome:
     """For the host. A row has stopped when a stop token of its answer has no mask before it, or, where tokens may still be
     taken back, when the block has none."""
+    after, still = written.after, written.still
     ends = (after[..., None] == canvas.stops[plan.slot][:, None]).any(-1) & ~still
-    ends &= (where.block < plan.end[:, None]) & (where.block >= plan.prompt[:, None])
+    ends &= (block < plan.end[:, None]) & (block >= plan.prompt[:, None])
     open_before = still.sum(1, keepdim=True) if run.decoder.shadow else still.cumsum(1)
     stopped = (ends & (open_before == 0)).any(1)
     drifted = torch.zeros_like(plan.row) if drifted is None else drifted
     status = torch.stack([still.sum(1), stopped.long(), still[:, 0].long(), drifted], 1)
     conf, lead = view.conf.masked_fill(~view.masked, torch.nan), slice(None, None, run.lanes)
-    return Outcome(status[lead], after[lead], conf[lead], committed[lead], view.logprob[lead])
+    return Outcome(status[lead], after[lead], conf[lead], written.committed[lead], view.logprob[lead])
 
 
 def likeliest(logits: Tensor, banned: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -207,6 +208,7 @@ def read_device(device: str | torch.device | None) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(1, device=found).sum().item()  # sync: once, to try the device
+    # What torch raises: for no such device, without CUDA, for one without data ("meta"), and for no name of a device.
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         here = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
@@ -266,8 +268,6 @@ def load(
         hint = f"use {OTHER_NAMES[key]}" if key in OTHER_NAMES else f"allowed are {ALLOWED}"
         raise ValueError(f"load has no option {key!r}; {hint}")
     if trust_remote_code:
-        import warnings
-
         warnings.warn("trust_remote_code has no effect: fastdllm runs its own modelling code", stacklevel=2)
     if quantize is not None and quantize not in KINDS:
         raise ValueError(f"quantize={quantize!r} is unknown; allowed are {', '.join(KINDS)}")
@@ -280,18 +280,7 @@ def load(
         if not family.block_field:
             raise ValueError(f"block_size={block_size!r}: the blocks of {folder} are not a choice")
         config = config.replace(family.block_field, block_size)
-    tokenizer, ids = None, {}
-    if has_tokenizer(folder) and not has_tokenizers():
-        import warnings
-
-        reads = libraries_hint("reading texts", "transformers")
-        warnings.warn(f"{name} is loaded without its tokenizer and takes token ids only; {reads}", stacklevel=2)
-        ids = written_ids(folder)
-    elif has_tokenizer(folder):
-        from fastdllm.models.tokenizer import load_tokenizer, special_ids
-
-        tokenizer = load_tokenizer(folder)
-        ids = special_ids(tokenizer)
+    tokenizer, ids = read_tokenizer(folder, name)
     try:
         spec = family.spec(config, ids)
     except ValueError as error:
@@ -306,6 +295,20 @@ def load(
     if quantize is not None:
         quantize_network(network, quantize)
     return Model(network, spec, tokenizer, str(name))
+
+
+def read_tokenizer(folder: Path, name: str) -> tuple[PreTrainedTokenizerFast | None, dict[str, int]]:
+    """The folder's tokenizer, None where there is none or nothing to read it with, and the ids of its control tokens."""
+    if not has_tokenizer(folder):
+        return None, {}
+    if not has_tokenizers():
+        reads = libraries_hint("reading texts", "transformers")
+        warnings.warn(f"{name} is loaded without its tokenizer and takes token ids only; {reads}", stacklevel=3)
+        return None, written_ids(folder)
+    from fastdllm.models.tokenizer import load_tokenizer, special_ids
+
+    tokenizer = load_tokenizer(folder)
+    return tokenizer, special_ids(tokenizer)
 
 
 def written_ids(folder: Path) -> dict[str, int]:

@@ -71,6 +71,16 @@ class ReuseState:
 
 
 @dataclass(frozen=True)
+class Reused:
+    """A pass and its state. at [R, W]: places in the block; pieces: of the positions that run, None where all do."""
+
+    state: ReuseState
+    work: Work
+    at: Tensor
+    pieces: Tensor | None
+
+
+@dataclass(frozen=True)
 class LayerReuse:
     """period: every period-th pass recomputes all (reuse_k). layers: the subset. size: block size D. ratio: TRIM's share of
     the window; drift: TRIM's threshold on 1 - cosine of the subset's input (one of the two; with neither every position is
@@ -115,7 +125,8 @@ class LayerReuse:
     def layers_of(self, state: ReuseState, work: Work) -> LayerRule:
         """See `base.Reuse`."""
         at = torch.where(work.padding, self.size, work.window.pos % self.size)
-        pieces, starts = None if work.whole else work.pieces(), {run.start: (j, run) for j, run in enumerate(self.runs)}
+        now = Reused(state, work, at, None if work.whole else work.pieces())
+        starts = {run.start: (j, run) for j, run in enumerate(self.runs)}
 
         def rule(stack: Stack, y: Tensor, h: Tensor) -> Tensor:
             index, score = 0, torch.empty(0)
@@ -125,12 +136,12 @@ class LayerReuse:
                     index += 1
                     continue
                 j, run = starts[index]
-                if j == 0 and (pieces is not None or self.drift is not None):
+                if j == 0 and (now.pieces is not None or self.drift is not None):
                     score = self._score(state, work, at, h)
-                if pieces is None:
-                    y, h = self._run_all(stack, state, work, at, y, h, j, run)
+                if now.pieces is None:
+                    y, h = self._run_all(stack, now, y, h, j, run)
                 else:
-                    y, h = self._run_some(stack, state, work, at, h, j, run, score, pieces)
+                    y, h = self._run_some(stack, now, h, j, run, score)
                 index = run.stop
             return y
 
@@ -147,11 +158,9 @@ class LayerReuse:
         mandatory = work.needed | (work.ids != state.ids[work.slot[:, None], at])
         return (drift + 4.0 * mandatory).masked_fill(work.padding, -torch.inf)
 
-    def _run_all(
-        self, stack: Stack, state: ReuseState, work: Work, at: Tensor, y: Tensor, h: Tensor, j: int, run: range
-    ) -> tuple[Tensor, Tensor]:
+    def _run_all(self, stack: Stack, now: Reused, y: Tensor, h: Tensor, j: int, run: range) -> tuple[Tensor, Tensor]:
         """The j-th run of layers for every position."""
-        rows, before = work.slot[:, None], h
+        state, work, at, rows, before = now.state, now.work, now.at, now.work.slot[:, None], h
         if j == 0:
             state.entry[rows, at], state.ids[rows, at] = h, work.ids
         for index in run:
@@ -159,19 +168,9 @@ class LayerReuse:
         state.cached[rows, j, at] = h - before if self.mode == "delta" else h
         return y, h
 
-    def _run_some(
-        self,
-        stack: Stack,
-        state: ReuseState,
-        work: Work,
-        at: Tensor,
-        h: Tensor,
-        j: int,
-        run: range,
-        score: Tensor,
-        pieces: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def _run_some(self, stack: Stack, now: Reused, h: Tensor, j: int, run: range, score: Tensor) -> tuple[Tensor, Tensor]:
         """The j-th run of layers for the `work.fresh` positions of each row with the highest score."""
+        state, work, at, pieces = now.state, now.work, now.at, now.pieces
         eps, entry = stack.spec.rms_eps, {} if j else {"entry": state.entry, "ids": work.ids, "seen": state.ids}
         window, before, after = work.window, stack.norms[run.start], stack.norms[run.stop]
         picked = kernels.pick(

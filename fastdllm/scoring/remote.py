@@ -15,6 +15,7 @@ import operator
 import os
 import sys
 import types
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -116,7 +117,7 @@ class Channel:
         return Gone(self.broken)
 
 
-class _Side:
+class _Side(ABC):
     """What both sides do: ask, and answer what is asked meanwhile."""
 
     def __init__(self, channel: Channel) -> None:
@@ -139,8 +140,9 @@ class _Side:
             error.__traceback__ = None  # may hold most of the memory
             self.channel.send({"raised": raised})
 
+    @abstractmethod
     def answer(self, message: dict[str, Any]) -> dict[str, Any]:
-        raise NotImplementedError
+        """What the other side gets for its question."""
 
     def encode(self, value: Any) -> Any:
         return values.encode(value, self.refer)
@@ -148,11 +150,13 @@ class _Side:
     def decode(self, data: Any) -> Any:
         return values.decode(data, self.resolve)
 
+    @abstractmethod
     def refer(self, value: Any) -> dict[str, Any]:
-        raise NotImplementedError
+        """A handle for an object that stays on this side."""
 
+    @abstractmethod
     def resolve(self, data: dict[str, Any]) -> Any:
-        raise NotImplementedError
+        """The object that a handle of this side names, or a stand-in for one of the other side."""
 
 
 class ProgramSide(_Side):

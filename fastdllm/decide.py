@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastdllm.conversations import check_text, encode_literally
 from fastdllm.fields import shown
 from fastdllm.likelihood import Probe, read
-from fastdllm.prompts import Prompts, check_model, check_text, encode, encode_literally
+from fastdllm.prompts import Prompts, check_model, encode
 
 if TYPE_CHECKING:
     from fastdllm.models import Model

@@ -1,33 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """From whatever people pass (texts, conversations, ids with or without padding) to token ids.
 
-`encode` is the one way in for generation. `encode_conversation` is the one way from messages to ids, for generation, chat,
-evaluation and training: there only the chat template's own control tokens are control tokens; a name like `<|im_end|>` that
-somebody wrote into a message is text.
+`encode` is the one way in for generation; what it does with texts and messages is in `conversations.py`.
 """
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
-from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastdllm.libraries import has_tokenizers, hint
+from fastdllm.conversations import Messages, encode_literally, encode_messages, encode_text, named, render, without_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
     from fastdllm.models import Model
 
-Message = Mapping[str, Any]
-Messages = Sequence[Message]
+__all__ = [
+    "Messages",
+    "Prompts",
+    "check_model",
+    "encode",
+    "encode_literally",
+    "encode_messages",
+    "encode_text",
+    "ids_row",
+    "padded",
+    "render",
+]
+
 Ids = Sequence[int] | Tensor
 Prompts = str | Sequence[str] | Messages | Sequence[Messages] | Ids | Sequence[Ids] | Mapping
 
@@ -35,10 +38,6 @@ ALLOWED = (
     "allowed are a text, a conversation (a list of {'role', 'content'}), token ids (a list, an array or a tensor of "
     "integers, [P] or [B, P]), a list of one of these, and what a tokenizer returns (input_ids, attention_mask)"
 )
-INSTRUCTIONS = ("system", "developer")  # roles that some templates do not know
-ESCAPE = "\u2060"  # WORD JOINER: invisible, after the first letter of a control token's name that is meant as text
-MARKS = range(0xF0000, 0xFFFFE)  # private-use characters, for finding a message in what a template made of it
-LONGEST = 50_000_000  # characters of a rendered conversation: more is a template that runs away
 
 
 def encode(model: Model, prompts: Prompts, attention_mask: Any = None) -> list[Tensor]:
@@ -55,7 +54,7 @@ def encode(model: Model, prompts: Prompts, attention_mask: Any = None) -> list[T
         if isinstance(prompt, Tensor):
             ids = prompt
         elif model.tokenizer is None:
-            raise ValueError(f"model {model.name!r} has no tokenizer; pass token ids instead of text{_why()}")
+            raise ValueError(f"model {model.name!r} has no tokenizer; pass token ids instead of text{without_tokenizer()}")
         elif isinstance(prompt, str):
             ids = torch.tensor(encode_text(model, prompt), dtype=torch.long)
         else:
@@ -68,10 +67,6 @@ def encode(model: Model, prompts: Prompts, attention_mask: Any = None) -> list[T
     if not out:
         raise ValueError("prompts is empty")
     return out
-
-
-def _why() -> str:
-    return "" if has_tokenizers() else f"; {hint('reading texts', 'transformers')}"
 
 
 def check_model(model: Any) -> None:
@@ -112,7 +107,7 @@ def _listed(prompts: Any, attention_mask: Any) -> list[Prompt]:
     if isinstance(prompts, Tensor | np.ndarray):
         return list(_id_rows(prompts, "prompts"))
     if not isinstance(prompts, list | tuple):
-        raise ValueError(f"prompts is {_named(prompts)}; {ALLOWED}")
+        raise ValueError(f"prompts is {named(prompts)}; {ALLOWED}")
     if prompts and all(_is_message(item) for item in prompts):
         return [prompts]
     if prompts and all(_is_id(item) for item in prompts):
@@ -132,7 +127,7 @@ def _one(item: Any, name: str) -> list[Prompt]:
     elif isinstance(item, list | tuple) and any(isinstance(entry, Mapping) for entry in item):
         return [item]
     if len(rows) != 1:
-        raise ValueError(f"{name} is {_named(item)}; {ALLOWED}")
+        raise ValueError(f"{name} is {named(item)}; {ALLOWED}")
     return rows
 
 
@@ -144,22 +139,10 @@ def _is_id(item: Any) -> bool:
     return isinstance(item, int | np.integer) and not isinstance(item, bool)
 
 
-def _named(item: Any) -> str:
-    """What a value is, in few words: its type, and of a container what it holds."""
-    if isinstance(item, Tensor | np.ndarray):
-        return f"a {type(item).__name__} of shape {list(item.shape)} and type {item.dtype}"
-    if isinstance(item, Mapping):
-        return f"a {type(item).__name__} with the keys {', '.join(map(str, item)) or '(none)'}"
-    if isinstance(item, list | tuple):
-        inside = sorted({type(entry).__name__ for entry in item})
-        return f"a {type(item).__name__} of {' and '.join(inside)}" if inside else f"an empty {type(item).__name__}"
-    return "None" if item is None else f"a {type(item).__name__}"
-
-
 def _tokenized(given: Mapping[str, Any], name: str) -> list[Prompt]:
     """The prompts of a tokenizer's answer (or of a dict of that shape), without padding."""
     if "input_ids" not in given:
-        what = "one message; pass a list of messages" if _is_message(given) else f"{_named(given)}; {ALLOWED}"
+        what = "one message; pass a list of messages" if _is_message(given) else f"{named(given)}; {ALLOWED}"
         raise ValueError(f"{name} is {what}")
     rows: list[Any] = list(_id_rows(given["input_ids"], "input_ids"))
     if given.get("attention_mask") is None:
@@ -189,12 +172,12 @@ def _id_rows(given: Any, name: str, bools: bool = False) -> Iterator[Tensor]:
     if isinstance(given, np.ndarray) and given.dtype.kind in ("iub" if bools else "iu"):
         given = torch.from_numpy(given.astype(np.int64))
     if not isinstance(given, Tensor):
-        raise ValueError(f"{name} is {_named(given)}; token ids are integers")
+        raise ValueError(f"{name} is {named(given)}; token ids are integers")
     whole = not (given.dtype.is_floating_point or given.dtype.is_complex or given.is_quantized)
     if not whole or (given.dtype == torch.bool and not bools):
-        raise ValueError(f"{name} is {_named(given)}; token ids are integers")
+        raise ValueError(f"{name} is {named(given)}; token ids are integers")
     if given.ndim not in (1, 2):
-        raise ValueError(f"{name} is {_named(given)}; ids are [P] or [B, P]")
+        raise ValueError(f"{name} is {named(given)}; ids are [P] or [B, P]")
     given = given.detach().to("cpu", torch.long)  # sync: inputs, once
     yield from given if given.ndim == 2 else [given]
 
@@ -204,7 +187,7 @@ def ids_row(given: Any, name: str) -> Tensor:
     if isinstance(given, Tensor | np.ndarray | list | tuple) and not len(given):
         return torch.empty(0, dtype=torch.long)
     if not isinstance(given, Tensor | np.ndarray | list | tuple):
-        raise ValueError(f"{name} is {_named(given)}; token ids are integers")
+        raise ValueError(f"{name} is {named(given)}; token ids are integers")
     return _id_row(given, name, False)
 
 
@@ -212,340 +195,10 @@ def _id_row(given: Any, name: str, bools: bool) -> Tensor:
     if isinstance(given, Tensor | np.ndarray):
         rows = list(_id_rows(given, name, bools))
         if len(rows) != 1:
-            raise ValueError(f"{name} has an entry that is {_named(given)}; one row of ids is allowed there")
+            raise ValueError(f"{name} has an entry that is {named(given)}; one row of ids is allowed there")
         return rows[0]
     if not all(_is_id(item) or (bools and isinstance(item, bool)) for item in given):
-        raise ValueError(f"{name} is {_named(given)}; token ids are integers")
+        raise ValueError(f"{name} is {named(given)}; token ids are integers")
     if not all(-(2**63) <= item < 2**63 for item in given):
         raise ValueError(f"{name} has token ids outside the vocabulary")
     return torch.tensor([int(item) for item in given], dtype=torch.long)
-
-
-# From texts to ids.
-
-
-def encode_text(model: Model, text: str) -> list[int]:
-    """Token ids of a text; special tokens written in it are recognised, none is added (templates write their own)."""
-    return _encode(model.tokenizer, text)
-
-
-def encode_literally(model: Model, text: str) -> list[int]:
-    """Ids of a text in which nothing is special."""
-    return _literal(model.tokenizer, text)
-
-
-def _encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Ids of a text; escaped names (see `escape`) are text."""
-    check_text(text, "the text")
-    ids, start = [], 0
-    for found in _names(tokenizer, escaped=True).finditer(text) if ESCAPE in text else ():
-        ids += _tokens(tokenizer, text[start : found.start()])
-        ids += _literal(tokenizer, found[0].replace(ESCAPE, "", 1))
-        start = found.end()
-    return ids + _tokens(tokenizer, text[start:])
-
-
-def _tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-
-
-def _literal(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Cut inside each special token's name, none is left to recognise."""
-    check_text(text, "the text")
-    ids, names = [], _names(tokenizer)
-    while found := names.search(text):
-        ids += _tokens(tokenizer, text[: found.start() + 1])
-        text = text[found.start() + 1 :]
-    return ids + _tokens(tokenizer, text)
-
-
-def _names(tokenizer: PreTrainedTokenizerFast, escaped: bool = False) -> re.Pattern[str]:
-    """What finds the names of added tokens in a text, the longest first; `escaped`: in what `escape` returns."""
-    return _pattern(tuple(tokenizer.get_added_vocab()), ESCAPE if escaped else "")
-
-
-@lru_cache(maxsize=16)
-def _pattern(names: tuple[str, ...], escape: str) -> re.Pattern[str]:
-    parts = [re.escape(name[0] + escape + name[1:]) for name in sorted(names, key=len, reverse=True) if len(name) > 1]
-    return re.compile("|".join(parts) or r"(?!)")
-
-
-def escape(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
-    """The text with an invisible character in each control token's name, which `encode_text` then reads as text."""
-    return _names(tokenizer).sub(lambda found: found[0][0] + ESCAPE + found[0][1:], text)
-
-
-def check_text(text: str, what: str) -> None:
-    """ValueError for half of a surrogate pair, which no tokenizer takes."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}"
-        raise ValueError(f"{what} has a lone surrogate ({half}) at position {error.start}, which is no character") from None
-
-
-# From messages to ids.
-
-
-class Encoded(NamedTuple):
-    """ids of a conversation [n] and, for each, which of the assistant's turns it belongs to (0, 1, ...; -1: to none). A turn
-    is its words and what the template puts after them (`<|im_end|>` and a line break in ChatML)."""
-
-    ids: list[int]
-    turns: list[int]
-
-    @property
-    def answer(self) -> list[bool]:
-        """For each id whether it belongs to a turn of the assistant."""
-        return [turn >= 0 for turn in self.turns]
-
-
-def encode_messages(model: Model, messages: Messages) -> Tensor:
-    """Ids [P] of a conversation and of the start of the answer. See `encode_conversation`."""
-    if model.tokenizer is None:
-        raise ValueError(f"model {model.name!r} has no tokenizer, so it cannot chat{_why()}")
-    ids = encode_conversation(model.tokenizer, messages, add_generation_prompt=True).ids
-    return torch.tensor(ids, dtype=torch.long)
-
-
-def encode_conversation(
-    tokenizer: PreTrainedTokenizerFast,
-    messages: Messages,
-    *,
-    tools: Sequence[Any] | None = None,
-    add_generation_prompt: bool = False,
-) -> Encoded:
-    """Ids of the rendered messages, in which only the template's own control tokens are control tokens.
-
-    Each turn of the assistant is tokenised by itself, as it is when the model writes it. tools: handed to the template.
-    add_generation_prompt: end with the start of an answer. A system text that the template leaves out is put in front of
-    the first user turn, with a warning, and so is named any other message that it leaves out. Raises ValueError for messages
-    without role or text and for whatever the template raises.
-    """
-    messages, text, places = _render(tokenizer, messages, tools, add_generation_prompt)
-    ids: list[int] = []
-    turns: list[int] = []
-
-    def add(piece: str, turn: int) -> None:
-        found = _encode(tokenizer, piece)
-        ids.extend(found)
-        turns.extend([turn] * len(found))
-
-    answers = [place for message, place in zip(messages, places, strict=True) if message["role"] == "assistant"]
-    tail = _end_of_turn(tokenizer, tokenizer.chat_template) if answers else ""
-    start = 0
-    for turn, place in enumerate(answers):
-        if place is None or place[0] < start:
-            continue
-        add(text[start : place[0]], -1)
-        start = place[1] + _common(text[place[1] :], tail)
-        add(text[place[0] : start], turn)
-    add(text[start:], -1)
-    return Encoded(ids, turns)
-
-
-def render(model: Model, messages: Messages, *, continue_final: bool = False) -> str:
-    """The chat template's text, with the start of the answer, or, with `continue_final`, up to where the last message is
-    left open; plain paragraphs for a model without a template. Names of control tokens in the messages are escaped."""
-    return _render(model.tokenizer, messages, None, not continue_final, continue_final)[1]
-
-
-def takes_system(model: Model) -> bool:
-    """Whether the template shows a system message: some refuse one, some leave it out without a word."""
-    probe = "a system text to look for"
-    try:
-        messages = [{"role": "system", "content": probe}, {"role": "user", "content": "x"}]
-        return probe in _apply(model.tokenizer, messages, None, True, False)
-    except ValueError:
-        return False
-
-
-def fold_system(messages: Messages) -> list[Message]:
-    """The messages with every system text in front of the first user turn's."""
-    texts = [message["content"] for message in messages if message["role"] in INSTRUCTIONS]
-    turns: list[Any] = [dict(message) for message in messages if message["role"] not in INSTRUCTIONS]
-    first = next((turn for turn in turns if turn["role"] == "user"), None)
-    if first is None:
-        return [{"role": "user", "content": "\n\n".join(texts)}, *turns]
-    first["content"] = "\n\n".join([*texts, first["content"]])
-    return turns
-
-
-Place = tuple[int, int]  # of a message's text in the rendered one: first character and the one after the last
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerFast,
-    messages: Messages,
-    tools: Sequence[Any] | None,
-    prompt: bool,
-    open_end: bool = False,
-) -> tuple[list[Message], str, list[Place | None]]:
-    """The messages as they are sent, the template's text of them, and where in it each one stands (None: not known)."""
-    messages = [_check_message(tokenizer, message, i) for i, message in enumerate(messages)]
-    if not messages:
-        raise ValueError("a conversation is empty; at least one message is needed")
-    tools = _escaped(tokenizer, tools)
-    system = any(message["role"] in INSTRUCTIONS for message in messages)
-    try:
-        text = _apply(tokenizer, messages, tools, prompt, open_end)
-    except ValueError:
-        if not system:
-            raise
-        lost, text = [0], ""  # some templates refuse a system message
-    else:
-        places, lost = _find(tokenizer, messages, tools, prompt, open_end, text)
-    if any(messages[i]["role"] in INSTRUCTIONS for i in lost) or not text:
-        messages = fold_system(messages)
-        text = _apply(tokenizer, messages, tools, prompt, open_end)
-        warnings.warn("the chat template has no system role: the system text is put before the first message", stacklevel=4)
-        places, lost = _find(tokenizer, messages, tools, prompt, open_end, text)
-    for i in lost:
-        warnings.warn(f"the chat template leaves out message {i} (role {messages[i]['role']!r})", stacklevel=4)
-    return messages, text, places
-
-
-def _find(
-    tokenizer: PreTrainedTokenizerFast,
-    messages: list[Message],
-    tools: Sequence[Any] | None,
-    prompt: bool,
-    open_end: bool,
-    text: str,
-) -> tuple[list[Place | None], list[int]]:
-    """Where each message stands in the rendered text, and which ones are left out of it.
-
-    A second rendering, with marks around every message, tells. It says nothing where the template treats marked messages
-    otherwise; blanks at a message's ends stay outside its marks, since templates strip them.
-    """
-    held = set(text)
-    marks = list(islice((mark for mark in map(chr, MARKS) if mark not in held), 2 * len(messages)))
-    if len(marks) < 2 * len(messages):
-        return [None] * len(messages), []
-    pairs = list(zip(marks[::2], marks[1::2], strict=True))
-
-    def wrapped(content: str, pair: tuple[str, str]) -> str:
-        return re.sub(r"\S(?:.*\S)?", lambda core: core[0].join(pair), content, flags=re.S)
-
-    marked = [{**m, "content": wrapped(m["content"], pair)} for m, pair in zip(messages, pairs, strict=True)]
-    try:
-        shown = _apply(tokenizer, marked, tools, prompt, open_end)
-    except ValueError:
-        return [None] * len(messages), []
-    if open_end:
-        shown += pairs[-1][1]
-    at: dict[str, int] = {}
-    for number, found in enumerate(re.finditer(f"[{marks[0]}-{marks[-1]}]", shown)):
-        at.setdefault(found[0], found.start() - number)
-    if re.sub(f"[{marks[0]}-{marks[-1]}]", "", shown) != text:
-        return [None] * len(messages), []
-    places: list[Place | None] = []
-    for message, pair in zip(messages, pairs, strict=True):
-        content = message["content"]
-        if not all(mark in at for mark in pair):
-            places.append(None)
-            continue
-        start, end = (at[mark] for mark in pair)
-        before, after = content[: len(content) - len(content.lstrip())], content[len(content.rstrip()) :]
-        start -= len(before) if text[:start].endswith(before) else 0
-        end += len(after) if text.startswith(after, end) else 0
-        places.append((start, end))
-    lost = [
-        i
-        for i, (m, pair) in enumerate(zip(messages, pairs, strict=True))
-        if m["content"].strip() and not at.keys() & {*pair}
-    ]
-    return places, lost
-
-
-@lru_cache(maxsize=16)
-def _end_of_turn(tokenizer: PreTrainedTokenizerFast, template: str | None) -> str:
-    """What the template writes after an answer, before anything of the next turn.
-
-    It is what follows an answer both at the end of a conversation and before another turn. Where the template starts a new
-    turn in any case, as LLaDA's does, that holds the next header as well: there it ends with the first control token.
-    """
-    words = chr(MARKS[0])
-    asked, answered = {"role": "user", "content": "question"}, {"role": "assistant", "content": words}
-
-    def after(messages: list[Message], prompt: bool) -> str:
-        return _apply(tokenizer, messages, None, prompt, False).partition(words)[2]
-
-    try:
-        last, prompt = after([asked, answered], False), after([asked, answered], True)
-        more = after([asked, answered, asked], False)
-    except ValueError:
-        return ""
-    tail = last[: _common(last, more)]
-    if last == prompt and (found := _names(tokenizer).search(tail)):
-        rest = tail[found.end() :]
-        return tail[: found.end()] + rest[: len(rest) - len(rest.lstrip())]
-    return tail
-
-
-def _common(one: str, other: str) -> int:
-    """How many characters two texts begin with in common."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _apply(
-    tokenizer: PreTrainedTokenizerFast, messages: Messages, tools: Sequence[Any] | None, prompt: bool, open_end: bool
-) -> str:
-    """The template's text of messages that are checked already. Whatever it raises is a ValueError that names it.
-
-    jinja2's sandbox keeps a checkpoint's template from the machine, not from computing for ever: that is not bounded here.
-    """
-    template = tokenizer.chat_template
-    if template is None:
-        return "\n\n".join(message["content"] for message in messages)
-    try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tools=list(tools) if tools else None,
-            tokenize=False,
-            add_generation_prompt=prompt,
-            continue_final_message=open_end,
-        )
-    except Exception as error:  # a template may raise anything of its own
-        start = " ".join(str(template).split())[:60]
-        raise ValueError(f"the chat template ({start!r}...) fails: {type(error).__name__}: {error}") from error
-    if len(text) > LONGEST:
-        raise ValueError(f"the chat template makes {len(text)} characters of a conversation; at most {LONGEST} are allowed")
-    return text
-
-
-def _check_message(tokenizer: PreTrainedTokenizerFast, message: Any, i: int) -> dict[str, Any]:
-    """The message with its content as one text and every text escaped."""
-    if not isinstance(message, Mapping):
-        raise ValueError(f"message {i} is {_named(message)}; a message is a dict with 'role' and 'content'")
-    role = message.get("role")
-    if not isinstance(role, str):
-        raise ValueError(f"message {i} has no role; it has the keys {', '.join(map(str, message)) or '(none)'}")
-    content = message.get("content")
-    if content is None and message.get("tool_calls"):
-        content = ""
-    if isinstance(content, list | tuple):
-        content = "".join(_part(part, i) for part in content)
-    if not isinstance(content, str):
-        what = "no content" if "content" not in message else f"content of type {type(content).__name__}"
-        raise ValueError(f"message {i} (role {role!r}) has {what}; allowed are a text and a list of text parts")
-    check_text(content, f"message {i}")
-    return _escaped(tokenizer, {**message, "content": content})
-
-
-def _part(part: Any, i: int) -> str:
-    if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
-        return part["text"]
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise ValueError(f"message {i} has a content part of type {kind!r}; only {{'type': 'text', 'text': ...}} is read")
-
-
-def _escaped(tokenizer: PreTrainedTokenizerFast, value: Any) -> Any:
-    """`value` with every text in it escaped, however deep it stands."""
-    if isinstance(value, str):
-        return escape(tokenizer, value)
-    if isinstance(value, Mapping):
-        return {key: _escaped(tokenizer, item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_escaped(tokenizer, item) for item in value]
-    return value

@@ -273,7 +273,7 @@ def test_refreshing_at_every_step_is_no_cache(seed: int, gen_length: int, block_
     always = fastdllm.generate(model, given, cache="vicinity", before=10_000, after=10_000, **options)
     assert tokens(none) == tokens(always)
     assert none.stats.row_forwards == always.stats.row_forwards
-    if registry.find("decoders", decoder).rows == 1:  # an opening pass runs for one branch
+    if registry.find("decoders", decoder).branches == 1:  # an opening pass runs for one branch
         assert none.stats.row_positions == always.stats.row_positions
 
 

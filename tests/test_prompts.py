@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastdllm
+from fastdllm.conversations import encode_conversation, encode_messages, encode_text, escape, render
 from fastdllm.models import Model
-from fastdllm.prompts import encode, encode_conversation, encode_messages, encode_text, escape, render
+from fastdllm.prompts import encode
 
 TEXT = "Ann has 3 apples."
 ASK = [{"role": "user", "content": TEXT}]

@@ -31,6 +31,7 @@ from tqdm import tqdm
 import fastdllm
 from fastdllm.build import assemble
 from fastdllm.config import DecodeConfig
+from fastdllm.conversations import encode_text, render
 from fastdllm.evaluation.answers import AnswerStore, Ask, answer, answer_key, fingerprint
 from fastdllm.evaluation.distributed import World, choose_device
 from fastdllm.evaluation.options import (
@@ -46,7 +47,7 @@ from fastdllm.evaluation.options import (
 from fastdllm.fields import coerce
 from fastdllm.likelihood import Score, log_likelihoods
 from fastdllm.models import Model
-from fastdllm.prompts import check_model, encode_text, render
+from fastdllm.prompts import check_model
 from fastdllm.stats import Stats
 from fastdllm.text import cut
 

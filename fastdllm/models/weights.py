@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastdllm.models import int4
-from fastdllm.models.files import Fields, read_bytes, read_object
+from fastdllm.models.files import read_bytes, read_object
 from fastdllm.models.spec import Family, ModelSpec
 from fastdllm.models.transformer import Transformer
 
@@ -42,11 +42,13 @@ def shards(folder: Path) -> list[Path]:
     Raises FileNotFoundError for a shard that the index names and that is missing, ValueError for a name outside the folder.
     """
     if (folder / INDEX).exists():
-        table = Fields(read_object(folder / INDEX), str(folder / INDEX)).inner("weight_map")
-        names = sorted({table.text(name) for name in table})
-        for name in names:
-            if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+        table = read_object(folder / INDEX).get("weight_map")
+        if not isinstance(table, dict):
+            raise ValueError(f"{folder / INDEX}: weight_map must be an object")
+        for name in table.values():  # a null is damage here: it stands for a tensor
+            if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
                 raise ValueError(f"{folder / INDEX}: {name!r} is not the name of a .safetensors file in the same folder")
+        names = sorted(set(table.values()))
         if missing := [n for n in names if not (folder / n).exists()]:
             raise FileNotFoundError(f"{folder}: {INDEX} names {', '.join(missing)}, not found")
         if not names:

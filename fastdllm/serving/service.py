@@ -20,10 +20,11 @@ from torch import Tensor
 import fastdllm
 from fastdllm.build import resolve
 from fastdllm.config import DecodeConfig
+from fastdllm.conversations import encode_literally
 from fastdllm.decide import decide
 from fastdllm.engine import Request, check
 from fastdllm.likelihood import Probe, Reading, read, token_probes
-from fastdllm.prompts import encode, encode_literally
+from fastdllm.prompts import encode
 from fastdllm.serving.errors import ApiError, Expired, as_api_error
 from fastdllm.serving.listing import TokenList, chat_logprobs, text_logprobs
 from fastdllm.serving.metrics import Metrics

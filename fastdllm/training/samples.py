@@ -8,12 +8,12 @@ ChatML). Text is tokenised turn by turn, so that a prompt has the tokens it has 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from fastdllm.conversations import MARKS, escaped, ids_of
 from fastdllm.training.objective import IGNORE
 from fastdllm.training.records import BadRecord, Conversation, encodable, is_target, strings
 
@@ -48,7 +48,7 @@ def turns(conversation: Conversation, tokenizer: PreTrainedTokenizerFast) -> lis
 
     def opening() -> str:
         """What stands before the first answer of a conversation that begins with it: no template renders no message."""
-        (text,) = unused([messages[0]["content"]], 1)
+        text = next(mark for mark in map(chr, MARKS) if mark not in messages[0]["content"])
         return render([{**messages[0], "content": text}], False).partition(text)[0]
 
     if tools and "tools" not in tokenizer.chat_template:
@@ -66,70 +66,25 @@ def turns(conversation: Conversation, tokenizer: PreTrainedTokenizerFast) -> lis
     return pieces
 
 
-def replaced(value: object, table: dict[str, str]) -> object:
-    """A JSON value with every string's parts exchanged by `table`, in its order."""
-    if isinstance(value, str):
-        for old, new in table.items():
-            value = value.replace(old, new)
-    elif isinstance(value, dict):
-        return {name: replaced(item, table) for name, item in value.items()}
-    elif isinstance(value, list):
-        return [replaced(item, table) for item in value]
-    return value
-
-
-def unused(texts: Iterable[str], count: int) -> list[str]:
-    """`count` characters for private use that occur in none of the texts."""
-    taken = set().union(*texts)
-    return list(islice((chr(code) for code in range(0xF0000, 0xFFFFD) if chr(code) not in taken), count))
-
-
 def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerFast) -> Sample:
     """Tokens and response-only labels of a conversation.
 
-    Only what the template writes is special, as in `fastdllm.prompts.encode_messages`: the name of a control token in a
-    message means those characters. Raises BadRecord for whatever the template or the tokenizer refuses.
+    Only what the template writes is special, as when the model is asked: the name of a control token in a message means
+    those characters. Raises BadRecord for whatever the template or the tokenizer refuses.
     """
     where, messages, tools = conversation
     try:
-        texts = list(strings([messages, tools]))
-        if not all(map(encodable, texts)):
+        if not all(map(encodable, strings([messages, tools]))):
             raise BadRecord(f"{where}: holds bytes that are not UTF-8, or half of a surrogate pair")
-        added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-        names = [name for name in added if any(name in text for text in texts)]
-        stand_ins = dict(zip(names, unused(texts, len(names)), strict=True))
-        plain = Conversation(where, replaced(messages, stand_ins), replaced(tools, stand_ins))
-        meant = {stand_in: name for name, stand_in in stand_ins.items()}
         ids: list[int] = []
         labels: list[int] = []
-        for text, target in turns(plain, tokenizer):
-            piece = _encode_piece(text, meant, tokenizer)
+        for text, target in turns(Conversation(where, escaped(tokenizer, messages), escaped(tokenizer, tools)), tokenizer):
+            piece = ids_of(tokenizer, text)
             ids += piece
             labels += piece if target else [IGNORE] * len(piece)
     except RecursionError as error:
         raise BadRecord(f"{where}: nested too deeply") from error
     return Sample(np.array(ids, np.int32), np.array(labels, np.int32))
-
-
-def _encode_piece(text: str, meant: dict[str, str], tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Ids of a text whose stand-ins are control tokens' names that mean their characters."""
-    ids: list[int] = []
-    start = 0
-    for at, character in enumerate(text if meant else ""):
-        if character in meant:
-            ids += tokenizer(text[start:at], add_special_tokens=False)["input_ids"]
-            ids += encode_literally(meant[character], tokenizer)
-            start = at + 1
-    return ids + tokenizer(text[start:], add_special_tokens=False)["input_ids"]
-
-
-def encode_literally(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Ids of a text in which nothing is special: cut inside each added token's name, none is left to recognise."""
-    name = next((name for name in tokenizer.get_added_vocab() if name in text and len(name) > 1), None)
-    if name is None:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    at = text.index(name) + 1
-    return encode_literally(text[:at], tokenizer) + encode_literally(text[at:], tokenizer)
 
 
 def fit(sample: Sample, context: int, where: str) -> Sample:

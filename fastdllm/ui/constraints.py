@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import re
 
+from fastdllm.conversations import encode_literally
 from fastdllm.models import Model
-from fastdllm.prompts import encode_literally
 from fastdllm.ui.conversation import clean
 
 ITEM = re.compile(r"\s*(\d+)\s*:\s*(?:\"([^\"]*)\"|([^,\"]*))\s*(?:,|$)")

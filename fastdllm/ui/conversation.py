@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastdllm.prompts import encode_messages, fold_system, takes_system
+from fastdllm.conversations import encode_messages, fold_system, takes_system
 from fastdllm.ui.options import about
 
 if TYPE_CHECKING:

@@ -24,10 +24,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastdllm
+from fastdllm.conversations import encode_text
 from fastdllm.forward import Window
 from fastdllm.likelihood import Probe
 from fastdllm.models import Model
-from fastdllm.prompts import encode, encode_text
+from fastdllm.prompts import encode
 from scripts.studies.paired import summarise
 from scripts.studies.pareto import TASKS, Job, Study, decoded, problems, prompt, reference_of
 

@@ -42,7 +42,7 @@ Chosen = Any  # a name, a class or an object
 def check_decoder(decoder: Chosen, families: Sequence[str] = FAMILIES) -> None:
     """Everything that is asked of a decoder; takes some seconds.
 
-    Each step gains a token, writes open positions only and takes back what it may; rows do not see each other; nothing is
+    Each step gains a token, writes open positions only and remasks what it may; rows do not see each other; nothing is
     read on the host; generation ends under every cache, and a row gives in a batch what it gives alone; a lossless rule
     gives the tokens of one token per step.
     """
@@ -154,7 +154,7 @@ def view(rule: DecoderRule, rows: int, width: int, kind: str = "spread", seed: i
     entropy, margin = -conf * conf.clamp(min=1e-9).log() * 2, conf * 0.9
     step, initial = torch.zeros(n, dtype=torch.long), torch.full((n,), width)
     state = rule.state(width, VOCAB, torch.device("cpu"), n) if rule.state else None
-    # Some tokens may not be taken back; of the others, most are doubtful where confidences are low.
+    # Some tokens may not be remasked; of the others, most are doubtful where confidences are low.
     fixed = keep | (torch.rand(n, width, generator=g) < 0.3)
     check = (conf.flip(1) * 0.95).masked_fill(fixed, torch.nan) if rule.shadow else None
     return View(ids, keep, top, conf, step, initial, MASK, entropy, margin, torch.arange(n), state, check)
@@ -184,14 +184,14 @@ def check_step(decoder: Chosen, width: int, kind: str) -> None:
     if rule.branches > 1:
         assert not rule.shadow, "shadows are for rules of one branch"
         return
-    written, taken_back = after != ids, ~masked & (after == MASK)
-    assert not (written & ~masked & ~taken_back).any(), "a position was written that is not open"
+    written, remasked = after != ids, ~masked & (after == MASK)
+    assert not (written & ~masked & ~remasked).any(), "a position was written that is not open"
     assert torch.equal(after[written & masked], v.top[written & masked]), "a token was written that is not the top one"
     if checked is not None and v.unaware is not None:
         assert torch.equal(v.unaware.isnan(), checked.isnan()), "a rule changes what it was given: view.unaware"
-        assert not (taken_back & checked.isnan()).any(), "a token was taken back that nothing speaks against"
+        assert not (remasked & checked.isnan()).any(), "a token was remasked that nothing speaks against"
     else:
-        assert not taken_back.any(), "a token was taken back without shadows"
+        assert not remasked.any(), "a token was remasked without shadows"
 
 
 def check_rows_apart(decoder: Chosen) -> None:

@@ -27,7 +27,7 @@ FORMAT, VERSION = "fastdllm-trace", 1
 
 @dataclass(frozen=True)
 class Change:
-    """A token written at a position of the answer (the mask id: taken back). confidence: probability in [0, 1], or the
+    """A token written at a position of the answer (the mask id: remasked). confidence: probability in [0, 1], or the
     decoder's own measure; None where the position was not scored in that forward."""
 
     position: int

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shadows: what they see, what they cost, what they leave alone, and what happens to a token that is taken back."""
+"""Shadows: what they see, what they cost, what they leave alone, and what happens to a token that is remasked."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ class Watching(DecoderRule):
 
 @dataclass(frozen=True)
 class Fickle(DecoderRule):
-    """Commits the two most confident and takes back the token that was written first of those it may, whatever the check."""
+    """Commits the two most confident and remasks the token that was written first of those it may, whatever the check."""
 
     shadow = True
 
     def step(self, view: View) -> Tensor:
         commit = view.masked & (view.ranked()[1] < 2)
         allowed = ~view.unaware.isnan()
-        revoke = allowed & (allowed.cumsum(1) < commit.sum(1, keepdim=True))
-        return torch.where(commit, view.top, view.ids.masked_fill(revoke, view.mask_id))
+        remask = allowed & (allowed.cumsum(1) < commit.sum(1, keepdim=True))
+        return torch.where(commit, view.top, view.ids.masked_fill(remask, view.mask_id))
 
 
 def shallow(family: str) -> Model:
@@ -128,8 +128,8 @@ def test_nobody_sees_a_shadow(family: str, cache: str) -> None:
 
 @pytest.mark.parametrize("family, cache", PAIRS)
 def test_only_tokens_that_the_block_chose_are_taken_back(family: str, cache: str) -> None:
-    """Constraints stay in every step, a step gains a token, and what is taken back is written again."""
-    model, given, taken_back = random_model(family), prompts(5, 8, 11), 0
+    """Constraints stay in every step, a step gains a token, and what is remasked is written again."""
+    model, given, remasked = random_model(family), prompts(5, 8, 11), 0
     fixed = {0: 4, 3: 5, 8: 6, 9: 7, 18: 8}
     at: dict[int, Tensor] = {}  # the answer of each row so far
     steps = run(model, Fickle(), given, cache=cache, fixed=fixed, small_block_size=8)
@@ -143,12 +143,12 @@ def test_only_tokens_that_the_block_chose_are_taken_back(family: str, cache: str
             assert all(after[place] == token for place, token in fixed.items())
             if not step.confidence[i].isnan().all():  # not an opening that could give a constrained token only
                 assert (after == MASK).sum() < (before == MASK).sum()
-            taken_back += int(((after == MASK) & (before != MASK)).sum())
+            remasked += int(((after == MASK) & (before != MASK)).sum())
             assert torch.equal(step.committed[i, : step.stops[i] - start], (before[here] == MASK) & (after[here] != MASK))
             at[row] = after
-    assert taken_back > 4
+    assert remasked > 4
     for row, result in {row: result for step in steps for row, result in step.done.items()}.items():
-        assert torch.equal(result.ids[: len(given[row])], given[row]), "the prompt's tail was taken back"
+        assert torch.equal(result.ids[: len(given[row])], given[row]), "the prompt's tail was remasked"
         assert torch.equal(result.ids[len(given[row]) :], at[row]) and MASK not in at[row]
 
 
@@ -200,7 +200,7 @@ def test_drawn_tokens_can_be_taken_back(family: str) -> None:
     model, given = random_model(family), prompts(5, 9)
     options = {**OPTIONS, "temperature": 0.8, "threshold": 0.2, "keep": 1.0}
     out = fastdllm.generate(model, given, trace=True, **options)
-    assert sum(int(step.committed.sum()) for step in out.trace) > 2 * OPTIONS["gen_length"], "nothing was taken back"
+    assert sum(int(step.committed.sum()) for step in out.trace) > 2 * OPTIONS["gen_length"], "nothing was remasked"
     assert not any((s[-OPTIONS["gen_length"] :] == MASK).any() for s in out.sequences)
     for row, prompt in enumerate(given):
         assert torch.equal(fastdllm.generate(model, prompt, seed=row, **options).sequences[0], out.sequences[row])

@@ -2,11 +2,11 @@
 """A decoder maps a block to its next content.
 
 It sees ids, mask, top token and confidence of every position and returns the next ids; that one value expresses committing
-(write the top token), revoking (write the mask) and branching. A file of this folder is one rule; its name is the
+(write the top token), remasking (write the mask) and branching. A file of this folder is one rule; its name is the
 name on the command line, its class is called `Decoder`, and its dataclass fields are its options.
 
 A rule reads no value on the host, has no shape that depends on data, and leaves every row that has a masked position with
-fewer of them than before: what it revokes is less than what it commits.
+fewer of them than before: what it remasks is less than what it commits.
 """
 
 from __future__ import annotations

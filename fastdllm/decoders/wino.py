@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wide in, narrow out (WINO, arXiv 2507.18578): commit early, and take back what the text around it does not confirm.
+"""Wide in, narrow out (WINO, arXiv 2507.18578): commit early, and remask what the text around it does not confirm.
 
 A low threshold fills the block fast and sometimes wrongly. So every step asks each token of the block how likely it is given
-everything but itself (`shadows.py`), and masks the doubtful ones again, fewer than it commits: each step gains a token, and
+everything but itself (`shadows.py`), and remasks the doubtful ones, fewer than it commits: each step gains a token, and
 a block ends.
 """
 
@@ -38,5 +38,5 @@ class Decoder(DecoderRule):
         commit = view.masked & ((rank == 0) | ((scores > self.threshold) & (rank < most)))
         doubted = view.unaware < self.keep  # never where it is NaN
         worst = view.unaware.masked_fill(~doubted, torch.inf).argsort(dim=1, stable=True).argsort(1)
-        revoke = doubted & (worst < commit.sum(1, keepdim=True) - 1)
-        return torch.where(commit, view.top, view.ids.masked_fill(revoke, view.mask_id))
+        remask = doubted & (worst < commit.sum(1, keepdim=True) - 1)
+        return torch.where(commit, view.top, view.ids.masked_fill(remask, view.mask_id))

@@ -37,7 +37,7 @@ class Step:
     """One forward.
 
     rows: the requests it served. starts, stops: where their blocks lie. seconds: it took. done: the requests it finished.
-    With `trace`: ids [R, Q] after the step (the mask id where a token was taken back), confidence [R, Q] (NaN where nothing
+    With `trace`: ids [R, Q] after the step (the mask id where a token was remasked), confidence [R, Q] (NaN where nothing
     was scored), committed [R, Q] bool, logprobs [R, Q] of what stands there now, where it was scored; and for requests with
     `alternatives` the likeliest tokens of each position with their log-probabilities, [R, Q, n] each.
     """

@@ -188,7 +188,7 @@ class Row:
             raise NothingCommitted(
                 self.number,
                 f"request {self.number}: a forward over its block at positions {self.block.start}..{self.block.stop - 1} "
-                f"committed none of {self.remaining} masks; a decoder must commit more than it takes back",
+                f"committed none of {self.remaining} masks; a decoder must commit more than it remasks",
             )
         self.step += 1
         self.denoised += not self.opening

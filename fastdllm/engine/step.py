@@ -196,7 +196,7 @@ def observe(model: Model, canvas: Canvas, own: Own, plan: Plan, where: Where, sc
 
 
 def commit(lanes: int, rule: DecoderRule, view: View, where: Where) -> Written:
-    """What the decoder makes of the block. What is open in lane 0 is open in all: a branch may take back what another one
+    """What the decoder makes of the block. What is open in lane 0 is open in all: a branch may remask what another one
     tried. A position where the decoder writes the mask stays open."""
     unfilled = of_first(where.masked, lanes)
     if rule.shadow:
@@ -227,7 +227,7 @@ def report(
     canvas: Canvas, run: Decoding, plan: Plan, block: Tensor, view: View, written: Written, drifted: Tensor | None
 ) -> Outcome:
     """For the host. A row has stopped when a stop token of its answer has no mask before it, or, where tokens may still be
-    taken back, when the block has none."""
+    remasked, when the block has none."""
     after, still = written.after, written.still
     ends = (after[..., None] == canvas.stops[plan.slot][:, None]).any(-1) & ~still
     ends &= (block < plan.end[:, None]) & (block >= plan.prompt[:, None])

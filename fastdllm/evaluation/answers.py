@@ -30,7 +30,7 @@ CHUNK = 2**22  # words of a weight that are summed at once
 
 
 @dataclass(frozen=True)
-class Ask:
+class Query:
     """One answer that is wanted: prompt ids, the strings that end it, the settings, and the key that names it on disk."""
 
     prompt: list[int]
@@ -39,26 +39,26 @@ class Ask:
     key: str
 
 
-def answer(model: Model, asks: list[Ask], batch_size: int, stats: Stats) -> Iterator[tuple[int, Tensor]]:
-    """(index, ids [N] on the CPU) of asks with equal settings, each as soon as it is finished: up to the stop token, or
+def answer(model: Model, queries: list[Query], batch_size: int, stats: Stats) -> Iterator[tuple[int, Tensor]]:
+    """(index, ids [N] on the CPU) of queries with equal settings, each as soon as it is finished: up to the stop token, or
     to the end of the block in which a stop string appeared.
 
-    What it cost is added to `stats`. Each ask draws from a seed of its own, made from its key.
+    What it cost is added to `stats`. Each query draws from a seed of its own, made from its key.
     """
-    config = asks[0].config.replace(batch_size=batch_size)
+    config = queries[0].config.replace(batch_size=batch_size)
     run = assemble(model, config)
 
-    def request(ask: Ask) -> Request:
-        seed = (config.seed + int(ask.key[:12], 16)) % 2**63
-        stops = tuple(filter(None, ask.until))
+    def request(query: Query) -> Request:
+        seed = (config.seed + int(query.key[:12], 16)) % 2**63
+        stops = tuple(filter(None, query.until))
         ends = (lambda ids: is_cut(model.tokenizer.decode(ids, skip_special_tokens=True), stops)) if stops else None
-        return Request(torch.tensor(ask.prompt), config.gen_length, seed, ends=ends)
+        return Request(torch.tensor(query.prompt), config.gen_length, seed, ends=ends)
 
-    requests = [request(ask) for ask in asks]
+    requests = [request(query) for query in queries]
     for step in decode(model, requests, run, runner(model, config), rows=batch_size):
         stats.take(step)
         for at, result in step.done.items():
-            ids = result.ids[len(asks[at].prompt) :].cpu()  # sync: a finished answer
+            ids = result.ids[len(queries[at].prompt) :].cpu()  # sync: a finished answer
             length = answer_length(ids, (*run.stop_ids, model.spec.mask_id))  # masks: blocks that nobody needed
             stats.finish(result, length)
             yield at, ids[:length]

@@ -28,7 +28,7 @@ def choose_device(name: str | None) -> torch.device:
         raise ValueError(f"device={name!r} is unknown; allowed are cpu, cuda, cuda:0, ...") from error
 
 
-class World:
+class Distributed:
     """rank, size and device of this process; under `accelerate launch` or torchrun with several processes, one of them."""
 
     def __init__(self, device: torch.device) -> None:

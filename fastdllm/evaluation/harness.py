@@ -32,8 +32,8 @@ import fastdllm
 from fastdllm.build import assemble
 from fastdllm.config import DecodeConfig
 from fastdllm.conversations import encode_text, render
-from fastdllm.evaluation.answers import AnswerStore, Ask, answer, answer_key, fingerprint
-from fastdllm.evaluation.distributed import World, choose_device
+from fastdllm.evaluation.answers import AnswerStore, Query, answer, answer_key, fingerprint
+from fastdllm.evaluation.distributed import Distributed, choose_device
 from fastdllm.evaluation.options import (
     HarnessOptions,
     decode_options,
@@ -92,7 +92,7 @@ class DiffusionLM(TemplateLM):
         self.options = self.options_type(**own)
         self.batch_size = read_batch_size(batch_size, max_batch_size)
         self._configure({})  # before the weights are read: a bad option is an error at once
-        self.world = World(loaded.device if loaded else choose_device(device))
+        self.world = Distributed(loaded.device if loaded else choose_device(device))
         self._device, self._rank, self._world_size = self.world.device, self.world.rank, self.world.size
         self.model = loaded or fastdllm.load(
             self.options.pretrained, self._device, **{name: getattr(self.options, name) for name in LOADING}
@@ -214,37 +214,37 @@ class DiffusionLM(TemplateLM):
             named = "; ".join(f"task {name}: {fault}" for name, fault in faults.items())
             raise ValueError(f"{named}; leave these tasks out, or fix the option in --model_args")
         seen: Counter[str] = Counter()
-        asks = []
+        queries = []
         for request in requests:
             with _naming(request):
-                asks.append(self._ask(request, seen))
+                queries.append(self._query(request, seen))
         equal: dict[str, list[int]] = {}  # greedy repeats, such as those that pad a process's share, cost nothing
-        for i, ask in enumerate(asks):
-            equal.setdefault(ask.key, []).append(i)
+        for i, query in enumerate(queries):
+            equal.setdefault(query.key, []).append(i)
         answers: dict[int, str] = {}
-        bar = tqdm(total=len(asks), desc="answers", disable=disable_tqdm or self.rank > 0)
+        bar = tqdm(total=len(queries), desc="answers", disable=disable_tqdm or self.rank > 0)
 
         def finish(key: str, ids: Tensor) -> None:
             for i in equal[key]:
                 text = self.tokenizer.decode(ids, skip_special_tokens=True)
-                answers[i] = cut(text, asks[i].until)
-                self.unfinished += len(ids) == asks[i].config.gen_length and answers[i] == text
+                answers[i] = cut(text, queries[i].until)
+                self.unfinished += len(ids) == queries[i].config.gen_length and answers[i] == text
                 self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
                 bar.update()
 
-        waiting: dict[str, list[Ask]] = {}
+        waiting: dict[str, list[Query]] = {}
         for key, (first, *_) in equal.items():
             known = self._answers.get(key) if self._answers else None
             if known is not None:
                 self.reused += len(equal[key])
                 finish(key, known)
             else:
-                waiting.setdefault(answer_key(asks[first].config.given()), []).append(asks[first])
+                waiting.setdefault(answer_key(queries[first].config.given()), []).append(queries[first])
         if self.reused:
             log.info("%d finished answers are taken from %s", self.reused, self.options.save_dir)
         for group in waiting.values():
             # Longest prompts first: trouble with memory shows at once, and neighbours are alike.
-            group.sort(key=lambda ask: -len(ask.prompt))
+            group.sort(key=lambda query: -len(query.prompt))
             for at, ids in answer(self.model, group, self.batch_size, self.stats):
                 if self._answers:
                     self._answers.add(group[at].key, ids, self.tokenizer.decode(ids, skip_special_tokens=True))
@@ -278,7 +278,7 @@ class DiffusionLM(TemplateLM):
                 found[name] = str(error)
         return found
 
-    def _ask(self, request: Instance, seen: Counter[str]) -> Ask:
+    def _query(self, request: Instance, seen: Counter[str]) -> Query:
         kwargs = dict(request.args[1])
         until = _stops(kwargs)
         if self.options.escape_until:
@@ -292,7 +292,7 @@ class DiffusionLM(TemplateLM):
         if config.temperature or config.alg_temp or config.confidence == "random":
             seen[key] += 1  # the same request again is another draw
             key = answer_key(key, seen[key])
-        return Ask(prompt, tuple(until), config, key)
+        return Query(prompt, tuple(until), config, key)
 
     def _loglikelihood_tokens(
         self,

@@ -121,17 +121,17 @@ def test_wino_takes_back_the_most_doubtful_and_fewer_than_it_commits() -> None:
     view.unaware = torch.rand(ROWS, WIDTH, generator=g).masked_fill(view.masked, torch.nan)
     view.unaware[:, 0] = torch.nan
     after = registry.find("decoders", "wino")(threshold=0.6, keep=0.7).step(view)
-    taken_back = 0
+    remasked = 0
     for row in range(ROWS):
         conf = [c if m else -1.0 for c, m in zip(view.conf[row].tolist(), view.masked[row].tolist(), strict=True)]
         most = min(max(int(view.masked[row].sum()) * 7 // 10, 5), 20)
         commit = {falling(conf)[0]} | {i for i in falling(conf)[:most] if conf[i] > 0.6}
         doubted = sorted((c, i) for i, c in enumerate(view.unaware[row].tolist()) if c < 0.7)
-        revoke = {i for _, i in doubted[: len(commit) - 1]}
-        want = [view.top[row, i] if i in commit else MASK if i in revoke else view.ids[row, i] for i in range(WIDTH)]
+        remask = {i for _, i in doubted[: len(commit) - 1]}
+        want = [view.top[row, i] if i in commit else MASK if i in remask else view.ids[row, i] for i in range(WIDTH)]
         assert after[row].tolist() == [int(w) for w in want]
-        taken_back += len(revoke)
-    assert taken_back > ROWS
+        remasked += len(remask)
+    assert remasked > ROWS
 
 
 def test_wino_commits_no_more_than_its_cap() -> None:

@@ -4,16 +4,21 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
+import fastdllm
 from fastdllm import registry
 from fastdllm.config import ALIASES, OPTIONS
+from fastdllm.decoders.base import DecoderRule
 from fastdllm.fields import Option, read
 from fastdllm.reference import main, pages
 from fastdllm.registry import Kind
-from fastdllm.ui.options import NOT_TYPED, add_decode_options, component_options
+from fastdllm.ui.options import NOT_TYPED, add_decode_options, add_model_options, component_options, config_of
+from fastdllm.view import View
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 COMPONENTS = [(kind, name) for kind in (Kind.DECODERS, Kind.CACHES) for name in registry.shipped(kind)]
@@ -61,10 +66,34 @@ def test_the_chat_has_a_flag_for_every_option_and_alias() -> None:
     parser = argparse.ArgumentParser()
     add_decode_options(parser, 64)
     flags = {flag for action in parser._actions for flag in action.option_strings}
-    names = OPTIONS.keys() - set(NOT_TYPED) | {option.name for kind in Kind for option in component_options(kind)}
+    names = OPTIONS.keys() - set(NOT_TYPED) | {option.name for option in component_options()}
     names |= {alias for alias, own in ALIASES.items() if own in names}
     for name in names:
         assert {f"--{name}", f"--{name.replace('_', '-')}"} <= flags
     assert "commit tokens" not in parser.format_help() and OPTIONS["block_length"].doc.rstrip(".") in " ".join(
         parser.format_help().split()
     )
+
+
+def test_a_registered_rule_may_call_its_options_as_it_likes() -> None:
+    """Names of a cache's option, of a flag of the command, of another rule's option."""
+
+    @dataclass(frozen=True)
+    class Surest(DecoderRule):
+        ratio: float = 0.5
+        device: float = 0.25
+        factor: float = 2.0
+
+        def step(self, view: View) -> Tensor:
+            return view.commit(view.masked)
+
+    fastdllm.register("decoders", Surest)
+    try:
+        parser = argparse.ArgumentParser()
+        add_model_options(parser, "tiny-llada")
+        add_decode_options(parser, 64)
+        args = parser.parse_args(["--device", "cpu", "--decoder", "surest", "--ratio", "0.7", "--set", "device=0.1"])
+        assert config_of(args).given() == {"gen_length": 64, "decoder": "surest", "ratio": 0.7, "device": 0.1}
+        assert args.device == "cpu"
+    finally:
+        fastdllm.registry.unregister("decoders", "surest")

@@ -79,9 +79,7 @@ def loader(args: argparse.Namespace) -> Callable[[str], Model]:
 def add_decode_options(parser: argparse.ArgumentParser, gen_length: int) -> None:
     """Every option of `DecodeConfig`, of the decoders and of the caches, documented by their own lines."""
     group = parser.add_argument_group("decoding", "Other spellings, such as --max-new-tokens, are understood as well.")
-    for name, option in OPTIONS.items():
-        if name not in NOT_TYPED:
-            _add_option(group, option, gen_length if name == "gen_length" else None)
+    added = [_add_option(group, o, gen_length if o.name == "gen_length" else None) for o in OPTIONS.values() if typed(o)]
     group.add_argument(
         "--set",
         dest="others",
@@ -94,21 +92,26 @@ def add_decode_options(parser: argparse.ArgumentParser, gen_length: int) -> None
     group.add_argument(
         "--if_cache_position", action="store_true", help="published: with --use_cache, the same as --cache dual"
     )
-    for kind in (Kind.DECODERS, Kind.CACHES):
-        group = parser.add_argument_group(f"options of one {kind.option}")
-        for option in component_options(kind):
-            _add_option(group, option)
+    group = parser.add_argument_group("options of one decoder or cache")
+    added += [_add_option(group, option) for option in component_options()]
+    parser.set_defaults(decoding=frozenset(filter(None, added)))
 
 
-def component_options(kind: Kind) -> list[Option]:
-    """The options of all decoders or caches, one by name; its line says what it does in each.
+def typed(option: Option) -> bool:
+    """Whether the option can be typed."""
+    return option.name not in NOT_TYPED
+
+
+def component_options() -> list[Option]:
+    """The options of all decoders and caches, one by name; its line says what it does in each.
 
     Where a decoder carries the option's name, its line stands for all.
     """
     found: dict[str, dict[str, Option]] = {}
-    for owner in registry.names(kind):
-        for name, option in registry.settable(kind, owner).items():
-            found.setdefault(name, {})[owner] = option
+    for kind in (Kind.DECODERS, Kind.CACHES):
+        for owner in registry.names(kind):
+            for name, option in registry.settable(kind, owner).items():
+                found.setdefault(name, {})[owner] = option
     out = []
     for name, owners in found.items():
         lines: dict[str, list[str]] = {}
@@ -119,8 +122,11 @@ def component_options(kind: Kind) -> list[Option]:
     return out
 
 
-def _add_option(group: Any, option: Option, default: Any = None) -> None:
-    """A flag with its documentation; with underscores and under its other names it is understood, and not listed."""
+def _add_option(group: Any, option: Option, default: Any = None) -> str | None:
+    """A flag with its documentation; with underscores and under its other names it is understood, and not listed.
+
+    Returns the option's name; None where the command has a flag of that name, so that only --set reaches the option.
+    """
     names = [option.name, *(alias for alias, own in ALIASES.items() if own == option.name)]
     first, *others = [f"--{name}" for given in names for name in dict.fromkeys((given.replace("_", "-"), given))]
     shown = option.default if default is None else default
@@ -128,15 +134,18 @@ def _add_option(group: Any, option: Option, default: Any = None) -> None:
     notes = "; ".join(part for part in (choices, "" if shown is None else f"default {shown}") if part)
     text = f"{option.doc.rstrip('.')}{f' ({notes})' if notes else ''}".replace("%", "%%")
     metavar = option.type_name.split()[0].upper()
-    group.add_argument(first, dest=option.name, default=default, metavar=metavar, help=text)
-    if others:
-        group.add_argument(*others, dest=option.name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    try:
+        group.add_argument(first, dest=option.name, default=default, metavar=metavar, help=text)
+        if others:
+            group.add_argument(*others, dest=option.name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    except argparse.ArgumentError:  # a registered rule may call its option --device
+        return None
+    return option.name
 
 
 def config_of(args: argparse.Namespace) -> DecodeConfig:
     """The command line as a config; ValueError where options contradict each other."""
-    known = {*OPTIONS, *(option.name for kind in (Kind.DECODERS, Kind.CACHES) for option in component_options(kind))}
-    given = {name: value for name, value in vars(args).items() if name in known and value is not None}
+    given = {name: value for name, value in vars(args).items() if name in args.decoding and value is not None}
     for item in args.others:
         name, equals, value = item.partition("=")
         if not equals:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -96,10 +97,13 @@ def quiet_keys() -> Iterator[None]:
         import termios
 
         stream = sys.stdin.fileno()
-        before: list[Any] = termios.tcgetattr(stream)
-    except (ImportError, OSError, ValueError):  # no such terminals here, or the input is none
+        terminal = os.isatty(stream)
+    except (ImportError, OSError, ValueError):  # no such terminals here, or an input without a file
+        terminal = False
+    if not terminal:
         yield
         return
+    before: list[Any] = termios.tcgetattr(stream)
     silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
     termios.tcsetattr(stream, termios.TCSADRAIN, silent)
     try:

@@ -137,6 +137,8 @@ def main(arguments: Sequence[str] | None = None, default_model: str = "tiny-llad
     if not libraries.has_tokenizers():
         print(libraries.hint(arguments_parser.prog, "transformers"), file=sys.stderr)
         return 1
+    if sys.stdin is None:
+        arguments_parser.error("the input is closed; the chat reads messages from it")
     # Bytes that are no UTF-8 come in as replacement characters rather than as an error.
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")

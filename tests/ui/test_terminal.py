@@ -403,3 +403,20 @@ def test_on_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves_with_zero() -> 
     finally:
         process.kill()
         os.close(ours)
+
+
+@pytest.mark.parametrize("given", ["pipe", "file", "null", "closed"])
+def test_the_input_need_not_be_a_terminal(given: str, question: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "llada" / "chat.py")]
+    (tmp_path / "in.txt").write_text(question + "\n")
+    if given == "closed":
+        command = ["bash", "-c", 'exec "$@" <&-', "bash", *command]
+    with (tmp_path / "in.txt").open() as file:
+        stdin = {"file": file, "null": subprocess.DEVNULL}.get(given)
+        text = question + "\n" if given == "pipe" else None
+        done = subprocess.run(command, env=ENV, stdin=stdin, input=text, capture_output=True, text=True, timeout=600)
+    if given == "closed":
+        assert done.returncode == 2 and "the input is closed" in done.stderr.splitlines()[-1]
+        return
+    assert done.returncode == 0, done.stderr
+    assert ("39" in done.stdout) == (given != "null")

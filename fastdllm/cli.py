@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 Command = Callable[[Sequence[str]], int]
 USAGE = """usage: fastdllm COMMAND [OPTIONS]
@@ -63,6 +64,16 @@ def batch(arguments: Sequence[str]) -> int:
     from fastdllm.serving.batch import main
 
     return main(arguments, prog="fastdllm batch")
+
+
+@contextmanager
+def one_line(prog: str) -> Iterator[None]:
+    """What the user should mend (ValueError, OSError) ends the program in one line on stderr and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 COMMANDS: dict[str, Command] = {

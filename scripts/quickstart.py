@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastdllm.cli import one_line
 from scripts.studies.paired import interval
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,4 +153,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("quickstart"):
+        main()

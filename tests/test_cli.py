@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastdllm import cli
+from fastdllm.cli import one_line
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -154,3 +155,16 @@ def test_a_model_says_where_what_people_look_for_is() -> None:
         with pytest.raises(AttributeError, match=expected):
             getattr(model, name)
     assert copy.copy(model).spec == pickle.loads(pickle.dumps(model)).spec == model.spec
+
+
+@pytest.mark.parametrize("error", [ValueError("a\n  b"), FileNotFoundError("a b")])
+def test_a_mistake_is_one_line_and_two(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped, one_line("tool"):
+        raise error
+    assert stopped.value.code == 2 and capsys.readouterr().err == "tool: a b\n"
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "scripts").glob("*s/*.py")), ids=lambda path: path.stem)
+def test_every_script_says_a_mistake_in_one_line(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert "__main__" not in text or "with one_line(" in text

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 TINY = Path(__file__).parent.parent / "tiny"
@@ -85,4 +86,4 @@ def _download(name: str, revision: str | None, offline: str = "", files: list[st
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return textwrap.shorten(lines[0], 300, placeholder=" ...") if lines else type(error).__name__

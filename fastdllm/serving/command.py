@@ -164,6 +164,8 @@ def settings(args: argparse.Namespace) -> Settings:
         value = getattr(args, name)
         if value is not None and not value > 0 and not (name == "max_queue" and value == 0):
             raise ValueError(f"--{name.replace('_', '-')} {value} must be positive")
+    if not 0 <= getattr(args, "port", 0) < 2**16:
+        raise ValueError(f"--port {args.port} must lie in [0, 65535]")
     hosts = getattr(args, "hosts", None)
     if hosts is None and getattr(args, "host", None) in LOOPBACK:
         hosts = ["127.0.0.1", "localhost", "[::1]"]

@@ -31,6 +31,7 @@ import torch
 
 import fastdllm
 from fastdllm.build import assemble
+from fastdllm.cli import one_line
 from fastdllm.engine import Request, decode
 from fastdllm.forward import Window
 from fastdllm.models import Model
@@ -361,4 +362,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("decode"):
+        main()

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import triton
 
+from fastdllm.cli import one_line
 from scripts.benchmarks.kernel_cases import DEVICE, Case, Run, cases, rand
 
 
@@ -131,4 +132,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("kernels"):
+        main()

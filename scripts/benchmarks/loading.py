@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import fastdllm
+from fastdllm.cli import one_line
 from fastdllm.models.llada import FAMILY
 from fastdllm.models.spec import ModelSpec
 from fastdllm.models.weights import expected_shapes, parameter_shapes
@@ -199,4 +200,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("loading"):
+        main()

@@ -29,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import fastdllm
 from fastdllm import kernels
+from fastdllm.cli import one_line
 from fastdllm.models.quantize import KINDS
 from scripts.benchmarks.decode import SHAPES, TINY, Forward, ceilings, median_ms, random_model, synchronise, weight_bytes
 
@@ -178,4 +179,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("profile_step"):
+        main()

@@ -32,6 +32,7 @@ import torch
 import fastdllm
 from fastdllm import DecodeConfig
 from fastdllm.build import assemble, runner
+from fastdllm.cli import one_line
 from fastdllm.engine import Request, decode
 from fastdllm.models import Model
 from fastdllm.tasks import TASKS_DIR
@@ -250,4 +251,5 @@ def _report(args: argparse.Namespace, url: str, model: str, load: Load) -> dict[
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with one_line("serve"):
+        sys.exit(main())

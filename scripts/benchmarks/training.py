@@ -33,6 +33,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
+from fastdllm.cli import one_line
 from fastdllm.training.model import Fast_dLLM_QwenConfig, Fast_dLLM_QwenForCausalLM
 from fastdllm.training.objective import choose_masked, draw_noise
 
@@ -236,4 +237,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("training"):
+        main()

@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArgum
 from transformers.trainer_callback import PrinterCallback
 
 import fastdllm
+from fastdllm.cli import one_line
 from fastdllm.models import Model
 from fastdllm.training.checkpoint import checkpoint_to_resume
 from fastdllm.training.network import Network, load_network, save_network
@@ -407,13 +408,10 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes that tokenise are forked
     args.out.mkdir(parents=True, exist_ok=True)
-    try:
+    with one_line("parallel"):
         conversations = read(args.data, args.limit)
         held_out = read(args.held_out, args.problems) if args.held_out else conversations[: args.problems]
         network, tokenizer, folder = load_network(args.model)
-    except (ValueError, OSError) as error:
-        print(f"parallel: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
     questions = {json.dumps(c.messages[:-1]) for c in held_out}
     conversations = [c for c in conversations if json.dumps(c.messages[:-1]) not in questions]
     before = evaluated(args.out / "before.json", args.model, held_out, args)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from fastdllm.cli import one_line
 from fastdllm.models.spec import ModelSpec
 from fastdllm.models.transformer import Transformer
 from scripts.benchmarks.decode import SHAPES
@@ -140,4 +141,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with one_line("memory"):
+        sys.exit(main())

@@ -52,6 +52,7 @@ from tqdm import tqdm
 
 import fastdllm
 from fastdllm import registry
+from fastdllm.cli import one_line
 from fastdllm.config import merge
 from fastdllm.models import FAMILIES, Model, find_folder
 from fastdllm.presets import PRESETS, for_family
@@ -388,4 +389,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("pareto"):
+        main()

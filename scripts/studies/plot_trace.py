@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastdllm.cli import one_line
 from fastdllm.trace import Trace, watch
 from fastdllm.ui.options import about
 
@@ -128,4 +129,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with one_line("plot_trace"):
+        sys.exit(main())

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastdllm
+from fastdllm.cli import one_line
 from fastdllm.conversations import encode_text
 from fastdllm.forward import Window
 from fastdllm.likelihood import Probe
@@ -150,4 +151,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("quantize_study"):
+        main()

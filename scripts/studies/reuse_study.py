@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 import fastdllm
+from fastdllm.cli import one_line
 from fastdllm.tasks import TASKS_DIR
 from scripts.studies.paired import interval
 
@@ -132,4 +133,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("reuse_study"):
+        main()

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser, PreTrainedTokenizerFast, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from fastdllm.cli import one_line
 from fastdllm.training.checkpoint import MASK_TOKEN, checkpoint_to_resume, load_for_training, save_tokenizer
 from fastdllm.training.collator import Collator, Rows
 from fastdllm.training.objective import IGNORE
@@ -262,11 +263,8 @@ def merge(options: ModelArguments, output: Path, tokenizer: PreTrainedTokenizerF
 
 def main(argv: list[str]) -> None:
     """Load, train, save. What the user should mend is one line and exit code 2."""
-    try:
+    with one_line("finetune"):
         options, training, trainer, resume = prepare(argv)
-    except (ValueError, OSError) as error:
-        print(f"finetune: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
     trainer.train(resume_from_checkpoint=resume and str(resume))
     trainer.save_model()
     trainer.save_state()

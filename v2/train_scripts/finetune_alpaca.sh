@@ -13,7 +13,7 @@ output=${OUTPUT:-outputs/finetune_alpaca}
 gpus=${GPUS:-$(python -c 'import torch; print(torch.cuda.device_count())')}
 
 if [[ ! -e $data ]]; then
-    echo "finetune_alpaca: no data at $data; set DATA to a conversation or Alpaca JSON file (README.md has a link)" >&2
+    echo "finetune_alpaca: no data at $data; set DATA to a conversation or Alpaca JSON file (v2/train_scripts/README.md has a link)" >&2
     exit 1
 fi
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastdllm.libraries import has_tokenizers, hint
+from fastdllm.templates import rendered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -30,7 +31,6 @@ Messages = Sequence[Message]
 INSTRUCTIONS = ("system", "developer")  # roles that some templates do not know
 ESCAPE = "\u2060"  # WORD JOINER: invisible, after the first letter of a control token's name that is meant as text
 MARKS = range(0xF0000, 0xFFFFE)  # private-use characters, for finding a message in what a template made of it
-LONGEST = 50_000_000  # characters of a rendered conversation: more is a template that runs away
 
 
 def without_tokenizer() -> str:
@@ -317,27 +317,16 @@ def _common(one: str, other: str) -> int:
 def _apply(
     tokenizer: PreTrainedTokenizerFast, messages: Messages, tools: Sequence[Any] | None, prompt: bool, open_end: bool
 ) -> str:
-    """The template's text of messages that are checked already. Whatever it raises is a ValueError that names it.
-
-    jinja2's sandbox keeps a checkpoint's template from the machine, not from computing for ever: that is not bounded here.
-    """
+    """The template's text of messages that are checked already. Whatever it raises is a ValueError that names it, and so is
+    one that does not end (`templates.rendered`)."""
     template = tokenizer.chat_template
     if template is None:
         return "\n\n".join(message["content"] for message in messages)
     try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tools=list(tools) if tools else None,
-            tokenize=False,
-            add_generation_prompt=prompt,
-            continue_final_message=open_end,
-        )
+        return rendered(tokenizer, messages, tools, prompt, open_end)
     except Exception as error:  # a template may raise anything of its own
         start = " ".join(str(template).split())[:60]
         raise ValueError(f"the chat template ({start!r}...) fails: {type(error).__name__}: {error}") from error
-    if len(text) > LONGEST:
-        raise ValueError(f"the chat template makes {len(text)} characters of a conversation; at most {LONGEST} are allowed")
-    return text
 
 
 def _check_message(tokenizer: PreTrainedTokenizerFast, message: Any, i: int) -> dict[str, Any]:

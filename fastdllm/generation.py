@@ -9,6 +9,7 @@ trace.watch   one prompt, the history of its answer after every forward
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -242,6 +243,9 @@ def _renamed(options: Mapping[str, Any], **given: Any) -> dict[str, Any]:
 def _add(out: Output, call: Call, request: Request, result: Result) -> str:
     """Take in a finished answer; returns its text, "" without a tokenizer."""
     prompt, tokenizer = len(request.prompt), call.model.tokenizer
+    if result.broken:
+        number = len(out.sequences)
+        warnings.warn(f"answer {number} means nothing: the model's output was not a number (NaN)", stacklevel=3)
     ids = result.ids.cpu()
     answer, run = ids[prompt:], call.run
     length = answer_length(answer, (*run.stop_ids, call.model.spec.mask_id), request.fixed)  # masks: blocks nobody needed

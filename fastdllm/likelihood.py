@@ -238,9 +238,10 @@ def _greedy(model: Model, pairs: list[tuple[Tensor, Tensor]], batch_size: int, c
     return agrees
 
 
-def token_probes(model: Model, ids: Tensor) -> list[Probe]:
-    """What to read for the log-likelihood of every token of ids [P] but the first, by the chain rule from left to right."""
-    return [probe for _, probe in _left_to_right(model, ids[:1], ids[1:])]
+def token_probes(model: Model, ids: Tensor) -> Iterator[Probe]:
+    """What to read for the log-likelihood of every token of ids [P] but the first, by the chain rule from left to right.
+    One at a time: all of them together take P times P ids."""
+    return (probe for _, probe in _left_to_right(model, ids[:1], ids[1:]))
 
 
 Asked = tuple[int, float, Probe]

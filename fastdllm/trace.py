@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from fastdllm.config import DecodeConfig
-from fastdllm.engine import Step
+from fastdllm.engine import Step, check_fixed
 from fastdllm.generation import merged, stream, tokens_to_fix
 from fastdllm.models import Model
 from fastdllm.prompts import Prompts, encode
@@ -225,6 +225,7 @@ def watch(
         raise ValueError(f"watch follows one prompt, not {len(ids)}")
     stop_ids = model.spec.stop_ids if config.stop_ids is None else config.stop_ids
     [fixed] = tokens_to_fix(constraints, 1)
+    check_fixed(model.spec, fixed, config.gen_length)
     options = {name: list(v) if isinstance(v, tuple) else v for name, v in config.given().items() if v is not None}
     trace = Trace(model.name, options, len(ids[0]), config.gen_length, model.spec.mask_id, stop_ids, fixed)
     trace.texts = {token: spell(model, token) for token in fixed.values()}

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections import UserDict
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastdllm
+from fastdllm import templates
 from fastdllm.conversations import encode_conversation, encode_messages, encode_text, escape, render
 from fastdllm.models import Model
 from fastdllm.prompts import encode
@@ -311,13 +314,64 @@ def test_any_other_message_that_a_template_drops_is_named(model: Model) -> None:
         ("{% for %}", "fails: TemplateSyntaxError"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ 1 / 0 }}", "fails: ZeroDivisionError"),
-        ("{{ 'x'.center(10**12) }}", "fails: MemoryError"),
-        ("{{ 'x' * 10**8 }}", "makes 100000000 characters"),
+        ("{{ 'x'.center(1000000000000) }}", "fails: MemoryError"),
+        ("{{ 'x' * 100000000 }}", "makes 100000000 characters"),
+        ("{{ 9 ** 9 ** 9 }}", r"computes powers \(\*\*\)"),
+        ("{% for i in range(10**12) %}{% endfor %}", r"computes powers \(\*\*\)"),
+        ("{% for i in range(1000000000000) %}{% endfor %}", "Range too big"),
     ],
 )
 def test_a_template_that_fails_is_named(v2: Model, template: str, message: str) -> None:
     with pytest.raises(ValueError, match=rf"(?s)the chat template.*{message}"):
         encode(with_template(v2, template), ASK)
+
+
+LOOPS = {
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "loops over a list": "{% set l = range(99999) | list %}{% for i in l %}{% for j in l %}{% endfor %}{% endfor %}",
+    "macros": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(90) }}",
+    "filters": "{% set l = range(99999) | list %}{% for i in l %}{{ l | map('string') | join | length }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("template", LOOPS.values(), ids=list(LOOPS))
+def test_a_template_that_does_not_end_is_stopped(v2: Model, monkeypatch: pytest.MonkeyPatch, template: str) -> None:
+    """In any thread; what the thread does next is not touched."""
+    endless, good = with_template(v2, template), with_template(v2, CHATML)
+    expected = ids(good, ASK)
+
+    def ask() -> None:
+        with pytest.raises(ValueError, match=r"fails: TimeoutError: it has not ended within 0\.2 s"):
+            encode(endless, ASK)
+
+    with ThreadPoolExecutor(2) as pool:
+        with monkeypatch.context() as patch:
+            patch.setattr(templates, "SECONDS", 0.2)
+            asked = [pool.submit(ask) for _ in range(2)]
+            ask()
+            assert [future.result() for future in asked] == [None, None]
+        assert [future.result() for future in [pool.submit(ids, good, ASK) for _ in range(4)]] == [expected] * 4
+    assert ids(good, ASK) == expected
+
+
+def test_a_rendering_that_ends_in_time_is_never_interrupted(v2: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the time runs out while it ends: either answer is right, and nothing is raised later."""
+    told = with_template(v2, "{% for i in range(200) %}{% for j in range(200) %}{% endfor %}{% endfor %}" + CHATML)
+    expected, outcomes = render(with_template(v2, CHATML), ASK), set()
+    monkeypatch.setattr(templates, "SECONDS", 0.004)
+    for _ in range(200):
+        try:
+            outcomes.add(render(told, ASK))
+        except ValueError as error:
+            outcomes.add("late" if "not ended" in str(error) else str(error))
+    time.sleep(0.02)
+    assert outcomes <= {"late", expected}
+
+
+def test_stars_that_are_no_powers_are_allowed(v2: Model) -> None:
+    stars = "{% macro f() %}{{ kwargs | length }}{% endmacro %}** {{ '**' }} {{ f(**{'a': 1}) }} {{ f(a=1, ** {'b': 2}) }}"
+    with pytest.warns(UserWarning, match="leaves out message 0"):
+        assert render(with_template(v2, stars), ASK) == "** ** 1 2"
 
 
 def test_escaped_names_read_as_text_and_nothing_else_changes(model: Model) -> None:

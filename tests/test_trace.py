@@ -127,6 +127,12 @@ def test_only_one_prompt_can_be_watched(model: fastdllm.Model) -> None:
         next(watch(model, ["a", "b"]))
 
 
+@pytest.mark.parametrize("fixed", [{3: -1}, {3: 10**9}, {32: 40}, {-1: 40}])
+def test_constraints_are_checked_before_they_are_spelt(model: fastdllm.Model, fixed: dict[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"^constraint (token|at position)"):
+        next(watch(model, MESSAGES, gen_length=32, constraints=fixed))
+
+
 def test_a_frame_costs_its_own_forward_and_not_the_whole_history(
     model: fastdllm.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,9 +11,9 @@ shadows.py    query positions that do not see the token they ask about
 loop.py       `decode`: the rounds
 """
 
-from fastdllm.engine.admission import check
+from fastdllm.engine.admission import check, check_fixed
 from fastdllm.engine.loop import Step, decode
 from fastdllm.engine.row import NothingCommitted, Request, Result
 from fastdllm.engine.source import Listed, Live, Source
 
-__all__ = ["Listed", "Live", "NothingCommitted", "Request", "Result", "Source", "Step", "check", "decode"]
+__all__ = ["Listed", "Live", "NothingCommitted", "Request", "Result", "Source", "Step", "check", "check_fixed", "decode"]

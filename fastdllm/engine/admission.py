@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,11 +42,7 @@ def check(model: Model, run: Decoding, request: Request) -> None:
     low, high = torch.stack(prompt.aminmax()).tolist()  # sync: once a request; bad ids would read outside the embedding
     if low < 0 or high >= spec.vocab:
         raise ValueError(f"a prompt has token ids outside 0..{spec.vocab - 1}")
-    for at, token in request.fixed.items():
-        if not 0 <= at < length:
-            raise ValueError(f"constraint at position {at} lies outside the answer, 0..{length - 1}")
-        if not 0 <= token < spec.vocab or token == spec.mask_id:
-            raise ValueError(f"constraint token {token} at position {at} is not a token that may be written")
+    check_fixed(spec, request.fixed, length)
     for name, value in request.numbers.items():
         if name not in run.numbers:
             raise ValueError(f"{name}={value!r} is not a number of this run; allowed are {', '.join(run.numbers)}")
@@ -69,6 +65,15 @@ def check(model: Model, run: Decoding, request: Request) -> None:
     run.decoder.checked({name: value for name, value in request.numbers.items() if name in run.decoder.per_request})
 
 
+def check_fixed(spec: ModelSpec, fixed: Mapping[int, int], length: int) -> None:
+    """Raise ValueError for tokens to fix that are none, or that lie outside an answer of `length` positions."""
+    for at, token in fixed.items():
+        if not 0 <= at < length:
+            raise ValueError(f"constraint at position {at} lies outside the answer, 0..{length - 1}")
+        if not 0 <= token < spec.vocab or token == spec.mask_id:
+            raise ValueError(f"constraint token {token} at position {at} is not a token that may be written")
+
+
 def room(model: Model, source: Source, run: Decoding, rows: int | None, positions: int | None) -> Room:
     """What a run needs. rows: requests at once. positions: slots in all at most, as far as the longest request allows.
 
@@ -81,7 +86,7 @@ def room(model: Model, source: Source, run: Decoding, rows: int | None, position
         longest = units(spec.max_length + max(run.block_causal, run.block_length) + _shadows(run, spec) + 1)
         rows = rows or ROWS
         total = longest * rows if positions is None else units(positions)
-        return Room(longest, 1, max(longest * run.lanes, total), rows, STOPS)
+        return Room(longest, 1, max(longest * run.lanes, total), rows, max(STOPS, len(run.stop_ids)))
     sizes = sorted((size_of(request, run, spec) for request in known), reverse=True) or [1]
     rows = max(1, min(rows or len(sizes), len(sizes)))
     total = sum(sizes[:rows]) * run.lanes
@@ -134,6 +139,8 @@ class Desk:
             self._dismiss()
         while self.waiting and self._admit(*self.waiting[0]):
             self.waiting.popleft()
+        if self.waiting and not self.live:
+            raise RuntimeError(f"request {self.waiting[0][0]} finds no place on an empty canvas")  # it would wait for ever
         return bool(self.live or self.waiting) or not self._closed
 
     def settle(self, rows: Sequence[Row]) -> dict[int, Result]:

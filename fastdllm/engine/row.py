@@ -81,6 +81,11 @@ class Result:
     stopped: bool = False
 
     @property
+    def broken(self) -> bool:
+        """Whether the model's output was not a number where a token was committed, so that the token means nothing."""
+        return bool((self.logprobs.isnan() & (self.committed_at > 0)).any())  # sync: once an answer, which is read anyway
+
+    @property
     def forwards(self) -> int:
         return self.cost.forwards
 

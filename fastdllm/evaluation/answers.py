@@ -26,8 +26,6 @@ from fastdllm.models import Model
 from fastdllm.stats import Stats, peak_memory
 from fastdllm.text import is_cut
 
-CHUNK = 2**22  # words of a weight that are summed at once
-
 
 @dataclass(frozen=True)
 class Query:
@@ -68,31 +66,6 @@ def answer(model: Model, queries: list[Query], batch_size: int, stats: Stats) ->
 def answer_key(*parts: Any) -> str:
     """A hash of JSON-like values, the same in every process and on every machine."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def fingerprint(model: Model) -> str:
-    """A hash of the model's shapes, its number format and every bit of its weights: tells apart two checkpoints of one name.
-
-    The weights are summed up where they are, each 32 bits of them with a factor of its own, so that a model on a GPU need
-    not come back; equal sums of different weights do not happen by chance.
-    """
-    digest = hashlib.sha256(repr((model.spec, model.dtype)).encode())
-    for name, tensor in model.network.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {_checksum(tensor)}".encode())
-    return digest.hexdigest()
-
-
-def _checksum(tensor: Tensor) -> int:
-    """A sum modulo 2^64 over all bits of a tensor; each position's factor is that position, mixed (splitmix64)."""
-    bits = tensor.detach().contiguous().flatten().view(torch.uint8)
-    words = torch.nn.functional.pad(bits, (0, -len(bits) % 4)).view(torch.int32)
-    total = 0
-    for start in range(0, len(words), CHUNK):
-        part = words[start : start + CHUNK].long()
-        factor = torch.arange(start + 1, start + 1 + len(part), device=part.device) * -7046029254386353131
-        factor = (factor ^ (factor >> 30)) * -4658895280553007687
-        total += int((part * ((factor ^ (factor >> 27)) | 1)).sum())  # sync: once, after loading
-    return total % 2**64
 
 
 class AnswerStore:

@@ -32,7 +32,7 @@ import fastdllm
 from fastdllm.build import assemble
 from fastdllm.config import DecodeConfig
 from fastdllm.conversations import encode_text, render
-from fastdllm.evaluation.answers import AnswerStore, Query, answer, answer_key, fingerprint
+from fastdllm.evaluation.answers import AnswerStore, Query, answer, answer_key
 from fastdllm.evaluation.distributed import Distributed, choose_device
 from fastdllm.evaluation.options import (
     HarnessOptions,
@@ -258,7 +258,7 @@ class DiffusionLM(TemplateLM):
 
     @cached_property
     def _fingerprint(self) -> str:
-        return fingerprint(self.model)
+        return self.model.fingerprint()
 
     def faults(self, asked: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, str]:
         """What is wrong with the generation kwargs of tasks, of (name, kwargs) pairs, by the task's name."""

@@ -102,7 +102,6 @@ class Model:
     tokenizer: PreTrainedTokenizerFast | None = None
     name: str = ""
     banned: Tensor = field(init=False)
-    _fingerprint: str = field(init=False, default="", repr=False)
 
     def __post_init__(self) -> None:
         self.banned = torch.zeros(self.spec.vocab, dtype=torch.bool, device=self.device)
@@ -125,16 +124,15 @@ class Model:
         return self.network.norm.dtype
 
     def fingerprint(self) -> str:
-        """A hash of the spec and of every number of every weight, the same on each device; computed once, when first asked.
+        """A hash of the spec, of every number of every weight, and of the ids that are never predicted; the same on each
+        device. Computed anew at each call, since weights may change: a second or so for 8B parameters.
 
         It tells apart two checkpoints of one name; it is no protection against somebody who wants two to look alike.
         """
-        if not self._fingerprint:
-            digest = hashlib.sha256(repr((self.spec, self.dtype)).encode())
-            for name, tensor in self.network.state_dict().items():
-                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {checksum(tensor):x}\n".encode())
-            self._fingerprint = digest.hexdigest()
-        return self._fingerprint
+        digest = hashlib.sha256(repr((self.spec, self.dtype)).encode())
+        for name, tensor in {**self.network.state_dict(), "banned": self.banned}.items():
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {checksum(tensor):x}\n".encode())
+        return digest.hexdigest()
 
 
 def checksum(tensor: Tensor, chunk: int = 2**20) -> int:

@@ -136,7 +136,22 @@ async def _respond(service: Service, request: Request, stream: bool, asking: Awa
     except BaseException:
         await chunks.aclose()
         raise
-    return StreamingResponse(_events(first, chunks), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    return EventStream(first, chunks)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events of a response whose first chunk is there. However it ends, the chunks are closed: a client may hang
+    up before a single event was sent, and then nobody has begun to read them."""
+
+    def __init__(self, first: dict[str, Any], chunks: AsyncGenerator[dict[str, Any], None]) -> None:
+        super().__init__(_events(first, chunks), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._chunks = chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._chunks.aclose()
 
 
 async def _answer(service: Service, asking: Awaitable[Asked]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import logging
 import os
 import signal
 import sys
@@ -17,6 +16,7 @@ import fastdllm
 from fastdllm.config import DecodeConfig
 from fastdllm.engine.admission import ROWS
 from fastdllm.memory import positions_that_fit
+from fastdllm.serving.logs import log_to_stderr
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -180,12 +180,12 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     """The command; returns the exit code: 0 after an orderly end, 2 for bad options or a model that cannot be loaded."""
     own = parser(prog)
     args = own.parse_args(arguments)
-    logging.basicConfig(level=args.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     try:
         chosen = settings(args)
         if args.replicas or args.max_replicas or args.min_replicas:
             from fastdllm.serving.ray_app import serve_replicas
 
+            log_to_stderr(args.log_level)
             return serve_replicas(chosen, args)
         app = chosen.app()
     except (ValueError, OSError) as error:
@@ -198,12 +198,16 @@ def run(app: FastAPI, host: str, port: int, log_level: str) -> int:
     """Serve until SIGTERM or SIGINT; then take no further requests, finish those at work, and return 0."""
     import uvicorn
 
+    log_to_stderr(log_level)
+
     def ended(signum: int, frame: FrameType | None) -> None:
         """uvicorn has shut down in order and raises the signal once more, which would end the process by it."""
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, ended)
-    server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level=log_level, timeout_keep_alive=30))
+    # No handlers of uvicorn's own: they write on the event loop, which waits where nobody reads the output (`logs.py`).
+    config = uvicorn.Config(app, host=host, port=port, log_config=None, log_level=log_level, timeout_keep_alive=30)
+    server = uvicorn.Server(config)
     try:
         server.run()
     except SystemExit as stopped:  # the port is taken, or startup failed; uvicorn has said why

@@ -46,6 +46,10 @@ class Expired(Exception):
     """A request's deadline passed before its answer was finished."""
 
 
+class NotANumber(Exception):
+    """The model gave NaN for a request, whose answer would mean nothing."""
+
+
 class Closed(Exception):
     """The server is shutting down and takes no further requests."""
 
@@ -60,6 +64,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(413, str(error), code="context_length_exceeded")
     if isinstance(error, Expired):
         return ApiError(504, str(error), code="deadline_exceeded")
+    if isinstance(error, NotANumber):
+        return ApiError(500, str(error), code="not_a_number")
     if isinstance(error, Closed):
         return ApiError(503, str(error), code="shutting_down", retry_after=5)
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):

@@ -5,6 +5,8 @@ A single thread runs `engine.decode` on a live source, so that nothing else ever
 thread, submit a request with a function that takes its events. Other work on the model (scores, typed answers) is handed
 over as a call and runs between two rounds.
 
+A second thread watches the deadlines, so that a request ends in time even when a round does not come back.
+
 When a round raises, nothing says whose fault it was. So each request that was running is tried again by itself: the one
 that raises alone fails, the others start anew and, since a row depends on no other, write the same tokens once more.
 """
@@ -12,8 +14,10 @@ that raises alone fails, the others start anew and, since a row depends on no ot
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
@@ -28,7 +32,7 @@ from fastdllm.config import DecodeConfig
 from fastdllm.engine import Request, Result, Step, check, decode
 from fastdllm.engine.admission import ROWS, size_of
 from fastdllm.forward import ALTERNATIVES
-from fastdllm.serving.errors import Closed, Expired, Overloaded, TooLong
+from fastdllm.serving.errors import Closed, Expired, NotANumber, Overloaded, TooLong
 from fastdllm.store import UNIT
 
 if TYPE_CHECKING:
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fastdllm.serving")
 T = TypeVar("T")
 CRASHES = 3  # times that the loop may raise with nothing in it before it is given up
+SILENT = 60.0  # seconds of one round or call after which the log says where it is
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,8 @@ Event = Progress | Finished | Failed
 
 @dataclass(eq=False)
 class Job:
-    """A submitted request. deliver: takes its events, on the decoding thread, and must return at once. watched: whether it
-    wants `Progress`. deadline: of `time.monotonic`. positions: what it takes of the memory budget."""
+    """A submitted request. deliver: takes its events, on a thread of the scheduler's, and must return at once. watched:
+    whether it wants `Progress`. deadline: of `time.monotonic`. positions: what it takes of the memory budget."""
 
     request: Request
     deliver: Callable[[Event], None]
@@ -113,10 +118,6 @@ class Feed:
         return [job.request for job in jobs]
 
     def withdrawn(self) -> Collection[int]:
-        now = time.monotonic()
-        for job in self.jobs.values():
-            if job.deadline is not None and now > job.deadline and not job.withdrawn:
-                self._scheduler._expire(job)
         gone = [number for number, job in self.jobs.items() if job.withdrawn]
         for number in gone:
             del self.jobs[number]
@@ -154,12 +155,15 @@ class Scheduler:
         self._crashes = 0
         self._closed = False
         self._seconds_per_answer = 0.5
+        self._last_round = time.monotonic()
         self._thread = threading.Thread(target=self._serve, name="decoding", daemon=True)
+        self._watch = threading.Thread(target=self._keep_deadlines, name="deadlines", daemon=True)
 
     # Callers' side: any thread.
 
     def start(self) -> Scheduler:
         self._thread.start()
+        self._watch.start()
         return self
 
     @property
@@ -254,41 +258,52 @@ class Scheduler:
         with self._lock:
             self._closed = True
             self._lock.notify_all()
-        if self._thread.ident is None:
-            return True
-        self._thread.join(timeout)
-        if not self._thread.is_alive():
-            return True
+        ended = self._joined(timeout)
+        self._end_all(Closed("the server is shutting down"))
+        if not ended:
+            self._joined(timeout)
+        return ended
+
+    def _joined(self, timeout: float | None) -> bool:
+        """Wait for the decoding thread; whether it has ended, or was never started."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _end_all(self, error: BaseException) -> None:
+        """Fail whatever was taken and is not over."""
         with self._lock:
             for job in list(self._active):
-                self._fail(job, Closed("the server is shutting down"))
-        self._thread.join(timeout)
-        return False
+                self._fail(job, error)
+            calls, self._calls = self._calls, deque()
+        for _, future in calls:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
 
     # The decoding thread.
 
     def _serve(self) -> None:
+        try:
+            self._run_until_closed()
+        except BaseException as error:  # this thread ends now: whoever waits for it must hear
+            self.broken = error
+            raise
+        finally:
+            self._end_all(self.broken or Closed("the server is shutting down"))
+
+    def _run_until_closed(self) -> None:
         executor = runner(self.model, self.config)
-        while True:
+        while self.broken is None:
             feed = Feed(self)
             budget = {"positions": self.positions, "rows": self.rows}
             try:
                 with closing(decode(self.model, feed, self.run, executor, trace=True, **budget)) as steps:
                     for step in steps:
                         self._take_in(step, feed)
-                break
+                return
             except Exception as error:
                 log.exception("a round of the decoding loop failed")
                 self._recover(error, list(feed.jobs.values()))
-                if self.broken is not None:
-                    break
-        with self._lock:
-            for job in list(self._active):
-                self._fail(job, self.broken or Closed("the server is shutting down"))
-            for _, future in self._calls:
-                if future.set_running_or_notify_cancel():
-                    future.set_exception(Closed("the server is shutting down"))
-            self._calls.clear()
 
     def _next(self, idle: bool, held: Collection[Job]) -> list[Job] | None:
         """What the loop, which holds `held`, shall take in now. Blocks while there is nothing to do at all; None: nothing
@@ -296,6 +311,7 @@ class Scheduler:
         while True:
             self._run_calls()
             with self._lock:
+                self._last_round = time.monotonic()
                 jobs = self._hand_over(held)
                 if jobs or not idle:
                     return jobs
@@ -312,13 +328,12 @@ class Scheduler:
             job = self._suspects.popleft()
             if not job.over:
                 return [job]
-        now, jobs = time.monotonic(), []
-        for job in [job for job in self._waiting if job.deadline is not None and now > job.deadline]:
-            self._expire(job)
+        jobs: list[Job] = []
         positions, count = sum(job.positions for job in held), len(held)
         while self._waiting:
             positions, count = positions + self._waiting[0].positions, count + 1
-            if count > self.rows or (self.positions is not None and positions > self.positions):
+            # The budget may have shrunk below a request that was taken before. By itself, each is tried.
+            if count > 1 and (count > self.rows or (self.positions is not None and positions > self.positions)):
                 break
             jobs.append(self._waiting.popleft())
         return jobs
@@ -332,10 +347,13 @@ class Scheduler:
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                future.set_result(work())
+                result = work()
             except Exception as error:
-                self._free_memory(error)
                 future.set_exception(error)
+                self._free_memory(error)
+            else:
+                future.set_result(result)
+            self._last_round = time.monotonic()
 
     def _take_in(self, step: Step, feed: Feed) -> None:
         """Tell each request of a step how far it is."""
@@ -359,18 +377,29 @@ class Scheduler:
                 if likeliest and job.request.alternatives:
                     top = [list(zip(*pair, strict=True)) for pair in zip(likeliest[0][i], likeliest[1][i], strict=True)]
                 of_row = (ids[i][:size], confidence[i][:size], committed[i][:size], logprobs[i][:size])
-                self._tell(job, Progress(job.forwards, start, *of_row, top))
+                with self._lock:
+                    if not job.over:
+                        self._tell(job, Progress(job.forwards, start, *of_row, top))
         for number, result in step.done.items():
             job = feed.jobs.pop(number, None)
-            if job is None or job.withdrawn:
-                continue
-            with self._lock:
-                job.over = True
-                self._active.discard(job)
-                self.finished += 1
-                took = time.monotonic() - job.submitted
-                self._seconds_per_answer += 0.1 * (took / max(1, len(step.rows)) - self._seconds_per_answer)
-            self._tell(job, finished(result, len(job.request.prompt)))
+            if job is not None:
+                self._finish(job, result, len(step.rows))
+
+    def _finish(self, job: Job, result: Result, rows: int) -> None:
+        """Hand out the answer of a job that was one of `rows`."""
+        broken, answer = result.broken, finished(result, len(job.request.prompt))
+        with self._lock:
+            if job.over:  # withdrawn or late, meanwhile
+                return
+            if broken:
+                self._fail(job, NotANumber("the model's output for this request was not a number (NaN)"))
+                return
+            job.over = True
+            self._active.discard(job)
+            self.finished += 1
+            took = time.monotonic() - job.submitted
+            self._seconds_per_answer += 0.1 * (took / max(1, rows) - self._seconds_per_answer)
+            self._tell(job, answer)
 
     def _recover(self, error: BaseException, running: list[Job]) -> None:
         """After a round raised: fail the request that ran alone, or put the running ones aside to be tried one by one."""
@@ -403,12 +432,33 @@ class Scheduler:
         """Let go of what a failed computation holds: its tensors hang on the frames of the traceback."""
         error.__traceback__ = None
         if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
+            with suppress(Exception):  # a device that is lost fails here as well
+                torch.cuda.empty_cache()
 
-    def _expire(self, job: Job) -> None:
-        with self._lock:
-            waited = time.monotonic() - job.submitted
-            self._fail(job, Expired(f"the answer was not finished within its {waited:.1f} s"))
+    # The thread of the deadlines.
+
+    def _keep_deadlines(self) -> None:
+        while self._thread.is_alive():
+            with self._lock:
+                now, due = time.monotonic(), []
+                for job in list(self._active):
+                    if job.deadline is not None and now > job.deadline:
+                        self._fail(job, Expired(lateness(job, now)))
+                    elif job.deadline is not None:
+                        due.append(job.deadline - now)
+                silent = now - self._last_round if self._active or self._calls else 0.0
+                if silent <= SILENT:
+                    self._lock.wait(min([1.0, *due]))
+                    continue
+                self._last_round = now  # once in a while is enough
+            log.warning("a round takes more than %.0f s; the decoding thread is at\n%s", silent, self._position())
+
+    def _position(self) -> str:
+        """Where the decoding thread is."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        return "".join(traceback.format_stack(frame)) if frame else "its end"
+
+    # Under the lock.
 
     def _fail(self, job: Job, error: BaseException) -> None:
         if job.over:
@@ -429,6 +479,14 @@ class Scheduler:
             job.deliver(event)
         except Exception:  # the listener's event loop may be gone; the others go on
             log.exception("a listener failed")
+
+
+def lateness(job: Job, now: float) -> str:
+    """What a request is told whose deadline has passed."""
+    waited = f"within its {now - job.submitted:.1f} s"
+    if not job.forwards:
+        return f"the answer was not begun {waited}: other requests, or one long forward, were before it"
+    return f"the answer was not finished {waited}, by {job.forwards} forwards"
 
 
 def for_any_length(model: Model, config: DecodeConfig) -> DecodeConfig:

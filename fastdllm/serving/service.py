@@ -7,7 +7,7 @@ import asyncio
 import math
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -23,12 +23,13 @@ from fastdllm.config import DecodeConfig
 from fastdllm.conversations import encode_literally
 from fastdllm.decide import decide
 from fastdllm.engine import Request, check
-from fastdllm.likelihood import Probe, Reading, read, token_probes
+from fastdllm.likelihood import Reading
 from fastdllm.prompts import encode
 from fastdllm.serving.errors import ApiError, Expired, as_api_error
 from fastdllm.serving.listing import TokenList, chat_logprobs, text_logprobs
 from fastdllm.serving.metrics import Metrics
 from fastdllm.serving.protocol import Body, ChatBody, CompletionBody, DecideBody, numbers
+from fastdllm.serving.readings import PromptReadings
 from fastdllm.serving.scheduler import Event, Failed, Finished, Progress, Scheduler
 from fastdllm.serving.tokens import Spelling
 from fastdllm.text import AnswerText, is_cut, text_of
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from fastdllm.models import Model
 
 T = TypeVar("T")
-SCORED_AT_ONCE = 16  # prompts' tokens in one forward between two rounds
 SPREAD = 4  # a normaliser may shorten a text by this factor at most (composition of characters)
 
 
@@ -112,6 +112,7 @@ class Service:
         self.metrics = metrics or Metrics()
         self.metrics.watch(self.scheduler)
         self.spelling = Spelling(model)
+        self._readings = PromptReadings(model)
         self.state = "loading"
         self._tokenizer: Any = model.tokenizer
         self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
@@ -188,7 +189,7 @@ class Service:
         questions = [question.model_dump(exclude_none=True) for question in body.questions]
         self._check_size([str(question) for question in questions], "questions")
         try:
-            answers = await self._call(lambda: decide(self.model, prompt, questions))
+            answers = await self._call(lambda: decide(self.model, prompt, questions), time.monotonic() + self.timeout)
         except ValueError as error:
             raise ApiError(400, str(error), "questions") from error
         return {
@@ -239,8 +240,11 @@ class Service:
         def work() -> list[Tensor]:
             return encode(self.model, prompts)
 
+        working = asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
+            return await _in_time(working, time.monotonic() + self.timeout, f"{param} was not encoded in time")
+        except Expired as error:
+            raise as_api_error(error) from error
         except Exception as error:  # a chat template may raise anything of its own
             raise ApiError(400, f"{param}: {str(error) or type(error).__name__}"[:500], param) from error
 
@@ -327,33 +331,23 @@ class Service:
     async def _echo(self, asked: Asked, prompts: Sequence[Any]) -> None:
         """Give every choice its prompt to repeat, with the log-probabilities of its tokens if they are wanted."""
         echoes: dict[int, Echo] = {}
+        call = partial(self._call, deadline=asked.deadline)
         for choice in asked.choices:
             if id(choice.prompt) not in echoes:
                 given = prompts[choice.number // asked.body.n]
                 text = given if isinstance(given, str) else self._decode(given)
                 wanted = asked.body.top_alternatives is not None
-                readings = await self._score(choice.prompt, asked.deadline) if wanted else None
+                readings, forwards = await self._readings.of(choice.prompt, call) if wanted else (None, 0)
                 echoes[id(choice.prompt)] = Echo(text, readings)
-                asked.scored += len(readings or [])
+                asked.scored += forwards
             choice.echo = echoes[id(choice.prompt)]
 
-    async def _score(self, prompt: Tensor, deadline: float) -> list[Reading]:
-        """Every token of a prompt but the first, given those before it; a few at a time, so that answers go on meanwhile."""
-        probes, readings = token_probes(self.model, prompt.cpu()), []
-        for at in range(0, len(probes), SCORED_AT_ONCE):
-            if time.monotonic() > deadline:
-                raise as_api_error(Expired("the prompt was not scored in time"))
-            part = probes[at : at + SCORED_AT_ONCE]
-            readings += await self._call(partial(self._read, part))
-        return readings
-
-    def _read(self, probes: list[Probe]) -> list[Reading]:
-        return [reading for _, reading in read(self.model, [(0, 0.0, probe) for probe in probes], len(probes))]
-
-    async def _call(self, work: Callable[[], T]) -> T:
+    async def _call(self, work: Callable[[], T], deadline: float) -> T:
         """`work` on the thread that owns the device, between two rounds."""
         try:
-            return await asyncio.wrap_future(self.scheduler.call(work))
+            return await _in_time(
+                asyncio.wrap_future(self.scheduler.call(work)), deadline, "the prompt was not scored in time"
+            )
         except ValueError:
             raise
         except Exception as error:
@@ -526,3 +520,12 @@ class Service:
             "confidence": confidence,
             "committed": committed,
         }
+
+
+async def _in_time(work: Awaitable[T], deadline: float, message: str) -> T:
+    """What `work` gives; `Expired` with the message once `deadline`, of `time.monotonic`, has passed."""
+    left = deadline - time.monotonic()
+    try:
+        return await asyncio.wait_for(work, left if math.isfinite(left) else None)
+    except asyncio.TimeoutError:
+        raise Expired(message) from None

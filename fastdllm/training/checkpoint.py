@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,29 +61,20 @@ def load_for_training(
         base = json.loads((local / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
         raise ValueError(f"{name}: a LoRA adapter of {base}; train from a whole model (--merge_lora writes one)")
     folder = find_folder(name)
-    check_tensors(folder)
     config = read_config(folder, block)
+    found = tensor_shapes(folder)
+    if config.num_hidden_layers > len(found):  # no time for the names of a million layers
+        raise ValueError(f"{folder}: the checkpoint lacks tensors: config.json has {config.num_hidden_layers} layers")
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Fast_dLLM_QwenForCausalLM(config).state_dict().items()}
+    check_shapes(folder, found, shapes, {"lm_head.weight"} if config.tie_word_embeddings else ())
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise FileNotFoundError(f"{folder}: no tokenizer.json, nor vocab.json with merges.txt")
     if MASK_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([AddedToken(MASK_TOKEN, special=True, normalized=False)], special_tokens=True)
     config.mask_token_id = tokenizer.convert_tokens_to_ids(MASK_TOKEN)
-    model, found = Fast_dLLM_QwenForCausalLM.from_pretrained(
-        folder,
-        config=config,
-        dtype=dtype,
-        attn_implementation=attention,
-        ignore_mismatched_sizes=True,  # reported below, with the folder's name
-        output_loading_info=True,
-    )
-    for problem, what in (
-        ("missing_keys", "lacks"),
-        ("unexpected_keys", "has unknown"),
-        ("mismatched_keys", "has misshapen"),
-    ):
-        if names := sorted(name if isinstance(name, str) else name[0] for name in found[problem]):
-            raise ValueError(f"{folder}: the checkpoint {what} tensors: {quote(names)}")
+    model = Fast_dLLM_QwenForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation=attention)
     if names := [name for name, tensor in model.named_parameters() if not tensor.isfinite().all()]:
         raise ValueError(f"{folder}: NaN or infinite weights in {quote(names)}")
     # Adapters name the model that they belong to: by where others find it, not by this machine's cache.
@@ -97,8 +89,12 @@ def quote(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def check_tensors(folder: Path) -> None:
-    """Raise ValueError for weight files that cannot be read, and for tensors that hold no floating-point numbers."""
+def tensor_shapes(folder: Path) -> dict[str, list[int]]:
+    """The shape of each tensor, read off the headers of the weight files.
+
+    Raises ValueError for files that cannot be read, and for tensors in two files or not of floating-point numbers.
+    """
+    found: dict[str, list[int]] = {}
     index = folder / f"{WEIGHTS}.index.json"
     files = {WEIGHTS} if not index.is_file() else set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     for path in (folder / name for name in sorted(files)):
@@ -107,10 +103,30 @@ def check_tensors(folder: Path) -> None:
         if problem := torn(path):
             raise ValueError(f"{path}: {problem}")
         with safe_open(path, "pt") as tensors:
-            names = tensors.keys()
-            kinds = {name: tensors.get_slice(name).get_dtype() for name in names}
+            parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - not a mapping
+            kinds = {name: part.get_dtype() for name, part in parts.items()}
+            doubled = sorted(found.keys() & parts.keys())
+            found |= {name: part.get_shape() for name, part in parts.items()}
+        if doubled:
+            raise ValueError(f"{path}: tensors that another file has as well: {quote(doubled)}")
         if names := sorted(name for name, kind in kinds.items() if kind not in ("F64", "F32", "F16", "BF16")):
             raise ValueError(f"{path}: weights that are no floating-point numbers: {quote(names)}")
+    return found
+
+
+def check_shapes(
+    folder: Path, found: Mapping[str, list[int]], shapes: Mapping[str, Sequence[int]], optional: Collection[str] = ()
+) -> None:
+    """Raise ValueError where the tensors of a folder are others than `shapes`; `optional` ones may be there or not."""
+    both = found.keys() & shapes.keys()
+    problems = {
+        "lacks": shapes.keys() - found.keys() - {*optional},
+        "has unknown": found.keys() - shapes.keys() - {*optional},
+        "has misshapen": {name for name in both if found[name] != list(shapes[name])},
+    }
+    for what, wrong in problems.items():
+        if wrong:
+            raise ValueError(f"{folder}: the checkpoint {what} tensors: {quote(sorted(wrong))}")
 
 
 def torn(path: Path) -> str | None:

@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerFast
 from fastdllm.models import find_folder, read_family
 from fastdllm.models.spec import Family, ModelSpec
 from fastdllm.models.tokenizer import load_tokenizer, special_ids
-from fastdllm.models.weights import shards
-from fastdllm.training.checkpoint import check_tensors, quote
+from fastdllm.models.weights import expected_shapes, parameter_shapes, shards
+from fastdllm.training.checkpoint import check_shapes, quote, tensor_shapes
 
 
 class RMSNorm(nn.Module):
@@ -142,18 +142,14 @@ def load_network(name: str, dtype: torch.dtype = torch.float32) -> tuple[Network
     Raises ValueError for a checkpoint that lacks tensors, has others than the family, or holds numbers that are no weights.
     """
     folder = find_folder(name)
-    check_tensors(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     family, tokenizer = read_family(config, folder), load_tokenizer(folder)
     if tokenizer is None:
         raise FileNotFoundError(f"{folder}: no tokenizer.json, nor vocab.json with merges.txt")
     spec = family.spec(config, special_ids(tokenizer))
-    table, optional = family.names(spec), family.optional(spec)
+    table = family.names(spec)
+    check_shapes(folder, tensor_shapes(folder), expected_shapes(table, parameter_shapes(spec)), family.optional(spec))
     tensors = {name: tensor for path in shards(folder) for name, tensor in load_file(path).items()}
-    if names := sorted(table.keys() - tensors.keys()):
-        raise ValueError(f"{folder}: the checkpoint lacks tensors: {quote(names)}")
-    if names := sorted(tensors.keys() - table.keys() - optional):
-        raise ValueError(f"{folder}: the checkpoint has unknown tensors: {quote(names)}")
     if names := sorted(name for name in table if not tensors[name].isfinite().all()):
         raise ValueError(f"{folder}: NaN or infinite weights in {quote(names)}")
     return Network(family, spec, {name: tensors[name].to(dtype) for name in table}), tokenizer, folder

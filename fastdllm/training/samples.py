@@ -14,6 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from fastdllm.conversations import MARKS, escaped, ids_of
+from fastdllm.templates import rendered
 from fastdllm.training.objective import IGNORE
 from fastdllm.training.records import BadRecord, Conversation, encodable, is_target, strings
 
@@ -42,7 +43,7 @@ def turns(conversation: Conversation, tokenizer: PreTrainedTokenizerFast) -> lis
 
     def render(messages: list[dict[str, object]], prompt: bool) -> str:
         try:
-            return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+            return rendered(tokenizer, messages, tools, prompt)
         except Exception as error:  # templates and what runs them raise anything: of jinja2, ValueError, IndexError ...
             raise BadRecord(f"{where}: the chat template refuses it: {error}") from error
 

@@ -8,12 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,28 +43,43 @@ def answers(url: str) -> bool:
 
 @contextmanager
 def running(*arguments: str, wait: float = 100) -> Iterator[tuple[str, subprocess.Popen]]:
-    """`fastdllm serve ARGUMENTS` in a process of its own, warm: (its address, the process)."""
+    """`fastdllm serve ARGUMENTS` in a process of its own, warm: (its address, the process).
+
+    Its output goes to a file: a pipe that nobody reads fills up.
+    """
+    with tempfile.TemporaryFile() as output:
+        yield from serving(arguments, wait, output)
+
+
+def serving(arguments: Sequence[str], wait: float, output: Any) -> Iterator[tuple[str, subprocess.Popen]]:
+    """As `running`, with a file or descriptor for its output."""
     port = free_port()
     command = [sys.executable, "-m", "fastdllm.cli", "serve", *arguments, "--port", str(port)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}"
     try:
         end = time.monotonic() + wait
         while not answers(url):
             if process.poll() is not None or time.monotonic() > end:
                 process.kill()
-                raise AssertionError(process.communicate()[0].decode()[-3000:])
+                raise AssertionError(said(output))
             time.sleep(0.2)
         yield url, process
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         try:
-            process.communicate(timeout=60)
+            process.wait(timeout=60)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.communicate()
+            process.wait()
+
+
+def said(output: Any) -> str:
+    """The end of what a server wrote to a file."""
+    output.seek(0)
+    return output.read().decode(errors="replace")[-3000:]
 
 
 @pytest.fixture(scope="package")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import httpx
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import fastdllm
 from fastdllm import DecodeConfig
-from fastdllm.serving.app import create_app
+from fastdllm.serving.app import EventStream, create_app
 from fastdllm.serving.service import Service
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/decide")
@@ -122,3 +122,36 @@ def test_answers_go_on_and_nothing_is_left(client: Client) -> None:
         assert client.post(path, json.dumps(GOOD[path]).encode()).status_code == 200
     scheduler = client.service.scheduler
     assert not scheduler._active and not scheduler._waiting and scheduler.alive
+
+
+@pytest.mark.parametrize("told", [0, 1, 2])
+def test_a_stream_is_closed_wherever_its_client_hangs_up(told: int) -> None:
+    """Before its first event too, when nobody has begun to read the chunks: closing them withdraws the request."""
+    ends: list[str] = []
+
+    async def chunks() -> AsyncGenerator[dict[str, Any], None]:
+        try:
+            while True:
+                yield {}
+        finally:
+            ends.append("closed")
+
+    async def hang_up() -> None:
+        source, sent, gone = chunks(), 0, asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            if told:
+                await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            nonlocal sent
+            sent += message["type"] == "http.response.body"
+            if sent >= told:
+                gone.set()
+                await asyncio.sleep(60)
+
+        await EventStream(await anext(source), source)({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
+        assert ends == ["closed"]  # while somebody still holds them
+
+    asyncio.run(hang_up())

@@ -18,7 +18,7 @@ import fastdllm
 from fastdllm import DecodeConfig
 from fastdllm.engine import Request
 from fastdllm.serving import scheduler as under_test
-from fastdllm.serving.errors import Closed, Expired, Overloaded, TooLong
+from fastdllm.serving.errors import Closed, Expired, NotANumber, Overloaded, TooLong
 from fastdllm.serving.scheduler import Failed, Finished, Progress, Scheduler
 
 CONFIG = DecodeConfig(gen_length=32, block_length=16)
@@ -261,6 +261,110 @@ def test_a_lost_device_ends_every_request_and_is_not_hidden(model: fastdllm.Mode
     wait_until(lambda: not scheduler.alive)
     with pytest.raises(Closed):
         scheduler.submit(Request(prompt(model, "Hello"), 8), Listener())
+
+
+class Stuck:
+    """The engine's `decode`, but a round does not come back until it is told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.decode, self.go_on, self.began = under_test.decode, threading.Event(), threading.Event()
+        monkeypatch.setattr(under_test, "decode", self)
+
+    def __call__(self, *given: Any, **options: Any) -> Iterator[Any]:
+        for step in self.decode(*given, **options):
+            self.began.set()
+            self.go_on.wait()
+            yield step
+
+
+def test_a_request_ends_at_its_deadline_though_a_round_does_not(
+    model: fastdllm.Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stuck = Stuck(monkeypatch)
+    monkeypatch.setattr(under_test, "SILENT", 0.1)
+    scheduler = Scheduler(model, CONFIG, rows=1).start()
+    listeners = [Listener() for _ in range(3)]
+    for listener, seconds in zip(listeners, (0.5, 0.7, None), strict=True):
+        deadline = None if seconds is None else time.monotonic() + seconds
+        scheduler.submit(Request(prompt(model, "Hello"), 8), listener, deadline=deadline)
+    assert stuck.began.wait(60)
+    for listener in listeners[:2]:
+        event = listener.wait(60)
+        assert isinstance(event, Failed) and isinstance(event.error, Expired)
+        assert "was not begun" in str(event.error)
+    wait_until(lambda: "go_on.wait()" in caplog.text)
+    stuck.go_on.set()
+    assert isinstance(listeners[2].wait(), Finished), "the others go on when the round comes back"
+    wait_until(lambda: empty(scheduler))
+    assert scheduler.close(30)
+
+
+def test_no_request_is_left_alone_when_the_thread_ends(model: fastdllm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever fails, also what handles failures."""
+    Poisoned(monkeypatch, {5}, RuntimeError("device-side assert"), after=0)
+    scheduler = Scheduler(model, CONFIG, rows=4)
+
+    def lost(*_: Any) -> None:
+        raise KeyError("lost")
+
+    monkeypatch.setattr(scheduler, "_recover", lost)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    listeners = [Listener() for _ in range(6)]
+    for listener in listeners:
+        scheduler.submit(Request(prompt(model, "Hello"), 32, 5), listener)
+    scheduler.start()
+    assert all(isinstance(listener.wait(60), Failed) for listener in listeners)
+    with pytest.raises(Closed):
+        scheduler.submit(Request(prompt(model, "Hello"), 8), Listener())
+
+
+def test_requests_that_a_scheduler_never_began_hear_of_its_end(model: fastdllm.Model) -> None:
+    scheduler, listener = Scheduler(model, CONFIG), Listener()
+    scheduler.submit(Request(prompt(model, "Hello"), 8), listener)
+    future = scheduler.call(lambda: 1)
+    assert scheduler.close(1)
+    assert isinstance(listener.wait(1), Failed)
+    with pytest.raises(Closed):
+        future.result(1)
+
+
+def test_a_request_larger_than_what_is_left_of_the_budget_is_tried_alone(model: fastdllm.Model) -> None:
+    """Memory ran out, so the budget shrank below what was taken before: nobody may wait for it for ever."""
+    scheduler = Scheduler(model, CONFIG, positions=4096, rows=8)
+    listeners = [Listener() for _ in range(3)]
+    for listener, length in zip(listeners, (8, 300, 8), strict=True):
+        scheduler.submit(Request(prompt(model, "Hello"), length), listener)
+    scheduler.positions = 64
+    scheduler.start()
+    assert all(isinstance(listener.wait(60), Finished) for listener in listeners)
+    assert scheduler.close(30)
+
+
+def test_a_request_whose_answer_is_nan_fails_alone(model: fastdllm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [Request(prompt(model, text), 16, stop_ids=()) for text in ("Tom has 5 apples and", "Hello", "Tom has 5")]
+    expected, bad = alone(model, requests[0], CONFIG.replace(stop_ids=[])), requests[1].prompt[0]
+    weight = model.network.embed.weight.data.clone()
+    weight[bad] = torch.nan
+    assert bad not in expected and bad not in requests[2].prompt
+    monkeypatch.setattr(model.network.embed.weight, "data", weight)
+    scheduler = Scheduler(model, CONFIG, rows=3)
+    listeners = [Listener() for _ in requests]
+    for request, listener in zip(requests, listeners, strict=True):
+        scheduler.submit(request, listener)
+    scheduler.start()
+    events = [listener.wait(60) for listener in listeners]
+    assert isinstance(events[1], Failed) and isinstance(events[1].error, NotANumber)
+    assert isinstance(events[0], Finished) and events[0].ids == expected
+    assert isinstance(events[2], Finished) and scheduler.failed == 1
+    assert scheduler.close(30)
+
+
+def test_a_server_may_have_many_stop_tokens(model: fastdllm.Model) -> None:
+    scheduler = Scheduler(model, CONFIG.replace(stop_ids=list(range(20)))).start()
+    listener = Listener()
+    scheduler.submit(Request(prompt(model, "Hello"), 8), listener)
+    assert isinstance(listener.wait(60), Finished)
+    assert scheduler.close(30)
 
 
 def test_calls_run_between_rounds_and_their_errors_are_their_own(model: fastdllm.Model, running: Scheduler) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
@@ -13,6 +14,7 @@ import urllib.request
 from typing import Any
 
 import pytest
+import torch
 
 import fastdllm
 from tests.serving.conftest import QUESTION, free_port, running
@@ -163,6 +165,33 @@ def test_repeated_prompts_carry_the_log_likelihood_of_every_token(client: Any, m
     assert listed.token_logprobs[0] is None and len(listed.tokens) == len(prompt) + 3
     score = log_likelihoods(model, [(prompt[:4], prompt[4:])], method="chain")[0]
     assert sum(listed.token_logprobs[4 : len(prompt)]) == pytest.approx(score.log_likelihood, abs=1e-4)
+
+
+def test_a_context_that_comes_again_is_scored_once(model: fastdllm.Model) -> None:
+    """Each ending gets the likelihood that it gets alone, whatever was asked before."""
+    from fastdllm.likelihood import log_likelihoods
+    from fastdllm.prompts import encode
+    from fastdllm.serving.readings import PromptReadings
+
+    [context, *endings] = encode(model, ["Tom has 5 apples and eats 2 of them. Left:", " 3", " 4", " 7"])
+    readings, work = PromptReadings(model), []
+
+    async def call(read: Any) -> Any:
+        work.append(read)
+        return read()
+
+    forwards = []
+    for ending in [*endings, endings[1], endings[0][:0]]:
+        prompt = torch.cat([context, ending])
+        found, count = asyncio.run(readings.of(prompt, call))
+        forwards.append(count)
+        score = log_likelihoods(model, [(prompt[:1], prompt[1:])], method="chain")[0]
+        assert float(sum(reading.log_prob for reading in found)) == pytest.approx(score.log_likelihood, abs=1e-4)
+    new = len(endings[0])
+    assert all(len(ending) == new for ending in endings) and 0 < new < len(context)
+    # The last prompt is shorter, so a bidirectional model sees fewer masks after each token.
+    assert forwards[0] == len(context) + new - 1 and max(forwards[1:3]) <= new and forwards[3:] == [0, len(context) - 1]
+    assert len(work) <= sum(-(-count // 16) for count in forwards)
 
 
 def test_n_answers_draw_from_seeds_of_their_own(client: Any, model: fastdllm.Model) -> None:

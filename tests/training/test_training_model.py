@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -259,6 +260,38 @@ def test_torn_weights_are_refused_by_name(qwen2: Path, tmp_path: Path, share: fl
     (tmp_path / "model.safetensors").write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(ValueError, match=r"model\.safetensors: cannot be read"):
         load_for_training(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("vocab_size", 10**9), ("num_hidden_layers", 3), ("num_hidden_layers", 10**9), ("intermediate_size", 10**9)],
+)
+def test_sizes_that_the_weights_do_not_have_take_no_memory(
+    qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, value: int
+) -> None:
+    """config.json is compared with the headers of the weights before anything is loaded."""
+    shutil.copytree(qwen2, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, field: value}))
+
+    def loaded(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(Fast_dLLM_QwenForCausalLM, "from_pretrained", loaded)
+    with pytest.raises(ValueError, match=r"(misshapen|lacks) tensors"):
+        load_for_training(str(tmp_path))
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    folder = tiny_qwen2(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    for name in names:
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+    half = dict(zip(tensors, names * len(tensors), strict=False))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": half}))
+    with pytest.raises(ValueError, match="another file has as well"):
+        load_for_training(str(folder))
 
 
 def test_bad_block_is_refused(qwen2: Path) -> None:

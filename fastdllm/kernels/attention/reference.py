@@ -38,6 +38,10 @@ def attention(
         out = F.scaled_dot_product_attention(query, k, v, scale=scale, enable_gqa=True)
         return out.transpose(1, 2)
     mask = _visible(kv_len, hide, max_kv_len, swap)
+    # What no query of a row sees may be another row's, or left over from an earlier one. NaN there would get through the
+    # mask: NaN - inf and 0 * NaN are NaN.
+    unseen = ~mask.any(1)[:, None, :, None]
+    k, v = k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
     out = F.scaled_dot_product_attention(query, k, v, mask.unsqueeze(1), scale=scale, enable_gqa=True)
     # A query that sees nothing has no softmax; its output is defined as zero rather than left to the backend.
     return out.transpose(1, 2).masked_fill(~mask.any(-1)[:, :, None, None], 0)

@@ -348,7 +348,8 @@ class Service:
         return readings
 
     def _read(self, probes: list[Probe]) -> list[Reading]:
-        return [reading for _, reading in read(self.model, [(0, 0.0, probe) for probe in probes], len(probes))]
+        asked = [(0, 0.0, probe) for probe in probes]
+        return [token for _, reading in read(self.model, asked, len(probes)) for token in reading.each()]
 
     async def _call(self, work: Callable[[], T]) -> T:
         """`work` on the thread that owns the device, between two rounds."""

@@ -56,7 +56,8 @@ def replace_in(past: dict[int, tuple[Tensor, Tensor]], start: int) -> KV:
 
 
 class PlainNetwork:
-    """Calls: (ids [W], start, kv) -> logits [W, V], the mask's column at -inf. `grid`: block-causal block size, 0 for none.
+    """Calls: (ids [W], start, kv) -> logits [W, V], the mask's column at -inf. `grid`: block-causal block size, 0 for none;
+    with `causal` no position sees a later one.
 
     `forwards` counts the calls.
     """
@@ -79,7 +80,7 @@ class PlainNetwork:
         )
         return torch.cat([turned.real, turned.imag], -1).float()
 
-    def __call__(self, ids: Tensor, start: int = 0, kv: KV = plain) -> Tensor:
+    def __call__(self, ids: Tensor, start: int = 0, kv: KV = plain, causal: bool = False) -> Tensor:
         self.forwards += 1
         s, w = self.spec, self.weights
         pos = start + torch.arange(len(ids))
@@ -96,6 +97,8 @@ class PlainNetwork:
             if self.grid:
                 hidden = torch.arange(len(k)) // self.grid > pos[:, None] // self.grid
                 score = score.masked_fill(hidden, -torch.inf)
+            if causal:
+                score = score.masked_fill(torch.arange(len(k)) > pos[:, None], -torch.inf)
             y = torch.einsum("hwt,thd->whd", score.softmax(-1), v.repeat_interleave(group, 1)).flatten(1)
             h = h + y @ w[p + "out.weight"].T
             gate, up = (self._norm(h, p + "ffn_norm") @ w[p + "gate_up.weight"].T).chunk(2, -1)

@@ -7,8 +7,8 @@ of the template (the tokens of a span do not see each other), normalised over th
 length take another canvas, in the same forward where it fits: the number of canvases is the largest number of lengths of any
 question.
 
-A bidirectional model reads all questions off one canvas. A block-causal one was trained on finished text before the block at
-work, so there each question has a canvas of its own.
+A bidirectional model reads all questions off one canvas. The others were trained on finished text before the block at work,
+so there each question has a canvas of its own.
 """
 
 from __future__ import annotations

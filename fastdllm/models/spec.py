@@ -40,7 +40,8 @@ class ModelSpec:
     model whose queries see their own and earlier blocks only, 0 for a bidirectional model. `vocab` counts embedding rows;
     `mask_id` and `stop_ids` are token ids; `defaults` are the family's decoding defaults. `qk_norm`: each query and key head
     is normalised before the rotation (Qwen3). `stretch`: how the rotation reaches a longer context than it was trained for.
-    `causal_context`: finished tokens see those before them only, the open block sees itself in both directions.
+    `causal_context`: finished tokens see those before them only, the open block sees itself in both directions; a forward
+    that reads from left to right predicts the next token, whatever `shift` is.
     """
 
     family: str

@@ -137,27 +137,27 @@ def sliding(size: int) -> Geometry:
     return blocks
 
 
-def grid_aligned(size: int, sub: int) -> Geometry:
+def grid_aligned(size: int, sub: int, at_prompt: bool = False) -> Geometry:
     """Blocks of `size` on the grid 0, size, 2 size, ..., each decoded in sub-blocks of `sub` positions (v2).
 
     Blocks and sub-blocks without an open position are left out. The last block reaches to the grid even when the answer
     ends before: the model was trained on whole blocks, so the positions after `total` stay visible as masks and are never
-    decoded.
+    decoded. at_prompt: the grid begins at the prompt's end, and the last block ends with the answer (A2D's bd3lm).
     """
     if size % sub:
         raise ValueError(f"small_block_size={sub} must divide block_length={size}")
 
     def blocks(prompt: int, total: int) -> list[Block]:
         out: list[Block] = []
-        for index, outer in enumerate(range(prompt // size * size, total, size)):
-            opens = True
-            for start in range(outer, outer + size, sub):
+        for index, outer in enumerate(range(prompt if at_prompt else prompt // size * size, total, size)):
+            opens, end = True, min(outer + size, total) if at_prompt else outer + size
+            for start in range(outer, end, sub):
                 if start + sub <= prompt or start >= total:
                     continue
                 stop = min(start + sub, total)
                 out.append(
                     Block(
-                        start=start, stop=stop, outer_start=outer, outer_stop=outer + size, visible_end=outer + size,
+                        start=start, stop=stop, outer_start=outer, outer_stop=end, visible_end=end,
                         index=index, opens=opens, prompt=prompt, total=total, grid=size,
                     )
                 )  # fmt: skip

@@ -136,6 +136,7 @@ def assemble(model: Model, config: DecodeConfig) -> Decoding:
         block_length=size,
         stop_ids=config.stop_ids,
         block_causal=outer if spec.block_causal else 0,
+        grid_at_prompt=spec.grid_at_prompt,
         causal=spec.causal_context,
         lookback=lookback,
         guidance=config.cfg_scale,
@@ -156,7 +157,7 @@ def _geometry(config: DecodeConfig, spec: ModelSpec, size: int) -> Geometry:
     if config.geometry is not None:
         return _tiling(config.geometry, size)
     if spec.block_causal:
-        return grid_aligned(config.block_length, size)
+        return grid_aligned(config.block_length, size, spec.grid_at_prompt)
     if not spec.causal_context:
         return prompt_aligned(size)
     return sliding(size) if registry.class_of(Kind.DECODERS, config.decoder).drafts else causal_aligned(size)

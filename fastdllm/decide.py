@@ -183,7 +183,8 @@ def _canvases(model: Model, prompt: Tensor, slots: list[tuple[int, Slot]]) -> It
                     tokens += option
             ids += [model.spec.mask_id] * length
         if block := model.spec.block_causal:
-            ids += [model.spec.mask_id] * (-len(ids) % block)
+            origin = min(at) if model.spec.grid_at_prompt else 0
+            ids += [model.spec.mask_id] * ((origin - len(ids)) % block)
         if len(ids) > model.spec.max_length:
             raise ValueError(
                 f"prompt and questions take {len(ids)} positions, more than the model's context of {model.spec.max_length}"

@@ -67,8 +67,8 @@ class Score:
 class Probe:
     """A canvas ids [T], of which `prompt` positions are the prompt; tokens [n] asked for at the positions at [n].
 
-    open: where the block of masks begins, for a model that reads its context causally. None: there is none, and each token
-    is predicted by the one before it.
+    open: where the first block that is no context begins. None: there is none, and a model that reads its context causally
+    predicts each token from the one before it.
     """
 
     ids: Tensor
@@ -220,20 +220,25 @@ def _left_to_right(model: Model, context: Tensor, target: Tensor) -> Iterator[tu
         yield 1.0, Probe(canvas, len(context), torch.arange(len(context), len(canvas)), target)
         return
     for at in range(len(context), len(canvas)):
-        end = block_end(at, block) if block else len(canvas)
+        end = block_end(at, block, _origin(model, len(context))) if block else len(canvas)
         ids = torch.full((end,), model.spec.mask_id)
         ids[:at] = canvas[:at]
-        yield 1.0, Probe(ids, len(context), torch.tensor([at]), canvas[at : at + 1])
+        yield 1.0, Probe(ids, len(context), torch.tensor([at]), canvas[at : at + 1], len(context))
+
+
+def _origin(model: Model, start: int | None) -> int:
+    """Where blocks are counted from, in a canvas whose first block that is no context begins at `start`."""
+    return start or 0 if model.spec.grid_at_prompt else 0
 
 
 def _first_token(model: Model, context: Tensor, target: Tensor) -> Iterator[tuple[float, Probe]]:
     """The rest of the target stays visible and a stop token follows it, up to the end of the first token's block."""
     spec, at = model.spec, len(context)
-    ids = torch.full((block_end(at, spec.block_causal),), spec.mask_id)
+    ids = torch.full((block_end(at, spec.block_causal, _origin(model, at)),), spec.mask_id)
     known = torch.cat([context, target, torch.tensor(spec.stop_ids[:1])])[: len(ids)]
     ids[: len(known)] = known
     ids[at] = spec.mask_id
-    yield 1.0, Probe(ids, at, torch.tensor([at]), target[:1])
+    yield 1.0, Probe(ids, at, torch.tensor([at]), target[:1], at)
 
 
 def _greedy(model: Model, pairs: list[tuple[Tensor, Tensor]], batch_size: int, cfg_scale: float) -> list[bool]:
@@ -287,7 +292,8 @@ def _forward(model: Model, probes: list[Probe], length: int, store: KVStore, cfg
     pos = torch.where(column < lengths[:, None], column, scratch)
     kv_len = lengths[:, None].expand_as(pos)
     if spec.block_causal:
-        kv_len = torch.minimum(kv_len, block_end(pos, spec.block_causal))
+        origin = torch.tensor([[_origin(model, p.open)] for p in probes])
+        kv_len = torch.minimum(kv_len, block_end(pos, spec.block_causal, origin))
     if spec.causal_context:
         opened = torch.tensor([length if p.open is None else p.open for p in probes])
         kv_len = torch.where(pos < opened[:, None], pos + 1, kv_len)

@@ -288,7 +288,7 @@ def plans_of(plan: Chosen) -> Iterator[tuple[Any, list[Block]]]:
     kind: Any = registry.class_of(Kind.CACHES, plan)
     plan = kind() if isinstance(plan, str | type) else plan
     geometries = [prompt_aligned(8), prompt_aligned(64)] if kind.fits(False, False) else []
-    geometries += [grid_aligned(8, 4), grid_aligned(8, 8)] if kind.fits(True, False) else []
+    geometries += [grid_aligned(8, 4), grid_aligned(8, 8), grid_aligned(8, 4, True)] if kind.fits(True, False) else []
     geometries += [causal_aligned(8), causal_aligned(64)] if kind.fits(False, True) else []
     for geometry in geometries:
         for prompt, length in SHAPES:

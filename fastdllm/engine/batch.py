@@ -13,6 +13,7 @@ from fastdllm.blocks import Pass
 from fastdllm.decoding import Decoding
 from fastdllm.engine.row import Row
 from fastdllm.forward import ALTERNATIVES, PIECE, Plan, Shape
+from fastdllm.store import block_end
 
 NARROW = 64  # up to this width passes are grouped by equal width, or packed; above it they are padded to a multiple of it
 PASS_TOKENS = 16384  # positions of one forward at most: bounds the activations, and a wide pass gains nothing beyond
@@ -145,4 +146,5 @@ def sees_alike(turn: Turn, run: Decoding) -> bool:
     work, size = turn.work, run.block_causal
     if run.causal:
         return not work.causal and work.start >= turn.row.block.outer_start
-    return not size or work.start // size == (work.stop - 1) // size
+    origin = turn.row.block.prompt if run.grid_at_prompt else 0
+    return not size or block_end(work.start, size, origin) == block_end(work.stop - 1, size, origin)

@@ -136,7 +136,8 @@ def locate(spec: ModelSpec, canvas: Canvas, run: Decoding, plan: Plan, shape: Sh
     wide = widen(pos, block, plan.visible_end, spec.shift, plan.scratch) if shape.shadows else Widened(pos)
     kv_len = plan.read[:, None].expand_as(wide.pos)
     if run.block_causal:
-        kv_len = torch.minimum(kv_len, block_end(wide.pos, run.block_causal))
+        origin = plan.prompt[:, None] if run.grid_at_prompt else 0
+        kv_len = torch.minimum(kv_len, block_end(wide.pos, run.block_causal, origin))
     if run.causal:
         kv_len = torch.where(wide.pos < plan.causal[:, None], torch.minimum(kv_len, wide.pos + 1), kv_len)
     hide = None if shape.dense else torch.stack([plan.hide_start, plan.hide_stop], 1)

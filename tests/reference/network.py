@@ -62,8 +62,8 @@ class PlainNetwork:
     `forwards` counts the calls.
     """
 
-    def __init__(self, model: Model, grid: int = 0) -> None:
-        self.spec, self.grid, self.forwards = model.spec, grid, 0
+    def __init__(self, model: Model, grid: int = 0, origin: int = 0) -> None:
+        self.spec, self.grid, self.origin, self.forwards = model.spec, grid, origin, 0
         self.banned = model.banned
         self.weights = {k: v.detach() for k, v in model.network.state_dict().items()}
 
@@ -95,7 +95,7 @@ class PlainNetwork:
             group = s.heads // s.kv_heads
             score = torch.einsum("whd,thd->hwt", self._rotate(q, pos), k.repeat_interleave(group, 1)) / s.head_dim**0.5
             if self.grid:
-                hidden = torch.arange(len(k)) // self.grid > pos[:, None] // self.grid
+                hidden = (torch.arange(len(k)) - self.origin) // self.grid > (pos[:, None] - self.origin) // self.grid
                 score = score.masked_fill(hidden, -torch.inf)
             if causal:
                 score = score.masked_fill(torch.arange(len(k)) > pos[:, None], -torch.inf)

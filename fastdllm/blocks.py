@@ -3,14 +3,16 @@
 
 LLaDA and Dream cut the answer into blocks that start at the end of the prompt (`prompt_aligned`). Fast-dLLM v2 cuts the
 whole sequence on a fixed grid, so that a finished block's keys never change, and decodes each block sub-block by sub-block
-(`grid_aligned`); the tail of the prompt then lies inside the first generated block as known tokens.
+(`grid_aligned`); the tail of the prompt then lies inside the first generated block as known tokens. Nemotron's blocks start
+at the end of the prompt too, and see nothing after themselves (`causal_aligned`); what is drafted and verified has no fixed
+blocks and begins anew after each accepted token (`sliding`).
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Block:
     opens: whether this is the first (sub-)block of its outer block.
     prompt, total: of the row, whose answer is [prompt, total).
     grid: the size of grid-aligned blocks, 0 for prompt-aligned ones.
+    reread: in a family that reads its context causally, the first position that was not read in that way yet when the block
+        opens; None in other families.
     """
 
     start: int
@@ -37,6 +41,7 @@ class Block:
     prompt: int
     total: int
     grid: int = 0
+    reread: int | None = None
 
     @property
     def reach(self) -> int:
@@ -52,12 +57,15 @@ class Pass:
     start, stop: the positions [start, stop) are recomputed, and their slots of the store overwritten.
     read: they see the slots [0, read) ...
     hide: ... without [hide[0], hide[1]).
+    causal: the pass is read from left to right: no position sees a later one, and each predicts the next. For families that
+        read their context causally; they do so in their other passes too, before the block's `outer_start`.
     """
 
     start: int
     stop: int
     read: int
     hide: tuple[int, int] = (0, 0)
+    causal: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,27 +103,61 @@ def prompt_aligned(size: int) -> Geometry:
     return blocks
 
 
-def grid_aligned(size: int, sub: int) -> Geometry:
+def causal_aligned(size: int) -> Geometry:
+    """Blocks of `size` positions from the end of the prompt that see nothing after themselves (Nemotron)."""
+
+    def blocks(prompt: int, total: int) -> list[Block]:
+        plain = prompt_aligned(size)(prompt, total)
+        begun = [0, *(block.start for block in plain)]
+        return [replace(block, visible_end=block.stop, reread=start) for block, start in zip(plain, begun, strict=False)]
+
+    return blocks
+
+
+def sliding(size: int) -> Geometry:
+    """A block of `size` positions at each position of the answer, for tokens that are drafted and verified.
+
+    A row goes from one of them to that which follows its last accepted token. That token's keys are not known yet, so it is
+    the first position of a pass; the pass has `size` positions in all and predicts the block's last one by reading from left
+    to right only.
+    """
+
+    def blocks(prompt: int, total: int) -> list[Block]:
+        out = []
+        for index, start in enumerate(range(prompt, total)):
+            stop = min(start + size, total)
+            out.append(
+                Block(
+                    start=start, stop=stop, outer_start=start - 1, outer_stop=stop - 1,
+                    visible_end=stop, index=index, opens=index == 0, prompt=prompt, total=total, reread=0,
+                )
+            )  # fmt: skip
+        return out
+
+    return blocks
+
+
+def grid_aligned(size: int, sub: int, at_prompt: bool = False) -> Geometry:
     """Blocks of `size` on the grid 0, size, 2 size, ..., each decoded in sub-blocks of `sub` positions (v2).
 
     Blocks and sub-blocks without an open position are left out. The last block reaches to the grid even when the answer
     ends before: the model was trained on whole blocks, so the positions after `total` stay visible as masks and are never
-    decoded.
+    decoded. at_prompt: the grid begins at the prompt's end, and the last block ends with the answer (A2D's bd3lm).
     """
     if size % sub:
         raise ValueError(f"small_block_size={sub} must divide block_length={size}")
 
     def blocks(prompt: int, total: int) -> list[Block]:
         out: list[Block] = []
-        for index, outer in enumerate(range(prompt // size * size, total, size)):
-            opens = True
-            for start in range(outer, outer + size, sub):
+        for index, outer in enumerate(range(prompt if at_prompt else prompt // size * size, total, size)):
+            opens, end = True, min(outer + size, total) if at_prompt else outer + size
+            for start in range(outer, end, sub):
                 if start + sub <= prompt or start >= total:
                     continue
                 stop = min(start + sub, total)
                 out.append(
                     Block(
-                        start=start, stop=stop, outer_start=outer, outer_stop=outer + size, visible_end=outer + size,
+                        start=start, stop=stop, outer_start=outer, outer_stop=end, visible_end=end,
                         index=index, opens=opens, prompt=prompt, total=total, grid=size,
                     )
                 )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 
 from fastdllm import config as configs
 from fastdllm import presets, registry
-from fastdllm.blocks import Block, Geometry, grid_aligned, prompt_aligned
+from fastdllm.blocks import Block, Geometry, causal_aligned, grid_aligned, prompt_aligned, sliding
 from fastdllm.config import DecodeConfig
 from fastdllm.decoding import Decoding
 from fastdllm.models import Model
@@ -37,7 +37,8 @@ def resolve(spec: ModelSpec, config: DecodeConfig) -> DecodeConfig:
     family = {"block_length": BLOCK_LENGTH, **spec.defaults}
     if config.cfg_scale:
         family["cache"] = "none"
-    taken = presets.for_family(given.pop("preset"), bool(spec.block_causal), bool(spec.shift)) if config.preset else {}
+    bound = bool(spec.block_causal) or spec.causal_context
+    taken = presets.for_family(given.pop("preset"), bound, bool(spec.shift)) if config.preset else {}
     values = configs.merge(given, family, taken)
     if values["gen_length"] >= spec.max_length and "gen_length" in given:
         raise ValueError(
@@ -70,16 +71,12 @@ def _within_bounds(spec: ModelSpec, values: dict[str, Any], given: Mapping[str, 
 def _check_family(spec: ModelSpec, values: Mapping[str, Any]) -> None:
     """Raise ValueError for a cache, a geometry or blocks that the family cannot run."""
     causal, cache = bool(spec.block_causal), values["cache"]
-    if spec.causal_context:
-        raise ValueError(f"the family {spec.family!r} reads its context causally, which no cache here does yet")
-    if spec.causal_context:
-        raise ValueError(f"the family {spec.family!r} reads its context causally, which no cache here does yet")
-    if registry.class_of(Kind.CACHES, cache).block_causal not in (None, causal):
+    if not registry.class_of(Kind.CACHES, cache).fits(causal, spec.causal_context):
         raise ValueError(
             f"cache={registry.name_of(cache)!r} does not fit the family {spec.family!r}; "
-            f"allowed are {', '.join(registry.caches_for(causal))}"
+            f"allowed are {', '.join(registry.caches_for(causal, spec.causal_context))}"
         )
-    if causal and values["geometry"] is not None:
+    if (causal or spec.causal_context) and values["geometry"] is not None:
         raise ValueError(f"geometry is a choice of families that read both ways; {spec.family!r} has its own blocks")
     size = values["block_length"]
     if causal and -spec.max_length % size > OVERSHOOT:
@@ -120,9 +117,7 @@ def assemble(model: Model, config: DecodeConfig) -> Decoding:
     config = resolve(spec, config)
     outer = config.block_length
     size = config.small_block_size if spec.block_causal else min(outer, config.gen_length)
-    geometry = grid_aligned(outer, size) if spec.block_causal else prompt_aligned(size)
-    if config.geometry is not None:
-        geometry = _tiling(config.geometry, size)
+    geometry = _geometry(config, spec, size)
     name = config.name_of("cache")
     cache = configs.make(Kind.CACHES, config.cache, vars(config))
     decoder = _decoder(model, config, geometry, size, cache)
@@ -132,6 +127,7 @@ def assemble(model: Model, config: DecodeConfig) -> Decoding:
     lookback = _lookback(config, spec)
     reuse = _reuse(config, spec, outer, name) or cache.reuse(spec.layers, size + lookback)
     _check_decoder(config, name, cache, decoder, sampler, reuse)
+    _check_drafts(config, spec)
     return Decoding(
         geometry=geometry,
         cache=cache,
@@ -140,6 +136,8 @@ def assemble(model: Model, config: DecodeConfig) -> Decoding:
         block_length=size,
         stop_ids=config.stop_ids,
         block_causal=outer if spec.block_causal else 0,
+        grid_at_prompt=spec.grid_at_prompt,
+        causal=spec.causal_context,
         lookback=lookback,
         guidance=config.cfg_scale,
         reuse=reuse,
@@ -152,6 +150,17 @@ def check_runner(model: Model, config: DecodeConfig) -> None:
         raise ValueError(
             f"runner='cuda_graph' needs a model on a GPU, and this one is on {model.device.type!r}; use 'eager'"
         )
+
+
+def _geometry(config: DecodeConfig, spec: ModelSpec, size: int) -> Geometry:
+    """How this run cuts answers into blocks, or sub-blocks, of `size` positions."""
+    if config.geometry is not None:
+        return _tiling(config.geometry, size)
+    if spec.block_causal:
+        return grid_aligned(config.block_length, size, spec.grid_at_prompt)
+    if not spec.causal_context:
+        return prompt_aligned(size)
+    return sliding(size) if registry.class_of(Kind.DECODERS, config.decoder).drafts else causal_aligned(size)
 
 
 def _tiling(geometry: Geometry, widest: int) -> Geometry:
@@ -196,6 +205,20 @@ def _check_decoder(config: DecodeConfig, name: str, cache: Any, decoder: Any, sa
         raise ValueError(f"decoder={rule!r} needs layers that run for whole passes; {partly} skips positions")
 
 
+def _check_drafts(config: DecodeConfig, spec: ModelSpec) -> None:
+    """Raises ValueError where a decoder drafts and the family cannot verify, or guidance would ask for two prompts."""
+    rule = config.name_of("decoder")
+    if not registry.class_of(Kind.DECODERS, config.decoder).drafts:
+        return
+    if not spec.causal_context:
+        raise ValueError(
+            f"decoder={rule!r} does not fit the family {spec.family!r}: drafts are verified by reading from left to right, "
+            "which needs a family with a causal context"
+        )
+    if config.cfg_scale:
+        raise ValueError(f"decoder={rule!r} gives the tokens of autoregressive decoding and needs cfg_scale=0")
+
+
 def _reuse(config: DecodeConfig, spec: ModelSpec, size: int, cache: str) -> LayerReuse | None:
     """Layer reuse as configured, None where it would change nothing."""
     if config.layer_subset is None:
@@ -231,10 +254,10 @@ def _counts(model: Model, config: DecodeConfig, geometry: Geometry, size: int, c
     if config.steps < blocks:
         raise ValueError(f"steps={config.steps} must be at least the number of blocks, {blocks}")
     # A shifted model whose blocks open with a refresh gets the first token from it; Dream's schedule then starts at step 1.
+    # Where blocks are opened by reading from left to right, the schedule spreads the other tokens over all of its steps.
+    causal = model.spec.causal_context
     forced = bool(
-        model.spec.shift
-        and not model.spec.block_causal
-        and config.first_token == "forced"
+        (causal or (model.spec.shift and not model.spec.block_causal and config.first_token == "forced"))
         and cache.open(geometry(1, 1 + config.gen_length)[0])
     )
     schedule = SCHEDULES[config.schedule]
@@ -242,6 +265,6 @@ def _counts(model: Model, config: DecodeConfig, geometry: Geometry, size: int, c
     per_block = config.steps * size // config.gen_length
     counts = torch.full((size + 1, max(size, per_block) + 1), float(size))
     for masks in range(1, size + 1):
-        plan = [1, *schedule(masks - 1, per_block, 1)] if forced else schedule(masks, per_block, 0)
+        plan = [1, *schedule(masks - 1, per_block, int(not causal))] if forced else schedule(masks, per_block, 0)
         counts[masks, : len(plan)] = torch.tensor(plan, dtype=torch.float32)
     return counts.to(model.device)

@@ -7,8 +7,8 @@ of the template (the tokens of a span do not see each other), normalised over th
 length take another canvas, in the same forward where it fits: the number of canvases is the largest number of lengths of any
 question.
 
-A bidirectional model reads all questions off one canvas. A block-causal one was trained on finished text before the block at
-work, so there each question has a canvas of its own.
+A bidirectional model reads all questions off one canvas. The others were trained on finished text before the block at work,
+so there each question has a canvas of its own.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def decide(model: Model, prompt: Prompts, questions: Sequence[Mapping[str, Any]]
         raise ValueError(f"model {model.name!r} has no tokenizer; questions are asked in text")
     ids = prompts[0].cpu()
     slots = [_slot(model, question) for question in asked]
-    groups = [[i] for i in range(len(slots))] if model.spec.block_causal else [list(range(len(slots)))]
+    alone = model.spec.block_causal or model.spec.causal_context  # a question would depend on the masks of those before it
+    groups = [[i] for i in range(len(slots))] if alone else [list(range(len(slots)))]
     canvases = [canvas for group in groups for canvas in _canvases(model, ids, [(i, slots[i]) for i in group])]
     scores = _score(model, canvases, slots)
     out = Decisions({q.name: _decision(q, scores[i]) for i, q in enumerate(asked)})
@@ -182,12 +183,13 @@ def _canvases(model: Model, prompt: Tensor, slots: list[tuple[int, Slot]]) -> It
                     tokens += option
             ids += [model.spec.mask_id] * length
         if block := model.spec.block_causal:
-            ids += [model.spec.mask_id] * (-len(ids) % block)
+            origin = min(at) if model.spec.grid_at_prompt else 0
+            ids += [model.spec.mask_id] * ((origin - len(ids)) % block)
         if len(ids) > model.spec.max_length:
             raise ValueError(
                 f"prompt and questions take {len(ids)} positions, more than the model's context of {model.spec.max_length}"
             )
-        yield owners, Probe(torch.tensor(ids), len(prompt), torch.tensor(at), torch.tensor(tokens))
+        yield owners, Probe(torch.tensor(ids), len(prompt), torch.tensor(at), torch.tensor(tokens), min(at))
 
 
 def _score(model: Model, canvases: list[Canvas], slots: list[Slot]) -> list[list[float]]:

@@ -29,6 +29,8 @@ class Decoding:
     stop_ids: a row ends once one of them is committed and no mask stands before it; () decodes to the end. A request may
         bring its own.
     block_causal: block size of a model that sees no further than its block, 0 for a bidirectional one.
+    grid_at_prompt: the blocks of such a model are counted from the prompt's end.
+    causal: of a model that reads its context causally.
     lookback: positions before a block that every pass recomputes with it. With a shifted model's 1, the rule also
         decides about the block's first token.
     guidance: classifier-free guidance w, 0 for none. Logits become u + (w + 1)(c - u), with u from a second lane of the same
@@ -44,6 +46,8 @@ class Decoding:
     block_length: int
     stop_ids: tuple[int, ...] = ()
     block_causal: int = 0
+    grid_at_prompt: bool = False
+    causal: bool = False
     lookback: int = 0
     guidance: float = 0.0
     reuse: Reuse | None = None
@@ -66,6 +70,8 @@ class Decoding:
             _identity(self.sampler, (*self.sampler.numbers, "drawn", "truncated")),
             self.block_length,
             self.block_causal,
+            self.grid_at_prompt,
+            self.causal,
             self.lanes,
             self.reuse,
         )

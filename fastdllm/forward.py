@@ -52,7 +52,8 @@ class Plan(NamedTuple):
     row: the row of the canvas and the store. lane: how many rows apart the lanes of a request lie. slot: where the request's
     own numbers and the states of its rules lie. scratch: the position that padding reads and writes.
     start, stop: the pass. read: it sees the slots [0, read) without [hide_start, hide_stop).
-    visible_end: end of what the block's queries may ever see. first, end: the block's positions. prompt: its length.
+    causal: positions before it see none after themselves, where the family reads its context causally. visible_end: end of
+    what the block's queries may ever see. first, end: the block's positions. prompt: its length.
     first_only: 1 if the pass predicts the block's first token only. step: forwards spent on the block. forward: the number
     of this forward of the request, from 1. initial: masks when the block opened. fresh: positions that run through layers
     with reuse.
@@ -67,6 +68,7 @@ class Plan(NamedTuple):
     read: Any
     hide_start: Any
     hide_stop: Any
+    causal: Any
     visible_end: Any
     first: Any
     end: Any
@@ -91,7 +93,7 @@ class Plan(NamedTuple):
         """
         return cls(
             row=0, lane=0, slot=slot, scratch=scratch, start=0, stop=0, read=width, hide_start=0, hide_stop=0,
-            visible_end=1, first=0, end=1, prompt=0, first_only=0, step=0, forward=0, initial=1, fresh=0,
+            causal=0, visible_end=1, first=0, end=1, prompt=0, first_only=0, step=0, forward=0, initial=1, fresh=0,
         )  # fmt: skip
 
 

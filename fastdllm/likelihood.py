@@ -11,6 +11,9 @@ Block-causal models (Fast-dLLM v2) see nothing after a token's block. For them t
 token t is scored with everything before it written and itself and the rest of its block masked, as when the model decodes
 one token a step from the left. `first_token` is the published measure, which scores the first target token alone.
 
+Models that read their context causally (Nemotron) have a left-to-right probability, and one forward over the whole text
+gives it: the chain rule is that of autoregressive decoding.
+
 Every measure is a list of `Probe`s: a canvas with masks, and the tokens asked for. Rows: R; canvas: T; vocabulary: V.
 """
 
@@ -28,7 +31,7 @@ from torch import Tensor
 
 from fastdllm.fields import coerce, shown
 from fastdllm.forward import Window
-from fastdllm.models import Model
+from fastdllm.models import Model, ModelSpec
 from fastdllm.prompts import check_model, ids_row
 from fastdllm.sampling import guide
 from fastdllm.store import KVStore, block_end
@@ -40,13 +43,15 @@ class Reads(Enum):
 
     BOTH_WAYS = "bidirectional"
     BY_BLOCKS = "block-causal"
-    EITHER_WAY = "either"
+    ANY_WAY = "any"
 
-    def fits(self, block_causal: bool) -> bool:
-        return self is Reads.EITHER_WAY or block_causal == (self is Reads.BY_BLOCKS)
+    def fits(self, spec: ModelSpec) -> bool:
+        if self is Reads.BY_BLOCKS:
+            return bool(spec.block_causal)
+        return self is Reads.ANY_WAY or not (spec.block_causal or spec.causal_context)
 
 
-METHODS = {"monte_carlo": Reads.BOTH_WAYS, "chain": Reads.EITHER_WAY, "first_token": Reads.BY_BLOCKS}
+METHODS = {"monte_carlo": Reads.BOTH_WAYS, "chain": Reads.ANY_WAY, "first_token": Reads.BY_BLOCKS}
 HEAD_ROWS = 256  # positions whose logits are held at once: [256, 152064] in fp32 is 150 MB
 
 
@@ -60,12 +65,17 @@ class Score:
 
 @dataclass(frozen=True)
 class Probe:
-    """A canvas ids [T], of which `prompt` positions are the prompt; tokens [n] asked for at the positions at [n]."""
+    """A canvas ids [T], of which `prompt` positions are the prompt; tokens [n] asked for at the positions at [n].
+
+    open: where the first block that is no context begins. None: there is none, and a model that reads its context causally
+    predicts each token from the one before it.
+    """
 
     ids: Tensor
     prompt: int
     at: Tensor
     tokens: Tensor
+    open: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,11 @@ class Reading:
     log_prob: Tensor
     top: Tensor
     conf: Tensor
+
+    def each(self) -> list[Reading]:
+        """One reading for each token."""
+        columns = (column.split(1) for column in (self.log_prob, self.top, self.conf))
+        return [Reading(*token) for token in zip(*columns, strict=True)]
 
 
 def log_likelihoods(
@@ -90,7 +105,7 @@ def log_likelihoods(
 ) -> list[Score]:
     """Score each (context [P], target [L]) of token ids (tensors, arrays or lists); an empty target gives (0.0, True).
 
-    method: "monte_carlo" (bidirectional models, default there), "chain" (default for block-causal models), "first_token"
+    method: "monte_carlo" (bidirectional models, default there), "chain" (default for the others), "first_token"
     (block-causal only). mc_num: samples of Monte Carlo, drawn from `seed` for each pair anew, so that a pair's score depends
     on no other. batch_size: canvases in one forward. check_greedy: under monte_carlo greedy decoding means committing the
     most confident token of the masked target until none is masked (as published), which takes up to L forwards.
@@ -132,9 +147,8 @@ def log_likelihoods(
 
 def _method(model: Model, method: str | None) -> str:
     """The measure of that name, or the family's own; ValueError for one that this model cannot be asked."""
-    block_causal = bool(model.spec.block_causal)
-    method = ("chain" if block_causal else "monte_carlo") if method is None else method
-    fitting = [name for name, reads in METHODS.items() if reads.fits(block_causal)]
+    fitting = [name for name, reads in METHODS.items() if reads.fits(model.spec)]
+    method = fitting[0] if method is None else method
     if method not in fitting:
         allowed = ", ".join(fitting)
         raise ValueError(f"likelihood={shown(method)} does not fit the family {model.spec.family!r}; allowed are {allowed}")
@@ -170,7 +184,7 @@ def _check_lengths(model: Model, context: int, target: int) -> None:
         raise ValueError(
             f"context and target have {context + target} tokens, more than the model's context of {spec.max_length}"
         )
-    if target and context < spec.shift:
+    if target and context < max(spec.shift, spec.causal_context):
         raise ValueError(f"the family {spec.family!r} predicts a token from the one before it: the context may not be empty")
 
 
@@ -202,21 +216,29 @@ def _masked(model: Model, context: Tensor, target: Tensor, mc_num: int, seed: in
 
 def _left_to_right(model: Model, context: Tensor, target: Tensor) -> Iterator[tuple[float, Probe]]:
     canvas, block = torch.cat([context, target]), model.spec.block_causal
+    if model.spec.causal_context:
+        yield 1.0, Probe(canvas, len(context), torch.arange(len(context), len(canvas)), target)
+        return
     for at in range(len(context), len(canvas)):
-        end = block_end(at, block) if block else len(canvas)
+        end = block_end(at, block, _origin(model, len(context))) if block else len(canvas)
         ids = torch.full((end,), model.spec.mask_id)
         ids[:at] = canvas[:at]
-        yield 1.0, Probe(ids, len(context), torch.tensor([at]), canvas[at : at + 1])
+        yield 1.0, Probe(ids, len(context), torch.tensor([at]), canvas[at : at + 1], len(context))
+
+
+def _origin(model: Model, start: int | None) -> int:
+    """Where blocks are counted from, in a canvas whose first block that is no context begins at `start`."""
+    return start or 0 if model.spec.grid_at_prompt else 0
 
 
 def _first_token(model: Model, context: Tensor, target: Tensor) -> Iterator[tuple[float, Probe]]:
     """The rest of the target stays visible and a stop token follows it, up to the end of the first token's block."""
     spec, at = model.spec, len(context)
-    ids = torch.full((block_end(at, spec.block_causal),), spec.mask_id)
+    ids = torch.full((block_end(at, spec.block_causal, _origin(model, at)),), spec.mask_id)
     known = torch.cat([context, target, torch.tensor(spec.stop_ids[:1])])[: len(ids)]
     ids[: len(known)] = known
     ids[at] = spec.mask_id
-    yield 1.0, Probe(ids, at, torch.tensor([at]), target[:1])
+    yield 1.0, Probe(ids, at, torch.tensor([at]), target[:1], at)
 
 
 def _greedy(model: Model, pairs: list[tuple[Tensor, Tensor]], batch_size: int, cfg_scale: float) -> list[bool]:
@@ -239,8 +261,8 @@ def _greedy(model: Model, pairs: list[tuple[Tensor, Tensor]], batch_size: int, c
 
 
 def token_probes(model: Model, ids: Tensor) -> Iterator[Probe]:
-    """What to read for the log-likelihood of every token of ids [P] but the first, by the chain rule from left to right.
-    One at a time: all of them together take P times P ids."""
+    """What to read for the log-likelihood of every token of ids [P] but the first, by the chain rule from left to right; in
+    a model that reads its context causally all of them at once. One probe at a time: all together take P times P ids."""
     return (probe for _, probe in _left_to_right(model, ids[:1], ids[1:]))
 
 
@@ -270,8 +292,12 @@ def _forward(model: Model, probes: list[Probe], length: int, store: KVStore, cfg
     pos = torch.where(column < lengths[:, None], column, scratch)
     kv_len = lengths[:, None].expand_as(pos)
     if spec.block_causal:
-        kv_len = torch.minimum(kv_len, block_end(pos, spec.block_causal))
-    dense = not spec.block_causal and bool((lengths == length).all())
+        origin = torch.tensor([[_origin(model, p.open)] for p in probes])
+        kv_len = torch.minimum(kv_len, block_end(pos, spec.block_causal, origin))
+    if spec.causal_context:
+        opened = torch.tensor([length if p.open is None else p.open for p in probes])
+        kv_len = torch.where(pos < opened[:, None], pos + 1, kv_len)
+    dense = not (spec.block_causal or spec.causal_context) and bool((lengths == length).all())
     hide = None if dense else torch.zeros(len(probes), 2, dtype=torch.long, device=device)
     rows = torch.arange(len(probes), device=device)
     window = Window(rows, pos.to(device), kv_len.contiguous().to(device), length, dense, hide)
@@ -279,7 +305,8 @@ def _forward(model: Model, probes: list[Probe], length: int, store: KVStore, cfg
     if cfg_scale:
         prompt = torch.tensor([p.prompt for p in probes])
         hidden.append(model.network(ids.masked_fill(column < prompt[:, None], spec.mask_id).to(device), window, store))
-    source = torch.cat([row * length + p.at - spec.shift for row, p in enumerate(probes)]).to(device)
+    shifts = [int(spec.causal_context and p.open is None) or spec.shift for p in probes]
+    source = torch.cat([row * length + p.at - shifts[row] for row, p in enumerate(probes)]).to(device)
     tokens = torch.cat([p.tokens for p in probes]).to(device)
     parts = []
     for where, wanted in zip(source.split(HEAD_ROWS), tokens.split(HEAD_ROWS), strict=True):

@@ -134,7 +134,7 @@ def snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
-def find(kind: Kind | str, name: str) -> type:
+def find(kind: Kind | str, name: str) -> type[Any]:
     """The class of that name; ValueError lists the known ones."""
     kind = Kind(kind)
     if name in _registered[kind]:
@@ -185,6 +185,7 @@ def options(kind: Kind | str, name: str) -> dict[str, Any]:
     return {option.name: option.kind for option in settable(kind, name).values()}
 
 
-def caches_for(block_causal: bool) -> tuple[str, ...]:
-    """The caches that fit a family: one whose finished blocks never change, or one that reads both ways."""
-    return tuple(n for n in names(Kind.CACHES) if find(Kind.CACHES, n).block_causal in (None, block_causal))
+def caches_for(block_causal: bool, causal: bool = False) -> tuple[str, ...]:
+    """The caches that fit a family: one whose finished blocks never change, one that reads its context causally, or one that
+    reads both ways."""
+    return tuple(n for n in names(Kind.CACHES) if find(Kind.CACHES, n).fits(block_causal, causal))

@@ -29,9 +29,15 @@ def units(slots: int) -> int:
 Positions = TypeVar("Positions", int, Tensor)
 
 
-def block_end(pos: Positions, block: int) -> Positions:
-    """The end of the block of `block` positions that each of `pos` lies in: what a block-causal query sees."""
-    return (pos // block + 1) * block
+def block_end(pos: Positions, block: int, origin: Any = 0) -> Positions:
+    """The end of the block of `block` positions that each of `pos` lies in: what a block-causal query sees.
+
+    origin: where some block begins, like `pos`; blocks are cut from there on in both directions.
+    """
+    if isinstance(origin, int) and origin == 0:
+        return (pos // block + 1) * block
+    skew = -origin % block
+    return ((pos + skew) // block + 1) * block - skew
 
 
 def span(start: Tensor, stop: Tensor, width: int, scratch: Tensor) -> Tensor:

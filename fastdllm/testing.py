@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastdllm import registry
-from fastdllm.blocks import Block, Progress, grid_aligned, prompt_aligned
+from fastdllm.blocks import Block, Progress, causal_aligned, grid_aligned, prompt_aligned
 from fastdllm.build import assemble
 from fastdllm.config import DecodeConfig
 from fastdllm.decoders.base import DecoderRule
@@ -31,7 +31,7 @@ from fastdllm.models.transformer import Transformer
 from fastdllm.registry import Kind
 from fastdllm.view import View
 
-FAMILIES = ("llada", "dream", "v2")
+FAMILIES = ("llada", "dream", "v2", "nemotron")
 VOCAB, MASK, STOP = 40, 38, 37
 KINDS = ("spread", "sure", "hopeless", "equal", "certain")  # how confidences are distributed
 WIDTHS = (1, 2, 8, 32)
@@ -50,7 +50,7 @@ def check_decoder(decoder: Chosen, families: Sequence[str] = FAMILIES) -> None:
         check_step(decoder, width, kind)
     check_rows_apart(decoder)
     check_no_host_read(decoder)
-    for family in families:
+    for family in (f for f in families if fits(decoder, f)):
         check_generation(decoder, family)
         if rule_of(decoder).lossless:
             check_lossless(decoder, family)
@@ -69,9 +69,10 @@ def check_cache(plan: Chosen) -> None:
 def random_model(family: str = "llada", seed: int = 0) -> Model:
     """A small random model whose confidences spread over all of (0, 1).
 
-    family: "llada" (no shift), "dream" (shift 1), "v2" (shift 1 and block-causal, with blocks of 8).
+    family: "llada" (no shift), "dream" (shift 1), "v2" (shift 1 and block-causal, with blocks of 8), "nemotron" (no shift, a
+        causal context).
     """
-    shift, block = int(family != "llada"), 8 if family == "v2" else 0
+    shift, block, causal = int(family in ("dream", "v2")), 8 if family == "v2" else 0, family == "nemotron"
     spec = ModelSpec(
         family=family,
         layers=2,
@@ -91,7 +92,8 @@ def random_model(family: str = "llada", seed: int = 0) -> Model:
         mask_id=MASK,
         stop_ids=(STOP,),
         pad_id=0,
-        defaults={"cache": "block" if block else "dual", "schedule": "even", "block_length": 8},
+        defaults={"cache": "block" if block else "causal" if causal else "dual", "schedule": "even", "block_length": 8},
+        causal_context=causal,
     )
     torch.manual_seed(seed)
     network = Transformer(spec)
@@ -119,6 +121,11 @@ def accepted(family: str, plan: Chosen, decoder: Chosen) -> bool:
     return True
 
 
+def fits(decoder: Chosen, family: str) -> bool:
+    """Whether this decoder is one for this family: one that drafts needs a causal context."""
+    return accepted(family, None, decoder)
+
+
 @cache
 def _model(family: str) -> Model:
     return random_model(family)
@@ -129,7 +136,8 @@ def _model(family: str) -> Model:
 
 def rule_of(decoder: Chosen, width: int = 8) -> DecoderRule:
     """The rule for blocks of `width`, its options at their defaults."""
-    return assemble(_model("llada"), DecodeConfig(decoder=decoder, gen_length=4 * width, block_length=width)).decoder
+    family = next((f for f in FAMILIES if fits(decoder, f)), FAMILIES[0])
+    return assemble(_model(family), DecodeConfig(decoder=decoder, gen_length=4 * width, block_length=width)).decoder
 
 
 def view(rule: DecoderRule, rows: int, width: int, kind: str = "spread", seed: int = 0) -> View:
@@ -239,7 +247,8 @@ def check_generation(decoder: Chosen, family: str) -> None:
         for i, (sequence, prompt) in enumerate(zip(out.sequences, given, strict=True)):
             assert torch.equal(sequence[: len(prompt)], prompt), f"the prompt was changed ({where})"
             assert len(sequence) == len(prompt) + 13 and MASK not in sequence[len(prompt) :], f"masks are left ({where})"
-            assert out.stats.row_forwards[i] <= 13 + 3, f"more forwards than tokens ({where})"
+            most = 13 + 3 + 13 * rule_of(decoder).drafts  # a token each, a block's opening, and a draft for each token
+            assert out.stats.row_forwards[i] <= most, f"more forwards than tokens ({where})"
         alone = generate(model, given[1], **options)
         assert torch.equal(alone.sequences[0], out.sequences[1]), f"a row alone gets other tokens ({where})"
         assert alone.stats.row_forwards[0] == out.stats.row_forwards[1], f"a row alone takes other forwards ({where})"
@@ -247,7 +256,7 @@ def check_generation(decoder: Chosen, family: str) -> None:
 
 def check_lossless(decoder: Chosen, family: str) -> None:
     """The tokens of one token per step, in fewer forwards, under every cache whose forwards depend on the block only."""
-    caches: dict[str, Any] = {n: registry.find(Kind.CACHES, n) for n in registry.caches_for(family == "v2")}
+    caches: dict[str, Any] = {n: registry.find(Kind.CACHES, n) for n in caches_of(family)}
     plans = [name for name, kind in caches.items() if kind.pure]
     spent = saved = 0
     for seed in range(3):
@@ -268,13 +277,20 @@ def _ids(out: Output) -> list[list[int]]:
 # Caches.
 
 
+def caches_of(family: str) -> tuple[str, ...]:
+    """The caches that fit a family."""
+    spec = _model(family).spec
+    return registry.caches_for(bool(spec.block_causal), spec.causal_context)
+
+
 def plans_of(plan: Chosen) -> Iterator[tuple[Any, list[Block]]]:
     """The plan, its options at their defaults, over every geometry it takes."""
     kind: Any = registry.class_of(Kind.CACHES, plan)
     plan = kind() if isinstance(plan, str | type) else plan
-    both_ways = [] if kind.block_causal else [prompt_aligned(8), prompt_aligned(64)]
-    by_blocks = [] if kind.block_causal is False else [grid_aligned(8, 4), grid_aligned(8, 8)]
-    for geometry in both_ways + by_blocks:
+    geometries = [prompt_aligned(8), prompt_aligned(64)] if kind.fits(False, False) else []
+    geometries += [grid_aligned(8, 4), grid_aligned(8, 8), grid_aligned(8, 4, True)] if kind.fits(True, False) else []
+    geometries += [causal_aligned(8), causal_aligned(64)] if kind.fits(False, True) else []
+    for geometry in geometries:
         for prompt, length in SHAPES:
             yield plan, geometry(prompt, prompt + length)
 
@@ -303,7 +319,7 @@ def check_passes(plan: Chosen) -> None:
 def check_endings(plan: Chosen) -> None:
     """Whatever the number of steps, no mask is left and the prompt stays."""
     kind: Any = registry.class_of(Kind.CACHES, plan)
-    for family in (f for f in FAMILIES if kind.block_causal in (None, f == "v2")):
+    for family in (f for f in FAMILIES if kind.fits(f == "v2", f == "nemotron")):
         model, given = _model(family), prompts(3, 10)
         for steps in (5, 9, 16):
             options: dict[str, Any] = {

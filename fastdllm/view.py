@@ -25,6 +25,7 @@ class View:
     state: the tensors that the decoder keeps from step to step.
     unaware: [R, Q] fp32, only if the decoder has a `shadow`: how likely the token at a position is when that position is
         masked and all others are not. NaN where the position may not be masked again.
+    causal: [R] bool, only if the decoder `drafts`: the pass was read from left to right, and verifies the drafts.
     logprob: [R, Q] fp32, the log-probability of `top` where a position was scored, and of the token there when it was
         committed elsewhere. A rule that takes over what another branch holds takes this over too.
     """
@@ -41,6 +42,7 @@ class View:
     slot: Tensor | None = None
     state: dict[str, Tensor] | None = None
     unaware: Tensor | None = None
+    causal: Tensor | None = None
     logprob: Tensor | None = None
 
     def rows(self, number: float | Tensor) -> Tensor:

@@ -25,10 +25,14 @@ class ScriptedNetwork(Transformer):
         self.tokens, self.conf = torch.tensor(tokens), torch.tensor(conf)
 
     def forward(self, ids: Tensor, window: Any, store: Any, hook: Any = None) -> Tensor:
-        return window.pos[..., None].float().expand(-1, -1, self.spec.width)
+        shift = torch.full_like(window.pos[:, :1], self.spec.shift)
+        if self.spec.causal_context:  # a pass from left to right predicts the next token
+            ahead = window.pos == window.pos[:, :1] + torch.arange(window.pos.shape[1])  # without padding
+            shift = ((window.kv_len == window.pos + 1) | ~ahead).all(1, keepdim=True).long()
+        return (window.pos + shift)[..., None].float().expand(-1, -1, self.spec.width)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        at = hidden[..., 0].long() + self.spec.shift
+        at = hidden[..., 0].long()
         conf = self.conf[at.clamp(max=len(self.conf) - 1)]
         out = ((1 - conf) / (self.spec.vocab - 1)).clamp(min=1e-9).log()[..., None].expand(*at.shape, self.spec.vocab)
         return out.scatter(-1, self.tokens[at.clamp(max=len(self.tokens) - 1)][..., None], conf.log()[..., None])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastdllm
-from fastdllm import registry
+from fastdllm import registry, testing
 from fastdllm.build import assemble, runner
 from fastdllm.engine import Request, decode
 from fastdllm.models.transformer import Layer
@@ -21,10 +21,7 @@ from tests.random_models import FAMILIES, MASK, STOP, VOCAB, WatchedRunner, acce
 from tests.reference.network import PlainNetwork
 from tests.scripted_model import scripted_model
 
-CACHES = {
-    f: [c for c in registry.names("caches") if registry.find("caches", c).block_causal in (None, f == "v2")]
-    for f in FAMILIES
-}
+CACHES = {f: list(testing.caches_of(f)) for f in FAMILIES}
 PAIRS = [(f, c) for f in FAMILIES for c in CACHES[f]]
 
 

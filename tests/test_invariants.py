@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastdllm
-from fastdllm import registry
+from fastdllm import registry, testing
 from tests.random_models import FAMILIES, MASK, STOP, VOCAB, accepted, prompts, random_model
 from tests.scripted_model import with_logits
 
@@ -24,8 +24,7 @@ DECODERS = registry.names("decoders")
 
 
 def caches(family: str) -> list[str]:
-    fits = (None, family == "v2")
-    return [c for c in registry.names("caches") if registry.find("caches", c).block_causal in fits]
+    return list(testing.caches_of(family))
 
 
 def combinations(family: str) -> list[tuple[str, str]]:
@@ -33,6 +32,7 @@ def combinations(family: str) -> list[tuple[str, str]]:
     return [(c, d) for c, d in itertools.product(caches(family), DECODERS) if accepted(family, c, d)]
 
 
+FITTING = [d for d in DECODERS if testing.fits(d, "llada")]  # of families without a causal context
 ALL = [(f, c, d) for f in FAMILIES for c, d in combinations(f)]
 by_hypothesis = settings(deadline=None, derandomize=True)
 
@@ -43,10 +43,11 @@ def tokens(out: fastdllm.Output) -> list[list[int]]:
 
 def test_few_combinations_are_refused() -> None:
     """What the other tests leave out: a lossless rule where forwards depend on history, branches and shadows where layers
-    skip positions."""
+    skip positions, drafts where nothing can verify them."""
     every = {(f, c, d) for f in FAMILIES for c in caches(f) for d in DECODERS}
     skipping = {(f, "top_rho", d) for f in ("llada", "dream") for d in ("draft_verify", "lopa", "wino")}
-    assert every - set(ALL) == skipping | {("v2", "sub_block", "draft_verify")}
+    drafting = {(f, c, "self_speculate") for f in FAMILIES if f != "nemotron" for c in caches(f)}
+    assert every - set(ALL) == skipping | drafting | {("v2", "sub_block", "draft_verify")}
 
 
 ADVERSARIES = {
@@ -73,7 +74,8 @@ def test_generation_ends_without_masks_and_keeps_the_prompt(family: str, turn: i
             assert torch.equal(sequence[: len(prompt)], prompt), (cache, decoder)
             assert len(sequence) == len(prompt) + 13
             assert not (sequence[len(prompt) :] == MASK).any(), (cache, decoder)
-            assert forwards <= 13 + 3, (cache, decoder)  # a token each, and an opening of each block
+            drafts = 13 if decoder == "self_speculate" else 0
+            assert forwards <= 13 + 3 + drafts, (cache, decoder)  # a token each, and an opening of each block
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -143,7 +145,7 @@ def test_every_number_of_steps_per_block_works(family: str, cache: str, schedule
         out = fastdllm.generate(model, given, small_block_size=8, steps=2 * per_block, stop_ids=(), **options)
         assert not (out.sequences[0] == MASK)[8:].any()
         # An opening that gives one token only comes on top of the steps: Dream's at one step a block, and v2's commits.
-        extra = {"llada": 0, "dream": 2 * (per_block == 1), "v2": 2}[family]
+        extra = {"llada": 0, "dream": 2 * (per_block == 1), "v2": 2, "nemotron": 2}[family]
         assert out.stats.row_forwards[0] <= 2 * per_block + extra
         if schedule == "even" and family == "llada":
             assert out.stats.row_forwards[0] == 2 * per_block
@@ -238,21 +240,23 @@ def test_constraints_are_read_by_the_model_from_the_first_step() -> None:
     assert all(ids[0, 5 + 2] == 7 for ids in seen)
 
 
+@pytest.mark.parametrize("family, exact", [("v2", "block"), ("nemotron", "causal")])
 @settings(by_hypothesis, max_examples=12)
 @given(
     seed=st.integers(0, 10_000),
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=3),
     gen_length=st.integers(1, 24),
-    decoder=st.sampled_from(DECODERS),
+    data=st.data(),
     sub=st.sampled_from([1, 2, 4, 8]),
 )
 def test_block_cache_equals_recomputing_everything(
-    seed: int, lengths: list[int], gen_length: int, decoder: str, sub: int
+    family: str, exact: str, seed: int, lengths: list[int], gen_length: int, data: st.DataObject, sub: int
 ) -> None:
     torch.manual_seed(seed)
-    model, given = random_model("v2", seed % 5), prompts(*lengths)
+    model, given = random_model(family, seed % 5), prompts(*lengths)
+    decoder = data.draw(st.sampled_from(DECODERS if family == "nemotron" else FITTING))
     options = {"decoder": decoder, "gen_length": gen_length, "block_length": 8, "small_block_size": sub}
-    none, block = (fastdllm.generate(model, given, cache=cache, **options) for cache in ("none", "block"))
+    none, block = (fastdllm.generate(model, given, cache=cache, **options) for cache in ("none", exact))
     assert tokens(none) == tokens(block)
     assert none.stats.row_forwards == block.stats.row_forwards
     assert sum(block.stats.row_positions) <= sum(none.stats.row_positions)
@@ -263,7 +267,7 @@ def test_block_cache_equals_recomputing_everything(
     seed=st.integers(0, 10_000),
     gen_length=st.integers(1, 24),
     block_length=st.integers(1, 12),
-    decoder=st.sampled_from(DECODERS),
+    decoder=st.sampled_from(FITTING),
 )
 def test_refreshing_at_every_step_is_no_cache(seed: int, gen_length: int, block_length: int, decoder: str) -> None:
     torch.manual_seed(seed)

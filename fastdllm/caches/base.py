@@ -21,11 +21,19 @@ class CachePlan(ABC):
     the block's first token from it), `step` says what a denoising forward recomputes.
 
     `block_causal`: the plan needs a model whose finished blocks never change (True), one that reads both ways (False), or
-    takes either (None). `pure`: a forward depends on the block's content only, not on the steps that led to it.
+    takes any (None). `causal`: the plan needs a model that reads its context causally. `pure`: a forward depends on the
+    block's content only, not on the steps that led to it.
     """
 
     block_causal: ClassVar[bool | None] = False
+    causal: ClassVar[bool] = False
     pure: ClassVar[bool] = True
+
+    @classmethod
+    def fits(cls, block_causal: bool, causal: bool) -> bool:
+        """Whether a family can be run by this plan: one whose finished blocks never change, one that reads its context
+        causally, or one that is neither."""
+        return cls.block_causal is None or (bool(cls.block_causal), cls.causal) == (block_causal, causal)
 
     def open(self, block: Block) -> Pass | None:
         """The pass that opens `block`, or None."""

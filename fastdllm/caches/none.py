@@ -14,10 +14,13 @@ class Cache(CachePlan):
     block_causal = None
 
     def open(self, block: Block) -> Pass | None:
-        """A block-causal model learns a block's first token from the clean blocks before it, with or without a cache."""
+        """A block-causal or causal model learns a block's first token from what lies before it, with or without a cache."""
+        if block.reread is not None:
+            return Pass(0, block.start, block.start, causal=True) if block.opens else None
         if not block.grid or not block.opens or block.outer_start == 0:
             return None
         return Pass(0, block.outer_start, block.outer_start)
 
     def step(self, block: Block, progress: Progress) -> Pass:
-        return Pass(0, block.visible_end, block.visible_end)
+        end = block.visible_end if block.reread is None else block.outer_stop
+        return Pass(0, end, end)

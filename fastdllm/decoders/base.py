@@ -30,8 +30,10 @@ class DecoderRule(ABC):
     with a probability, so that another confidence makes no sense. `branches`: contents of each row that run in the same
     forward; branch 0 is the row's content, the others are tries. `lossless`: the tokens are those of one token per step.
     `shadow`: shadow queries ask each token of the block what the model would say without it (`view.unaware`), and where that
-    is not NaN the rule may write the mask again; one branch only. `per_request`: options that a request may replace by its
-    own number. In `step` they are columns [R, 1] then, floats otherwise (`view.rows` gives [R] of either).
+    is not NaN the rule may write the mask again; one branch only. `drafts`: what the rule writes is a draft. It stays open
+    until a pass from left to right (`view.causal`), in which the rule keeps the drafts that the model takes; for families
+    that read their context causally, one branch only. `per_request`: options that a request may replace by its own number.
+    In `step` they are columns [R, 1] then, floats otherwise (`view.rows` gives [R] of either).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -39,6 +41,7 @@ class DecoderRule(ABC):
     branches: int = 1
     lossless: ClassVar[bool] = False
     shadow: ClassVar[bool] = False
+    drafts: ClassVar[bool] = False
     per_request: ClassVar[tuple[str, ...]] = ()
 
     # Optional. state(width, vocab, device, rows) -> tensors kept from step to step, first dimension `rows` (index them with

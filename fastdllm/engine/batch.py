@@ -13,6 +13,7 @@ from fastdllm.blocks import Pass
 from fastdllm.decoding import Decoding
 from fastdllm.engine.row import Row
 from fastdllm.forward import ALTERNATIVES, PIECE, Plan, Shape
+from fastdllm.store import block_end
 
 NARROW = 64  # up to this width passes are grouped by equal width, or packed; above it they are padded to a multiple of it
 PASS_TOKENS = 16384  # positions of one forward at most: bounds the activations, and a wide pass gains nothing beyond
@@ -62,7 +63,10 @@ class Batch:
                 skipped = (turn.width - turn.fresh) * len(run.reuse.layers)
                 row.reuse.took(turn.fresh == turn.width, drifted)
             row.cost.add(positions, positions * layers - skipped)
-            row.advance(remaining, bool(stopped), bool(first_masked))
+            if run.decoder.drafts and not turn.work.causal:
+                row.draft()
+            else:
+                row.advance(remaining, bool(stopped), bool(first_masked), turn.work.stop * run.decoder.drafts)
 
 
 def batches(rows: list[Row], run: Decoding, shift: int, packs: bool) -> Iterator[Batch]:
@@ -102,7 +106,7 @@ def shape_of(turns: list[Turn], run: Decoding, packs: bool) -> Shape:
     return Shape(
         width=max(widths),
         max_kv_len=keys,
-        dense=all(t.work.read == keys and t.work.hide == (0, 0) and sees_alike(t.work, run.block_causal) for t in turns),
+        dense=all(t.work.read == keys and t.work.hide == (0, 0) and sees_alike(t, run) for t in turns),
         branches=branches,
         shadows=shadows,
         pieces=count,
@@ -136,6 +140,11 @@ def parts(fresh: list[int], widths: list[int], packs: bool) -> tuple[int, int]:
     return size, sum(-(-n // size) for n in fresh)
 
 
-def sees_alike(work: Pass, block_causal: int) -> bool:
-    """Whether all queries of a pass see the same: in a bidirectional model always, in a block-causal one within a block."""
-    return not block_causal or work.start // block_causal == (work.stop - 1) // block_causal
+def sees_alike(turn: Turn, run: Decoding) -> bool:
+    """Whether all queries of a pass see the same: in a bidirectional model always, in a block-causal one within a block, in
+    one that reads its context causally within the open block."""
+    work, size = turn.work, run.block_causal
+    if run.causal:
+        return not work.causal and work.start >= turn.row.block.outer_start
+    origin = turn.row.block.prompt if run.grid_at_prompt else 0
+    return not size or block_end(work.start, size, origin) == block_end(work.stop - 1, size, origin)

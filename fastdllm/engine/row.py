@@ -116,7 +116,8 @@ class Row:
     reuse stands. at: index of the current block. opening: its next forward opens the block. first_masked: the block's first
     position is masked. step, denoised, outer_step: forwards of this block, those after its opening pass, and those of the
     outer block. initial, remaining: masks when it opened and now. committed: tokens gained by the last forward. stopped: it
-    ended before its length did. widest: positions of its widest block.
+    ended before its length did. drafted: the block holds drafts that wait to be verified. widest: positions of its widest
+    block.
     """
 
     number: int
@@ -132,6 +133,7 @@ class Row:
     first_masked: bool = True
     finished: bool = False
     stopped: bool = False
+    drafted: bool = False
     step: int = 0
     denoised: int = 0
     outer_step: int = 0
@@ -168,6 +170,8 @@ class Row:
         opening = run.cache.open(self.block) if self.opening else None
         self.opening = opening is not None
         p = opening or run.cache.step(self.block, Progress(self.denoised, self.outer_step, self.first_masked))
+        if run.decoder.drafts and not opening:  # the pass that drafts, and again from left to right the one that verifies
+            return replace(p, causal=self.drafted or self.remaining < 2)
         return replace(p, start=min(p.start, self.block.start - run.lookback)) if run.lookback else p
 
     def fresh(self, width: int) -> int | None:
@@ -179,13 +183,20 @@ class Row:
         block, place = self.block, self.place
         return Plan(
             row=place.row, lane=place.size, slot=place.slot, scratch=place.scratch, start=work.start, stop=work.stop,
-            read=work.read, hide_start=work.hide[0], hide_stop=work.hide[1], visible_end=block.visible_end,
+            read=work.read, hide_start=work.hide[0], hide_stop=work.hide[1],
+            causal=work.stop if work.causal else block.outer_start, visible_end=block.visible_end,
             first=self.first, end=block.stop, prompt=block.prompt, first_only=int(bool(shift and self.opening)),
             step=self.step, forward=self.cost.forwards + 1, initial=self.initial, fresh=fresh or 0,
         )  # fmt: skip
 
-    def advance(self, remaining: int, stopped: bool, first_masked: bool) -> None:
-        """Take in what a forward did; go on to the next block when this one is full.
+    def draft(self) -> None:
+        """Take in that a forward drafted the block's tokens."""
+        self.step, self.denoised, self.outer_step = self.step + 1, self.denoised + 1, self.outer_step + 1
+        self.drafted = True
+
+    def advance(self, remaining: int, stopped: bool, first_masked: bool, verified: int = 0) -> None:
+        """Take in what a forward did; go on to the next block when this one is full, or in any case where drafts were
+        `verified` up to that position.
 
         Raises NothingCommitted for a denoising pass that left as many masks as there were.
         """
@@ -202,12 +213,22 @@ class Row:
         self.committed, self.remaining = self.remaining - remaining, remaining
         self.first_masked = first_masked and self.block.start >= self.block.prompt
         self.stopped = stopped
-        self.finished = stopped or (remaining == 0 and self.at + 1 == len(self.blocks))
-        if remaining == 0 and not self.finished:
-            self._next_block()
+        self.finished = stopped or (remaining == 0 and self.block.stop == self.blocks[-1].stop)
+        if verified and not self.finished:
+            self._go_to(self._after_accepted(verified) - self.block.prompt)
+        elif remaining == 0 and not self.finished:
+            self._go_to(self.at + 1)
 
-    def _next_block(self) -> None:
-        self.at += 1
+    def _after_accepted(self, verified: int) -> int:
+        """Where drafting goes on: after the last position that was filled, before which all keys are final; where only fixed
+        tokens were read, after them."""
+        block = self.block
+        opened = [p for p in range(block.start, block.stop) if p - block.prompt not in self.request.fixed]
+        filled = opened[: len(opened) - self.remaining]
+        return (filled[-1] if filled else verified) + 1
+
+    def _go_to(self, at: int) -> None:
+        self.at, self.drafted = at, False
         self.opening, self.first_masked, self.step, self.denoised = True, True, 0, 0
         self._enter()
         if self.block.opens:

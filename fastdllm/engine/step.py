@@ -136,7 +136,10 @@ def locate(spec: ModelSpec, canvas: Canvas, run: Decoding, plan: Plan, shape: Sh
     wide = widen(pos, block, plan.visible_end, spec.shift, plan.scratch) if shape.shadows else Widened(pos)
     kv_len = plan.read[:, None].expand_as(wide.pos)
     if run.block_causal:
-        kv_len = torch.minimum(kv_len, block_end(wide.pos, run.block_causal))
+        origin = plan.prompt[:, None] if run.grid_at_prompt else 0
+        kv_len = torch.minimum(kv_len, block_end(wide.pos, run.block_causal, origin))
+    if run.causal:
+        kv_len = torch.where(wide.pos < plan.causal[:, None], torch.minimum(kv_len, wide.pos + 1), kv_len)
     hide = None if shape.dense else torch.stack([plan.hide_start, plan.hide_stop], 1)
     ids = canvas.x[plan.row[:, None], wide.pos]
     if wide.masked is not None:
@@ -144,13 +147,19 @@ def locate(spec: ModelSpec, canvas: Canvas, run: Decoding, plan: Plan, shape: Sh
     if run.guidance:  # the second lane of each row does not see the prompt
         blind = (torch.arange(len(ids), device=ids.device) % 2 == 1)[:, None]
         ids = ids.masked_fill(blind & (wide.pos < plan.prompt[:, None]), spec.mask_id)
-    source = block - spec.shift - plan.start[:, None]
-    learnt = (block < plan.end[:, None]) & (source >= 0) & (block - spec.shift < plan.stop[:, None])
+    by = block - (reads_on(plan).long()[:, None] if run.causal else spec.shift)  # the position that predicts each
+    source = by - plan.start[:, None]
+    learnt = (block < plan.end[:, None]) & (source >= 0) & (by < plan.stop[:, None])
     # A shifted model's opening pass ends where the block starts, or discards the rest as published: the first token only.
     learnt &= (block == plan.first[:, None]) | (plan.first_only == 0)[:, None]
     window = Window(plan.row, wide.pos, kv_len, shape.max_kv_len, shape.dense, hide, wide.slot, wide.swap)
     before, masked = (tensor[plan.row[:, None], block] for tensor in (canvas.x, canvas.masked))
     return Where(window, ids, block, before, masked, source.clamp(0, shape.width - 1), learnt)
+
+
+def reads_on(plan: Plan) -> Tensor:
+    """[R] bool: the pass is read from left to right, so that each position predicts the next."""
+    return plan.causal >= plan.stop
 
 
 def score(model: Model, own: Own, where: Where, hidden: Tensor, shape: Shape) -> Scored:
@@ -184,6 +193,8 @@ def observe(model: Model, canvas: Canvas, own: Own, plan: Plan, where: Where, sc
         s = own.sampler(logits, model.banned, own.noise)
         view.top, view.conf, view.entropy, view.margin = s.top, s.conf, s.entropy, s.margin
     view.logprob = s.logprob if rule.branches == 1 else torch.where(open_now, s.logprob, canvas.logprobs[row, where.block])
+    if rule.drafts:
+        view.causal = reads_on(plan)
     if rule.shadow:
         view.unaware = torch.full_like(view.conf, torch.nan)
     if scored.unaware is not None:
@@ -203,6 +214,8 @@ def commit(lanes: int, rule: DecoderRule, view: View, where: Where) -> Written:
         unfilled = unfilled | ~view.unaware.isnan()
     after = torch.where(unfilled & where.learnt, rule.step(view), view.ids)
     still = unfilled & (after == view.mask_id)
+    if rule.drafts and view.causal is not None:
+        still = torch.where(view.causal[:, None], still, unfilled)
     if lanes > 1:
         full = ~of_first(still, lanes).any(1, keepdim=True)
         after, still = torch.where(full, of_first(after, lanes), after), still & ~full
@@ -235,6 +248,8 @@ def report(
     stopped = (ends & (open_before == 0)).any(1)
     drifted = torch.zeros_like(plan.row) if drifted is None else drifted
     status = torch.stack([still.sum(1), stopped.long(), still[:, 0].long(), drifted], 1)
+    if run.decoder.drafts:
+        after = after.masked_fill(still, view.mask_id)  # a draft is no answer yet
     conf, lead = view.conf.masked_fill(~view.masked, torch.nan), slice(None, None, run.lanes)
     return Outcome(status[lead], after[lead], conf[lead], written.committed[lead], view.logprob[lead])
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A2D of dllm-hub: Qwen3, Qwen2 or Llama read in both directions (mdlm) or in blocks (bd3lm), without a token shift.
 
-The config.json of both kinds is the same; `block_size`, in it or as an option of `load`, makes it bd3lm.
+The config.json of both kinds is the same; `block_size`, in it or as an option of `load`, makes it bd3lm. Its published
+sampler pads prompts on the left up to whole blocks, and hides the padding: blocks are counted from the prompt's end.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def read(config: Fields, ids: Mapping[str, int]) -> ModelSpec:
         **shapes,
         shift=0,
         block_causal=size,
+        grid_at_prompt=bool(size),
         mask_id=mask_id(config, ids, "<|mask|>", 151669),
         stop_ids=stops,
         pad_id=pad_id(config, stops, 0),

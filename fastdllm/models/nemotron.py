@@ -2,7 +2,8 @@
 """Nemotron-Labs-Diffusion 3B, 8B, 14B (arXiv 2607.05722): Ministral's network with YaRN, no token shift inside a block.
 
 The prompt and finished blocks are read causally, only the open block in both directions (`causal_context`); the causal
-forward over a finished block also gives the first token of the next.
+forward over a finished block also gives the first token of the next. The same weights are an autoregressive model, whose
+tokens the decoder self_speculate gives in fewer forwards.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ def read(config: Fields, ids: Mapping[str, int]) -> ModelSpec:
     shapes = qwen2.shapes(config, qkv_bias=False, rope_kinds=("default", "yarn"))
     size = config.integer("block_size", 1, shapes["max_length"], 32)
     stops = stop_ids(config, ids)
+    if config.text("dlm_type", "llada") != "llada":  # the other one, "dream", shifts what a block's positions predict
+        raise config.wrong("dlm_type", "only 'llada' is supported")
     return ModelSpec(
         family="nemotron",
         **shapes,

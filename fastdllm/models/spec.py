@@ -40,7 +40,9 @@ class ModelSpec:
     model whose queries see their own and earlier blocks only, 0 for a bidirectional model. `vocab` counts embedding rows;
     `mask_id` and `stop_ids` are token ids; `defaults` are the family's decoding defaults. `qk_norm`: each query and key head
     is normalised before the rotation (Qwen3). `stretch`: how the rotation reaches a longer context than it was trained for.
-    `causal_context`: finished tokens see those before them only, the open block sees itself in both directions.
+    `causal_context`: finished tokens see those before them only, the open block sees itself in both directions; a forward
+    that reads from left to right predicts the next token, whatever `shift` is. `grid_at_prompt`: a block-causal model counts
+    its blocks from the prompt's end, not from position 0; the first block of the prompt may be short.
     """
 
     family: str
@@ -65,6 +67,7 @@ class ModelSpec:
     qk_norm: bool = False
     stretch: Stretch | None = None
     causal_context: bool = False
+    grid_at_prompt: bool = False
 
     def __post_init__(self) -> None:
         for name, low, high in (

@@ -22,6 +22,7 @@ class Published(NamedTuple):
 
 LLADA, DREAM, V2 = "llada", "dream", "fast_dllm_v2"
 BLOCKS = "blocks of any trained size: give `block_size` where config.json lacks it"
+DRAFTS = "`decoder=self_speculate` gives its autoregressive tokens"
 SUPPORTED = (
     Published("GSAI-ML/LLaDA-8B-Base", LLADA, "8B"),
     Published("GSAI-ML/LLaDA-8B-Instruct", LLADA, "8B"),
@@ -50,4 +51,7 @@ SUPPORTED = (
     Published("dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-bd3lm-v0.1", "a2d", "0.5B", "block_size=32"),
     Published("ByteDance-Seed/Stable-DiffCoder-8B-Base", "stable_diffcoder", "8B"),
     Published("ByteDance-Seed/Stable-DiffCoder-8B-Instruct", "stable_diffcoder", "8B"),
+    Published("nvidia/Nemotron-Labs-Diffusion-3B", "nemotron", "3B", note=DRAFTS),
+    Published("nvidia/Nemotron-Labs-Diffusion-8B", "nemotron", "8B", note=DRAFTS),
+    Published("nvidia/Nemotron-Labs-Diffusion-14B", "nemotron", "14B", note=DRAFTS),
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The log-likelihood of a prompt's tokens by the chain rule, which takes a forward a token.
+"""The log-likelihood of a prompt's tokens by the chain rule, which takes a forward a token (one, in a causal model).
 
 Clients that compare answers send one context again and again, each time with another ending, as lm-eval does. What was read
 of a token depends on those before it and on the length alone, so it is kept for the next prompt that begins alike.
@@ -47,7 +47,8 @@ class PromptReadings:
             forwards += len(asked)
             for (at, key, _), reading in zip(asked, got, strict=True):
                 found[at] = reading
-                self._keep(key, reading)
+                if len(reading.top) == 1:  # all tokens at once cost one forward only
+                    self._keep(key, reading)
             asked.clear()
 
         for key, probe in self._probes(prompt):
@@ -60,10 +61,10 @@ class PromptReadings:
                 await ask()
         if asked:
             await ask()
-        return [reading for reading in found if reading is not None], forwards
+        return [token for reading in found if reading is not None for token in reading.each()], forwards
 
     def _probes(self, prompt: Tensor) -> Iterator[tuple[Key, Probe]]:
-        """What to read for each token, and what names it: the canvas's length, and the tokens up to this one."""
+        """What to read, in order, and what names it: the canvas's length, and the tokens up to the last one read."""
         digest = hashlib.sha256(prompt[:1].cpu().numpy().tobytes())
         for probe in token_probes(self._model, prompt.cpu()):
             digest.update(probe.tokens.numpy().tobytes())

@@ -315,6 +315,8 @@ class ParallelTrainer(Trainer):
         warm_up: float = 0.02,
         **kwargs: Any,
     ) -> None:
+        if spec.causal_context:
+            raise ValueError(f"the family {spec.family!r} reads its context causally, which this training does not do")
         super().__init__(*args, **kwargs)
         self.spec, self.curriculum, self.clock, self.warm_up = spec, curriculum, clock, warm_up
         self.certainty, self.temperature = certainty, temperature

@@ -171,7 +171,7 @@ def choose_model(models: Models, name: str) -> tuple[str, list[str], int]:
     about = options.about(name)
     if about:
         text += f"<br>{escape(about.note[0].upper() + about.note[1:])}."
-    caches = registry.caches_for(bool(model.spec.block_causal))
+    caches = registry.caches_for(bool(model.spec.block_causal), model.spec.causal_context)
     return f'<div class="status">{text}</div>', ["default", *caches], about.gen_length if about else Common.gen_length
 
 

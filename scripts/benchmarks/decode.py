@@ -34,10 +34,11 @@ from fastdllm.build import assemble
 from fastdllm.cli import one_line
 from fastdllm.engine import Request, decode
 from fastdllm.forward import Window
-from fastdllm.models import Model
+from fastdllm.models import Family, Model
 from fastdllm.models.dream import FAMILY as DREAM
 from fastdllm.models.fast_dllm_v2 import FAMILY as V2
 from fastdllm.models.llada import FAMILY as LLADA
+from fastdllm.models.nemotron import FAMILY as NEMOTRON
 from fastdllm.models.quantize import KINDS, quantize
 from fastdllm.models.spec import ModelSpec
 from fastdllm.models.transformer import Transformer
@@ -55,7 +56,13 @@ QWEN2_7B = {
     "intermediate_size": 18944, "vocab_size": 152064, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
     "rope_theta": 1000000.0, "eos_token_id": 151645,
 }  # fmt: skip
-SHAPES = {"llada": (LLADA, LLADA_8B), "dream": (DREAM, QWEN2_7B), "v2": (V2, QWEN2_7B)}
+# Nemotron-Labs-Diffusion-8B's, within the context it was trained with before YaRN.
+NEMOTRON_8B = {
+    "num_hidden_layers": 34, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    "intermediate_size": 14336, "vocab_size": 131072, "max_position_embeddings": 16384, "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}, "eos_token_id": 11,
+}  # fmt: skip
+SHAPES: dict[str, tuple[Family, dict[str, Any]]] = {"llada": (LLADA, LLADA_8B), "dream": (DREAM, QWEN2_7B), "v2": (V2, QWEN2_7B), "nemotron": (NEMOTRON, NEMOTRON_8B)}
 TINY = {"llada": "tiny-llada", "dream": "tiny-dream", "v2": "tiny-fast-dllm-v2"}
 # What a run measures if the command line does not say: on a GPU, and on a CPU.
 GPU_RUN = {"batches": [1, 4, 16, 32, 64], "prompts": [1000, 128], "gen": 256, "repeats": 40}
@@ -172,7 +179,7 @@ def forwards(model: Model, peak: dict[str, float], prompt: int, gen: int, repeat
     """Narrow and full forwards of batch 1 against their floors."""
     spec, device = model.spec, model.device
     total, block = prompt + gen, spec.defaults.get("block_length", 32)
-    keys = total if not spec.block_causal else prompt // block * block + block
+    keys = prompt // block * block + block if spec.block_causal else prompt + block if spec.causal_context else total
     kv = 2 * spec.layers * spec.kv_heads * spec.head_dim * model.dtype.itemsize
     floor = (weight_bytes(model.network) + keys * kv) / peak["copy_gb_s"] / 1e6
     out: dict[str, Any] = {}
@@ -294,6 +301,8 @@ def measured(model: Model, peak: dict[str, float], args: argparse.Namespace) -> 
     prompt = min(args.prompts[0], model.spec.max_length - args.gen)
     yield "forward", forwards(model, peak, prompt, args.gen, args.repeats)
     caches = ["block", "sub_block"] if model.spec.block_causal else ["prefix", "dual"]
+    if model.spec.causal_context:
+        caches = ["causal"]
     per_step = 8 / 3 if model.spec.block_causal else 4
     for cache in caches:
         yield f"step_{cache}", step_times(model, prompt, args.gen, {"cache": cache})
@@ -326,6 +335,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compare", help="a file whose last line is an earlier run's JSON")
     parser.add_argument("--repeats", type=int, help="of which the median is taken")
     args = parser.parse_args(arguments)
+    if args.cpu and not args.folder and (missing := [name for name in args.models if name not in TINY]):
+        parser.error(f"--cpu: no shipped model has the format of {missing[0]}; give --folder")
     for name, value in (CPU_RUN if args.cpu else GPU_RUN).items():
         if getattr(args, name) is None:
             setattr(args, name, value)

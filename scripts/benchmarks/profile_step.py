@@ -142,6 +142,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cpu", action="store_true", help="the shipped tiny model on the CPU")
     parser.add_argument("--out", type=Path, default=Path("results/profile"))
     args = parser.parse_args(arguments)
+    if args.cpu and args.model not in TINY:
+        parser.error(f"--cpu: no shipped model has the format of {args.model}")
 
     device = torch.device("cpu" if args.cpu else "cuda")
     if args.cpu:

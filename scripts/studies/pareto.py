@@ -133,8 +133,9 @@ def own_options(kind: str, name: str) -> dict[str, Any]:
 
 
 def all_decoders(with_cache: str) -> list[str]:
-    """Every decoder at its default, its level spelled out."""
-    levels = {name: list(own_options("decoders", name).values())[:1] for name in registry.names("decoders")}
+    """Every decoder at its default, its level spelled out; without those whose drafts these models cannot verify."""
+    names = [name for name in registry.names("decoders") if not registry.find("decoders", name).drafts]
+    levels = {name: list(own_options("decoders", name).values())[:1] for name in names}
     return [f"{'='.join([name, *map(str, level)])}+{with_cache}" for name, level in levels.items()]
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop of SDAR and TraDo (arXiv 2510.06303) and of Stable-DiffCoder, one prompt at a time, greedy.
+"""The loop of SDAR and TraDo (arXiv 2510.06303), of Stable-DiffCoder and of A2D's bd3lm, one prompt at a time, greedy.
 
-Blocks lie on the grid from position 0. The prompt's whole blocks are read first; each further block, with what the prompt
-left of it, is denoised against the blocks before it, and read once more when it is full. There is no token shift. Sources:
-SDAR's generate.py (dynamic low-confidence remasking) and Stable-DiffCoder's `generate_block`.
+Blocks lie on the grid from position 0, or with `at_prompt` from the prompt's end (dllm's `BD3LMSampler`, which pads prompts
+on the left up to whole blocks and hides the padding). The prompt's whole blocks are read first; each further block, with
+what the prompt left of it, is denoised against the blocks before it, and read once more when it is full. There is no token
+shift. Sources: SDAR's generate.py (dynamic low-confidence remasking), Stable-DiffCoder's `generate_block`, and dllm.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ def generate(
     steps: int | None = None,
     threshold: float | None = None,
     strict: bool = True,
+    at_prompt: bool = False,
 ) -> tuple[list[int], int]:
-    """`length`: tokens to write; prompt and answer together end on the grid. steps: a block's steps, which divide its masks
-    evenly, the first ones taking one more; threshold: all tokens above it instead (at it too, unless `strict`), and always
-    the best. Returns the sequence and the forwards."""
+    """`length`: tokens to write; prompt and answer together end on the grid, unless it lies `at_prompt`. steps: a block's
+    steps, which divide its masks evenly, the first ones taking one more; threshold: all tokens above it instead (at it too,
+    unless `strict`), and always the best. Returns the sequence and the forwards."""
     before, past = net.forwards, {}
     x = torch.cat([prompt, torch.full((length,), net.spec.mask_id)])
     masked = torch.arange(len(x)) >= len(prompt)  # a mask id inside the prompt is text
@@ -36,7 +38,7 @@ def generate(
         net(x[start:end], start, append_to(past, new))
         past.update(new)
 
-    whole = len(prompt) // block_size * block_size
+    whole = len(prompt) if at_prompt else len(prompt) // block_size * block_size
     if whole:
         read(0, whole)
     for start in range(whole, len(x), block_size):
@@ -45,7 +47,7 @@ def generate(
         quotas = None if steps is None else [count // steps + (i < count % steps) for i in range(steps)]
         while masked[block].any():
             prob, token = net(x[block], start, append_to(past)).softmax(-1).max(-1)
-            order = sorted((i for i in range(block_size) if masked[start + i]), key=lambda i: -float(prob[i]))
+            order = sorted((i for i in range(len(prob)) if masked[start + i]), key=lambda i: -float(prob[i]))
             if quotas is not None:
                 chosen = order[: quotas.pop(0)]
             else:

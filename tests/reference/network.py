@@ -56,13 +56,14 @@ def replace_in(past: dict[int, tuple[Tensor, Tensor]], start: int) -> KV:
 
 
 class PlainNetwork:
-    """Calls: (ids [W], start, kv) -> logits [W, V], the mask's column at -inf. `grid`: block-causal block size, 0 for none.
+    """Calls: (ids [W], start, kv) -> logits [W, V], the mask's column at -inf. `grid`: block-causal block size, 0 for none;
+    with `causal` no position sees a later one.
 
     `forwards` counts the calls.
     """
 
-    def __init__(self, model: Model, grid: int = 0) -> None:
-        self.spec, self.grid, self.forwards = model.spec, grid, 0
+    def __init__(self, model: Model, grid: int = 0, origin: int = 0) -> None:
+        self.spec, self.grid, self.origin, self.forwards = model.spec, grid, origin, 0
         self.banned = model.banned
         self.weights = {k: v.detach() for k, v in model.network.state_dict().items()}
 
@@ -79,7 +80,7 @@ class PlainNetwork:
         )
         return torch.cat([turned.real, turned.imag], -1).float()
 
-    def __call__(self, ids: Tensor, start: int = 0, kv: KV = plain) -> Tensor:
+    def __call__(self, ids: Tensor, start: int = 0, kv: KV = plain, causal: bool = False) -> Tensor:
         self.forwards += 1
         s, w = self.spec, self.weights
         pos = start + torch.arange(len(ids))
@@ -94,8 +95,10 @@ class PlainNetwork:
             group = s.heads // s.kv_heads
             score = torch.einsum("whd,thd->hwt", self._rotate(q, pos), k.repeat_interleave(group, 1)) / s.head_dim**0.5
             if self.grid:
-                hidden = torch.arange(len(k)) // self.grid > pos[:, None] // self.grid
+                hidden = (torch.arange(len(k)) - self.origin) // self.grid > (pos[:, None] - self.origin) // self.grid
                 score = score.masked_fill(hidden, -torch.inf)
+            if causal:
+                score = score.masked_fill(torch.arange(len(k)) > pos[:, None], -torch.inf)
             y = torch.einsum("hwt,thd->whd", score.softmax(-1), v.repeat_interleave(group, 1)).flatten(1)
             h = h + y @ w[p + "out.weight"].T
             gate, up = (self._norm(h, p + "ffn_norm") @ w[p + "gate_up.weight"].T).chunk(2, -1)

@@ -30,6 +30,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "qkv_bias": True,
         "defaults": {"cache": "block", "schedule": "even", "block_length": 16, "strict": True},
     },
+    "nemotron": {
+        "shift": 0,
+        "block_causal": 0,
+        "causal_context": True,
+        "qkv_bias": False,
+        "defaults": {"cache": "causal", "schedule": "even"},
+    },
 }
 CASES = [
     ("llada", {"cache": "none"}),
@@ -59,6 +66,12 @@ CASES = [
     ("v2", {"cache": "block"}),
     ("v2", {"cache": "sub_block"}),
     ("v2", {"cache": "block", "reuse_k": 2, "layer_subset": "middle"}),
+    ("nemotron", {"cache": "causal"}),
+    ("nemotron", {"cache": "none", "decoder": "quota", "temperature": 0.7}),
+    ("nemotron", {"decoder": "draft_verify"}),
+    ("nemotron", {"decoder": "wino", "keep": 1.0, "threshold": 0.2}),
+    ("nemotron", {"decoder": "self_speculate"}),
+    ("nemotron", {"decoder": "self_speculate", "cache": "none", "temperature": 0.7}),
     ("v2", {"cache": "block", "reuse_k": 4, "layer_subset": "1+2", "trim_ratio": 0.4}),
 ]
 

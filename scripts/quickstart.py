@@ -25,7 +25,7 @@ import torch
 from scripts.studies.paired import interval
 
 ROOT = Path(__file__).resolve().parents[1]
-TASK = "gsm_symbolic"
+TASK = "gsm_symbolic_chat"
 FILTER = "strict-match"
 Row = dict[str, Any]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw the pictures of the documentation from the data beside them, and write the tables of docs/frontier_tables.md.
+"""Draw the pictures of the documentation from the data next to them, and write the tables of docs/frontier_tables.md.
 
     python -m scripts.studies.figures                        # everything
     python -m scripts.studies.figures speed reuse            # some of speed, frontier, sudoku, reuse, tables

@@ -94,7 +94,8 @@ def test_lines_that_explain_arguments_become_a_list() -> None:
     pytest.importorskip("griffe", reason="the documentation needs mkdocstrings")
     from scripts.docstrings import as_list
 
-    text = "What it does.\n\nfirst, second: two of them,\n    on two lines.\nthird: one.\nother: no argument.\n\nRaises: nothing."
+    text = "What it does.\n\nfirst, second: two of them,\n    on two lines.\nthird: one.\nother: no argument."
+    text += "\n\nRaises: nothing."
     shown = as_list(text, {"first", "second", "third", "unused"})
     assert shown.splitlines() == [
         "What it does.",

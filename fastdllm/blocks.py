@@ -72,8 +72,9 @@ class Pass:
 class Progress:
     """Where a row stands in its block, known to the host.
 
-    `step`: denoising forwards spent on this block; `outer_step`: on its outer block; `first_masked`: whether the block's
-    first position is still masked.
+    step: denoising forwards spent on this block.
+    outer_step: on its outer block.
+    first_masked: whether the block's first position is still masked.
     """
 
     step: int

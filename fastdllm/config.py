@@ -259,8 +259,8 @@ def keeps_to_steps(decoder: Any) -> bool:
 def selected_decoder(given: Mapping[str, Any], beneath: Any = "threshold") -> Any:
     """The decoder that options choose over `beneath` (a preset's, an evaluation's, or the one before).
 
-    `decoder` itself; else the one whose name an option carries, unless `beneath` has an option of that name; else, where
-    steps or a schedule are given, one that keeps to them.
+    It is `decoder` itself where that is given. Else it is the decoder whose name an option carries, unless `beneath` has an
+    option of that name. Else, where steps or a schedule are given, it is one that keeps to them.
     """
     beneath = "threshold" if beneath is None else beneath
     if given.get("decoder") is not None:

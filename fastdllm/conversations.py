@@ -143,10 +143,16 @@ def encode_conversation(
 ) -> Encoded:
     """Ids of the rendered messages, in which only the template's own control tokens are control tokens.
 
-    Each turn of the assistant is tokenised by itself, as it is when the model writes it. tools: handed to the template.
-    add_generation_prompt: end with the start of an answer. A system text that the template leaves out is put in front of
-    the first user turn, with a warning, and so is named any other message that it leaves out. Raises ValueError for messages
-    without role or text and for whatever the template raises.
+    Each turn of the assistant is tokenised by itself, as it is when the model writes it. A system text that the template
+    leaves out is put in front of the first user turn, with a warning; a warning also names any other message that it leaves
+    out.
+
+    tokenizer: with a chat template.
+    messages: dicts with "role" and "content".
+    tools: handed to the template.
+    add_generation_prompt: end with the start of an answer.
+
+    Raises ValueError for messages without role or text and for whatever the template raises.
     """
     messages, text, places = _render(tokenizer, messages, tools, add_generation_prompt)
     ids: list[int] = []

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Typed answers with probabilities, read off a template whose answers are masks; nothing is generated.
 
-The prompt is followed by one line a question, `name (option/option): `, and a slot of masks. A masked model scores every
+The prompt is followed by one line per question, `name (option/option): `, and a slot of masks. A masked model scores every
 slot in one forward. An option's score is the sum of the log-probabilities of its tokens over its span, each given the rest
-of the template (the tokens of a span do not see each other), normalised over the question's options. Options of another
-length take another canvas, in the same forward where it fits: the number of canvases is the largest number of lengths of any
-question.
+of the template (the tokens of a span do not see each other), normalised over the question's options.
 
-A bidirectional model reads all questions off one canvas. The others were trained on finished text before the block at work,
-so there each question has a canvas of its own.
+Options of another length need another canvas, which shares the forward where it fits. So there are as many canvases as the
+question with the most distinct lengths has of them.
+
+A bidirectional model reads all questions off one canvas. The others were trained on finished text before the open block, so
+there each question has a canvas of its own.
 """
 
 from __future__ import annotations
@@ -37,8 +38,13 @@ LARGEST = 1e15  # of a number among the options: beyond it a mean of them is not
 
 @dataclass(frozen=True)
 class Question:
-    """name: of the answer. type: "choice" (one of the options), "yes_no" (of two options, yes and no unless others are
-    given), "score" (numbers, 0 to 9 by default). text: what the template asks, by default the name."""
+    """What is asked.
+
+    name: of the answer.
+    type: "choice" (one of the options), "yes_no" (one of two options), or "score" (a number).
+    options: what may be answered; yes and no for "yes_no" and 0 to 9 for "score" unless others are given.
+    text: what the template asks, by default the name.
+    """
 
     name: str
     type: str
@@ -48,7 +54,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Decision:
-    """The answer to one question: a probability for each option, the likeliest option, and for scores the mean."""
+    """The answer to one question.
+
+    name, type: of the question.
+    answer: the likeliest option.
+    probabilities: of each option; they add up to 1.
+    mean: the expected score; None for other types.
+    """
 
     name: str
     type: str
@@ -58,7 +70,12 @@ class Decision:
 
 
 class Decisions(dict[str, Decision]):
-    """Decisions by name. prompt_tokens: of the prompt; canvases: templates that were scored; forwards: of the model."""
+    """`Decision`s by name.
+
+    prompt_tokens: length of the prompt.
+    canvases: templates that were scored.
+    forwards: model calls that scored them.
+    """
 
     prompt_tokens: int = 0
     canvases: int = 0
@@ -68,9 +85,12 @@ class Decisions(dict[str, Decision]):
 def decide(model: Model, prompt: Prompts, questions: Sequence[Mapping[str, Any]]) -> Decisions:
     """Answer typed questions about one prompt.
 
-    prompt: a text, a conversation or token ids, as `fastdllm.generate` takes one. questions: dicts with "name", "type"
-    ("choice", "yes_no", "score") and, for a choice, "options"; "text" asks in other words than the name.
-    Raises ValueError for a question that makes no sense, several prompts, or a template beyond the model's context.
+    model: with a tokenizer.
+    prompt: a text, a conversation or token ids, as `fastdllm.generate` takes one.
+    questions: dicts with "name", "type" ("choice", "yes_no" or "score") and, for a choice, "options"; "text" asks in other
+        words than the name.
+
+    Raises ValueError for a question that makes no sense, for several prompts, and for a template beyond the model's context.
     """
     check_model(model)
     if isinstance(questions, str | bytes | Mapping) or not isinstance(questions, Iterable):
@@ -137,8 +157,11 @@ def parse(i: int, given: Mapping[str, Any]) -> Question:
 
 @dataclass(frozen=True)
 class Slot:
-    """A question as tokens: `lead` stands before its masks; options: token ids of each, without what all of them begin with
-    (that belongs to the lead)."""
+    """A question as tokens.
+
+    lead: what stands before its masks, with the tokens that all options begin with.
+    options: the remaining token ids of each option.
+    """
 
     lead: list[int]
     options: list[list[int]]

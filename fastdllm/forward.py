@@ -49,14 +49,21 @@ class Shape:
 class Plan(NamedTuple):
     """One row of a forward: ints on the host, int64 columns [R] on the device. Only this class knows their order.
 
-    row: the row of the canvas and the store. lane: how many rows apart the lanes of a request lie. slot: where the request's
-    own numbers and the states of its rules lie. scratch: the position that padding reads and writes.
-    start, stop: the pass. read: it sees the slots [0, read) without [hide_start, hide_stop).
-    causal: positions before it see none after themselves, where the family reads its context causally. visible_end: end of
-    what the block's queries may ever see. first, end: the block's positions. prompt: its length.
-    first_only: 1 if the pass predicts the block's first token only. step: forwards spent on the block. forward: the number
-    of this forward of the request, from 1. initial: masks when the block opened. fresh: positions that run through layers
-    with reuse.
+    row: the row of the canvas and the store.
+    lane: how many rows apart the lanes of a request lie.
+    slot: where the request's own numbers and the states of its rules lie.
+    scratch: the position that padding reads and writes.
+    start, stop: the pass, [start, stop).
+    read, hide_start, hide_stop: the pass sees the slots [0, read) without [hide_start, hide_stop).
+    causal: positions before it see none after themselves, where the family reads its context causally.
+    visible_end: end of what the block's queries may ever see.
+    first, end: the block's positions, [first, end).
+    prompt: length of the prompt.
+    first_only: 1 if the pass predicts the block's first token only.
+    step: forwards spent on the block.
+    forward: the number of this forward of the request, from 1.
+    initial: masks when the block opened.
+    fresh: positions that run through layers with reuse.
     """
 
     row: Any
@@ -101,10 +108,14 @@ class Plan(NamedTuple):
 class Window:
     """What one forward recomputes and sees, as tensors (R rows of the batch, W positions each).
 
-    row [R]: the row's place in the store. pos [R, W]: positions recomputed; their slots are overwritten. kv_len [R, W]: each
-    query sees the slots [0, kv_len), except [hide[0], hide[1]) with hide [R, 2]. `max_kv_len` bounds every length; `dense`
-    says that every length equals it and nothing is hidden, so that no mask is needed. Shadows only: slot [R, W], where the
-    keys and values go if not to `pos`; swap [R, W, 3], the slots that a query sees in place of others (`kernels.attention`).
+    row: [R], the row's place in the store.
+    pos: [R, W], the positions that are recomputed; their slots are overwritten.
+    kv_len: [R, W], each query sees the slots [0, kv_len), except [hide[0], hide[1]).
+    max_kv_len: bounds every `kv_len`.
+    dense: whether every `kv_len` equals it and nothing is hidden, so that no mask is needed.
+    hide: [R, 2], slots that are not seen; None where all are.
+    slot: [R, W], with shadows: where the keys and values go, if not to `pos`.
+    swap: [R, W, 3], with shadows: the slots that a query sees in place of others (`kernels.attention`).
     """
 
     row: Tensor

@@ -39,16 +39,16 @@ Constraints = Sequence[dict[int, int]] | dict[int, int] | None
 
 @dataclass
 class Output:
-    """What `generate` returns, on the CPU: one entry an answer, the answers to one prompt side by side.
+    """What `generate` returns, on the CPU: one entry per answer, the answers to one prompt next to each other.
 
     sequences: 1-D LongTensors, prompt included, cut after the first stop token, or the token that completes a stop string.
     texts: the answers without special tokens, cut before the first stop string; None without a tokenizer.
     finish_reasons: "stop" after a stop token or a stop string, "length" for an answer that gen_length cut off.
     stats: what the run cost.
     trace: the steps, only with trace=True.
-    logprobs: of each answer's tokens, the stop token included, when they were committed, fp32; NaN for fixed tokens. They
-        are natural logarithms of the untempered probability in the forward that committed the token.
-    committed_at: the forward of its answer, from 1, that committed each of these tokens; 0 for fixed tokens.
+    logprobs: fp32, one per token of each answer, its stop token included: the natural logarithm of the untempered
+        probability in the forward that committed the token. NaN for fixed tokens.
+    committed_at: for each of these tokens the forward of its answer, from 1, that committed it; 0 for fixed tokens.
     """
 
     sequences: list[Tensor] = field(default_factory=list)
@@ -178,7 +178,7 @@ def stream(
 ) -> Generator[Step, None, None]:
     """The decoding loop a step at a time, with each step's block content (see `engine.Step`).
 
-    Arguments as `generate`. Closing the iterator stops the computation.
+    Takes the arguments of `generate` and raises its errors. Closing the iterator stops the computation.
     """
     other = _renamed(options, stop=stop, num_return_sequences=num_return_sequences)
     stop, copies = other.pop("stop", None), other.pop("num_return_sequences", 1)
@@ -200,10 +200,11 @@ def generate(
 ) -> Output:
     """Answer every prompt.
 
+    model: what `load` returned.
     prompts: a text, texts, a conversation, conversations, 1-D id tensors, a [B, P] tensor, or what a tokenizer returns;
         lengths may differ.
     config, options: see `DecodeConfig`; options override the config.
-    constraints: tokens to fix by position of the answer, one dict for all prompts or one per prompt.
+    constraints: tokens to fix, {position in the answer: token id}, one dict for all prompts or one per prompt.
     stop: texts that end an answer and are not part of its text. Decoding ends with the block in which one appears.
     num_return_sequences: answers to each prompt, which differ by their draws.
     attention_mask: of prompts given as ids [B, P], 0 on padding.
@@ -299,8 +300,9 @@ def stream_text(
 ) -> Iterator[str]:
     """The answer to one prompt in pieces of text that will not change any more; joined, they are the answer.
 
-    A piece ends with a whole character and never holds a part of a stop string. Arguments as `generate`, for one prompt.
-    Closing the iterator stops the computation. ValueError for several prompts, and for a model without a tokenizer.
+    A piece ends with a whole character and never holds a part of a stop string. Takes the arguments of `generate`, for one
+    prompt. Closing the iterator stops the computation. Raises ValueError for several prompts and for a model without a
+    tokenizer.
     """
     other = _renamed(options, stop=stop)
     call = _call(model, prompt, config, constraints, other.pop("stop", None), 1, None, other)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-# What to install for a module whose own name does not say it, or needs others beside it.
+# What to install for a module whose own name does not say it, or which needs others as well.
 INSTALL = {
     "tokenizers": "transformers",
     "gradio": "gradio transformers",

@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """How likely a text is to a masked diffusion model.
 
-Such a model has no left-to-right probability to read off. For bidirectional models the published measure (LLaDA, arXiv
-2502.09992, and its get_log_likelihood.py) is the expectation, over l uniform in 1..L and a uniform choice of l of the L
-target tokens, of L / l times the log-probabilities of these l tokens given the rest: a lower bound of the likelihood,
-estimated by Monte Carlo. Where all 2^L - 1 choices are no more than the samples asked for, they are summed instead, which
-is exact; one token takes one forward.
+Such a model has no probability from left to right that could be read off. For bidirectional models the published measure
+(LLaDA, arXiv 2502.09992, and its get_log_likelihood.py) is a lower bound of the likelihood. Draw l uniformly from 1..L, then
+l of the L target tokens, and take L / l times the log-probabilities of these l tokens given all others. Monte Carlo
+estimates the expectation of that. Where all 2^L - 1 choices are no more than the samples asked for, they are summed instead,
+which is exact; one token takes one forward.
 
 Block-causal models (Fast-dLLM v2) see nothing after a token's block. For them the chain rule from left to right is exact:
-token t is scored with everything before it written and itself and the rest of its block masked, as when the model decodes
-one token a step from the left. `first_token` is the published measure, which scores the first target token alone.
+token t is scored with everything before it written, and with itself and the rest of its block masked. That is how the model
+decodes one token per step from the left. `first_token` is the published measure, which scores only the first target token.
 
-Models that read their context causally (Nemotron) have a left-to-right probability, and one forward over the whole text
-gives it: the chain rule is that of autoregressive decoding.
+Models that read their context causally (Nemotron) have a probability from left to right, and one forward over the whole
+text gives it. There the chain rule is that of autoregressive decoding.
 
-Every measure is a list of `Probe`s: a canvas with masks, and the tokens asked for. Rows: R; canvas: T; vocabulary: V.
+Every measure is a list of `Probe`s: a canvas with masks, and the tokens asked for. T is the length of a canvas, V the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -57,7 +58,11 @@ HEAD_ROWS = 256  # positions whose logits are held at once: [256, 152064] in fp3
 
 @dataclass(frozen=True)
 class Score:
-    """log_likelihood in nats; greedy: whether greedy decoding gives the target (False when it was not asked for)."""
+    """How likely a target is.
+
+    log_likelihood: in nats.
+    greedy: whether greedy decoding gives the target; False when it was not asked for.
+    """
 
     log_likelihood: float
     greedy: bool
@@ -65,10 +70,14 @@ class Score:
 
 @dataclass(frozen=True)
 class Probe:
-    """A canvas ids [T], of which `prompt` positions are the prompt; tokens [n] asked for at the positions at [n].
+    """What is read off one canvas.
 
+    ids: [T], the canvas.
+    prompt: how many of its positions are the prompt.
+    at: [n], the positions that are asked about.
+    tokens: [n], the tokens asked for there.
     open: where the first block that is no context begins. None: there is none, and a model that reads its context causally
-    predicts each token from the one before it.
+        predicts each token from the one before it.
     """
 
     ids: Tensor
@@ -105,12 +114,16 @@ def log_likelihoods(
 ) -> list[Score]:
     """Score each (context [P], target [L]) of token ids (tensors, arrays or lists); an empty target gives (0.0, True).
 
-    method: "monte_carlo" (bidirectional models, default there), "chain" (default for the others), "first_token"
-    (block-causal only). mc_num: samples of Monte Carlo, drawn from `seed` for each pair anew, so that a pair's score depends
-    on no other. batch_size: canvases in one forward. check_greedy: under monte_carlo greedy decoding means committing the
-    most confident token of the masked target until none is masked (as published), which takes up to L forwards.
-    cfg_scale: classifier-free guidance as in `DecodeConfig`, 0 is off. Raises ValueError for options that make no sense and
-    for a pair that exceeds the model's context.
+    method: "monte_carlo" (bidirectional models, their default), "chain" (any model; the default of all others), or
+        "first_token" (block-causal models).
+    mc_num: samples of Monte Carlo.
+    seed: draws them for each pair anew, so that a pair's score depends on no other pair.
+    batch_size: canvases in one forward.
+    check_greedy: also say whether greedy decoding gives the target. Under Monte Carlo that commits the most confident token
+        of the masked target until none is masked (as published), which takes up to L forwards.
+    cfg_scale: classifier-free guidance as in `DecodeConfig`; 0 is off.
+
+    Raises ValueError for options that make no sense and for a pair that exceeds the model's context.
     """
     check_model(model)
     method = _method(model, method)

@@ -43,10 +43,16 @@ ALLOWED = (
 def encode(model: Model, prompts: Prompts, attention_mask: Any = None) -> list[Tensor]:
     """Prompts as 1-D LongTensors on the CPU.
 
-    prompts: a text, which is tokenised as it stands; a conversation (messages with "role" and "content", the content a text
-    or a list of {"type": "text", "text"} parts), which goes through the chat template; token ids; a list of one of these; a
-    2-D array or tensor; or what a tokenizer returns, whose padding on the left or right is removed. attention_mask: of ids
-    [B, P], 0 on padding. Raises ValueError for anything else, for an empty prompt and for ids outside the vocabulary.
+    model: what `load` returned; its tokenizer and chat template are used.
+    prompts: one of these, or a list of them:
+        a text, which is tokenised as it stands;
+        a conversation: messages with "role" and "content", which go through the chat template (the content is a text or a
+        list of {"type": "text", "text"} parts);
+        token ids, [P] or [B, P];
+        what a tokenizer returns, whose padding on the left or right is removed.
+    attention_mask: of ids [B, P], 0 on padding.
+
+    Raises ValueError for anything else, for an empty prompt and for ids outside the vocabulary.
     """
     check_model(model)
     out = []
@@ -96,7 +102,7 @@ Prompt = str | Messages | Tensor  # one of them
 def _listed(prompts: Any, attention_mask: Any) -> list[Prompt]:
     if attention_mask is not None:
         if isinstance(prompts, Mapping):
-            raise ValueError("attention_mask is given twice: beside prompts, and in it")
+            raise ValueError("attention_mask is given twice: as an argument, and in prompts")
         prompts = {"input_ids": prompts, "attention_mask": attention_mask}
     if isinstance(prompts, str):
         return [prompts]

@@ -26,7 +26,8 @@ A decoder says which of the scored tokens a forward commits. `decoder="NAME"` ch
 its name (`factor=1.0`). Its own options are given by name too: `generate(model, prompts, decoder="lopa", branches=2)`.
 
 A rule of your own may be an object, `decoder=MyRule(0.8)`, or a name after `fastdllm.register("decoders", MyRule)`.
-[add_a_decoder.md](add_a_decoder.md) shows how to write one, and [frontier.md](frontier.md) what each one costs and saves.
+[A decoder or a cache](add_a_decoder.md) shows how to write one. [Accuracy against forwards](frontier.md) shows what each one
+costs and saves.
 """
 CACHES = """# Caches
 
@@ -34,7 +35,8 @@ A cache says which positions a forward recomputes, and what they see of the othe
 options are given by name too: `generate(model, prompts, cache="vicinity", before=8)`.
 
 A plan of your own may be an object, `cache=MyPlan()`, or a name after `fastdllm.register("caches", MyPlan)`.
-[frontier.md](frontier.md) shows what each one costs and saves.
+[A decoder or a cache](add_a_decoder.md) shows how to write one. [Accuracy against forwards](frontier.md) shows what each one
+costs and saves.
 """
 OPTIONS_PAGE = """# Options
 

@@ -126,7 +126,7 @@ def take_imports(arguments: Sequence[str]) -> list[str]:
 
 
 def unregister(kind: Kind | str, name: str) -> None:
-    """Forget a registered name; one that is not registered is left alone."""
+    """Forget a registered name; one that is not registered is no error."""
     _registered[Kind(kind)].pop(name, None)
 
 

@@ -20,8 +20,13 @@ CONFIDENCES = ("probability", "margin", "entropy", "random")
 
 @dataclass(frozen=True)
 class Scores:
-    """top [R, Q] int64; conf [R, Q] fp32; logprob [R, Q] fp32: the log-probability of top, untempered; entropy (nats) and
-    margin [R, Q] fp32 or None."""
+    """What the sampler makes of the logits.
+
+    top: [R, Q] int64, the token that each position would take.
+    conf: [R, Q] fp32, its confidence.
+    logprob: [R, Q] fp32, its log-probability, untempered.
+    entropy, margin: [R, Q] fp32, or None; entropy in nats.
+    """
 
     top: Tensor
     conf: Tensor

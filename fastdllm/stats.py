@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run cost and what it gave, counted the same way everywhere.
 
-Tokens are generated ids before the first stop token: never the prompt, never the stop, never re-tokenised text. A stop
-string ends decoding with its block, whose ids were generated and count. Forwards are counted per sample, as a run of that
-sample alone would count them. Under guidance one forward runs each sample twice, with and without its prompt: it is one
-forward, whose positions count twice. Seconds end after a host read, so the device is done.
+Tokens are generated ids before the first stop token. The prompt, the stop token and text that was tokenised again do not
+count. A stop string ends decoding with its block, whose ids were generated and count. Forwards are counted per sample, as a
+run of only that sample would count them. Under guidance one forward runs each sample twice, with and without its prompt: it
+is one forward, and its positions count twice. Seconds end after a host read, so the device is done.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Stats:
     row_positions: positions that they recomputed.
     row_layer_tokens: those positions times the layers that ran for them.
     row_tokens: tokens of each answer.
-    peak_memory: bytes allocated on the CUDA device at most; None elsewhere.
+    peak_memory: the most bytes that were allocated on the CUDA device; None elsewhere.
     """
 
     forwards: int = 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory of a run: the KV store and, beside it, the canvas of tokens.
+"""The memory of a run: the KV store, and the canvas of tokens.
 
 Keys are stored after RoPE: a rotated key depends on its token and its position only, so nothing is ever rotated twice.
 
@@ -88,7 +88,7 @@ class Room:
     longest, shortest: units of its longest and shortest row.
     total: units in all.
     requests: how many at once.
-    stops: stop tokens of a request at most.
+    stops: the most stop tokens that a request has.
     """
 
     longest: int
@@ -129,10 +129,14 @@ class Places:
 class Canvas:
     """The tokens of every row and which of them are open (N rows of T slots, S requests).
 
-    x [N, T] int64; masked [N, T] bool, never true in a prompt, whatever ids it holds; chosen [N, T] bool, the positions
-    whose token decoding chooses (neither prompt nor constraint). logprobs [N, T] fp32 and committed_at [N, T] int64: the
-    log-probability of each token when it was committed, and by which forward of its request. stops [S, n] int64 and
-    numbers [S, NUMBERS] fp32: what each request brings along. graphs: what a runner has captured on these tensors.
+    x: [N, T] int64, the tokens.
+    masked: [N, T] bool, open positions; never true in a prompt, whatever ids it holds.
+    chosen: [N, T] bool, positions whose token decoding chooses: neither prompt nor constraint.
+    logprobs: [N, T] fp32, the log-probability of each token when it was committed.
+    committed_at: [N, T] int64, the forward of its request that committed it.
+    stops: [S, n] int64, the stop tokens of each request.
+    numbers: [S, NUMBERS] fp32, what each request sets for itself.
+    graphs: what a runner has captured on these tensors.
     """
 
     x: Tensor

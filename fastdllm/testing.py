@@ -40,11 +40,16 @@ Chosen = Any  # a name, a class or an object
 
 
 def check_decoder(decoder: Chosen, families: Sequence[str] = FAMILIES) -> None:
-    """Everything that is asked of a decoder; takes some seconds.
+    """Check everything that is asked of a decoder; takes some seconds.
 
-    Each step gains a token, writes open positions only and remasks what it may; rows do not see each other; nothing is
-    read on the host; generation ends under every cache, and a row gives in a batch what it gives alone; a lossless rule
+    Each step gains a token, writes only open positions and remasks only what it may. Rows do not see each other. Nothing is
+    read on the host. Generation ends under every cache, and a row of a batch gives what it gives by itself. A lossless rule
     gives the tokens of one token per step.
+
+    decoder: a name, a class or an object.
+    families: of `random_model`, for which it is checked.
+
+    Raises AssertionError with what is wrong.
     """
     for kind, width in itertools.product(KINDS, WIDTHS):
         check_step(decoder, width, kind)
@@ -57,8 +62,13 @@ def check_decoder(decoder: Chosen, families: Sequence[str] = FAMILIES) -> None:
 
 
 def check_cache(plan: Chosen) -> None:
-    """Everything that is asked of a cache: its passes cover the block and read no key that was never computed, and every
-    number of steps ends without masks."""
+    """Check everything that is asked of a cache: its passes cover the block and read no key that was never computed, and
+    every number of steps ends without masks.
+
+    plan: a name, a class or an object.
+
+    Raises AssertionError with what is wrong.
+    """
     check_passes(plan)
     check_endings(plan)
 
@@ -236,7 +246,7 @@ def check_no_host_read(decoder: Chosen) -> None:
 
 
 def check_generation(decoder: Chosen, family: str) -> None:
-    """Generation ends under every cache that goes with it, and a row gives in a batch what it gives alone."""
+    """Generation ends under every cache that goes with it, and a row of a batch gives what it gives by itself."""
     model, given = _model(family), prompts(5, 11, 8)
     plans = [plan for plan in registry.names(Kind.CACHES) if accepted(family, plan, decoder)]
     assert "none" in plans, f"the rule does not run without a cache for {family}"

@@ -42,8 +42,10 @@ def settled(text: str, stops: Sequence[str]) -> tuple[int, bool]:
 class TokenText:
     """Token ids, a few at a time, to text at whole characters.
 
-    decode: ids -> text. Joined, the pieces are `decode` of all ids at once. A short window is decoded anew each time,
-    because what a token looks like depends on the one before it in some tokenizers.
+    decode: ids -> text.
+
+    Joined, the pieces are `decode` of all ids at once. A short window is decoded anew each time, because in some tokenizers
+    what a token looks like depends on the one before it.
     """
 
     def __init__(self, decode: Decode) -> None:
@@ -73,11 +75,14 @@ class TokenText:
 
 
 class AnswerText:
-    """The text of one answer of `length` positions, fed with the blocks as they are decoded.
+    """The text of one answer, fed with the blocks as they are decoded.
 
-    decode: ids -> text without special tokens. mask_id: an open position. stop_ids, stops: tokens and texts that end the
-    answer; neither is part of it. fixed: constraints, token by position; a stop token before the last of them ends nothing.
-    revocable: the decoder may take tokens of an unfinished block back.
+    decode: ids -> text without special tokens.
+    length: positions of the answer.
+    mask_id: the id of an open position.
+    stop_ids, stops: tokens and texts that end the answer; neither is part of it.
+    fixed: constraints, token by position; a stop token before the last of them ends nothing.
+    revocable: whether the decoder may mask tokens of an unfinished block again.
     """
 
     def __init__(

@@ -27,8 +27,12 @@ FORMAT, VERSION = "fastdllm-trace", 1
 
 @dataclass(frozen=True)
 class Change:
-    """A token written at a position of the answer (the mask id: remasked). confidence: probability in [0, 1], or the
-    decoder's own measure; None where the position was not scored in that forward."""
+    """A token written at a position of the answer.
+
+    position: in the answer, from 0.
+    token: its id; the mask id where the position was masked again.
+    confidence: probability in [0, 1], or the decoder's own measure; None where the position was not scored in that forward.
+    """
 
     position: int
     token: int
@@ -37,7 +41,12 @@ class Change:
 
 @dataclass(frozen=True)
 class TraceStep:
-    """One forward: the block [start, stop) in positions of the answer, its seconds, and what it changed there."""
+    """One forward.
+
+    start, stop: its block [start, stop), in positions of the answer.
+    seconds: how long it took.
+    changes: what it wrote there.
+    """
 
     start: int
     stop: int
@@ -47,8 +56,12 @@ class TraceStep:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The answer [N] after some forward: ids (mask id where open), the forward that wrote each token (1 is the first, 0 a
-    constraint) and the confidence it was written with; None where open or unknown."""
+    """The answer of N positions after some forward.
+
+    ids: the tokens; the mask id where a position is open.
+    written: the forward that wrote each token, from 1; 0 for a constraint, None where open.
+    confidence: with which the token was written; None where open or unknown.
+    """
 
     ids: list[int]
     written: list[int | None]
@@ -61,8 +74,17 @@ class Snapshot:
 
 @dataclass
 class Trace:
-    """The history of one answer of `length` positions. fixed: constraints, token by position. texts: what the tokens
-    that occur look like. `finished` is False for an answer that was stopped."""
+    """The history of one answer.
+
+    model, config: which model answered, under which options.
+    prompt_length, length: tokens of the prompt, positions of the answer.
+    mask_id, stop_ids: ids of the model.
+    fixed: constraints, token by position.
+    steps: one entry per forward.
+    texts: what the tokens that occur look like, by id.
+    finished: False for an answer that was stopped from outside.
+    positions: how many the forwards recomputed.
+    """
 
     model: str
     config: dict[str, Any]
@@ -217,7 +239,8 @@ def watch(
 ) -> Iterator[Trace]:
     """Answer one prompt and yield its trace before the first forward and after each one (the same object, growing).
 
-    Arguments as `fastdllm.generate`, for a single prompt. Closing the iterator stops the computation.
+    Takes the arguments of `fastdllm.generate`, for a single prompt, and raises its errors. Closing the iterator stops the
+    computation.
     """
     config = merged(config, options)
     ids: list[Tensor] = encode(model, prompt)

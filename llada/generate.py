@@ -64,7 +64,7 @@ def generate(
 
     prompt may be whatever `fastdllm.generate` takes, also a tokenizer's padded batch: x then begins with the pad id.
 
-    `steps` splits evenly over the blocks and counts only without `threshold` and `factor`; `factor` goes before `threshold`.
+    `steps` splits evenly over the blocks and counts only without `threshold` and `factor`; `factor` overrides `threshold`.
     `remasking`: "low_confidence" or "random" (without threshold and factor). Raises ValueError for bad arguments.
     """
     return _generate("none", model, prompt, {**locals()})
@@ -98,5 +98,5 @@ def generate_with_dual_cache(
     threshold: float | None = None,
     factor: float | None = None,
 ) -> tuple[Tensor, int]:
-    """`generate` that recomputes the block alone and refreshes the rest when a block opens."""
+    """`generate` that recomputes only the block and refreshes the rest when a block opens."""
     return _generate("dual", model, prompt, {**locals()})

@@ -26,7 +26,7 @@ from fastdllm.cli import one_line
 from scripts.studies.paired import interval
 
 ROOT = Path(__file__).resolve().parents[1]
-TASK = "gsm_symbolic"
+TASK = "gsm_symbolic_chat"
 FILTER = "strict-match"
 Row = dict[str, Any]
 

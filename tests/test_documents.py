@@ -88,3 +88,23 @@ def test_every_row_of_the_quick_start_is_a_setting() -> None:
     for run in quickstart.RUNS.values():
         fastdllm.DecodeConfig(**dict(option.split("=") for option in run.options.split(",")))
         assert quickstart.RUNS[run.reference].model == run.model
+
+
+def test_lines_that_explain_arguments_become_a_list() -> None:
+    pytest.importorskip("griffe", reason="the documentation needs mkdocstrings")
+    from scripts.docstrings import as_list
+
+    text = "What it does.\n\nfirst, second: two of them,\n    on two lines.\nthird: one.\nother: no argument."
+    text += "\n\nRaises: nothing."
+    shown = as_list(text, {"first", "second", "third", "unused"})
+    assert shown.splitlines() == [
+        "What it does.",
+        "",
+        "* `first`, `second`: two of them,",
+        "    on two lines.",
+        "* `third`: one.",
+        "other: no argument.",
+        "",
+        "Raises: nothing.",
+    ]
+    assert as_list("One line.\nfirst: of them.", {"first"}) == "One line.\n\n* `first`: of them."

@@ -83,7 +83,7 @@ def test_a_misspelt_model_argument_ends_the_run_and_is_named() -> None:
 def test_without_a_network_a_script_names_the_command_that_needs_none() -> None:
     done = run(["bash", "v2/eval_gsm8k.sh", "--limit", "4"], ROOT, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "MODEL=tiny-fast-dllm-v2 TASK=gsm_symbolic bash v2/eval_gsm8k.sh" in done.stderr.splitlines()[-1]
+    assert "MODEL=tiny-fast-dllm-v2 TASK=gsm_symbolic_chat bash v2/eval_gsm8k.sh" in done.stderr.splitlines()[-1]
 
 
 def test_the_published_v2_settings(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README's Python prints what README says it prints, every link leads somewhere, and its figures are those of the data."""
+"""The Python of README and of a page prints what stands below it; links and figures are those of the tree."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+SHOWN = README + (ROOT / "docs" / "how_it_works.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", SHOWN, re.MULTILINE | re.DOTALL)
 
 
 def test_every_python_block_has_its_output() -> None:
-    assert len(EXAMPLES) == README.count("```python") >= 2
+    assert len(EXAMPLES) == SHOWN.count("```python") >= 2 and "```python" in README
 
 
 @pytest.mark.parametrize(("code", "output"), EXAMPLES, ids=range(len(EXAMPLES)))

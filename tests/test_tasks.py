@@ -4,16 +4,26 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+import fastdllm
+from fastdllm import build, prompts
+from fastdllm.config import DecodeConfig
+from fastdllm.models import Model
 from fastdllm.tasks import TASKS_DIR
 
 lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.model import LM  # noqa: E402 - only after the import above did not skip
 from lm_eval.tasks import TaskManager  # noqa: E402
+
+from fastdllm.evaluation.harness import DiffusionLM  # noqa: E402
+from scripts import quickstart  # noqa: E402
+from scripts.studies import pareto  # noqa: E402
 
 DATA = TASKS_DIR / "gsm_symbolic"
 
@@ -111,3 +121,35 @@ def test_choices_differ_and_digits_are_one_token() -> None:
         right = row["choices"][row["gold"]]
         assert right == row["stem"] + row["digits"][row["digit_gold"]]
         assert all(len(digit) == 1 and digit.isdigit() for digit in row["digits"])
+
+
+@cache
+def shipped(name: str) -> Model:
+    return fastdllm.load(name, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["tiny-llada", "tiny-dream", "tiny-fast-dllm-v2"])
+@pytest.mark.parametrize("task, template", [("gsm_symbolic_chat", "chat"), ("gsm_symbolic", "plain")])
+def test_an_evaluation_asks_what_the_study_asks_token_by_token(name: str, task: str, template: str, monkeypatch) -> None:
+    """Else two tables of one model show two accuracies: a second "Question:" in the turn cost tiny-llada eleven points."""
+    model, requests = DiffusionLM(pretrained=shipped(name)), []
+    monkeypatch.setattr(model, "generate_until", lambda asked, **_: requests.extend(asked) or [""] * len(asked))
+    evaluate([task], model, limit=20, num_fewshot=0, apply_chat_template=template == "chat")
+    asked = [model._ask(request, Counter()).prompt for request in requests]
+    study = [
+        pareto.prompt(row["question"], template) for row in pareto.problems("test", 20, pareto.TASKS["gsm_symbolic"].folder)
+    ]
+    assert asked == [ids.tolist() for ids in prompts.encode(shipped(name), study)]
+
+
+def test_the_quick_start_runs_the_settings_of_the_study() -> None:
+    assert quickstart.TASK == "gsm_symbolic_chat"
+    args = pareto.arguments(["run"])
+    same = {"one_a_step": "quota+dual", "threshold": "threshold=0.9+dual", "v2_one_a_step": "quota+block"}
+    for name, setting in same.items():
+        run = quickstart.RUNS[name]
+        adapter = DiffusionLM(pretrained=shipped(run.model), **dict(item.split("=") for item in run.options.split(",")))
+        spec = shipped(run.model).spec
+        assert build.resolve(spec, adapter._configure({})) == build.resolve(
+            spec, DecodeConfig(**pareto.options_of(setting, args))
+        )

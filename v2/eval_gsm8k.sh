@@ -2,13 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # GSM8K with Fast-dLLM v2 under the published settings: 0-shot, chat template, threshold 1, one prompt at a time.
 #   bash eval_gsm8k.sh --limit 10
-#   MODEL=tiny-fast-dllm-v2 TASK=gsm_symbolic bash v2/eval_gsm8k.sh --limit 20        # no network
+#   MODEL=tiny-fast-dllm-v2 TASK=gsm_symbolic_chat bash v2/eval_gsm8k.sh --limit 20        # no network
 # MODEL: hub id, local folder or shipped checkpoint. TASK: another task of the kind. MODEL_ARGS: replaces the model
 # arguments below. Further arguments go to lm-eval unchanged.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-export WITHOUT_A_NETWORK="MODEL=tiny-fast-dllm-v2 TASK=gsm_symbolic bash v2/eval_gsm8k.sh"
+export WITHOUT_A_NETWORK="MODEL=tiny-fast-dllm-v2 TASK=gsm_symbolic_chat bash v2/eval_gsm8k.sh"
 MODEL=${MODEL:-Efficient-Large-Model/Fast_dLLM_v2_7B}
 TASK=${TASK:-gsm8k}
 # The published adapter rephrases the question of GSM8K; other tasks and models are asked as they were trained.

@@ -12,7 +12,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-export WITHOUT_A_NETWORK="MODEL=tiny-fast-dllm-v2 TASK=gsm_symbolic bash v2/eval_gsm8k.sh"
+export WITHOUT_A_NETWORK="MODEL=tiny-fast-dllm-v2 TASK=gsm_symbolic_chat bash v2/eval_gsm8k.sh"
 MODEL=${MODEL:-Efficient-Large-Model/Fast_dLLM_v2_7B}
 THRESHOLD=${THRESHOLD:-1}
 

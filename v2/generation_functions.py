@@ -100,5 +100,5 @@ def generate_with_dual_cache(
     layer_subset: str | None = None,
     trim_ratio: float | None = None,
 ) -> tuple[Tensor, int]:
-    """`generate_with_prefix_cache` that recomputes the sub-block alone once its first token is known (an approximation)."""
+    """`generate_with_prefix_cache` that recomputes only the sub-block once its first token is known (an approximation)."""
     return _generate("sub_block", model, input_ids, {**locals()})

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One file a cache plan; the file's name is the name on the command line (see base.py)."""
+"""One file per cache plan; the file's name is the name on the command line (see base.py)."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A cache is a plan: which positions to recompute now, and what they may see.
 
-It never touches the model or the KV store. A file of this folder is one plan; its name is the name on the command line, its
+It never touches the model or the KV store. A file of this folder is one plan. Its name is the name on the command line, its
 class is called `Cache`, and its dataclass fields are its options.
 """
 
@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 
 
 class CachePlan(ABC):
-    """`open` refreshes the store when a block opens (its logits are the decoder's first step; a shifted model learns only
-    the block's first token from it), `step` says what a denoising forward recomputes.
+    """Which positions each forward recomputes, and what they see.
 
-    `block_causal`: the plan needs a model whose finished blocks never change (True), one that reads both ways (False), or
-    takes any (None). `causal`: the plan needs a model that reads its context causally. `pure`: a forward depends on the
-    block's content only, not on the steps that led to it.
+    `open` refreshes the store when a block opens. Its logits are the decoder's first step; a shifted model learns only the
+    block's first token from it. `step` says what a denoising forward recomputes.
+
+    block_causal: the plan needs a model whose finished blocks never change (True), needs one that reads both ways (False),
+        or takes any (None).
+    causal: whether the plan needs a model that reads its context causally.
+    pure: whether a forward depends on the block's content only, not on the steps that led to it.
     """
 
     block_causal: ClassVar[bool | None] = False

@@ -13,7 +13,7 @@ from fastdllm.caches import dual
 
 @dataclass(frozen=True)
 class Cache(dual.Cache):
-    """When stale keys next to the block cost accuracy, for more positions a forward."""
+    """When stale keys next to the block cost accuracy, for more positions per forward."""
 
     before: Annotated[int, "Positions recomputed before the block."] = 16
     after: Annotated[int, "Positions recomputed after the block."] = 16

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One file a decoder; the file's name is the name on the command line (see base.py)."""
+"""One file per decoding rule; the file's name is the name on the command line (see base.py)."""

@@ -26,14 +26,18 @@ if TYPE_CHECKING:
 
 
 class DecoderRule(ABC):
-    """`needs`: extra statistics of the head, of {"entropy", "margin"}. `probability`: the rule compares the confidence
-    with a probability, so that another confidence makes no sense. `branches`: contents of each row that run in the same
-    forward; branch 0 is the row's content, the others are tries. `lossless`: the tokens are those of one token per step.
-    `shadow`: shadow queries ask each token of the block what the model would say without it (`view.unaware`), and where that
-    is not NaN the rule may write the mask again; one branch only. `drafts`: what the rule writes is a draft. It stays open
-    until a pass from left to right (`view.causal`), in which the rule keeps the drafts that the model takes; for families
-    that read their context causally, one branch only. `per_request`: options that a request may replace by its own number.
-    In `step` they are columns [R, 1] then, floats otherwise (`view.rows` gives [R] of either).
+    """What a decoder must offer.
+
+    needs: extra statistics of the head, of {"entropy", "margin"}.
+    probability: whether the rule compares the confidence with a probability, so that another confidence makes no sense.
+    branches: contents of each row that run in the same forward. Branch 0 is the row's content, the others are tries.
+    lossless: whether the tokens are those of one token per step.
+    shadow: whether extra queries ask what the model would say of each token of the block without seeing it (`view.unaware`).
+        Where that is not NaN the rule may write the mask again. One branch only.
+    drafts: whether what the rule writes is a draft. It stays open until a pass from left to right (`view.causal`), in which
+        the rule keeps the drafts that the model takes. For families that read their context causally; one branch only.
+    per_request: options that a request may replace by its own number. In `step` they are columns [R, 1] then, floats
+        otherwise (`view.rows` gives [R] of either).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -52,7 +56,7 @@ class DecoderRule(ABC):
 
     @abstractmethod
     def step(self, view: View) -> Tensor:
-        """The next ids [R, Q]. With n branches, those of request i are the rows i * n to i * n + n - 1."""
+        """The next ids [R, Q]. With n branches, request i has the rows i * n to i * n + n - 1."""
 
     def of(self, numbers: Mapping[str, Tensor]) -> Self:
         """This rule with the rows' own numbers, columns [R, 1], in place of its options."""

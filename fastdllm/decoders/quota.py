@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fixed number of tokens per step, the most confident first: LLaDA's and Dream's own decoding, and the reference here."""
+"""A fixed number of tokens per step, the most confident first (LLaDA's low-confidence remasking, arXiv 2502.09992).
+
+Dream decodes so as well. One token per step is the reference for all other decoders.
+"""
 
 from dataclasses import dataclass
 

@@ -3,8 +3,8 @@
 
     round:  rows -> batches of like passes -> one forward each (`step.denoise`) -> one host read -> each row moves on
 
-Every row walks through its own blocks and gets one forward a round, so no row waits for another, a row gives in a batch what
-it gives alone, and a row that finishes leaves its place to the next request.
+Every row walks through its own blocks and gets one forward per round. So no row waits for another, a row of a batch gives
+what it gives by itself, and a row that finishes leaves its place to the next request.
 """
 
 from __future__ import annotations
@@ -36,10 +36,19 @@ if TYPE_CHECKING:
 class Step:
     """One forward.
 
-    rows: the requests it served. starts, stops: where their blocks lie. seconds: it took. done: the requests it finished.
-    With `trace`: ids [R, Q] after the step (the mask id where a token was remasked), confidence [R, Q] (NaN where nothing
-    was scored), committed [R, Q] bool, logprobs [R, Q] of what stands there now, where it was scored; and for requests with
-    `alternatives` the likeliest tokens of each position with their log-probabilities, [R, Q, n] each.
+    rows: the numbers of the requests that it served, R of them.
+    starts, stops: where their blocks lie, as positions of prompt and answer.
+    seconds: how long the step took, by the clock.
+    done: the requests that it finished, by number.
+
+    The rest is None without `trace`. Q is the width of the widest block:
+
+    ids: [R, Q] int64, the block after the step; the mask id where a token was remasked.
+    confidence: [R, Q] fp32, NaN where nothing was scored.
+    committed: [R, Q] bool, what this step committed.
+    logprobs: [R, Q] fp32, of the token that stands there now, where it was scored.
+    likeliest: for requests with `alternatives`, the likeliest tokens of each position and their log-probabilities, [R, Q, n]
+        each.
     """
 
     rows: list[int]

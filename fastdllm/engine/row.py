@@ -30,14 +30,14 @@ class NothingCommitted(RuntimeError):
 class Request:
     """What is asked for.
 
-    prompt [P] int64: token ids, on the CPU or the model's device.
-    length: new positions.
+    prompt: [P] int64, token ids on the CPU or the model's device.
+    length: how many new positions.
     seed: of the request's own random draws.
-    fixed: tokens by position of the answer, present from the start and never masked.
+    fixed: {position in the answer: token id}, present from the start and never masked.
     stop_ids: tokens that end the answer; None for the run's.
-    numbers: values of its own in place of the run's, by name (`Decoding.numbers`): temperature, threshold, ...
-    ends: asked after each block whether the answer so far [N], on the CPU, is enough.
-    alternatives: how many of each position's likeliest tokens a traced step shall name, up to `forward.ALTERNATIVES`.
+    numbers: own values in place of the run's, by name (`Decoding.numbers`): temperature, threshold, ...
+    ends: called after each block with the answer so far [N] on the CPU; True ends the request.
+    alternatives: how many of each position's likeliest tokens a traced step names, up to `forward.ALTERNATIVES`.
     """
 
     prompt: Tensor
@@ -52,7 +52,12 @@ class Request:
 
 @dataclass
 class Cost:
-    """forwards; positions they recomputed, of every lane and shadow; positions times the layers that ran for them."""
+    """What a request has cost.
+
+    forwards: model calls.
+    positions: what they recomputed, in every lane and shadow.
+    layer_tokens: those positions times the layers that ran for them.
+    """
 
     forwards: int = 0
     positions: int = 0
@@ -68,10 +73,12 @@ class Cost:
 class Result:
     """A finished request, on the model's device.
 
-    ids [P + length]: masks are left only after a stop token, or after the block at which `ends` was content.
-    logprobs [length] fp32: of each token when it was committed, untempered; NaN where none was (fixed tokens, masks).
-    committed_at [length] int64: the request's forward that committed it, from 1; 0 for a fixed token or a mask.
-    stopped: a stop token or `ends` ended it before its length did.
+    ids: [P + length] int64. Masks are left only after a stop token, or after the block at which `ends` said that it is
+        enough.
+    logprobs: [length] fp32, of each token when it was committed, untempered; NaN where none was (fixed tokens, masks).
+    committed_at: [length] int64, the request's forward that committed the token, from 1; 0 for a fixed token or a mask.
+    stopped: a stop token or `ends` ended the request before its length did.
+    cost: see `Cost`.
     """
 
     ids: Tensor
@@ -110,14 +117,20 @@ class Place:
 
 @dataclass
 class Row:
-    """A request, its place, and where it stands.
+    """A request, its place on the canvas, and where it stands.
 
-    number: of the request. drawn, truncated: whether it draws its tokens, and leaves out unlikely ones. reuse: where layer
-    reuse stands. at: index of the current block. opening: its next forward opens the block. first_masked: the block's first
-    position is masked. step, denoised, outer_step: forwards of this block, those after its opening pass, and those of the
-    outer block. initial, remaining: masks when it opened and now. committed: tokens gained by the last forward. stopped: it
-    ended before its length did. drafted: the block holds drafts that wait to be verified. widest: positions of its widest
-    block.
+    number: of the request.
+    drawn, truncated: whether it draws its tokens, and leaves out unlikely ones.
+    reuse: where layer reuse stands.
+    at: index of the current block.
+    opening: whether its next forward opens the block.
+    first_masked: whether the block's first position is masked.
+    step, denoised, outer_step: forwards of this block, those after its opening pass, and those of the outer block.
+    initial, remaining: masks when the block opened, and now.
+    committed: tokens that the last forward gained.
+    stopped: it ended before its length did.
+    drafted: whether the block holds drafts that wait to be verified.
+    widest: positions of its widest block.
     """
 
     number: int

@@ -1,14 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shadows: what the model would say of a position if the token there were still masked, in the same forward (WINO, arXiv
+"""Shadows: what the model would say of a position if its token were still masked, in the same forward (WINO, arXiv
 2507.18578).
 
-The shadow of slot s is a copy of the positions from the one that predicts s up to s itself, [s - shift, s], with s masked:
-one query for a model without shift, two with it (the token before, and the mask that it would see behind itself). The copy
-sees itself in the place of what it copies, else what the originals see; nobody else sees it. What others made of the token
-at s in deeper layers it does see, so that in a network of one layer its answer is that of a forward with s masked, and close
-to it in a deeper one. (The paper's shadows also see one another: so many masks where the text is already known.)
+A shadow is an extra query with the mask in place of the token. It stands at the position of the token that it asks about.
+Here three tokens A B C have been committed, and the model has no shift:
 
-Its keys and values lie behind everything a row may read in this block, and are rewritten by every pass that has shadows.
+    slot                        0  1  2    3  4  5
+    token                       A  B  C    ░  ░  ░     slots 3 to 5: the shadows of A, B and C
+    its position                0  1  2    0  1  2
+    A, B and C see              x  x  x                no shadow is seen by anybody else
+    the shadow of B (4) sees    x  .  x       x        itself in the place of B, otherwise what B sees
+
+With a shift of one a token is predicted from the position before it. So its shadow is two queries: a copy of that position,
+and the mask that this copy sees after itself.
+
+In deeper layers A and C have seen B, and so their keys still tell of it. In a network of one layer the answer is exactly
+that of a forward with B masked; in a deeper one it is close. (The paper's shadows also see one another, which shows each of
+them many masks where the text is already known.)
+
+Keys and values of shadows lie after everything that a row may read in its block. Every pass with shadows rewrites them.
 """
 
 from __future__ import annotations
@@ -21,11 +31,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Widened:
-    """A pass of W positions with N = Q * (1 + shift) shadow positions behind them, or with none (pos alone).
+    """A pass of W positions, followed by N = Q * (1 + shift) shadow positions or by none (then only `pos` is set).
 
-    pos, slot [R, W + N]: positions, and the slots of their keys and values. swap [R, W + N, 3]: see `kernels.attention`.
-    masked [W + N] bool: the shadow positions that hold the mask. The first position of each shadow, W, W + 1 + shift, ...,
-    predicts its slot.
+    pos, slot: [R, W + N], positions, and the slots of their keys and values.
+    swap: [R, W + N, 3], see `kernels.attention`.
+    masked: [W + N] bool, the shadow positions that hold the mask. The first position of each shadow (W, W + 1 + shift, ...)
+        predicts its token.
     """
 
     pos: Tensor
@@ -37,8 +48,11 @@ class Widened:
 def widen(pos: Tensor, block: Tensor, visible_end: Tensor, shift: int, scratch: Tensor) -> Widened:
     """Append the shadows of a block to its pass.
 
-    pos [R, W]: the pass. block [R, Q]: the block's positions. Both hold scratch [R] where they are padded. visible_end [R]:
-    the first slot after all that the block's queries may see; the shadows' keys and values lie from there on.
+    pos: [R, W], the pass.
+    block: [R, Q], the block's positions.
+    visible_end: [R], the first slot after all that the block's queries may see; the shadows' keys and values begin there.
+    shift: the model's token shift, 0 or 1.
+    scratch: [R], the position that `pos` and `block` hold where they are padded.
     """
     rows, width, size = *pos.shape, 1 + shift
     member = torch.arange(size, device=pos.device)

@@ -33,9 +33,12 @@ if TYPE_CHECKING:
 class Where:
     """Where a forward works.
 
-    window: of the forward. ids [R, N]: what its positions read.
-    block [R, Q]: the block's positions. before, masked [R, Q]: what they hold, and which are open.
-    source [R, Q]: the position of the pass that predicts each. learnt [R, Q] bool: those that this pass predicts.
+    window: of the forward.
+    ids: [R, N], what its positions read.
+    block: [R, Q], the block's positions.
+    before, masked: [R, Q], what they hold, and which are open.
+    source: [R, Q], the position of the pass that predicts each.
+    learnt: [R, Q] bool, those that this pass predicts.
     """
 
     window: Window
@@ -49,7 +52,12 @@ class Where:
 
 @dataclass(frozen=True)
 class Own:
-    """The run's decoder and sampler with each row's own numbers in them; these numbers, columns [R, 1]; the step's noise."""
+    """The run's choices with each row's own numbers in them.
+
+    rule, sampler: the run's decoder and sampler.
+    numbers: the rows' own, columns [R, 1] by name.
+    noise: the step's draws.
+    """
 
     rule: DecoderRule
     sampler: Sampler
@@ -59,8 +67,12 @@ class Own:
 
 @dataclass(frozen=True)
 class Scored:
-    """scores of the block's positions; logits [R, Q, V] where something looks at them, else None; unaware [R, Q] with
-    shadows, else None: the probability of each token from a query that does not see it."""
+    """What the model says of the block's positions.
+
+    scores: token and confidence.
+    logits: [R, Q, V] where something looks at them, else None.
+    unaware: with shadows [R, Q], the probability of each token from a query that does not see it; else None.
+    """
 
     scores: Scores
     logits: Tensor | None = None
@@ -71,8 +83,10 @@ class Scored:
 class Written:
     """What became of the block's positions, [R, Q] each.
 
-    after: the ids that they hold now. still: those that stay masked. committed: those that no longer are.
-    new: those whose token is another one than before, in branches also without having been open.
+    after: the ids that they hold now.
+    still: those that stay masked.
+    committed: those that are no longer masked.
+    new: those whose token is another one than before; in branches also some that were not open.
     """
 
     after: Tensor
@@ -83,9 +97,13 @@ class Written:
 
 @dataclass
 class Outcome:
-    """What one forward did, on the device. status [R, 4] int64: masks left in the block, 1 if the row stopped, 1 if the
-    block's first position is masked, positions that drifted (layer reuse). ids, conf, committed, logprob [R, Q]. likeliest:
-    with `Shape.alternatives`, the likeliest tokens of each position and their log-probabilities, [R, Q, n] each."""
+    """What one forward did, on the device.
+
+    status: [R, 4] int64: masks left in the block, 1 if the row stopped, 1 if the block's first position is masked, positions
+        that drifted (layer reuse).
+    ids, conf, committed, logprob: [R, Q].
+    likeliest: with `Shape.alternatives`, the likeliest tokens of each position and their log-probabilities, [R, Q, n] each.
+    """
 
     status: Tensor
     ids: Tensor
@@ -102,7 +120,11 @@ class Outcome:
 
 
 def denoise(model: Model, canvas: Canvas, run: Decoding, table: Tensor, noise: Tensor | None, shape: Shape) -> Outcome:
-    """table [R / lanes, n] int64: the rows' `Plan`s. noise: see `Sampler.draw`."""
+    """One step of R rows, without a read on the host.
+
+    table: [R / lanes, n] int64, the rows' `Plan`s.
+    noise: see `Sampler.draw`.
+    """
     plan = Plan.columns(fan_out(table, run.lanes))
     own = own_numbers(canvas, run, plan, noise, shape)
     where = locate(model.spec, canvas, run, plan, shape)

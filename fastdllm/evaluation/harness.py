@@ -362,7 +362,7 @@ class DiffusionLM(TemplateLM):
 
     def barrier(self) -> None:
         """Wait for the others. `evaluate` calls it after each kind of request, on every process: the moment to collect
-        what the run cost, since results are written by the first process alone."""
+        what the run cost, since results are written by the first process only."""
         self._costs = self.gather_object((self.stats, self.reused, self.unfinished)) or []
 
     def get_model_info(self) -> dict[str, Any]:

@@ -32,7 +32,7 @@ SWITCHES = {"use_cache": bool, "dual_cache": bool, "use_block_cache": bool, "rem
 
 @dataclass(frozen=True)
 class HarnessOptions:
-    """What an evaluation needs beside `DecodeConfig`.
+    """What an evaluation needs besides `DecodeConfig`.
 
     pretrained, dtype, revision, quantize, trust_remote_code: see `fastdllm.load`. save_dir: folder that keeps finished
     answers. show_speed: log what decoding cost. mc_num, is_check_greedy, likelihood: see `likelihood.log_likelihoods`.

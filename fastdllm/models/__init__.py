@@ -94,7 +94,7 @@ ELSEWHERE = {
 class Model:
     """A network, its spec and its tokenizer (None when the folder has none).
 
-    `banned` [V] bool: ids that are never predicted, the mask and the vocabulary rows that are no token of the tokenizer.
+    banned: [V] bool, ids that are never predicted: the mask, and vocabulary rows that are no token of the tokenizer.
     """
 
     network: Transformer
@@ -250,15 +250,16 @@ def load(
     """Load a published checkpoint; docs/models.md lists the families.
 
     name: a shipped name ("tiny-llada"), a local folder or a hub id.
-    device: default ("auto") is CUDA if there is one, else the CPU.
+    device: "cpu", "cuda", ...; by default ("auto") CUDA if there is one, else the CPU.
     dtype: "float32", "bfloat16", "float16", "float64", a short form of these, the torch dtype, or "auto" for the
-    checkpoint's own; default bfloat16 on CUDA, float32 elsewhere.
+        checkpoint's own; by default bfloat16 on CUDA and float32 elsewhere.
     revision: of a hub id, a branch, tag or commit.
-    quantize: "fp8" (Hopper and later), "int8" or "int4" weights, None for the checkpoint's own, which may be GPTQ's or AWQ's
-    in 4 bits.
+    quantize: "fp8" (Hopper and later), "int8" or "int4" weights; None for the checkpoint's own, which may be GPTQ's or AWQ's
+        in 4 bits.
     block_size: of a block-diffusion model whose config.json does not say it (A2D's bd3lm, SDAR), or another than it says.
     adapter: a folder or hub id of a LoRA adapter as peft saves it, merged into the weights.
-    trust_remote_code: accepted for the call's familiar shape; the hub's code is never run.
+    trust_remote_code: accepted because other libraries have it; the hub's code is never run.
+
     Raises FileNotFoundError for a model or a file that is not there (an unknown hub id and an unreachable hub included) and
     ValueError for a file or an argument that is wrong, each naming what it is.
     """

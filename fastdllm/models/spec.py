@@ -36,13 +36,17 @@ class Stretch:
 class ModelSpec:
     """Shapes, conventions and special ids of one checkpoint.
 
-    `shift`: row j of a forward over positions [s, ...) predicts position s + j + shift. `block_causal`: the block size of a
-    model whose queries see their own and earlier blocks only, 0 for a bidirectional model. `vocab` counts embedding rows;
-    `mask_id` and `stop_ids` are token ids; `defaults` are the family's decoding defaults. `qk_norm`: each query and key head
-    is normalised before the rotation (Qwen3). `stretch`: how the rotation reaches a longer context than it was trained for.
-    `causal_context`: finished tokens see those before them only, the open block sees itself in both directions; a forward
-    that reads from left to right predicts the next token, whatever `shift` is. `grid_at_prompt`: a block-causal model counts
-    its blocks from the prompt's end, not from position 0; the first block of the prompt may be short.
+    vocab: rows of the embedding.
+    shift: row j of a forward over positions [s, ...) predicts position s + j + shift.
+    block_causal: the block size of a model whose queries see only their own and earlier blocks; 0 for a bidirectional model.
+    causal_context: finished tokens see only those before them; the open block sees itself in both directions. A forward that
+        reads from left to right predicts the next token, whatever `shift` is.
+    grid_at_prompt: whether a block-causal model counts its blocks from the prompt's end instead of from position 0; the
+        first block of the prompt may then be short.
+    qk_norm: each query and key head is normalised before the rotation (Qwen3).
+    stretch: how the rotation reaches a longer context than it was trained for.
+    mask_id, stop_ids: token ids.
+    defaults: the family's decoding defaults.
     """
 
     family: str
@@ -101,11 +105,12 @@ class ModelSpec:
 class Family:
     """How a family's published files become a model.
 
-    `read(config, ids)` reads config.json and the tokenizer's added tokens (a mapping from text to id); `names(spec)` maps
-    each published tensor name to (our parameter, first row it fills); `optional(spec)` names tensors that some checkpoints
-    carry and that are not needed. `tied`: the name of the head that a tied checkpoint may carry a second time. `harmless`:
-    fields of config.json that say nothing about the network. `block_field`: where config.json says the block size, for
-    families whose block size is a choice.
+    read: (config, ids) -> `ModelSpec`, from config.json and the tokenizer's added tokens (text -> id).
+    names: spec -> {published tensor name: (our parameter, first row that it fills)}.
+    optional: spec -> names of tensors that some checkpoints carry and that are not needed.
+    tied: the name of the head that a tied checkpoint may carry a second time.
+    harmless: fields of config.json that say nothing about the network.
+    block_field: where config.json says the block size, for families whose block size is a choice.
     """
 
     read: Callable[[Fields, Mapping[str, int]], ModelSpec]

@@ -9,8 +9,11 @@ from typing import NamedTuple
 class Published(NamedTuple):
     """A model on the hub.
 
-    id: "owner/name". family: the file in `fastdllm/models/` that reads it. size: its parameters, as its name or card says.
-    options: what `load` needs beyond the id. note: what a reader should know.
+    id: "owner/name".
+    family: the file in `fastdllm/models/` that reads it.
+    size: its parameters, as its name or card says.
+    options: what `load` needs beyond the id.
+    note: what a reader should know.
     """
 
     id: str

@@ -2,8 +2,8 @@
 """Tokenizers from their published files, without remote code.
 
 LLaDA and Fast-dLLM v2 ship `tokenizer.json`. Dream ships the slow format (`vocab.json`, `merges.txt`, added tokens) and a
-Python class on the hub; its rules are Qwen2's, so the files alone are enough. Added tokens are gathered from every file that
-lists them, and each keeps the id of the files: two files that disagree are an error.
+Python class on the hub; its rules are Qwen2's, so the files are enough. Added tokens are gathered from every file that lists
+them, and each keeps the id of the files: two files that disagree are an error.
 """
 
 from __future__ import annotations

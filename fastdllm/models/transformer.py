@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only network: embedding, L x [RMSNorm, grouped-query attention, RMSNorm, SwiGLU], RMSNorm, head.
 
-LLaDA, Dream and Fast-dLLM v2 differ in the numbers of their `ModelSpec` alone. The network knows nothing of caches, blocks
-or masks: a `Window` says which positions to recompute and what they see, and the keys and values go into the store.
-Projections that read the same input are one matrix (q/k/v, gate/up), because at batch 1 a forward costs what reading the
-weights costs, and few large reads run closer to the memory's speed than many small ones.
+The families differ only in the numbers of their `ModelSpec`. The network knows nothing of caches, blocks or masks: a
+`Window` says which positions to recompute and what they see, and the keys and values go into the store. Projections that
+read the same input are one matrix (q/k/v, gate/up), because at batch 1 a forward costs what reading the weights costs, and
+few large reads run closer to the memory's speed than many small ones.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer reuse and TRIM: within a block of a block-causal model, do not run some layers for positions that hardly change.
 
-Between two steps of a block most positions keep their token, and what a layer adds to them changes little. On passes that
-are not a multiple of `reuse_k`, the layers of `layer_subset` are not run for reusable positions: the *residual delta* they
-added when they last ran there, h_out - h_in, is added again. What the other layers saw anew still flows through, unlike with
-a reused output, which throws away everything computed before it (`reuse_mode="output"`, kept as an ablation).
+Between two steps of a block most positions keep their token, and what a layer adds to them changes little. Every
+`reuse_k`-th pass runs all layers for all positions. In the other passes the layers of `layer_subset` are left out for
+reusable positions: the *residual delta* that they added when they last ran there, h_out - h_in, is added again. What the
+other layers saw anew still flows through. A reused output (`reuse_mode="output"`, kept as an ablation) would throw it away.
 
-TRIM (token-level reuse minimisation) chooses the positions that are recomputed all the same: those whose token changed since
-their last recompute, those that predict an open mask of the current sub-block, then those that drifted most. These fill up
-`trim_ratio` of the window, or are as many as drifted by `trim_drift` or more in the pass before (counted one pass late, so
-that the host knows the shape without another read).
+TRIM (token-level reuse minimisation) chooses the positions that are recomputed all the same, in this order: those whose
+token changed since their last recompute, those that predict an open mask of the current sub-block, those that drifted most.
+With `trim_ratio` they fill up that share of the window. With `trim_drift` there are as many of them as positions drifted by
+that much in the pass before. The count is one pass old, so that the host knows the shape without another read.
 
-Never in prefill, commit or likelihood; nothing crosses a block, a row or a sub-block's whole pass. `values.py` holds the
-other rule, by which each layer chooses for itself (the cache `top_rho`).
+Layers are never left out in prefill, commit or likelihood, and nothing is reused in another block, row or sub-block's whole
+pass. `values.py` holds the other rule, by which each layer chooses for itself (the cache `top_rho`).
 """
 
 from __future__ import annotations
@@ -58,10 +58,12 @@ def subset_layers(subset: str | Sequence[int], layers: int) -> tuple[int, ...]:
 
 @dataclass
 class ReuseState:
-    """What the reused layers last computed, by request and position in the block (the last place, D - 1, is padding's).
+    """What the layers with reuse last computed, by request and position in the block (the last place, D - 1, is padding's).
 
-    cached [S, n, D, C]: what each run of reused layers added (or its output). entry [S, D, C]: input of the first one; ids
-    [S, D]: token. drifted [S]: positions of the row's last pass over the drift threshold.
+    cached: [S, n, D, C], what each run of neighbouring layers added, or its output.
+    entry: [S, D, C], the input of the first one.
+    ids: [S, D], the token.
+    drifted: [S], positions of the row's last pass over the drift threshold.
     """
 
     cached: Tensor
@@ -72,7 +74,11 @@ class ReuseState:
 
 @dataclass(frozen=True)
 class Reused:
-    """A pass and its state. at [R, W]: places in the block; pieces: of the positions that run, None where all do."""
+    """A pass and its state.
+
+    at: [R, W], places in the block.
+    pieces: of the positions that run, None where all do.
+    """
 
     state: ReuseState
     work: Work
@@ -82,9 +88,16 @@ class Reused:
 
 @dataclass(frozen=True)
 class LayerReuse:
-    """period: every period-th pass recomputes all (reuse_k). layers: the subset. size: block size D. ratio: TRIM's share of
-    the window; drift: TRIM's threshold on 1 - cosine of the subset's input (one of the two; with neither every position is
-    reused). whole_refreshes: a pass over the whole block recomputes all (sub-block cache)."""
+    """The rule of layer reuse with TRIM.
+
+    period: every period-th pass recomputes all (`reuse_k`).
+    layers: those that are left out otherwise.
+    size: block size D.
+    ratio: TRIM's share of the window.
+    drift: TRIM's threshold on 1 - cosine of the input of these layers. One of `ratio` and `drift` is given; with neither
+        every position is reused.
+    whole_refreshes: whether a pass over the whole block recomputes all (sub-block cache).
+    """
 
     period: int
     layers: tuple[int, ...]

@@ -19,12 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Work:
-    """A pass of which some layers run for some positions only.
+    """A pass in which some layers run for some positions only.
 
-    slot [R]: where each row's state lies. window: of the pass. ids [R, W]: its tokens. needed [R, W] bool: positions whose
-    output predicts an open mask. fresh [R]: how many positions of each row run through the layers with reuse. scratch [R]:
-    the position that padding writes to. size, count: these positions run in `count` pieces of `size`; 0 pieces of W say
-    that all of them run.
+    slot: [R], where each row's state lies.
+    window: of the pass.
+    ids: [R, W], its tokens.
+    needed: [R, W] bool, positions whose output predicts an open mask.
+    fresh: [R], how many positions of each row run through the layers with reuse.
+    scratch: [R], the position that padding writes to.
+    size, count: these positions run in `count` pieces of `size`; 0 pieces of W say that all of them run.
     """
 
     slot: Tensor
@@ -72,9 +75,13 @@ class Reuse(Protocol):
     def fresh(self, width: int, since: int, committed: int, remaining: int, drifted: int) -> int:
         """How many positions of a denoising pass run through the layers with reuse; `width` means all.
 
-        since: passes since everything was recomputed (negative: never in this block). committed: tokens the row's last
-        forward wrote. remaining: open masks of its sub-block. drifted: positions over the drift threshold in its last pass.
-        All are known to the host, so that shapes are.
+        width: positions of the pass.
+        since: passes since everything was recomputed; negative: never in this block.
+        committed: tokens that the row's last forward wrote.
+        remaining: open masks of its sub-block.
+        drifted: positions over the drift threshold in its last pass.
+
+        The host knows all of them, and so it knows the shapes.
         """
 
     def allocate(self, model: Model, rows: int) -> Any:
@@ -86,8 +93,11 @@ class Reuse(Protocol):
 
 @dataclass
 class Cursor:
-    """Where a request stands. since: passes since reuse last recomputed everything, -1 before it did in this outer block.
-    drifted: positions that moved away from what it reuses in the last pass."""
+    """Where a request stands.
+
+    since: passes since reuse last recomputed everything; -1 before it did in this outer block.
+    drifted: positions that, in the last pass, had moved away from what is reused.
+    """
 
     rule: Reuse
     since: int = -1
@@ -97,7 +107,7 @@ class Cursor:
         return self.rule.fresh(width, self.since, committed, remaining, self.drifted)
 
     def took(self, everything: bool, drifted: int) -> None:
-        """Take in a pass. What an earlier block left behind says nothing of this one's first pass."""
+        """Take in a pass. The counts of an earlier block say nothing about the first pass of this one."""
         self.drifted = drifted if self.since >= 0 else 0
         self.since = 0 if everything else self.since + 1
 

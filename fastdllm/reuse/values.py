@@ -28,8 +28,11 @@ STILL = 1e-4  # a drift below it is rounding: the projection of the same input i
 
 @dataclass
 class ValueState:
-    """cached [S, L, D + 1, C]: what each layer last added, by request and position in the block (the last place is
-    padding's). drifted [S]: see `ReuseState`; the number of positions is fixed here, and it stays 0."""
+    """What each layer last added.
+
+    cached: [S, L, D + 1, C], by request and position in the block (the last place is padding's).
+    drifted: [S], see `ReuseState`; the number of positions is fixed here, and it stays 0.
+    """
 
     cached: Tensor
     drifted: Tensor
@@ -37,8 +40,13 @@ class ValueState:
 
 @dataclass(frozen=True)
 class ValueReuse:
-    """period: every period-th pass recomputes all. layers: all of the model's. ratio: share of a pass's positions that run
-    in each layer of the other passes. size: most positions of a pass, D."""
+    """The rule by which each layer chooses its positions.
+
+    period: every period-th pass recomputes all.
+    layers: all of the model's.
+    ratio: share of a pass's positions that run in each layer of the other passes.
+    size: the most positions of a pass, D.
+    """
 
     period: int
     layers: tuple[int, ...]

@@ -76,7 +76,7 @@ class Problem:
         return self.setup if before == (not called(self.setup) & self.roots) else ""
 
     def _complete(self, answer: str) -> str | None:
-        """A whole solution. The prompt goes before it, for the imports and helper functions it gave."""
+        """A whole solution. The prompt is put in front of it, for the imports and helper functions it gave."""
         code = extract(answer, self.roots)
         return None if code is None else f"{self.prompt}\n{code}"
 

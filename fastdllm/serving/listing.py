@@ -50,7 +50,7 @@ class TokenList:
 
     def take(self, text: AnswerText, over: bool) -> list[Listed]:
         """Tokens that were not given out yet and whose text begins within what is final; all that are left when it is over,
-        but none behind a stop string."""
+        but none after a stop string."""
         out = []
         while self._given < text.tokens and (self._offset < len(text.text) or (over and not text.is_cut)):
             at = self._given

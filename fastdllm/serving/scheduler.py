@@ -321,7 +321,7 @@ class Scheduler:
                     self._lock.wait(1.0)
 
     def _hand_over(self, held: Collection[Job]) -> list[Job]:
-        """Those whose turn it is and that fit; after a failure one suspect at a time, and nothing beside it."""
+        """Those whose turn it is and that fit; after a failure one suspect at a time, and nothing else."""
         while self._suspects:
             if held:
                 return []

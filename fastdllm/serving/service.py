@@ -69,7 +69,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Piece:
-    """Something new of one choice: text, and the event of the forward behind it. over: nothing follows."""
+    """Something new of one choice: text, and the event of the forward that gave it. over: nothing follows."""
 
     choice: Choice
     text: str

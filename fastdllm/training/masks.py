@@ -38,7 +38,7 @@ def block_diffusion_predicate(positions: Tensor, documents: Tensor, block: int) 
     positions: [B, T] position of each token within its own document, from 0; blocks lie on this grid, as in
     decoding. documents: [B, T] document number within the row, `PADDING` for row padding.
     query, key: indices into the row of 2T. All indices broadcast; the head is ignored.
-    A padding position sees itself alone, so that no softmax is empty.
+    A padding position sees only itself, so that no softmax is empty.
     """
     length = positions.shape[1]
     blocks = positions // block

@@ -13,7 +13,7 @@ state is made as training goes: a few forwards of the present weights fill what 
 model practises on the states that it will meet after this training, not before it.
 
 Every family: bidirectional models see one block of each sample, with all before it known and all after it masked;
-block-causal ones see all blocks at once, each as noise beside its clean past.
+block-causal ones see all blocks at once, each as noise together with its clean past.
 """
 
 from __future__ import annotations

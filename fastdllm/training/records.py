@@ -35,7 +35,7 @@ INSTRUCTIONS = (
     ("question", "", "answer"),
 )
 POLICIES = ("skip", "error")
-NOT_DATA = {"dataset_info.json"}  # LLaMA-Factory's and datasets' description of the files beside it
+NOT_DATA = {"dataset_info.json"}  # LLaMA-Factory's and datasets' description of the files next to it
 LONGEST_QUOTE = 200  # characters of a file's own text in a message
 T = TypeVar("T")
 U = TypeVar("U")
@@ -204,7 +204,7 @@ def is_target(message: dict[str, Any]) -> bool:
 
 
 def to_conversation(record: Record) -> Conversation:
-    """One conversation out of a record in any form that is known. `system` and `tools` may stand beside the messages."""
+    """One conversation out of a record in any form that is known. `system` and `tools` may stand next to the messages."""
     where, value = record
     if isinstance(value, str):
         try:

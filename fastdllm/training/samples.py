@@ -99,7 +99,7 @@ def fit(sample: Sample, context: int, where: str) -> Sample:
 def pad_to_block(sample: Sample, block: int, fill: int, label: int = IGNORE) -> Sample:
     """The sample filled up to whole blocks with the token `fill`; full blocks get none.
 
-    Published: masks that are no targets, for what a decoder sees behind the end of a text. They leave open what the
+    Published: masks that are no targets, for what a decoder sees after the end of a text. They leave open what the
     model writes there. Filling with the end token, as `label` too, teaches it to repeat the end.
     """
     extra = -len(sample.ids) % block

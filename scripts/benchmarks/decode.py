@@ -62,7 +62,12 @@ NEMOTRON_8B = {
     "intermediate_size": 14336, "vocab_size": 131072, "max_position_embeddings": 16384, "rms_norm_eps": 1e-5,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}, "eos_token_id": 11,
 }  # fmt: skip
-SHAPES: dict[str, tuple[Family, dict[str, Any]]] = {"llada": (LLADA, LLADA_8B), "dream": (DREAM, QWEN2_7B), "v2": (V2, QWEN2_7B), "nemotron": (NEMOTRON, NEMOTRON_8B)}
+SHAPES: dict[str, tuple[Family, dict[str, Any]]] = {
+    "llada": (LLADA, LLADA_8B),
+    "dream": (DREAM, QWEN2_7B),
+    "v2": (V2, QWEN2_7B),
+    "nemotron": (NEMOTRON, NEMOTRON_8B),
+}
 TINY = {"llada": "tiny-llada", "dream": "tiny-dream", "v2": "tiny-fast-dllm-v2"}
 # What a run measures if the command line does not say: on a GPU, and on a CPU.
 GPU_RUN = {"batches": [1, 4, 16, 32, 64], "prompts": [1000, 128], "gen": 256, "repeats": 40}

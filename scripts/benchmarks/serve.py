@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The server under load, beside the offline batch of the same requests in the same run.
+"""The server under load, next to the offline batch of the same requests in the same run.
 
 python -m scripts.benchmarks.serve                                    # a shipped model on this machine
 python -m scripts.benchmarks.serve --shape llada --shots 5            # the published 8B shape with random weights, on a GPU

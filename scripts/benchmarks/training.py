@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training speed: tokens a second and the share of the device's own matrix rate, beside transformers' causal training.
+"""Training speed: tokens a second and the share of the device's own matrix rate, next to transformers' causal training.
 
     python -m scripts.benchmarks.training                     # 1.5B and 7B shapes, random weights, on one and two GPUs
     python -m scripts.benchmarks.training --device cpu --tiny # seconds on a CPU, to see that it runs

@@ -280,7 +280,7 @@ def mcnemar(first: list[bool], second: list[bool]) -> float:
 
 
 def report(before: list[dict], after: list[dict], out: Path) -> str:
-    """A table of all settings, compared with the model as it was at one token a step, and a figure beside it."""
+    """A table of all settings, compared with the model as it was at one token a step, and a figure."""
     reference = next(line for line in before if line["setting"] == REFERENCE)
     lines = [
         f"{len(reference['right'])} problems; p: exact McNemar against the model as it was at {REFERENCE}.",

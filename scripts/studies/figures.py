@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw the pictures of the documentation from the data beside them, and write the tables of docs/frontier_tables.md.
+"""Draw the pictures of the documentation from the data next to them, and write the tables of docs/frontier_tables.md.
 
     python -m scripts.studies.figures                        # everything
     python -m scripts.studies.figures speed reuse            # some of speed, frontier, sudoku, reuse, tables
@@ -83,6 +83,12 @@ def forwards_axis(axis: Axes, ticks: Iterable[float]) -> None:
     axis.grid(alpha=0.25)
 
 
+def whole_percents(axis: Axes) -> None:
+    from matplotlib import ticker
+
+    axis.yaxis.set_major_locator(ticker.MultipleLocator(5))
+
+
 def mark(axis: Axes, row: Row, text: str, place: tuple[float, float], colour: str = BLUE) -> None:
     """A named point with the interval of its difference, and its label at an offset in points."""
     x, y = row["forwards"], 100 * row["accuracy"]
@@ -101,7 +107,7 @@ def frontier() -> None:
     """What a user gains by which preset: accuracy over forwards, the presets named, every other setting grey."""
     studies = [s for s in data("frontier")["studies"] if s["template"] == "chat" and s["model"] != "tiny-fast-dllm-v2"]
     figure, axes = new(8.4, 4, len(studies))
-    places = {"exact": (0, 14), "paper": (12, -17), "balanced": (-9, 3), "fast": (-9, -8)}
+    places = {"exact": (0, 14), "paper": (9, -27), "balanced": (-9, 3), "fast": (-9, -8)}
     for axis, study in zip(axes, studies, strict=True):
         rows = study["settings"]
         rest = [r for r in rows if not r["preset"] and r["setting"] != study["reference"]]
@@ -116,6 +122,7 @@ def frontier() -> None:
                 mark(axis, row, row["preset"], places[row["preset"]])
         forwards_axis(axis, (5, 10, 20, 50, 100))
         axis.set(xlim=(2, 150), ylim=(66, 88))
+        whole_percents(axis)
         axis.set_title(study["model"], loc="left", fontsize=12)
     axes[0].set_ylabel("right answers of 500, %")
     save(figure, "frontier")
@@ -130,7 +137,7 @@ def sudoku() -> None:
         "quota+none": ("most confident first", (-2, 16)),
         "quota:block_length=5+none": ("row by row", (-10, 0)),
         "quota:block_length=1+none": ("left to right", (-10, 0)),
-        "quota:confidence=random+none": ("any order", (-10, 0)),
+        "quota:confidence=random+none": ("random order", (-10, 0)),
         "draft_verify=4+none": ("exact", (0, -16)),
         "threshold=0.99+none": ("threshold 0.99", (10, 10)),
         "threshold=0.9+none": ("0.9", (11, 0)),
@@ -166,6 +173,7 @@ def reuse() -> None:
         label(axis, names[row["setting"]], (x, y), places[row["setting"]], side, colour)
     axis.axhline(next(r["accuracy"] for r in rows if r["setting"] == "k=1"), color=DARK, lw=0.8, ls=":")
     axis.grid(alpha=0.25)
+    whole_percents(axis)
     axis.set(
         xlabel="layer-token products, % of no reuse (fewer is less work)", ylabel="right answers of 150, %", xlim=(60, 117)
     )

@@ -9,7 +9,7 @@
 A setting reads decoder[=value][:option=value...]+cache[:option=value...], with any option of DecodeConfig; without
 --settings a list is taken that fits the model, with every decoder and every cache of the registry in it. `quota` is one
 token per step. `run` appends a line per problem to results/pareto/MODEL-TEMPLATE-SPLIT[-DTYPE].jsonl and leaves out what is
-there already, so it may be stopped at any time. `report` writes a table (CSV, JSON, Markdown) and a plot beside each such
+there already, so it may be stopped at any time. `report` writes a table (CSV, JSON, Markdown) and a plot next to each such
 file and, with --summary, one JSON of all of them, from which `scripts/studies/figures.py` draws.
 
 Several workers share one device, where a clock means nothing: only a run with one worker notes seconds, and it runs again
@@ -257,7 +257,7 @@ def decoded(job: Job, model: Model | None = None) -> list[dict[str, Any]]:
 
 
 def jobs_of(studies: list[Study], args: argparse.Namespace) -> Iterator[Job]:
-    """What is missing. One token per step takes longest and goes first, lest it run alone at the end."""
+    """What is missing. One token per step takes longest and goes first, or it would run alone at the end."""
     timed, size = args.workers == 1, max(CHUNK, 2 * args.batch_size)
     for study in studies:
         done = {(x["setting"], x["problem"]) for x in lines_of(study.path) if x["seconds"] is not None or not timed}

@@ -5,7 +5,7 @@
         --conversation_template fast_dllm_v2 --output_dir outputs/converted --num_train_epochs 1
 
 Options are those below and all of transformers' TrainingArguments. On several devices: accelerate launch or torchrun
-(README.md beside this file).
+(README.md in this folder).
 """
 
 from __future__ import annotations

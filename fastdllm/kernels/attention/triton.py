@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flash attention over the KV store, split over keys where the queries alone do not fill the device.
+"""Flash attention over the KV store, split over keys where the queries do not fill the device.
 
 The query heads of one kv head are packed into the rows of a tile, so that the tile reads its keys once. Each
 split writes a normalised partial output and its log-sum-exp, and the tile's last split to finish joins them, always in the

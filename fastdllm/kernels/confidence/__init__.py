@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Top token and its probability, alone or fused with the language-model head."""
+"""Top token and its probability, by itself or fused with the language-model head."""

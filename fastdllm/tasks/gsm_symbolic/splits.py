@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data beside this file, found from any working directory; lm-eval loads this module by its YAML's path."""
+"""The data next to this file, found from any working directory; lm-eval loads this module by its YAML's path."""
 
 from __future__ import annotations
 

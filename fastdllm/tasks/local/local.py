@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data and scores of the tasks that read local files; lm-eval loads this file by the path beside their YAML."""
+"""Data and scores of the tasks that read local files; lm-eval loads this file by the path in their YAML."""
 
 from __future__ import annotations
 

@@ -169,7 +169,10 @@ def read_family(config: Mapping[str, Any], folder: Path) -> Family:
         if name in fields:
             inner = fields.inner(name)
             if name == "quantization_config" and inner.get("quant_method") in ("gptq", "awq"):
-                layout_of(inner)
+                try:
+                    layout_of(inner)
+                except ValueError as error:
+                    raise ValueError(f"{fields.where}: {error}") from error
                 continue
             kind = inner.get("quant_method") or inner.get("quant_algo") or f"bits={inner.get('bits')!r}"
             raise ValueError(

@@ -313,3 +313,25 @@ def write_checkpoint(
     size = sum(t.nbytes for t in stored.values())
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})
     return tensors
+
+
+def write_adapter(
+    folder: Path, shapes: dict[str, tuple[int, ...]], modules: list[str], rank: int = 4, **changes: Any
+) -> None:
+    """A LoRA adapter as peft saves it, with random pairs. shapes: of the base model's tensors; modules: their names without
+    "weight"; changes: to adapter_config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name in modules:
+        out, into = shapes[f"{name}.weight"]
+        r = changes.get("rank_pattern", {}).get(name.rsplit(".", 1)[-1], rank)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(r, into)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(out, r) * 0.1
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "bias": "none", "base_model_name_or_path": "x/y"}
+    config |= {
+        "target_modules": sorted({m.rsplit(".", 1)[-1] for m in modules}),
+        "task_type": "CAUSAL_LM",
+        "lora_dropout": 0.1,
+    }
+    write_json(folder / "adapter_config.json", {**config, **changes})

@@ -54,7 +54,13 @@ from fastdllm.text import cut
 log = logging.getLogger("lm_eval.fastdllm")  # below lm-eval's, which shows only its own
 
 FROM_LM_EVAL = ("until", "stop", "do_sample", "num_beams")  # generation kwargs that are not options of decoding
-LOADING = ("dtype", "revision", "quantize", "trust_remote_code")  # options without a meaning for a model in memory
+LOADING = (
+    "dtype",
+    "revision",
+    "quantize",
+    "adapter",
+    "trust_remote_code",
+)  # options without a meaning for a model in memory
 
 
 class DiffusionLM(TemplateLM):
@@ -376,6 +382,7 @@ class DiffusionLM(TemplateLM):
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         return {
             "model_name": self.options.pretrained,
+            **({"model_adapter": self.options.adapter} if self.options.adapter else {}),
             "model_family": self.model.spec.family,
             "model_num_parameters": sum(p.numel() for p in self.model.network.parameters()),
             "model_dtype": str(self.model.dtype),

@@ -19,7 +19,7 @@ from fastdllm.fields import coerce
 from fastdllm.presets import PRESETS
 from fastdllm.registry import Kind
 
-ALIASES = {**config.ALIASES, "model_path": "pretrained", "model": "pretrained"}
+ALIASES = {**config.ALIASES, "model_path": "pretrained", "model": "pretrained", "peft": "adapter"}  # peft: lm-eval's own
 CONFIDENCE = {
     "remasking": {"low_confidence": "probability", "random": "random"},
     "alg": {"entropy": "entropy", "maskgit_plus": "probability", "topk_margin": "margin", "origin": "random"},
@@ -34,16 +34,17 @@ SWITCHES = {"use_cache": bool, "dual_cache": bool, "use_block_cache": bool, "rem
 class HarnessOptions:
     """What an evaluation needs besides `DecodeConfig`.
 
-    pretrained, dtype, revision, quantize, trust_remote_code: see `fastdllm.load`. save_dir: folder that keeps finished
-    answers. show_speed: log what decoding cost. mc_num, is_check_greedy, likelihood: see `likelihood.log_likelihoods`.
-    escape_until: read backslash-n and backslash-t in stop strings as line break and tab. add_bos_token: put the
-    beginning-of-text token before prompts that lack it.
+    pretrained, dtype, revision, quantize, adapter, trust_remote_code: see `fastdllm.load`. save_dir: folder that keeps
+    finished answers. show_speed: log what decoding cost. mc_num, is_check_greedy, likelihood: see
+    `likelihood.log_likelihoods`. escape_until: read backslash-n and backslash-t in stop strings as line break and tab.
+    add_bos_token: put the beginning-of-text token before prompts that lack it.
     """
 
     pretrained: str
     dtype: str | None = None
     revision: str | None = None
     quantize: str | None = None
+    adapter: str | None = None
     trust_remote_code: bool = False
     save_dir: str | None = None
     show_speed: bool = False
@@ -98,7 +99,7 @@ def split(given: Mapping[str, Any], extra: type = HarnessOptions) -> tuple[dict[
         if name not in known:
             raise ValueError(config.unknown(name, value, known))
     # lm-eval guesses types: a model folder called 2026 arrives as a number.
-    own = {k: coerce(k, str(v) if hints[k] is str else v, hints[k]) for k, v in given.items() if k in fields}
+    own = {k: coerce(k, str(v) if hints[k] in (str, str | None) else v, hints[k]) for k, v in given.items() if k in fields}
     return own, {k: v for k, v in given.items() if k not in fields}
 
 

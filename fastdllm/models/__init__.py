@@ -167,7 +167,10 @@ def read_family(config: Mapping[str, Any], folder: Path) -> Family:
         if name in fields:
             inner = fields.inner(name)
             if name == "quantization_config" and inner.get("quant_method") in ("gptq", "awq"):
-                layout_of(inner)
+                try:
+                    layout_of(inner)
+                except ValueError as error:
+                    raise ValueError(f"{fields.where}: {error}") from error
                 continue
             kind = inner.get("quant_method") or inner.get("quant_algo") or f"bits={inner.get('bits')!r}"
             raise ValueError(
@@ -257,7 +260,8 @@ def load(
     quantize: "fp8" (Hopper and later), "int8" or "int4" weights; None for the checkpoint's own, which may be GPTQ's or AWQ's
         in 4 bits.
     block_size: of a block-diffusion model whose config.json does not say it (A2D's bd3lm, SDAR), or another than it says.
-    adapter: a folder or hub id of a LoRA adapter as peft saves it, merged into the weights.
+    adapter: a folder or hub id of a LoRA adapter as peft saves it, merged into the weights. A config.json and a tokenizer in
+        it, as our training writes them, say what the adapter makes of the model, and override the model's own.
     trust_remote_code: accepted because other libraries have it; the hub's code is never run.
 
     Raises FileNotFoundError for a model or a file that is not there (an unknown hub id and an unreachable hub included) and
@@ -272,28 +276,34 @@ def load(
         raise ValueError(f"quantize={quantize!r} is unknown; allowed are {', '.join(KINDS)}")
     device = read_device(device)
     folder = find_folder(name, revision)
-    config = Fields(read_object(folder / "config.json"), f"{folder}: config.json")
+    lora = None if adapter is None else Adapter(find_adapter(adapter))
+    about = describing(folder, lora)
+    config = Fields(read_object(about / "config.json"), f"{about}: config.json")
     dtype = read_dtype(dtype, config, device)
-    family = read_family(config, folder)
+    family = read_family(config, about)
     if block_size is not None:
         if not family.block_field:
             raise ValueError(f"block_size={block_size!r}: the blocks of {folder} are not a choice")
         config = config.replace(family.block_field, block_size)
-    tokenizer, ids = read_tokenizer(folder, name)
+    tokenizer, ids = read_tokenizer(about if has_tokenizer(about) else folder, name)
     try:
         spec = family.spec(config, ids)
     except ValueError as error:
-        raise error if str(folder) in str(error) else ValueError(f"{folder}: {error}") from error
+        raise error if str(about) in str(error) else ValueError(f"{about}: {error}") from error
     if tokenizer is not None:
         check_ids(config, spec, tokenizer)
     layout = layout_of(config.inner("quantization_config")) if "quantization_config" in config else None
     if layout and quantize:
         raise ValueError(f"quantize={quantize!r}: the weights of {folder} are quantised already ({layout})")
-    lora = None if adapter is None else Adapter(find_adapter(adapter))
     network = load_weights(folder, family, spec, dtype, device, lora, layout)
     if quantize is not None:
         quantize_network(network, quantize)
     return Model(network, spec, tokenizer, str(name))
+
+
+def describing(folder: Path, adapter: Adapter | None) -> Path:
+    """The folder whose config.json holds: an adapter's where it has one (of a plain Qwen2 trained for diffusion)."""
+    return adapter.folder if adapter is not None and (adapter.folder / "config.json").exists() else folder
 
 
 def read_tokenizer(folder: Path, name: str) -> tuple[PreTrainedTokenizerFast | None, dict[str, int]]:

@@ -6,8 +6,11 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
+from fastdllm.models.files import read_object
+
 TINY = Path(__file__).parent.parent / "tiny"
-ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ["*.json", "adapter_model.safetensors", "merges.txt", "*.jinja"]
 PUBLISHED_FILES = ["*.json", "*.safetensors", "merges.txt", "*.jinja"]
 
 
@@ -47,18 +50,20 @@ def find_adapter(name: str) -> Path:
         if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")) or "\0" in str(name):
             raise FileNotFoundError(f"adapter={str(name)!r} is neither a folder nor a hub id 'owner/name'")
         path = _download(str(name), None, "a folder works offline", ADAPTER_FILES)
-    if not (path / "adapter_config.json").exists():
+    if not (path / ADAPTER_CONFIG).exists():
         raise FileNotFoundError(f"adapter={str(name)!r}: the folder has no adapter_config.json")
     return path
 
 
 def _check_folder(name: str, path: Path) -> Path:
+    if (path / ADAPTER_CONFIG).exists() and not any(not p.name.startswith("adapter_") for p in path.glob("*.safetensors")):
+        base = read_object(path / ADAPTER_CONFIG).get("base_model_name_or_path")
+        raise FileNotFoundError(
+            f"model {name!r}: the folder holds a LoRA adapter, not a model; "
+            f"load its base model ({base}) with adapter={name!r}"
+        )
     if (path / "config.json").exists():
         return path
-    if (path / "adapter_config.json").exists():
-        raise FileNotFoundError(
-            f"model {name!r}: the folder holds a LoRA adapter, not a model; load its base model with adapter={name!r}"
-        )
     raise FileNotFoundError(f"model {name!r}: the folder has no config.json")
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import fastdllm
 from fastdllm.config import DecodeConfig
 from fastdllm.engine.admission import ROWS
+from fastdllm.loading import PLACE, WEIGHTS, add_place_options, add_weight_options, load_options
 from fastdllm.memory import positions_that_fit
 from fastdllm.serving.logs import log_to_stderr
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from fastdllm.serving.service import Service
 
+LIMITS = ("max_batch", "max_positions", "max_queue", "timeout")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -33,7 +35,7 @@ class Settings:
     model: a shipped name, a folder or a hub id.
     name: what clients call it; default the same.
     decoding: options of `DecodeConfig`.
-    device, dtype, revision, quantize: as `fastdllm.load` takes them.
+    device, dtype, revision, quantize, adapter: as `fastdllm.load` takes them.
     max_batch: requests in one batch.
     max_positions: positions in flight; None for what memory allows.
     max_queue: requests that may wait.
@@ -48,6 +50,7 @@ class Settings:
     dtype: str | None = None
     revision: str | None = None
     quantize: str | None = None
+    adapter: str | None = None
     max_batch: int = ROWS
     max_positions: int | None = None
     max_queue: int = 256
@@ -60,7 +63,7 @@ class Settings:
         from fastdllm.serving.service import Service
 
         config = DecodeConfig(**self.decoding)
-        model = fastdllm.load(self.model, self.device, self.dtype, self.revision, self.quantize)
+        model = fastdllm.load(self.model, **{name: getattr(self, name) for name in (*PLACE, *WEIGHTS)})
         return Service(
             model,
             config,
@@ -121,10 +124,8 @@ def add_model_options(out: argparse.ArgumentParser, positional: bool = True) -> 
     else:
         group.add_argument("--model", default="tiny-llada", metavar="MODEL", help=help_text)
     group.add_argument("--served-model-name", dest="name", metavar="NAME", help="what clients call it (default: MODEL)")
-    group.add_argument("--revision", help="branch, tag or commit on the hub")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    group.add_argument("--dtype", help="float32, bfloat16, float16 (default: bfloat16 on cuda, float32 elsewhere)")
-    group.add_argument("--quantize", metavar="KIND", help="8-bit weights: fp8 or int8")
+    add_place_options(group)
+    add_weight_options(group)
     group = out.add_argument_group("decoding")
     group.add_argument("--preset", metavar="NAME", help="a setting by name: exact, paper, balanced, fast")
     group.add_argument("--cache", metavar="NAME", help="what is kept between forwards (default: the family's)")
@@ -160,7 +161,7 @@ def settings(args: argparse.Namespace) -> Settings:
         if not equals:
             raise ValueError(f"--set {item!r} must be NAME=VALUE")
         decoding[name.replace("-", "_")] = value
-    for name in ("max_batch", "max_positions", "max_queue", "timeout"):
+    for name in LIMITS:
         value = getattr(args, name)
         if value is not None and not value > 0 and not (name == "max_queue" and value == 0):
             raise ValueError(f"--{name.replace('_', '-')} {value} must be positive")
@@ -170,10 +171,9 @@ def settings(args: argparse.Namespace) -> Settings:
     if hosts is None and getattr(args, "host", None) in LOOPBACK:
         hosts = ["127.0.0.1", "localhost", "[::1]"]
     DecodeConfig(**decoding)  # before the weights are read: a bad option is an error at once
-    return Settings(
-        args.model, args.name, decoding, args.device, args.dtype, args.revision, args.quantize, args.max_batch,
-        args.max_positions, args.max_queue, args.timeout, getattr(args, "api_key", None), hosts and tuple(hosts),
-    )  # fmt: skip
+    limits = {name: getattr(args, name) for name in LIMITS}
+    key, hosts = getattr(args, "api_key", None), hosts and tuple(hosts)
+    return Settings(args.model, args.name, decoding, **load_options(args), **limits, api_key=key, hosts=hosts)
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:

@@ -14,8 +14,8 @@ from fastdllm import registry
 from fastdllm.build import assemble, check_runner, resolve
 from fastdllm.config import ALIASES, OPTIONS, DecodeConfig
 from fastdllm.fields import Option
+from fastdllm.loading import add_place_options, load_options
 from fastdllm.models import Model, tiny_names
-from fastdllm.models.quantize import KINDS
 from fastdllm.registry import Kind
 
 NOT_TYPED = ("geometry", "batch_size")  # an object; a chat answers one prompt at a time
@@ -60,20 +60,13 @@ def add_model_options(parser: argparse.ArgumentParser, default: str) -> None:
         metavar="NAME",
         help=f"shipped name ({', '.join(tiny_names())}), local folder or hub id (default {default})",
     )
-    group.add_argument("--revision", help="branch, tag or commit on the hub")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    group.add_argument("--dtype", help="float32, bfloat16, float16 (default: bfloat16 on cuda, float32 elsewhere)")
-
-
-def add_quantize(parser: argparse.ArgumentParser) -> None:
-    """For commands that load with `loader`."""
-    parser.add_argument("--quantize", choices=tuple(KINDS), help="weights in 8 or 4 bits (default: as they are)")
+    add_place_options(group)
 
 
 def loader(args: argparse.Namespace) -> Callable[[str], Model]:
-    """Loads a model by name, as the command line says."""
-    quantize = getattr(args, "quantize", None)
-    return lambda name: fastdllm.load(name, args.device, args.dtype, args.revision, quantize)
+    """Loads a model by name, as the command line says. Its adapter is for the model that it names, and for no other."""
+    options = load_options(args)
+    return lambda name: fastdllm.load(name, **options | ({} if name == args.model else {"adapter": None}))
 
 
 def add_decode_options(parser: argparse.ArgumentParser, gen_length: int) -> None:

@@ -66,16 +66,20 @@ def fitting(model: Model, config: DecodeConfig) -> DecodeConfig:
 
 
 def load_model(session: Session, name: str) -> None:
-    """Load a model and begin anew; on failure say why and keep the one before. The settings stay as they were asked for."""
-    session.say(f"loading {name} ...", style="dim")
+    """`take_model`; on failure say why and keep the one before."""
     try:
-        model = session.load(name)
-        if model.tokenizer is None:
-            raise ValueError("the folder holds no tokenizer, so there is nothing to chat with")
+        take_model(session, name)
     except Exception as error:  # whatever a folder or a hub may hold, the chat goes on
         session.say(f"could not load {name!r}: {error}", style="red")
         session.say("/model NAME loads another one", style="dim")
-        return
+
+
+def take_model(session: Session, name: str) -> None:
+    """Load a model and begin anew; the settings stay as they were asked for. Raises what `fastdllm.load` raises."""
+    session.say(f"loading {name} ...", style="dim")
+    model = session.load(name)
+    if model.tokenizer is None:
+        raise ValueError("the folder holds no tokenizer, so there is nothing to chat with")
     session.model = model
     session.conversation.messages.clear()
     session.told.clear()

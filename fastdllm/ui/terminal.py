@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from contextlib import closing
 
 from fastdllm import libraries, registry
+from fastdllm.loading import add_weight_options
 from fastdllm.trace import watch
 from fastdllm.ui import options, reader
 from fastdllm.ui.screen import PlainScreen, RichScreen, answer_text, make_screen
-from fastdllm.ui.session import Session, count, fitting, load_model, run_command, summary
+from fastdllm.ui.session import Session, count, fitting, load_model, run_command, summary, take_model
 
 GEN_LENGTH = 128  # as the published chat scripts
 LEAVING = ("exit", "quit")  # a line of this word
@@ -27,7 +28,7 @@ def parser(default_model: str, prog: str | None = None) -> argparse.ArgumentPars
         "one a line. Names with underscores are those of the published scripts.",
     )
     options.add_model_options(out, default_model)
-    options.add_quantize(out)
+    add_weight_options(out)
     out.add_argument("--import", metavar="MODULE", help="registers decoders and caches of your own; may be repeated")
     options.add_decode_options(out, GEN_LENGTH)
     out.add_argument("--system", default="", metavar="TEXT", help="instructions in front of the conversation")
@@ -146,9 +147,13 @@ def main(arguments: Sequence[str] | None = None, default_model: str = "tiny-llad
     session = Session(options.loader(args), config, screen.say, pace=args.pace)
     session.conversation.system = args.system
     try:
-        load_model(session, args.model)
+        # A model that is not there can be typed anew in the chat; an adapter comes from the command line only.
+        (take_model if args.adapter else load_model)(session, args.model)
     except KeyboardInterrupt:
         return 130
+    except (ValueError, OSError) as error:
+        print(f"{arguments_parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     if session.model is not None:
         try:
             options.check(session.model, fitting(session.model, session.config))

@@ -89,16 +89,18 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Study:
-    """One file of lines: a model under a template on a split, in the arguments' precision."""
+    """One file of lines: a model under a template on a split, in the arguments' precision, perhaps with a LoRA adapter."""
 
     model: str
     template: str
     split: str
     dtype: str
+    adapter: str | None = None
 
     @property
     def path(self) -> Path:
         parts = [Path(self.model).name, self.template, self.split, *([] if self.dtype == "float32" else [self.dtype])]
+        parts += [Path(self.adapter).name] if self.adapter else []
         return RESULTS / ("-".join(parts) + ".jsonl")
 
     @property
@@ -199,8 +201,8 @@ class Job:
 
 
 @cache
-def loaded(name: str, device: str | None, dtype: str) -> Model:
-    return fastdllm.load(name, device=device, dtype=dtype)
+def loaded(name: str, device: str | None, dtype: str, adapter: str | None) -> Model:
+    return fastdllm.load(name, device=device, dtype=dtype, adapter=adapter)
 
 
 def options_of(setting: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -225,7 +227,7 @@ def answer(job: Job) -> tuple[Job, list[dict[str, Any]], str | None]:
 def decoded(job: Job, model: Model | None = None) -> list[dict[str, Any]]:
     task, args, study = TASKS[job.args.task], job.args, job.study
     asked = problems(study.split, args.limit, task.folder)
-    model = model or loaded(study.model, args.device, study.dtype)
+    model = model or loaded(study.model, args.device, study.dtype, study.adapter)
     prompts = [prompt(asked[i]["question"], study.template) for i in job.chosen]
 
     cuda = model.device.type == "cuda"
@@ -371,6 +373,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--runner", choices=registry.names("runners"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device")
+    parser.add_argument("--adapter", metavar="PATH", help="folder or hub id of a LoRA adapter, merged into the one model")
     parser.add_argument("--summary", type=Path, help="also write one JSON to this path, without suffix")
     try:
         given = registry.take_imports(sys.argv[1:] if given is None else given)
@@ -379,13 +382,21 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(given)
     task = TASKS[args.task]
     args.models = args.models or list(task.models)
+    if args.adapter and len(args.models) > 1:
+        parser.error(f"--adapter {args.adapter} is for one model; --models names {len(args.models)}")
     args.gen_length, args.block_length = args.gen_length or task.gen_length, args.block_length or task.block_length
+    if args.adapter and args.action == "run":
+        # Once here, where a mistake is one line, rather than in every job; one worker finds it loaded.
+        try:
+            loaded(args.models[0], args.device if args.workers == 1 else "cpu", args.dtype, args.adapter)
+        except (ValueError, OSError) as error:
+            parser.error(" ".join(str(error).split()))
     return args
 
 
 def main() -> None:
     args = arguments()
-    studies = [Study(m, t, args.split, args.dtype) for m in args.models for t in args.templates]
+    studies = [Study(m, t, args.split, args.dtype, args.adapter) for m in args.models for t in args.templates]
     {"run": run, "report": report}[args.action](args, studies)
 
 

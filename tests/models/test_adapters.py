@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastdllm
-from tests.published_checkpoints import write_checkpoint, write_json
+from tests.published_checkpoints import write_adapter, write_checkpoint, write_json
 
 LLADA = "model.transformer.blocks.{}."
 QWEN = "model.layers.{}."
@@ -23,26 +23,6 @@ TARGETS = {
     "sdar": [QWEN + n for n in ("self_attn.q_proj", "self_attn.o_proj")],
     "nemotron": ["encoder.layers.{}.self_attn.o_proj"],
 }
-
-
-def write_adapter(
-    folder: Path, shapes: dict[str, tuple[int, ...]], modules: list[str], rank: int = 4, **changes: Any
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name in modules:
-        out, into = shapes[f"{name}.weight"]
-        r = changes.get("rank_pattern", {}).get(name.rsplit(".", 1)[-1], rank)
-        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(r, into)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(out, r) * 0.1
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "bias": "none", "base_model_name_or_path": "x/y"}
-    config |= {
-        "target_modules": sorted({m.rsplit(".", 1)[-1] for m in modules}),
-        "task_type": "CAUSAL_LM",
-        "lora_dropout": 0.1,
-    }
-    write_json(folder / "adapter_config.json", {**config, **changes})
 
 
 def weights(model: fastdllm.Model) -> dict[str, torch.Tensor]:

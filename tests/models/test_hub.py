@@ -23,6 +23,7 @@ import pytest
 from fastdllm.models.hub import TINY
 
 pytest.importorskip("huggingface_hub")
+ROOT = Path(__file__).parents[2]
 REPO, COMMIT, OTHER = "owner/tiny-sudoku", "a" * 40, "b" * 40
 LOAD = """
 import sys, fastdllm
@@ -138,14 +139,23 @@ def hub() -> Iterator[Hub]:
     made.server.server_close()
 
 
-def load(cache: Path, url: str, name: str = REPO, revision: str = "", offline: bool = False) -> str:
-    """What a fresh process says of `fastdllm.load(name)`: "loaded FINGERPRINT", or the error's type and message."""
-    root = Path(__file__).parents[2]
+def environment(cache: Path, url: str, offline: bool = False) -> dict[str, str]:
+    """This process's variables, with a hub at `url` and what was downloaded from it in `cache`."""
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and "proxy" not in k.lower()}
     variables |= {"HF_ENDPOINT": url, "HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
-    variables |= {"PYTHONPATH": str(root), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1" if offline else "0"}
+    return variables | {
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_OFFLINE": "1" if offline else "0",
+    }
+
+
+def load(cache: Path, url: str, name: str = REPO, revision: str = "", offline: bool = False) -> str:
+    """What a fresh process says of `fastdllm.load(name)`: "loaded FINGERPRINT", or the error's type and message."""
     command = [sys.executable, "-c", LOAD, name, revision]
-    done = subprocess.run(command, env=variables, cwd=root, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(
+        command, env=environment(cache, url, offline), cwd=ROOT, capture_output=True, text=True, timeout=400
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-1]
 

@@ -144,9 +144,24 @@ def pack_checkpoint(folder: Path, layout: str, group: int) -> dict[str, Tensor]:
     return plain
 
 
+# As AutoGPTQ, GPTQModel and AutoAWQ write quantization_config, with groups of 16 for 128.
+AUTOGPTQ = {
+    **{"bits": 4, "group_size": 16, "damp_percent": 0.1, "desc_act": False, "static_groups": False, "sym": True},
+    **{"true_sequential": True, "model_name_or_path": None, "model_file_base_name": "model", "quant_method": "gptq"},
+}
+GPTQMODEL = {
+    **{"bits": 4, "dynamic": None, "group_size": 16, "desc_act": False, "sym": False, "lm_head": False},
+    **{"quant_method": "gptq", "checkpoint_format": "gptq_v2", "pack_dtype": "int32"},
+    "meta": {"quantizer": ["gptqmodel:2.0.0"], "static_groups": False, "true_sequential": True, "mse": 0.0},
+}
+AUTOAWQ = {
+    **{"bits": 4, "group_size": 16, "modules_to_not_convert": None, "quant_method": "awq", "version": "gemm"},
+    "zero_point": True,
+}
+
+
 def quantization(layout: str) -> dict[str, Any]:
-    method = layout.partition("_")[0]
-    return {"quant_method": method, "bits": 4} | ({"checkpoint_format": layout} if method == "gptq" else {})
+    return {"gptq": AUTOGPTQ, "gptq_v2": GPTQMODEL, "awq": AUTOAWQ}[layout]
 
 
 @pytest.mark.parametrize("layout", int4.LAYOUTS)
@@ -159,12 +174,32 @@ def test_a_packed_checkpoint_is_the_network_that_it_stands_for(tmp_path: Path, f
     stored = {name: weights.get(name, t).float().contiguous() for name, t in tensors.items()}
     save_file(stored, tmp_path / "plain" / "model.safetensors")
     packed, wide = (load(tmp_path / name, device="cpu") for name in ("packed", "plain"))
-    assert all(layer.gate_up.weight.dtype == torch.uint8 for layer in packed.network.layers)
+    for layer, other in zip(packed.network.layers, wide.network.layers, strict=True):
+        for name in ("qkv", "out", "gate_up", "down"):
+            one, two = getattr(layer, name), getattr(other, name).weight
+            assert one.weight.dtype == torch.uint8
+            torch.testing.assert_close(widen(one.weight, one.scale, two.shape[1]).float(), two, rtol=1e-6, atol=1e-6)
     pos = torch.arange(6)[None]
     window = Window(torch.zeros(1, dtype=torch.long), pos, torch.full_like(pos, 6), 6, True)
     ids = torch.randint(0, 8, (1, 6))
     hidden = [m.network(ids, window, m.network.new_store(1, 6)) for m in (packed, wide)]
     torch.testing.assert_close(*hidden, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"desc_act": True}, "desc_act=True is not read; allowed is False"),
+        ({"bits": 8}, "bits=8 is not read"),
+        ({"checkpoint_format": "marlin"}, "checkpoint_format='marlin' is not one of"),
+    ],
+)
+def test_a_packed_checkpoint_of_another_kind_is_named_with_its_file(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    write_checkpoint(tmp_path, "dream", quantization_config={**AUTOGPTQ, **change})
+    with pytest.raises(ValueError, match=f"^{tmp_path}: config.json: quantization_config: {message}"):
+        load(tmp_path)
 
 
 def test_packed_checkpoints_that_cannot_be_read(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import fastdllm
+from fastdllm.forward import Window
 from fastdllm.training.checkpoint import checkpoint_to_resume, load_for_training
 from tests.training.conftest import tiny_qwen2
 from v2.train_scripts import finetune
@@ -132,6 +133,34 @@ def test_lora_trains_adapters_only_and_merges(qwen2: Path, data: Path, tmp_path:
     loaded, _ = load_for_training(str(output / "merged"))
     torch.testing.assert_close(loaded.eval()(ids).logits, with_adapters(ids).logits, atol=1e-4, rtol=1e-4)
     assert fastdllm.load(str(output / "merged"), device="cpu").spec.mask_id == 259
+
+
+@pytest.mark.parametrize("diffuses", [True, False], ids=["Fast-dLLM v2", "plain Qwen2"])
+def test_the_alpaca_scripts_adapter_loads_beside_its_model(qwen2: Path, data: Path, tmp_path: Path, diffuses: bool) -> None:
+    """A plain Qwen2 is no diffusion model: what it was made into is written beside the adapter."""
+    base, output = qwen2, tmp_path / "out"
+    if diffuses:
+        base = tmp_path / "base"
+        model, tokenizer = load_for_training(str(qwen2), block=8)
+        for part in (model, tokenizer):
+            part.save_pretrained(base)
+    command = ["bash", SCRIPTS / "finetune_alpaca.sh", "--max_steps", 3, "--bd_size", 8, "--learning_rate", "5e-3"]
+    command += ["--lora", "--lora_rank", 4, "--merge_lora", "--report_to", "none"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    launch(command, MODEL=base, DATA=data, OUTPUT=output, GPUS=0, PATH=path)
+    ours = fastdllm.load(str(base), device="cpu", adapter=output)
+    theirs = fastdllm.load(str(output / "merged"), device="cpu")
+    assert ours.spec == theirs.spec and ours.tokenizer.get_vocab() == theirs.tokenizer.get_vocab()
+    ids = torch.randint(3, 259, (1, 16))
+    at = torch.arange(16)[None]
+    window = Window(torch.zeros(1, dtype=torch.long), at, torch.full_like(at, 16), 16, True)
+    logits = [m.network.head(m.network(ids, window, m.network.new_store(1, 16))) for m in (ours, theirs)]
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+    if diffuses:
+        untrained = fastdllm.load(str(base), device="cpu")
+        assert untrained.fingerprint() != ours.fingerprint()
+    with pytest.raises(FileNotFoundError, match=rf"holds a LoRA adapter, not a model; load its base model \({base}\)"):
+        fastdllm.load(str(output), device="cpu")
 
 
 def test_four_samples_are_learnt_by_heart_and_decoded(tmp_path: Path) -> None:

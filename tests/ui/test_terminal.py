@@ -34,7 +34,7 @@ Chat = Callable[..., tuple[int, str]]
 def chat(model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Chat:
     """Run the chat on piped lines; gives the exit code and what was written."""
 
-    def load(name: str, *_: object) -> Model:
+    def load(name: str, **_: object) -> Model:
         if name != "tiny-llada":
             raise FileNotFoundError(f"model {name!r} is not here")
         return model

@@ -26,7 +26,7 @@ class Published(NamedTuple):
 LLADA, DREAM, V2 = "llada", "dream", "fast_dllm_v2"
 BLOCKS = "blocks of any trained size: give `block_size` where config.json lacks it"
 DRAFTS = "`decoder=self_speculate` gives its autoregressive tokens"
-EXPERTS = "every position runs all 64 experts: not slower in a block of 32 tokens, slower in large batches"
+EXPERTS = "every position runs all 64 experts; the speed has not been measured"
 SUPPORTED = (
     Published("GSAI-ML/LLaDA-8B-Base", LLADA, "8B"),
     Published("GSAI-ML/LLaDA-8B-Instruct", LLADA, "8B"),

@@ -73,6 +73,16 @@ ADDED |= {
     ),
     "nemotron": dict.fromkeys((f"<SPECIAL_{i}>" for i in range(128)), True),  # mask 100, end 11, in Mistral's tekken
 }
+# Ids 156891 to 156900 of inclusionAI/LLaDA-MoE-7B-A1B-Instruct: end of text 156892, mask 156895, end of a turn 156900 (its
+# model card and dInfer); the others are not seen.
+ADDED["llada_moe"] = dict.fromkeys(
+    [
+        *("<|startoftext|>", "<|endoftext|>", "[CLS]", "[gMASK]", "<|mask|>"),
+        *("<|reserved_token_1|>", "<|reserved_token_2|>", "<role>", "</role>", "<|role_end|>"),
+    ],
+    True,
+)
+EXPERTS, ACTIVE, INNER = 6, 2, 16  # of a layer, of a token, channels of one
 FIRST = ("stable_diffcoder", "nemotron")  # their control tokens come before the words
 VOCAB = 640  # embedding rows: the byte pairs, LLaDA's added tokens and some that no token uses
 
@@ -190,6 +200,17 @@ def own_fields(family: str, ids: dict[str, int]) -> dict[str, Any]:
         return {**plain, "model_type": "sdar", "architectures": ["SDARForCausalLM"], "block_size": 4}
     if family == "a2d-qwen2":
         return {"model_type": family, "architectures": ["A2DQwen2LMHeadModel"]}
+    if family == "llada_moe":
+        own = {"architectures": ["LLaDAMoEModelLM"], "model_type": "llada", "moe_layer_freq": [1] * LAYERS}
+        own |= {"attention_bias": False, "qk_layernorm": True, "norm_topk_prob": None, "moe_router_score_function": None}
+        own |= {"num_experts": EXPERTS, "num_experts_per_tok": ACTIVE, "expert_intermediate_size": INNER}
+        own |= {
+            "intermediate_size": None,
+            "dense_intermediate_size": 96,
+            "shared_expert_intermediate_size": None,
+            "routed_scaling_factor": 1,
+        }
+        return own | {"partial_rotary_factor": 1.0, "router_aux_loss_coef": 0.01, "output_router_logits": False}
     if family == "nemotron":  # the defaults of configuration_nemotron_labs_diffusion.py
         rope = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 128, "beta_fast": 32.0}
         rope |= {"beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1, "rope_theta": 10000.0}
@@ -253,9 +274,15 @@ def qwen2_tensors(config: dict[str, Any]) -> dict[str, Tensor]:
         shapes[p + "self_attn.o_proj.weight"] = (c, q)
         if config.get("attention_bias", True):
             shapes |= {p + f"self_attn.{n}_proj.bias": (s,) for n, s in (("q", q), ("k", kv), ("v", kv))}
-        if config["model_type"] in ("sdar", "a2d-qwen3"):
+        if config["model_type"] in ("sdar", "a2d-qwen3") or config.get("qk_layernorm"):
             shapes |= {p + f"self_attn.{n}_norm.weight": (d,) for n in "qk"}
-        shapes |= {p + "mlp.gate_proj.weight": (f, c), p + "mlp.up_proj.weight": (f, c), p + "mlp.down_proj.weight": (c, f)}
+        inner, parts = f, ["mlp."]
+        if experts := config.get("num_experts", 0):
+            inner, parts = config["expert_intermediate_size"], [f"mlp.experts.{e}." for e in range(experts)]
+            shapes[p + "mlp.gate.weight"] = (experts, c)
+        for part in (p + part for part in parts):
+            shapes |= {part + "gate_proj.weight": (inner, c), part + "up_proj.weight": (inner, c)}
+            shapes[part + "down_proj.weight"] = (c, inner)
     return _random(shapes)
 
 

@@ -50,7 +50,7 @@ def test_a_model_of_a_hub_is_checked_in_one_command(hub: Hub, tmp_path: Path) ->
     assert [row[:3] for row in rows] == [[REPO, GSM8K, "2"], [REPO, HUMANEVAL, "1"]]
     for row in rows:
         assert len(row) == len(HEAD)
-        assert 1 <= float(row[5]) <= 32 and float(row[7]) > 0
+        assert 0 <= float(row[5]) <= 32 and float(row[7]) >= 0  # an answer may be empty
         assert row[4] == row[6] == row[8] == "–", "nothing is published of it"
     tensors = next(line for line in lines if "tensors" in line)
     used, of = (int(word) for word in tensors.split() if word.isdigit())

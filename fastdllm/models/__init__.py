@@ -34,6 +34,8 @@ __all__ = ["FAMILIES", "TINY", "Family", "Model", "ModelSpec", "find_folder", "l
 # By model_type, or by architecture where the model_type is that of a network which does not diffuse.
 FAMILIES = {
     "llada": "llada",
+    "LLaDAMoEModelLM": "llada_moe",
+    "LLaDAMoEModel": "llada_moe",
     "Dream": "dream",
     "Fast_dLLM_Qwen": "fast_dllm_v2",
     "sdar": "sdar",
@@ -178,14 +180,15 @@ def read_family(config: Mapping[str, Any], folder: Path) -> Family:
             )
     experts = [n for n in ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size") if fields.get(n)]
     classes = [c for c in fields.names("architectures") if "moe" in c.lower()]
-    if experts or classes:
-        found = ", ".join([*classes, *(f"{n}={fields[n]!r}" for n in experts)])
-        raise ValueError(f"{folder}: config.json describes a mixture of experts ({found}), which is not supported")
     kind = fields.get("model_type")
     kinds = [k for k in (*fields.names("architectures"), kind) if isinstance(k, str) and k in FAMILIES]
-    if not kinds:
+    family = import_module(f"fastdllm.models.{FAMILIES[kinds[0]]}").FAMILY if kinds else None
+    if (experts or classes) and not (family and family.experts):
+        found = ", ".join([*classes, *(f"{n}={fields[n]!r}" for n in experts)])
+        raise ValueError(f"{folder}: config.json describes a mixture of experts ({found}), which is not supported")
+    if family is None:
         raise ValueError(f"{folder}: config.json has model_type={kind!r}; known are {', '.join(map(repr, FAMILIES))}")
-    return import_module(f"fastdllm.models.{FAMILIES[kinds[0]]}").FAMILY
+    return family
 
 
 def read_dtype(dtype: str | torch.dtype | None, config: Fields, device: torch.device) -> torch.dtype:

@@ -13,13 +13,18 @@ TIED = "lm_head.weight"
 
 
 def shapes(
-    config: Fields, qkv_bias: bool = True, qk_norm: bool = False, rope_kinds: tuple[str, ...] = ("default",)
+    config: Fields,
+    qkv_bias: bool = True,
+    qk_norm: bool = False,
+    rope_kinds: tuple[str, ...] = ("default",),
+    ffn: str = "intermediate_size",
 ) -> dict[str, Any]:
     """The fields of `ModelSpec` that every config.json in this layout gives (transformers 4 and 5 style).
 
     qkv_bias: whether the architecture (Qwen2) has biases on queries, keys and values where config.json does not say
     otherwise; in those that have none by default (Qwen3, Llama) `attention_bias` would add one to the output as well.
     qk_norm: whether it normalises query and key heads. rope_kinds: the rotations it may have.
+    ffn: the field of the inner width.
     """
     heads, width = config.integer("num_attention_heads", 1, HEADS), config.integer("hidden_size", 1, WIDTH)
     if "head_dim" not in config and width % heads:
@@ -34,7 +39,7 @@ def shapes(
         "heads": heads,
         "kv_heads": config.integer("num_key_value_heads", 1, HEADS, heads),
         "head_dim": config.integer("head_dim", 2, HEAD_DIM, width // heads),
-        "ffn": config.integer("intermediate_size", 1, WIDTH * 8),
+        "ffn": config.integer(ffn, 1, WIDTH * 8),
         "vocab": config.integer("vocab_size", 1, VOCAB),
         "max_length": rope.max_length,
         "rms_eps": config.number("rms_norm_eps", 1e-12, 1e-1),

@@ -17,6 +17,7 @@ from fastdllm.models.files import Fields
 # Upper ends of what a network may be, far above every published one: a hostile config.json is refused at once.
 MASK_ROLE = "mask_token"  # under this name the tokenizer's own mask is among the ids that a family gets
 LAYERS, WIDTH, HEADS, HEAD_DIM, VOCAB, POSITIONS = 1024, 2**18, 2**12, 2**12, 2**24, 2**22
+EXPERTS = 2**12
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class ModelSpec:
     stretch: how the rotation reaches a longer context than it was trained for.
     mask_id, stop_ids: token ids.
     defaults: the family's decoding defaults.
+    experts, active_experts: how many a layer has, 0 for a dense one, and how many of them work for a token.
+    ffn: inner channels of the feed-forward, of all experts together.
     """
 
     family: str
@@ -72,6 +75,8 @@ class ModelSpec:
     stretch: Stretch | None = None
     causal_context: bool = False
     grid_at_prompt: bool = False
+    experts: int = 0
+    active_experts: int = 0
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -80,7 +85,9 @@ class ModelSpec:
             ("heads", 1, HEADS),
             ("kv_heads", 1, HEADS),
             ("head_dim", 2, HEAD_DIM),
-            ("ffn", 1, WIDTH * 8),
+            ("ffn", 1, WIDTH * 8 * max(1, self.experts)),
+            ("experts", 0, EXPERTS),
+            ("active_experts", 1 if self.experts else 0, self.experts),
             ("vocab", 2, VOCAB),
             ("max_length", 1, POSITIONS),
             ("block_causal", 0, POSITIONS),
@@ -111,6 +118,7 @@ class Family:
     tied: the name of the head that a tied checkpoint may carry a second time.
     harmless: fields of config.json that say nothing about the network.
     block_field: where config.json says the block size, for families whose block size is a choice.
+    experts: whether its layers are mixtures of experts.
     """
 
     read: Callable[[Fields, Mapping[str, int]], ModelSpec]
@@ -119,6 +127,7 @@ class Family:
     tied: str = ""
     harmless: frozenset[str] = frozenset()
     block_field: str = ""
+    experts: bool = False
 
     def spec(self, config: Mapping[str, Any], ids: Mapping[str, int]) -> ModelSpec:
         """The spec of a config.json. Raises ValueError naming a field that is missing, wrong, or not supported."""

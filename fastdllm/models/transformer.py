@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only network: embedding, L x [RMSNorm, grouped-query attention, RMSNorm, SwiGLU], RMSNorm, head.
+"""The only network: embedding, L x [RMSNorm, grouped-query attention, RMSNorm, SwiGLU or experts], RMSNorm, head.
 
 The families differ only in the numbers of their `ModelSpec`. The network knows nothing of caches, blocks or masks: a
 `Window` says which positions to recompute and what they see, and the keys and values go into the store. Projections that
@@ -56,6 +56,8 @@ class Layer(nn.Module):
         self.ffn_norm = nn.Parameter(torch.ones(spec.width, **make))
         self.gate_up = Linear(spec.width, 2 * spec.ffn, bias=False, **make)
         self.down = Linear(spec.ffn, spec.width, bias=False, **make)
+        if spec.experts:
+            self.router = nn.Parameter(torch.zeros(spec.experts, spec.width, **make))
 
     def forward(
         self,
@@ -81,12 +83,25 @@ class Layer(nn.Module):
             q, k, v, row, window.kv_len, window.max_kv_len, hide=window.hide, dense=window.dense, swap=window.swap
         )
         y, h = kernels.linear_rmsnorm(y.flatten(2), out.weight, self.ffn_norm, spec.rms_eps, h, out.scale)
-        y = kernels.linear_silu_mul(y, self.gate_up.weight, self.gate_up.scale)
+        inner = kernels.linear_silu_mul(y, self.gate_up.weight, self.gate_up.scale)
+        y = self._routed(y, inner) if spec.experts else inner
         return kernels.linear_rmsnorm(y, down.weight, next_norm, spec.rms_eps, h, down.scale)
 
     def _norms(self) -> dict[str, Any]:
         """The arguments of the projection that normalise query and key heads, none where the family has no such norms."""
         return {"q_norm": self.q_norm, "k_norm": self.k_norm, "eps": self.spec.rms_eps} if self.spec.qk_norm else {}
+
+    def _routed(self, y: Tensor, inner: Tensor) -> Tensor:
+        """What each expert computed for y [R, W, C], side by side in inner [R, W, F], times its probability; times 0 where
+        it is not among the most probable ones (OLMoE's rule, arXiv 2409.02060: not made to add up to 1).
+
+        The experts' second products add up, so one product over all of F does them. Every expert computes every position:
+        shapes stay static, and a block of 32 tokens that choose 8 of 64 experts each reads nearly all of them anyway.
+        """
+        probability = nn.functional.linear(y, self.router).float().softmax(-1)
+        chosen = probability.topk(self.spec.active_experts, dim=-1)
+        weight = torch.zeros_like(probability).scatter(-1, chosen.indices, chosen.values).to(inner.dtype)
+        return (inner.unflatten(-1, (self.spec.experts, -1)) * weight.unsqueeze(-1)).flatten(-2)
 
     def values(self, y: Tensor) -> Tensor:
         """The values [R, W, K * D] that the layer stores for its normalised input y [R, W, C]; nothing is stored."""

@@ -92,7 +92,8 @@ def headers(paths: list[Path]) -> dict[str, tuple[Path, list[int]]]:
 
 
 def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of `Transformer(spec)`, without building it."""
+    """Shape of every parameter of `Transformer(spec)`, without building it; of experts' second products [C, F] those of the
+    tensors one above the other, which `place_of` puts side by side."""
     q, kv, width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.width
     shapes: dict[str, tuple[int, ...]] = {"embed.weight": (spec.vocab, width), "norm": (width,)}
     if not spec.tied_head:
@@ -101,7 +102,10 @@ def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         p = f"layers.{i}."
         shapes |= {p + "attn_norm": (width,), p + "ffn_norm": (width,), p + "qkv.weight": (q + 2 * kv, width)}
         shapes |= {p + "out.weight": (width, q), p + "gate_up.weight": (2 * spec.ffn, width)}
-        shapes[p + "down.weight"] = (width, spec.ffn)
+        experts = max(1, spec.experts)
+        shapes[p + "down.weight"] = (experts * width, spec.ffn // experts)
+        if spec.experts:
+            shapes[p + "router"] = (spec.experts, width)
         if spec.qk_norm:
             shapes |= {p + "q_norm": (spec.head_dim,), p + "k_norm": (spec.head_dim,)}
         if spec.qkv_bias:
@@ -120,6 +124,14 @@ def expected_shapes(table: dict[str, tuple[str, int]], parameters: dict[str, tup
         stop = min((r for r in starts[target] if r > row), default=shape[0])
         expected[name] = [stop - row, *shape[1:]]
     return expected
+
+
+def place_of(parameter: Tensor, row: int, shape: list[int]) -> Tensor:
+    """Where a tensor of `shape` goes that fills a parameter from `row` on; narrower ones stand side by side."""
+    if len(shape) == 2 and shape[1] < parameter.shape[1]:
+        column = row // parameter.shape[0] * shape[1]
+        return parameter[:, column : column + shape[1]]
+    return parameter[row : row + shape[0]]
 
 
 def check_headers(
@@ -181,6 +193,8 @@ def load_weights(
     packed = {} if layout is None else int4.take_packed(found, family.names(spec), layout)
     if packed and adapter is not None:
         raise ValueError(f"{folder}: an adapter cannot be merged into weights in 4 bits")
+    if packed and spec.experts:
+        raise ValueError(f"{folder}: a mixture of experts is not read in 4 bits")
     table = check_headers(folder, family, spec, found)
     expected = expected_shapes(table, parameter_shapes(spec))
     if adapter is not None:
@@ -204,7 +218,7 @@ def load_weights(
             continue
         tensor = read_tensor(path, name)
         tensor = tensor if adapter is None else adapter(name, tensor)
-        place = parameters[target].data[row : row + expected[name][0]]
+        place = place_of(parameters[target].data, row, expected[name])
         # Copied from the file to its place: no second copy on the device, none on the host unless the number format changes.
         place.copy_(tensor)
         del tensor

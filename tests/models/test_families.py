@@ -19,9 +19,10 @@ from tests.models.test_networks import additive, block_causal, our_logits
 from tests.published_checkpoints import VOCAB, qwen2_config, special_ids, write_checkpoint
 
 T = 21
-KINDS = ["sdar", "a2d-qwen3", "a2d-qwen2", "a2d-llama", "stable_diffcoder", "nemotron"]
-BASES = {"sdar": "Qwen3", "a2d-qwen3": "Qwen3", "a2d-qwen2": "Qwen2", "nemotron": "Ministral3"}
+KINDS = ["llada_moe", "sdar", "a2d-qwen3", "a2d-qwen2", "a2d-llama", "stable_diffcoder", "nemotron"]
+BASES = {"llada_moe": "Qwen3Moe", "sdar": "Qwen3", "a2d-qwen3": "Qwen3", "a2d-qwen2": "Qwen2", "nemotron": "Ministral3"}
 IGNORED = {"model_type", "architectures", "block_size", "mask_token_id", "dlm_paradigm", "ar_loss_weight", "rope_scaling"}
+IGNORED |= {"moe_layer_freq", "expert_intermediate_size", "norm_topk_prob", "qk_layernorm"}
 
 
 def theirs(kind: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
@@ -29,14 +30,28 @@ def theirs(kind: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> Any
     import transformers
 
     base = BASES.get(kind, "Llama")
-    fields = {k: v for k, v in config.items() if k not in IGNORED or (k == "rope_scaling" and v)}
+    fields = {k: v for k, v in config.items() if v is not None and (k not in IGNORED or k == "rope_scaling")}
+    if base == "Qwen3Moe":  # with OLMoE's weights, which do not add up to 1
+        fields |= {"moe_intermediate_size": config["expert_intermediate_size"], "norm_topk_prob": False}
+        fields |= {"head_dim": config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])}
     make = getattr(transformers, f"{base}Config")
     network = getattr(transformers, f"{base}ForCausalLM")(make(**fields, attn_implementation="eager")).eval()
     renamed = {n.replace("encoder.", "model.").replace("diffusion_head", "lm_head"): t for n, t in tensors.items()}
+    renamed = stacked(renamed, config.get("num_experts", 0))
     missing, unexpected = network.load_state_dict(renamed, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     network.tie_weights()
     return network
+
+
+def stacked(tensors: dict[str, Tensor], experts: int) -> dict[str, Tensor]:
+    """The experts' tensors in one each of gate and up and of down, as transformers keeps them."""
+    out = {n: t for n, t in tensors.items() if ".experts." not in n}
+    for stem in sorted({n.partition(".experts.")[0] for n in tensors if ".experts." in n}):
+        parts = {p: [tensors[f"{stem}.experts.{e}.{p}_proj.weight"] for e in range(experts)] for p in ("gate", "up", "down")}
+        both = [torch.cat(pair) for pair in zip(parts["gate"], parts["up"], strict=True)]
+        out |= {f"{stem}.experts.gate_up_proj": torch.stack(both), f"{stem}.experts.down_proj": torch.stack(parts["down"])}
+    return out
 
 
 def check(folder: Path, kind: str, **changes: Any) -> None:
@@ -138,6 +153,47 @@ def test_a_plain_llama_is_no_diffusion_model(tmp_path: Path) -> None:
         fastdllm.load(str(tmp_path), device="cpu")
 
 
+@pytest.mark.parametrize("active", [1, 2, 6])
+def test_any_number_of_experts_may_work_for_a_token(tmp_path: Path, active: int) -> None:
+    check(tmp_path, "llada_moe", num_experts_per_tok=active)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size=64; only -1 or 0"),
+        ({"moe_router_score_function": "sigmoid"}, "moe_router_score_function='sigmoid'; only 'softmax'"),
+        ({"moe_router_enable_expert_bias": True}, "moe_router_enable_expert_bias=True; only False"),
+        ({"routed_scaling_factor": 2.5}, "routed_scaling_factor=2.5; only 1"),
+        ({"moe_layer_freq": [0, 1]}, r"moe_layer_freq=\[0, 1\]; only a 1 for every layer"),
+        ({"num_experts_per_tok": 7}, "num_experts_per_tok=7; it must be a whole number from 1 to 6"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe"}, "a mixture of experts .*LLaDA2MoeModelLM"),
+    ],
+    ids=str,
+)
+def test_another_mixture_of_experts_is_refused_by_its_field(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    write_checkpoint(tmp_path, "llada_moe", **change)
+    with pytest.raises(ValueError, match=message):
+        fastdllm.load(str(tmp_path), device="cpu")
+
+
+def test_experts_decode_alike_alone_and_in_a_batch_and_in_eight_bits(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "llada_moe")
+    model = fastdllm.load(str(tmp_path), device="cpu")
+    prompts = [torch.tensor([5, 6, 7]), torch.tensor([9, 8, 7, 6, 5])]
+    together = fastdllm.generate(model, prompts, gen_length=16, block_length=8, stop_ids=()).sequences
+    for prompt, row in zip(prompts, together, strict=True):
+        alone = fastdllm.generate(model, [prompt], gen_length=16, block_length=8, stop_ids=()).sequences[0]
+        assert torch.equal(alone, row)
+    ids = torch.randint(0, 300, (2, 12))
+    for kind, allowed in (("int8", 0.05), ("int4", 0.5)):
+        smaller = fastdllm.load(str(tmp_path), device="cpu", quantize=kind)
+        assert smaller.network.layers[0].router.dtype == torch.float32, "the router decides between experts"
+        difference = (our_logits(smaller, ids) - our_logits(model, ids)).abs().mean() / our_logits(model, ids).abs().mean()
+        assert difference < allowed, kind
+
+
 @pytest.mark.parametrize("kind", ["sdar", "a2d-llama", "nemotron"])
 def test_biases_on_every_projection_are_refused(tmp_path: Path, kind: str) -> None:
     write_checkpoint(tmp_path, kind, attention_bias=True)
@@ -146,7 +202,7 @@ def test_biases_on_every_projection_are_refused(tmp_path: Path, kind: str) -> No
 
 
 def test_every_family_is_tried_here() -> None:
-    tried = {"llada", "dream", "fast_dllm_v2", "sdar", "a2d", "stable_diffcoder", "nemotron"}
+    tried = {"llada", "llada_moe", "dream", "fast_dllm_v2", "sdar", "a2d", "stable_diffcoder", "nemotron"}
     assert set(FAMILIES.values()) == tried
 
 

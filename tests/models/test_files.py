@@ -230,8 +230,8 @@ def test_an_unknown_field_is_said_and_a_published_one_is_not(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "kind, fields, message",
     [
-        ("llada", {"num_experts": 64, "architectures": ["LLaDAMoEModelLM"]}, "a mixture of experts .*num_experts=64"),
-        ("llada", {"architectures": ["LLaDAMoEModelLM"]}, "a mixture of experts .*LLaDAMoEModelLM"),
+        ("llada", {"num_experts": 64, "architectures": ["OtherModelLM"]}, "a mixture of experts .*num_experts=64"),
+        ("llada", {"architectures": ["OtherMoEModelLM"]}, "a mixture of experts .*OtherMoEModelLM"),
         ("dream", {"quantization_config": {"quant_method": "gptq", "bits": 3}}, "quantization_config: bits=3"),
         ("llada", {"quantization": {"group_size": 64, "bits": 8}}, "quantization .bits=8"),
         ("dream", {"block_size": 4, "architectures": ["DreamForCausalLM"]}, "Dream-reasoner"),

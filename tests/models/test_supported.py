@@ -19,9 +19,12 @@ from fastdllm.models import FAMILIES
 from fastdllm.models.supported import SUPPORTED
 from fastdllm.prompts import encode
 from tests.published_checkpoints import (
+    ACTIVE,
     ADDED,
+    EXPERTS,
     FFN,
     HEADS,
+    INNER,
     KV_HEADS,
     LAYERS,
     VOCAB,
@@ -119,6 +122,25 @@ STABLE_DIFFCODER = {
     **{"pretraining_tp": 1, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 500000.0},
     **{"tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 155136},
 }
+# configuration_lladamoe.py has the fields; shapes, rotation and ids: the model card, dInfer and
+# public ports. Switches that no source shows are null, as that class has them.
+LLADA_MOE = {
+    **{"architectures": ["LLaDAMoEModelLM"], "attention_bias": False, "attention_dropout": 0.0, "clip_qkv": None},
+    "auto_map": {
+        "AutoConfig": "configuration_lladamoe.LLaDAConfig",
+        "AutoModel": "modeling_lladamoe.LLaDAMoEModelLM",
+        "AutoModelForCausalLM": "modeling_lladamoe.LLaDAMoEModelLM",
+    },
+    **{"dense_intermediate_size": 8192, "eos_token_id": 156892, "expert_intermediate_size": 1024, "hidden_act": "silu"},
+    **{"hidden_size": 2048, "initializer_range": 0.02, "max_position_embeddings": 8192, "model_type": "llada"},
+    **{"moe_layer_freq": [1] * LAYERS, "moe_router_enable_expert_bias": False, "moe_router_score_function": "softmax"},
+    **{"norm_topk_prob": None, "num_attention_heads": 16, "num_experts": 64, "num_experts_per_tok": 8},
+    **{"num_hidden_layers": 16, "num_key_value_heads": 16, "output_router_logits": False, "pad_token_id": 156892},
+    **{"partial_rotary_factor": 1, "qk_layernorm": True, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 50000},
+    **{"routed_scaling_factor": 1, "router_aux_loss_coef": 0.01, "router_num_group": None, "router_topk_group": None},
+    **{"shared_expert_intermediate_size": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16"},
+    **{"transformers_version": "4.53.2", "use_cache": False, "vocab_size": 157184},
+}
 # A public copy of Nemotron-Labs-Diffusion-8B's config.json in full, and a part of the 3B's, which agrees; 14B: not seen.
 NEMOTRON = {
     **{"ar_loss_weight": 1.0, "architectures": ["NemotronLabsDiffusionModel"], "attention_bias": False},
@@ -141,15 +163,18 @@ NEMOTRON = {
 }
 CONFIGS = {"llada": LLADA, "dream": DREAM, "fast_dllm_v2": V2, "sdar": SDAR, "stable_diffcoder": STABLE_DIFFCODER}
 CONFIGS["nemotron"] = NEMOTRON
+CONFIGS["llada_moe"] = LLADA_MOE
 KINDS = {"fast_dllm_v2": "v2"}
 SMALL = {"d_model": WIDTH, "n_layers": LAYERS, "n_heads": HEADS, "n_kv_heads": KV_HEADS, "mlp_hidden_size": FFN}
 SMALL |= {"embedding_size": VOCAB, "max_sequence_length": 256, "hidden_size": WIDTH, "num_hidden_layers": LAYERS}
 SMALL |= {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "intermediate_size": FFN, "vocab_size": VOCAB}
+SMALL |= {"num_experts": EXPERTS, "num_experts_per_tok": ACTIVE, "expert_intermediate_size": INNER}
 SMALL |= {"max_position_embeddings": 256, "head_dim": WIDTH // HEADS, "max_window_layers": LAYERS}
 FIRST_ID = {
     "llada": 126080,
     "stable_diffcoder": 0,
     "nemotron": 0,
+    "llada_moe": 156891,
 }  # of the added tokens as published; Qwen's begin at 151643
 
 

@@ -3,11 +3,12 @@
 # Source this: makes .venv with the project and the pinned versions of requirements.txt, and activates it.
 #   source scripts/setup_env.sh [EXTRAS]     EXTRAS of pyproject.toml, by commas; default: dev, which is all of them
 # A second call with the same files costs well under a second. PYTHON=... picks the interpreter (3.10 or later).
-# CONSTRAINTS=... names another file of pins than requirements.txt; its first torch== line is installed first.
-# Installs with uv where it is found, with pip otherwise; uv takes the build of torch that fits the machine.
+# CONSTRAINTS=... names another file of pins than requirements.txt; its torch== lines are installed first.
+# Installs with uv where it is found and can, with pip otherwise; uv takes the build of torch that fits the machine, from
+# PyTorch's own index.
 
 fastdllm_setup_env() {
-    local root python extras pins stamp wanted installer
+    local root python extras pins stamp wanted torch installer with_uv
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
     python=${PYTHON:-python3} extras=${1:-dev} pins=${CONSTRAINTS:-$root/requirements.txt}
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
@@ -28,11 +29,17 @@ fastdllm_setup_env() {
             return 1
         fi
         installer=("$root/.venv/bin/python" -m pip --quiet --disable-pip-version-check install)
+        mapfile -t torch < <(grep "^torch==" "$pins") # several lines for several interpreters; their markers choose
         if command -v uv >/dev/null; then
-            installer=(env UV_TORCH_BACKEND="${UV_TORCH_BACKEND:-auto}" uv pip install --quiet --python "$root/.venv/bin/python")
+            with_uv=(env UV_TORCH_BACKEND="${UV_TORCH_BACKEND:-auto}" uv pip install --quiet --python "$root/.venv/bin/python")
+            if "${with_uv[@]}" "${torch[@]}"; then
+                installer=("${with_uv[@]}")
+            else
+                echo "setup_env: uv could not install ${torch[*]}; going on with pip" >&2
+            fi
         fi
         # torch goes first: once it is there, no other package's open range can bring a second build of it.
-        "${installer[@]}" "$(grep -m 1 "^torch==" "$pins")" || return 1
+        "${installer[@]}" "${torch[@]}" || return 1
         "${installer[@]}" --constraint "$pins" --editable "$root[$extras]" || return 1
         touch "$stamp.$extras"
     fi

@@ -71,3 +71,39 @@ def test_the_version_stands_once() -> None:
 def test_pre_commit_runs_the_pinned_ruff() -> None:
     hook = re.search(r"ruff-pre-commit\n +rev: v(\S+)", (ROOT / ".pre-commit-config.yaml").read_text())
     assert hook and f"\nruff=={hook[1]}\n" in (ROOT / "requirements.txt").read_text()
+
+
+PROGRAM = """#!/bin/sh
+echo "$(basename "$0") $*" >> "$LOG"
+case "$(basename "$0") $*" in
+    *"-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && touch "$3/bin/activate" ;;
+    "uv "*) exit "$UV_STATUS" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("uv", [None, 0, 1], ids=["no uv", "uv", "uv that cannot install"])
+def test_the_environment_gets_torch_first_with_every_pin_of_it(uv: int | None, tmp_path: Path) -> None:
+    """A lock for several interpreters pins torch in several lines, of which pip and uv pick one by its marker."""
+    tree, programs, log = tmp_path / "tree", tmp_path / "bin", tmp_path / "log"
+    (tree / "scripts").mkdir(parents=True)
+    programs.mkdir()
+    for name in ("scripts/setup_env.sh", "pyproject.toml"):
+        shutil.copy(ROOT / name, tree / name)
+    pins = ["torch==2.14.1 ; python_full_version < '3.11'", "torch==2.15.0 ; python_full_version >= '3.11'"]
+    (tree / "requirements.txt").write_text("\n".join(["numpy==2.0.0", *pins]) + "\n")
+    for name in ("python3", *(["uv"] if uv is not None else [])):
+        (programs / name).write_text(PROGRAM)
+        (programs / name).chmod(0o755)
+    env = {"PATH": f"{programs}:/usr/bin:/bin", "LOG": str(log), "UV_STATUS": str(uv)}
+    done = subprocess.run(
+        ["bash", "-c", "source scripts/setup_env.sh studies"], cwd=tree, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    installs = [line for line in log.read_text().splitlines() if " install " in line]
+    tool = "python" if uv != 0 else "uv"
+    *tried, torch, rest = installs
+    assert len(tried) == (uv is not None) and all(line.startswith("uv ") for line in tried)
+    assert torch.startswith(f"{tool} ") and torch.endswith(" ".join(pins))
+    assert rest.startswith(f"{tool} ") and rest.endswith(f"--constraint {tree}/requirements.txt --editable {tree}[studies]")
+    assert ("going on with pip" in done.stderr) == (uv == 1)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks that several requests' prompts begin with are computed once (`fastdllm.prompt_cache`).
+
+Only where the cache plan is block-causal: in a bidirectional model every key depends on all tokens, those that are still to
+be written included, and so no two requests share one. A request recomputes at least the last whole block of its prompt,
+because its output predicts the first token, so that it takes as many forwards as without.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fastdllm.blocks import Pass
+from fastdllm.decoding import Decoding
+from fastdllm.engine.row import Request, Row
+from fastdllm.memory import prompt_positions
+from fastdllm.prompt_cache import PromptCache
+from fastdllm.store import Canvas
+
+if TYPE_CHECKING:
+    from fastdllm.models import Model
+
+WORTH_A_ROUND = 64  # positions that another row is about to compute: for as many a request enters a round later
+
+
+class Prefixes:
+    """What a run does with a prompt cache.
+
+    known: the run's requests where all are known; then only what two of them share is kept, and otherwise all.
+    """
+
+    def __init__(self, cache: PromptCache, model: Model, run: Decoding, known: Sequence[Request] | None) -> None:
+        self.cache, self.run = cache, run
+        cache.open(model, run.block_causal)
+        self._shared = None if known is None else Counter(key for r in known for key in chained(self.of(r)))
+
+    def of(self, request: Request) -> list[bytes]:
+        """The token ids of the prompt's whole blocks; none where its first pass is not the one that computes just these."""
+        first = self.run.geometry(len(request.prompt), len(request.prompt) + request.length)[0]
+        end = first.outer_start
+        if end == 0 or self.run.cache.open(first) != Pass(0, end, end):
+            return []
+        return cut(request.prompt[:end].cpu(), self.run.block_causal)  # sync: once a request, what finds its blocks
+
+    def waits(self, blocks: list[bytes], live: Sequence[Row]) -> bool:
+        """Whether a request should enter after the rows that have not begun yet have computed what it shares with them."""
+        usable = blocks[:-1]
+        kept = None
+        for row in live:
+            if row.cost.forwards == 0 and (common := in_common(usable, row.prefix)) * self.run.block_causal >= WORTH_A_ROUND:
+                kept = self.cache.count(usable) if kept is None else kept
+                if (common - kept) * self.run.block_causal >= WORTH_A_ROUND:
+                    return True
+        return False
+
+    def load(self, canvas: Canvas, row: Row) -> None:
+        """Give a new row what is kept of its prompt."""
+        lanes = range(row.place.row, row.place.row + self.run.lanes * row.place.size, row.place.size)
+        row.cost.cached = row.clean = self.cache.load(row.prefix[:-1], canvas.store, lanes)
+
+    def keep(self, canvas: Canvas, row: Row) -> None:
+        """After a forward: keep the prompt's blocks after the first one, and those of the answer after the last."""
+        if row.cost.forwards == 1:
+            self._keep(canvas, row, row.prefix)
+        if row.finished and self._shared is None and row.clean > len(row.prefix) * self.run.block_causal:
+            ids = canvas.x[row.place.row, : row.clean].cpu()  # sync: once a request, what finds its blocks
+            self._keep(canvas, row, cut(ids, self.run.block_causal))
+
+    def _keep(self, canvas: Canvas, row: Row, blocks: list[bytes]) -> None:
+        if self._shared is not None:
+            shared = takewhile(lambda key: self._shared[key] > 1, chained(blocks))
+            blocks = blocks[: sum(1 for _ in shared)]
+        self.cache.keep(blocks, canvas.store, row.place.row)
+
+
+def prefixes(model: Model, run: Decoding, known: Sequence[Request] | None) -> Prefixes | None:
+    """None where nothing can be shared."""
+    asked = run.prompt_cache
+    if asked == 0 or not run.block_causal or not run.cache.block_causal:
+        return None
+    if isinstance(asked, PromptCache):
+        return Prefixes(asked, model, run, None)
+    if known is not None and len(known) < 2:
+        return None
+    return Prefixes(PromptCache(prompt_positions(model) if asked is None else asked), model, run, known)
+
+
+def cut(ids: Tensor, block: int) -> list[bytes]:
+    """ids [P] int64 on the CPU, P a multiple of `block` -> the bytes of each block."""
+    data, size = ids.numpy().tobytes(), block * ids.itemsize
+    return [data[at : at + size] for at in range(0, len(data), size)]
+
+
+def chained(blocks: Sequence[bytes]) -> list[int]:
+    """A number for each block that depends on those before it."""
+    keys: list[int] = []
+    for block in blocks:
+        keys.append(hash((keys[-1] if keys else 0, block)))
+    return keys
+
+
+def in_common(a: Sequence[bytes], b: Sequence[bytes]) -> int:
+    """How many blocks two prompts begin with in common."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))

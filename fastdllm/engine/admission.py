@@ -203,7 +203,7 @@ class Desk:
         reuse = None if run.reuse is None else run.reuse.cursor()
         row = Row(next_one.number, request, blocks, place, generator, draws(numbers), truncates(numbers), reuse)
         self.live.append(row)
-        if next_one.prefix:
+        if self.prefixes is not None:
             row.prefix = next_one.prefix
             self.prefixes.load(canvas, row)
         return True

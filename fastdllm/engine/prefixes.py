@@ -49,14 +49,10 @@ class Prefixes:
 
     def waits(self, blocks: list[bytes], live: Sequence[Row]) -> bool:
         """Whether a request should enter after the rows that have not begun yet have computed what it shares with them."""
-        usable = blocks[:-1]
-        kept = None
-        for row in live:
-            if row.cost.forwards == 0 and (common := in_common(usable, row.prefix)) * self.run.block_causal >= WORTH_A_ROUND:
-                kept = self.cache.count(usable) if kept is None else kept
-                if (common - kept) * self.run.block_causal >= WORTH_A_ROUND:
-                    return True
-        return False
+        size = self.run.block_causal
+        usable = blocks[: min(len(blocks) - 1, self.cache.positions // size)]
+        common = max((in_common(usable, row.prefix) for row in live if row.cost.forwards == 0), default=0)
+        return common * size >= WORTH_A_ROUND and (common - self.cache.count(usable)) * size >= WORTH_A_ROUND
 
     def load(self, canvas: Canvas, row: Row) -> None:
         """Give a new row what is kept of its prompt."""

@@ -14,6 +14,7 @@ from torch import Tensor
 import fastdllm
 from fastdllm import PromptCache, build
 from fastdllm.engine import Request, Result, decode, prefixes
+from fastdllm.engine.admission import size_of
 from fastdllm.models import Model
 from fastdllm.runners import cuda_graph, eager
 from tests.engine.test_source import Scripted, request
@@ -100,7 +101,7 @@ def test_requests_that_come_and_go_share_prompts_and_give_what_each_gives_alone(
 @pytest.mark.parametrize("cache", ["block", "sub_block"])
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_a_batch_computes_a_common_beginning_once(cache: str, batch: int) -> None:
-    """Bit for bit on the CPU's reference path, whether the rows share a round or follow one another."""
+    """Whether the rows share a round or follow one another; up to the rounding of a pass of another width."""
     model, given = random_model("v2"), prompts(100, 5, 9, 20, 3, 40, 0)
     shared, without = (
         fastdllm.generate(model, given, cache=cache, batch_size=batch, prompt_cache=kept, **SMALL) for kept in (None, 0)
@@ -110,7 +111,7 @@ def test_a_batch_computes_a_common_beginning_once(cache: str, batch: int) -> Non
     assert without.stats.row_cached == [0] * 6
     for name in ("sequences", "logprobs", "committed_at"):
         for a, b in zip(getattr(shared, name), getattr(without, name), strict=True):
-            assert torch.equal(a.nan_to_num(1), b.nan_to_num(1)), name
+            assert torch.allclose(a.float(), b.float(), atol=1e-5), name
     assert shared.stats.row_forwards == without.stats.row_forwards
     saved = [a - b for a, b in zip(without.stats.row_positions, shared.stats.row_positions, strict=True)]
     assert saved == shared.stats.row_cached
@@ -139,7 +140,7 @@ def test_what_is_kept_is_what_a_later_prompt_reads() -> None:
     first = fastdllm.generate(model, given, prompt_cache=kept, **SMALL)
     again = fastdllm.generate(model, given, prompt_cache=kept, **SMALL)
     assert (first.stats.row_cached, again.stats.row_cached) == ([0], [40])
-    assert torch.equal(first.logprobs[0], again.logprobs[0])
+    assert torch.allclose(first.logprobs[0], again.logprobs[0], atol=1e-5)
     for node in kept._recent:
         node.kv += 1
     wrong = fastdllm.generate(model, given, prompt_cache=kept, **SMALL)
@@ -228,7 +229,7 @@ def test_another_model_size_or_weights_start_empty() -> None:
         out, want = (
             fastdllm.generate(model, given, block_length=block, prompt_cache=cache, **options) for cache in (kept, 0)
         )
-        assert torch.equal(out.logprobs[0], want.logprobs[0])
+        assert torch.allclose(out.logprobs[0], want.logprobs[0], atol=1e-5)
         return out.stats.row_cached[0]
 
     assert [ask(model, 8), ask(model, 8), ask(model, 16), ask(model, 16)] == [0, 40, 0, 32]
@@ -261,8 +262,7 @@ def test_prompts_of_a_run_lie_on_the_canvas_where_they_are_read() -> None:
     asked = [Request(prompt, 20) for prompt in prompts(100, 5, 9)]
     list(decode(model, asked, run, runner))
     (canvas,) = runner.canvases
-    k = canvas.store.k
-    rows = sorted({0, *range(0, len(canvas.x), 5)} & set(range(len(canvas.x))))
-    assert run.lanes > 1 and rows
-    filled = [row for row in rows if torch.equal(k[:, row, :, :96], k[:, 0, :, :96])]
-    assert len(filled) == 2 * run.lanes
+    k, (size, other) = canvas.store.k, (size_of(request, run, model.spec) for request in asked)
+    assert run.lanes > 1 and size == other
+    for lane in range(2 * run.lanes):
+        assert k[:, lane * size, :, :96].any() and torch.equal(k[:, lane * size, :, :96], k[:, 0, :, :96]), lane

@@ -2,7 +2,8 @@
 """Keys and values of blocks that prompts begin with, for later prompts that begin alike.
 
 In a block-causal model the keys and values of a finished block depend on the tokens up to the block's end and on nothing
-else, so a prompt that begins like an earlier one need not compute them again. Blocks form a tree: a block is found by its
+else, so a prompt that begins like an earlier one need not compute them again. Blocks form a tree, and need not be of one
+length: a block is found by its
 token ids below the block before it, so two prompts meet only where all their tokens are equal. Rows copy what they take, and
 so a block may be dropped at any time.
 """
@@ -26,16 +27,20 @@ if TYPE_CHECKING:
     from fastdllm.models import Model
 
 POSITIONS = 32768  # kept unless the caller says otherwise
+ID_BYTES = 8  # of a token id
 
 
 @dataclass(eq=False)
 class Node:
-    """A block. kv [2, L, K, block, D]: its keys and values. below: the blocks that follow it, by their token ids."""
+    """A block. kv [2, L, K, N, D]: keys and values of its N positions. below: the blocks that follow it, by token ids."""
 
     above: dict[bytes, Node]
     ids: bytes
     kv: Tensor
     below: dict[bytes, Node] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.kv.shape[3]
 
 
 class PromptCache:
@@ -44,7 +49,7 @@ class PromptCache:
 
     positions: kept at most; those that were not used for the longest time go first.
 
-    It belongs to one model and block size at a time: with another one, or with other weights, it starts empty. Runs on
+    It belongs to one model and block length at a time: with another one, or with other weights, it starts empty. Runs on
     several threads may share it, as long as they use one stream of the device. Raises ValueError for positions below 1.
     """
 
@@ -61,28 +66,29 @@ class PromptCache:
 
     def __len__(self) -> int:
         """Positions that are kept."""
-        return len(self._recent) * self._block
+        return self._kept
 
     def clear(self) -> None:
         """Drop everything."""
         with self._lock:
-            self._block = 0
+            self._kept = 0
             self._roots: dict[bytes, Node] = {}
             # A block was used no earlier than those that follow it, so the first one here is a leaf of the tree.
             self._recent: OrderedDict[Node, None] = OrderedDict()
 
     def open(self, model: Model, block: int) -> None:
-        """Before a run of `model` in blocks of so many positions: drop what another model, size or weights left."""
+        """Before a run of `model` whose queries see blocks of so many positions (0: no further than themselves): drop what
+        another model, length or weights left."""
         weights = chain(model.network.parameters(), model.network.buffers())
         owner = ref(model), block, tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
         if owner != self._owner:
             self.clear()
-            self._owner, self._block = owner, block
+            self._owner = owner
 
     def count(self, blocks: Sequence[bytes]) -> int:
-        """How many of the blocks that a prompt begins with are kept. blocks: their token ids."""
+        """How many positions are kept of the blocks that a prompt begins with. blocks: their token ids, int64."""
         with self._lock:
-            return len(self._path(blocks))
+            return sum(map(len, self._path(blocks)))
 
     def load(self, blocks: Sequence[bytes], store: KVStore, rows: Iterable[int]) -> int:
         """Copy those that are kept into `rows` of the store, from position 0; returns how many positions."""
@@ -101,18 +107,21 @@ class PromptCache:
         """Keep copies of the blocks at the beginning of a row of the store, as far as there is room."""
         with self._lock:
             path = self._path(blocks)
-            for at in range(len(path), len(blocks)):
-                if not self._make_room(path):
+            start = sum(map(len, path))
+            for ids in blocks[len(path) :]:
+                stop = start + len(ids) // ID_BYTES
+                if not self._make_room(stop - start, path):
                     break
-                span = slice(at * self._block, (at + 1) * self._block)
                 above = path[-1].below if path else self._roots
                 try:
-                    kv = torch.stack((store.k[:, row, :, span], store.v[:, row, :, span]))
+                    kv = torch.stack((store.k[:, row, :, start:stop], store.v[:, row, :, start:stop]))
                 except torch.OutOfMemoryError:
                     break
-                node = above[blocks[at]] = Node(above, blocks[at], kv)
+                node = above[ids] = Node(above, ids, kv)
                 self._recent[node] = None
+                self._kept += len(node)
                 path.append(node)
+                start = stop
             self._touch(path)
 
     def _path(self, blocks: Sequence[bytes]) -> list[Node]:
@@ -129,11 +138,12 @@ class PromptCache:
         for node in reversed(path):
             self._recent.move_to_end(node)
 
-    def _make_room(self, held: list[Node]) -> bool:
-        """Drop blocks until one more fits; False where only those of the prompt at hand are left."""
-        while (len(self._recent) + 1) * self._block > self.positions:
+    def _make_room(self, positions: int, held: list[Node]) -> bool:
+        """Drop blocks until so many positions fit; False where only those of the prompt at hand are left."""
+        while self._kept + positions > self.positions:
             oldest = next(iter(self._recent), None)
             if oldest is None or oldest in held:
                 return False
             del self._recent[oldest], oldest.above[oldest.ids]
+            self._kept -= len(oldest)
         return True

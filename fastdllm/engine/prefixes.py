@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks that several requests' prompts begin with are computed once (`fastdllm.prompt_cache`).
 
-Only where the cache plan is block-causal: in a bidirectional model every key depends on all tokens, those that are still to
-be written included, and so no two requests share one. A request recomputes at least the last whole block of its prompt,
-because its output predicts the first token, so that it takes as many forwards as without.
+Only where the cache plan keeps finished blocks for good: in a bidirectional model every key depends on all tokens, those that
+are still to be written included, and so no two requests share one. At least the last block of what a prompt's first pass
+recomputes is recomputed in any case: its output may predict the first token, and so a request takes as many forwards as
+without.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fastdllm.blocks import Pass
 from fastdllm.decoding import Decoding
 from fastdllm.engine.row import Request, Row
 from fastdllm.memory import prompt_positions
-from fastdllm.prompt_cache import PromptCache
-from fastdllm.store import Canvas
+from fastdllm.prompt_cache import ID_BYTES, PromptCache
+from fastdllm.store import UNIT, Canvas
 
 if TYPE_CHECKING:
     from fastdllm.models import Model
@@ -41,18 +41,28 @@ class Prefixes:
 
     def of(self, request: Request) -> list[bytes]:
         """The token ids of the prompt's whole blocks; none where its first pass is not the one that computes just these."""
-        first = self.run.geometry(len(request.prompt), len(request.prompt) + request.length)[0]
-        end = first.outer_start
-        if end == 0 or self.run.cache.open(first) != Pass(0, end, end):
+        prompt = len(request.prompt)
+        first = self.run.geometry(prompt, prompt + request.length)[0]
+        work = self.run.cache.open(first)
+        if work is None or (work.start, work.read) != (0, work.stop) or work.stop > prompt:
             return []
-        return cut(request.prompt[:end].cpu(), self.run.block_causal)  # sync: once a request, what finds its blocks
+        return self._cut(request.prompt[: work.stop].cpu(), prompt)  # sync: once a request, what finds its blocks
+
+    def _cut(self, ids: Tensor, prompt: int) -> list[bytes]:
+        """ids [N] on the CPU -> those of each block that queries see or, where they see no further than themselves, of each
+        UNIT. A rest that is no whole block is left out."""
+        size = self.run.block_causal or UNIT
+        first = prompt % size if self.run.grid_at_prompt else 0
+        data = ids.numpy().tobytes()
+        ends = range(first or size, len(ids) + 1, size)
+        return [data[max(0, end - size) * ID_BYTES : end * ID_BYTES] for end in ends]
 
     def waits(self, blocks: list[bytes], live: Sequence[Row]) -> bool:
         """Whether a request should enter after the rows that have not begun yet have computed what it shares with them."""
-        size = self.run.block_causal
-        usable = blocks[: min(len(blocks) - 1, self.cache.positions // size)]
+        usable = blocks[:-1]
         common = max((in_common(usable, row.prefix) for row in live if row.cost.forwards == 0), default=0)
-        return common * size >= WORTH_A_ROUND and (common - self.cache.count(usable)) * size >= WORTH_A_ROUND
+        common = min(common, self.cache.positions)
+        return common >= WORTH_A_ROUND and common - self.cache.count(usable) >= WORTH_A_ROUND
 
     def load(self, canvas: Canvas, row: Row) -> None:
         """Give a new row what is kept of its prompt."""
@@ -63,9 +73,9 @@ class Prefixes:
         """After a forward: keep the prompt's blocks after the first one, and those of the answer after the last."""
         if row.cost.forwards == 1:
             self._keep(canvas, row, row.prefix)
-        if row.finished and self._shared is None and row.clean > len(row.prefix) * self.run.block_causal:
+        if row.finished and self._shared is None and row.clean > positions(row.prefix):
             ids = canvas.x[row.place.row, : row.clean].cpu()  # sync: once a request, what finds its blocks
-            self._keep(canvas, row, cut(ids, self.run.block_causal))
+            self._keep(canvas, row, self._cut(ids, len(row.request.prompt)))
 
     def _keep(self, canvas: Canvas, row: Row, blocks: list[bytes]) -> None:
         if self._shared is not None:
@@ -77,19 +87,13 @@ class Prefixes:
 def prefixes(model: Model, run: Decoding, known: Sequence[Request] | None) -> Prefixes | None:
     """None where nothing can be shared."""
     asked = run.prompt_cache
-    if asked == 0 or not run.block_causal or not run.cache.block_causal:
+    if asked == 0 or not (run.cache.block_causal or run.cache.causal):
         return None
     if isinstance(asked, PromptCache):
         return Prefixes(asked, model, run, None)
     if known is not None and len(known) < 2:
         return None
     return Prefixes(PromptCache(prompt_positions(model) if asked is None else asked), model, run, known)
-
-
-def cut(ids: Tensor, block: int) -> list[bytes]:
-    """ids [P] int64 on the CPU, P a multiple of `block` -> the bytes of each block."""
-    data, size = ids.numpy().tobytes(), block * ids.itemsize
-    return [data[at : at + size] for at in range(0, len(data), size)]
 
 
 def chained(blocks: Sequence[bytes]) -> list[int]:
@@ -100,6 +104,10 @@ def chained(blocks: Sequence[bytes]) -> list[int]:
     return keys
 
 
+def positions(blocks: Iterable[bytes]) -> int:
+    return sum(map(len, blocks)) // ID_BYTES
+
+
 def in_common(a: Sequence[bytes], b: Sequence[bytes]) -> int:
-    """How many blocks two prompts begin with in common."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+    """How many positions lie in the blocks that two prompts begin with in common."""
+    return positions(own for own, _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))

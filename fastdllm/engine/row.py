@@ -192,7 +192,7 @@ class Row:
         """What the next forward recomputes: the cache's plan, and at least `lookback` positions before the block."""
         opening = run.cache.open(self.block) if self.opening else None
         self.opening = opening is not None
-        if opening and self.block.grid:
+        if opening and (self.block.grid or self.block.reread is not None):
             opening = self._after_clean(opening)
         p = opening or run.cache.step(self.block, Progress(self.denoised, self.outer_step, self.first_masked))
         if run.decoder.drafts and not opening:  # the pass that drafts, and again from left to right the one that verifies

@@ -152,10 +152,8 @@ class Desk:
             self._dismiss()
         while self.waiting and self._admit(self.waiting[0]):
             self.waiting.popleft()
-        if self.waiting and not self.live:
-            raise RuntimeError(
-                f"request {self.waiting[0].number} finds no place on an empty canvas"
-            )  # it would wait for ever
+        if self.waiting and not self.live:  # it would wait for ever
+            raise RuntimeError(f"request {self.waiting[0].number} finds no place on an empty canvas")
         return bool(self.live or self.waiting) or not self._closed
 
     def settle(self, rows: Sequence[Row]) -> dict[int, Result]:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks that several requests' prompts begin with are computed once (`fastdllm.prompt_cache`).
 
-Only where the cache plan keeps finished blocks for good: in a bidirectional model every key depends on all tokens, those that
-are still to be written included, and so no two requests share one. At least the last block of what a prompt's first pass
-recomputes is recomputed in any case: its output may predict the first token, and so a request takes as many forwards as
-without.
+Only where the cache plan keeps finished blocks for good: in a bidirectional model every key depends on all tokens, those
+that are still to be written included, and so no two requests share one. The prompt's last whole block is recomputed in any
+case: its output may predict the first token, and so a request takes as many forwards as without.
 """
 
 from __future__ import annotations

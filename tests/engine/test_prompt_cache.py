@@ -21,7 +21,7 @@ from tests.engine.test_source import Scripted, request
 from tests.random_models import STOP, WatchedRunner, random_model, triples
 from tests.runners.test_bucketing import emulated
 
-SHARING = [(cache, decoder) for family, cache, decoder in triples() if family == "v2" and cache != "none"]
+SHARING = [(f, c, d) for f, c, d in triples() if (c in ("block", "sub_block") and f == "v2") or c == "causal"]
 SMALL = {"gen_length": 20, "block_length": 8, "small_block_size": 4}
 
 
@@ -61,18 +61,21 @@ def test_requests_that_come_and_go_share_prompts_and_give_what_each_gives_alone(
     monkeypatch.setattr(cuda_graph.Runner, "_capture", emulated)
     monkeypatch.setattr(prefixes, "WORTH_A_ROUND", 8)
     rng, cached = random.Random(f"{seed} {graphed}"), 0
-    for cache, decoder in rng.sample(SHARING, 4):
-        model, options = random_model("v2", seed), dict(SMALL)
-        if decoder not in ("lopa", "draft_verify", "wino") and rng.random() < 0.4:
+    for family, cache, decoder in rng.sample(SHARING, 4):
+        model, options = random_model(family, seed), dict(SMALL)
+        if family == "v2" and rng.random() < 0.3:  # A2D counts its blocks from the prompt's end
+            model.spec = replace(model.spec, grid_at_prompt=True, shift=0)
+        if family == "v2" and decoder not in ("lopa", "draft_verify", "wino") and rng.random() < 0.4:
             options |= {"reuse_k": 2, "layer_subset": "1", "trim_ratio": rng.choice([None, 0.5])}
         kept = rng.choice([None, 1, 8, 16, 40, PromptCache(64)])
         run = build.assemble(model, fastdllm.DecodeConfig(cache=cache, decoder=decoder, prompt_cache=kept, **options))
-        stems = [torch.tensor([rng.randrange(STOP) for _ in range(rng.randint(1, 60))]) for _ in range(2)]
+        stems = [torch.tensor([rng.randrange(STOP) for _ in range(rng.randint(1, 90))]) for _ in range(2)]
         asked = []
         for _ in range(rng.randint(3, 9)):
             stem = rng.choice(stems)
             one = request(rng, run)
-            asked.append(replace(one, prompt=torch.cat([stem[: rng.randint(0, len(stem))], one.prompt])))
+            cut = rng.choice([len(stem), rng.randint(0, len(stem))])
+            asked.append(replace(one, prompt=torch.cat([stem[:cut], one.prompt])))
             if rng.random() < 0.3:
                 asked.append(replace(asked[-1], seed=5))
         arrivals: dict[int, list[Request]] = {}
@@ -116,6 +119,30 @@ def test_a_batch_computes_a_common_beginning_once(cache: str, batch: int) -> Non
     saved = [a - b for a, b in zip(without.stats.row_positions, shared.stats.row_positions, strict=True)]
     assert saved == shared.stats.row_cached
     assert shared.stats.summary()["cached_positions"] == sum(saved)
+
+
+def test_blocks_counted_from_the_prompts_end_are_shared_where_they_begin_alike() -> None:
+    """A2D: a prompt of 103 tokens begins with a block of 7, one of 111 too, one of 105 with a block of 1."""
+    model = random_model("v2")
+    model.spec = replace(model.spec, grid_at_prompt=True, shift=0)
+    shared, without = (
+        fastdllm.generate(model, prompts(100, 3, 11, 5), cache="block", prompt_cache=kept, **SMALL) for kept in (None, 0)
+    )
+    assert shared.stats.row_cached == [0, 7 + 11 * 8, 0]
+    for name in ("sequences", "logprobs", "committed_at"):
+        for a, b in zip(getattr(shared, name), getattr(without, name), strict=True):
+            assert torch.allclose(a.float(), b.float(), atol=1e-5), name
+
+
+def test_a_prompt_that_is_read_causally_is_shared_too() -> None:
+    model, given = random_model("nemotron"), prompts(100, 3, 30, 5)
+    shared, without = (
+        fastdllm.generate(model, given, prompt_cache=kept, gen_length=20, block_length=8) for kept in (None, 0)
+    )
+    assert shared.stats.row_cached == [0, 96, 64]  # chunks of 32, without the last whole one
+    for name in ("sequences", "logprobs", "committed_at"):
+        for a, b in zip(getattr(shared, name), getattr(without, name), strict=True):
+            assert torch.allclose(a.float(), b.float(), atol=1e-5), name
 
 
 def test_counted_positions_are_those_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,13 +268,9 @@ def test_another_model_size_or_weights_start_empty() -> None:
 
 def test_a_cache_that_cannot_serve_is_refused() -> None:
     given = torch.arange(5)
-    for family, options in (
-        ("llada", {"cache": "dual"}),
-        ("v2", {"cache": "none"}),
-        ("v2", {"cfg_scale": 0.5}),
-    ):
+    for family, options in (("llada", {"cache": "dual"}), ("v2", {"cache": "none"}), ("v2", {"cfg_scale": 0.5})):
         for kept in (64, PromptCache()):
-            with pytest.raises(ValueError, match=r"prompt_cache=.* needs a block-causal family and cache='block'"):
+            with pytest.raises(ValueError, match=r"prompt_cache=.* needs a cache whose finished blocks never change"):
                 fastdllm.generate(random_model(family), given, gen_length=8, prompt_cache=kept, **options)
         fastdllm.generate(random_model(family), given, gen_length=8, block_length=8, prompt_cache=0, **options)
     for value in (-1, 1.5, "many", True):

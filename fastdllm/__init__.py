@@ -12,6 +12,7 @@ from fastdllm.engine import Request, Result, Step
 from fastdllm.generation import Output, generate, stream, stream_text
 from fastdllm.likelihood import log_likelihoods
 from fastdllm.models import Model, load
+from fastdllm.prompt_cache import PromptCache
 from fastdllm.prompts import encode
 from fastdllm.registry import register
 from fastdllm.stats import Stats
@@ -23,6 +24,7 @@ __all__ = [
     "DecodeConfig",
     "Model",
     "Output",
+    "PromptCache",
     "Request",
     "Result",
     "Stats",

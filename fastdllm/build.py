@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from fastdllm import config as configs
-from fastdllm import presets, registry
+from fastdllm import fields, presets, registry
 from fastdllm.blocks import Block, Geometry, causal_aligned, grid_aligned, prompt_aligned, sliding
 from fastdllm.config import DecodeConfig
 from fastdllm.decoding import Decoding
@@ -75,6 +75,12 @@ def _check_family(spec: ModelSpec, values: Mapping[str, Any]) -> None:
         raise ValueError(
             f"cache={registry.name_of(cache)!r} does not fit the family {spec.family!r}; "
             f"allowed are {', '.join(registry.caches_for(causal, spec.causal_context))}"
+        )
+    plan = registry.class_of(Kind.CACHES, cache)
+    if values["prompt_cache"] and not (plan.block_causal or plan.causal):
+        raise ValueError(
+            f"prompt_cache={fields.shown(values['prompt_cache'])} needs a cache whose finished blocks never change (block, "
+            f"sub_block, causal), and a family that has one; not cache={registry.name_of(cache)!r} of {spec.family!r}"
         )
     if (causal or spec.causal_context) and values["geometry"] is not None:
         raise ValueError(f"geometry is a choice of families that read both ways; {spec.family!r} has its own blocks")
@@ -141,6 +147,7 @@ def assemble(model: Model, config: DecodeConfig) -> Decoding:
         lookback=lookback,
         guidance=config.cfg_scale,
         reuse=reuse,
+        prompt_cache=config.prompt_cache,
     )
 
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 from fastdllm import fields, registry
 from fastdllm.fields import Bounds, coerce, shown
 from fastdllm.presets import PRESETS
+from fastdllm.prompt_cache import PromptCache
 from fastdllm.registry import Kind
 from fastdllm.sampling import CONFIDENCES
 from fastdllm.schedules import SCHEDULES
@@ -57,6 +58,7 @@ ELSEWHERE = {
     "num_inference_steps": "the number of denoising steps is steps",
     "logits_processor": "a decoder of your own may change logits (`adjust`): decoder=MyRule()",
     "repetition_penalty": "a decoder of your own may change logits (`adjust`): decoder=MyRule()",
+    "enable_prefix_caching": "prompt_cache=0 keeps no blocks of earlier prompts",
     "use_cache": "cache='prefix', or 'none'",
     "dual_cache": "cache='dual'",
     "use_block_cache": "cache='sub_block', or 'block'",
@@ -120,6 +122,12 @@ class DecodeConfig:
     seed: Annotated[int, "Of the draws; row i draws from seed + i.", Bounds(-(2**62), 2**62)] = 0
     stop_ids: Annotated[tuple[int, ...] | None, "Tokens that end an answer; () never stops early."] = None
     batch_size: Annotated[int | None, "Prompts decoded together; default what memory allows, up to 64.", Bounds(1)] = None
+    prompt_cache: Annotated[
+        int | None,
+        "Positions of prompts kept for prompts that begin alike (cache block and sub_block); 0 none, default what memory "
+        "allows, up to 32768. A `PromptCache` outlives the run.",
+        Bounds(0),
+    ] = None
     runner: Annotated[
         str | None,
         "How a forward is executed; cuda_graph on a GPU, else eager.",
@@ -320,6 +328,8 @@ def _checked(option: fields.Option, value: Any) -> Any:
     if name == "geometry":
         if not callable(value):
             raise ValueError(f"geometry={shown(value)} must be a function (prompt, total) -> list of blocks.Block")
+        return value
+    if name == "prompt_cache" and isinstance(value, PromptCache):
         return value
     if name == "layer_subset" and isinstance(value, list | tuple | int):
         value = str(value) if isinstance(value, int) else "+".join(map(str, value))

@@ -16,6 +16,7 @@ from fastdllm.blocks import Geometry
 if TYPE_CHECKING:
     from fastdllm.caches.base import CachePlan
     from fastdllm.decoders.base import DecoderRule
+    from fastdllm.prompt_cache import PromptCache
     from fastdllm.reuse.base import Reuse
     from fastdllm.sampling import Sampler
 
@@ -36,6 +37,8 @@ class Decoding:
     guidance: classifier-free guidance w, 0 for none. Logits become u + (w + 1)(c - u), with u from a second lane of the same
         forward, whose prompt is masked.
     reuse: runs some layers for some positions only.
+    prompt_cache: positions of prompts that are kept for prompts that begin alike (block-causal models), None for what memory
+        allows, 0 for none; or the cache that keeps them beyond the run.
     key: what shapes a step; runs with equal keys replay each other's graphs. What travels with a request is left out.
     """
 
@@ -51,6 +54,7 @@ class Decoding:
     lookback: int = 0
     guidance: float = 0.0
     reuse: Reuse | None = None
+    prompt_cache: int | PromptCache | None = None
     key: Choices = field(init=False)
 
     @property

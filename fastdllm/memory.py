@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many positions a run may hold at once: the server's budget, and that of `generate` without a batch_size."""
+"""How many positions a run may hold at once (the server's budget, and that of `generate` without a batch_size), and how many
+of prompts it may keep for later ones."""
 
 from __future__ import annotations
 
@@ -8,11 +9,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastdllm import prompt_cache
+
 if TYPE_CHECKING:
     from fastdllm.models import Model
 
 GPU_SHARE = 0.75  # of the memory that is free once the model is loaded; the rest is for activations and graphs
 CPU_SHARE = 0.25
+PROMPT_SHARE = 0.2  # of what a run's canvas has left over
 
 
 def bytes_per_position(model: Model) -> int:
@@ -25,6 +29,12 @@ def positions_that_fit(model: Model, rows: int) -> int:
     """As many as free memory allows, at most what `rows` requests of the model's whole context take."""
     share, free = (GPU_SHARE, _free_on_gpu(model.device)) if model.device.type == "cuda" else (CPU_SHARE, _available())
     return max(1, min(int(share * free / bytes_per_position(model)), rows * (model.spec.max_length + 256)))
+
+
+def prompt_positions(model: Model) -> int:
+    """How many positions of prompts are kept unless the caller says otherwise."""
+    free = _free_on_gpu(model.device) if model.device.type == "cuda" else _available()
+    return max(1, min(int(PROMPT_SHARE * free / bytes_per_position(model)), prompt_cache.POSITIONS))
 
 
 def _free_on_gpu(device: torch.device) -> float:

@@ -28,6 +28,7 @@ class Stats:
     row_forwards: model calls of each sample.
     row_positions: positions that they recomputed.
     row_layer_tokens: those positions times the layers that ran for them.
+    row_cached: positions of each prompt that were not recomputed, because an earlier one began alike.
     row_tokens: tokens of each answer.
     peak_memory: the most bytes that were allocated on the CUDA device; None elsewhere.
     """
@@ -37,6 +38,7 @@ class Stats:
     row_forwards: list[int] = field(default_factory=list)
     row_positions: list[int] = field(default_factory=list)
     row_layer_tokens: list[int] = field(default_factory=list)
+    row_cached: list[int] = field(default_factory=list)
     row_tokens: list[int] = field(default_factory=list)
     peak_memory: int | None = None
 
@@ -72,6 +74,7 @@ class Stats:
         self.row_forwards.append(result.forwards)
         self.row_positions.append(result.positions)
         self.row_layer_tokens.append(result.layer_tokens)
+        self.row_cached.append(result.cached)
 
     def add(self, other: Stats) -> None:
         """Take in another run's figures."""
@@ -80,6 +83,7 @@ class Stats:
         self.row_forwards += other.row_forwards
         self.row_positions += other.row_positions
         self.row_layer_tokens += other.row_layer_tokens
+        self.row_cached += other.row_cached
         self.row_tokens += other.row_tokens
         peaks = [p for p in (self.peak_memory, other.peak_memory) if p is not None]
         self.peak_memory = max(peaks) if peaks else None
@@ -96,6 +100,7 @@ class Stats:
             "tokens_per_second": self.tokens_per_second,
             "positions": sum(self.row_positions),
             "layer_tokens": sum(self.row_layer_tokens),
+            "cached_positions": sum(self.row_cached),
             "peak_memory": self.peak_memory,
         }
 

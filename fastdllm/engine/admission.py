@@ -6,12 +6,14 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastdllm.decoding import Decoding
+from fastdllm.engine.prefixes import prefixes
 from fastdllm.engine.row import Place, Request, Result, Row
 from fastdllm.engine.source import Source
 from fastdllm.forward import ALTERNATIVES
@@ -110,6 +112,15 @@ def _stops(request: Request, run: Decoding) -> tuple[int, ...]:
     return run.stop_ids if request.stop_ids is None else request.stop_ids
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """A request without a place. prefix: see `Row`."""
+
+    number: int
+    request: Request
+    prefix: list[bytes]
+
+
 class Desk:
     """Receives requests, gives them places in the order in which they came, and takes the places back.
 
@@ -118,7 +129,8 @@ class Desk:
 
     def __init__(self, model: Model, run: Decoding, canvas: Canvas, source: Source) -> None:
         self.model, self.run, self.canvas, self.source = model, run, canvas, source
-        self.waiting: deque[tuple[int, Request]] = deque()
+        self.prefixes = prefixes(model, run, source.known())
+        self.waiting: deque[Waiting] = deque()
         self.live: list[Row] = []
         self._count, self._closed = 0, False
 
@@ -130,21 +142,25 @@ class Desk:
             for request in new or ():
                 if self.source.known() is None:
                     check(self.model, self.run, request)
-                self.waiting.append((self._count, request))
+                prefix = [] if self.prefixes is None else self.prefixes.of(request)
+                self.waiting.append(Waiting(self._count, request, prefix))
                 self._count += 1
         if gone := set(self.source.withdrawn()):
-            self.waiting = deque(item for item in self.waiting if item[0] not in gone)
+            self.waiting = deque(item for item in self.waiting if item.number not in gone)
             for row in self.live:
                 row.finished = row.finished or row.number in gone
             self._dismiss()
-        while self.waiting and self._admit(*self.waiting[0]):
+        while self.waiting and self._admit(self.waiting[0]):
             self.waiting.popleft()
-        if self.waiting and not self.live:
-            raise RuntimeError(f"request {self.waiting[0][0]} finds no place on an empty canvas")  # it would wait for ever
+        if self.waiting and not self.live:  # it would wait for ever
+            raise RuntimeError(f"request {self.waiting[0].number} finds no place on an empty canvas")
         return bool(self.live or self.waiting) or not self._closed
 
     def settle(self, rows: Sequence[Row]) -> dict[int, Result]:
-        """The results of those of `rows` that have finished, by number; their places are free again."""
+        """After a forward of `rows`: the results of those that have finished, by number; their places are free again."""
+        if self.prefixes is not None:
+            for row in rows:
+                self.prefixes.keep(self.canvas, row)
         done = {row.number: self._result(row) for row in rows if row.finished}
         self._dismiss()
         return done
@@ -167,9 +183,11 @@ class Desk:
             row.stopped,
         )
 
-    def _admit(self, number: int, request: Request) -> bool:
-        """Give the request a place and write it there, if there is room."""
-        model, run, canvas = self.model, self.run, self.canvas
+    def _admit(self, next_one: Waiting) -> bool:
+        """Give the request a place and write it there, if there is room and nothing worth a round's wait."""
+        model, run, canvas, request = self.model, self.run, self.canvas, next_one.request
+        if self.prefixes is not None and self.prefixes.waits(next_one.prefix, self.live):
+            return False
         size = size_of(request, run, model.spec)
         at = canvas.places.take(size, run.lanes) if canvas.slots else None
         if at is None:
@@ -183,7 +201,11 @@ class Desk:
         if run.sampler.random(numbers):
             generator = torch.Generator(model.device).manual_seed(request.seed)
         reuse = None if run.reuse is None else run.reuse.cursor()
-        self.live.append(Row(number, request, blocks, place, generator, draws(numbers), truncates(numbers), reuse))
+        row = Row(next_one.number, request, blocks, place, generator, draws(numbers), truncates(numbers), reuse)
+        self.live.append(row)
+        if self.prefixes is not None:
+            row.prefix = next_one.prefix
+            self.prefixes.load(canvas, row)
         return True
 
 

@@ -57,11 +57,13 @@ class Cost:
     forwards: model calls.
     positions: what they recomputed, in every lane and shadow.
     layer_tokens: those positions times the layers that ran for them.
+    cached: positions of the prompt that an earlier request had computed.
     """
 
     forwards: int = 0
     positions: int = 0
     layer_tokens: int = 0
+    cached: int = 0
 
     def add(self, positions: int, layer_tokens: int) -> None:
         self.forwards += 1
@@ -104,6 +106,10 @@ class Result:
     def layer_tokens(self) -> int:
         return self.cost.layer_tokens
 
+    @property
+    def cached(self) -> int:
+        return self.cost.cached
+
 
 @dataclass(frozen=True)
 class Place:
@@ -130,6 +136,8 @@ class Row:
     committed: tokens that the last forward gained.
     stopped: it ended before its length did.
     drafted: whether the block holds drafts that wait to be verified.
+    prefix: token ids of the prompt's blocks, where they may be shared.
+    clean: slots [0, clean) hold keys and values of finished blocks, which never change any more.
     widest: positions of its widest block.
     """
 
@@ -154,6 +162,8 @@ class Row:
     remaining: int = 0
     committed: int = 0
     cost: Cost = field(default_factory=Cost)
+    prefix: list[bytes] = field(default_factory=list)
+    clean: int = 0
     widest: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -182,10 +192,20 @@ class Row:
         """What the next forward recomputes: the cache's plan, and at least `lookback` positions before the block."""
         opening = run.cache.open(self.block) if self.opening else None
         self.opening = opening is not None
+        if opening and (self.block.grid or self.block.reread is not None):
+            opening = self._after_clean(opening)
         p = opening or run.cache.step(self.block, Progress(self.denoised, self.outer_step, self.first_masked))
         if run.decoder.drafts and not opening:  # the pass that drafts, and again from left to right the one that verifies
             return replace(p, causal=self.drafted or self.remaining < 2)
         return replace(p, start=min(p.start, self.block.start - run.lookback)) if run.lookback else p
+
+    def _after_clean(self, opening: Pass) -> Pass:
+        """The pass without what an earlier request computed; it makes the blocks before this one clean."""
+        if self.at == 0 and opening.start < self.clean < opening.stop:
+            opening = replace(opening, start=self.clean)
+        if opening.start <= self.clean and opening.read >= opening.stop:
+            self.clean = max(self.clean, min(opening.stop, self.block.outer_start))
+        return opening
 
     def fresh(self, width: int) -> int | None:
         """Positions of a pass of `width` that run through layers with reuse; None in an opening pass and without reuse."""

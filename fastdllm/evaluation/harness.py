@@ -293,7 +293,7 @@ class DiffusionLM(TemplateLM):
         room = self.max_length - config.gen_length
         ids = self.tok_encode(self.prompt_of(request)) or [self.prefix_token_id]  # some models need a token before the first
         prompt = self._fit(ids, room, f"gen_length={config.gen_length} tokens")
-        settings = {k: v for k, v in config.given().items() if k not in ("batch_size", "runner")}
+        settings = {k: v for k, v in config.given().items() if k not in ("batch_size", "prompt_cache", "runner")}
         key = answer_key(prompt, settings, until, self._fingerprint, fastdllm.__version__)
         if config.temperature or config.alg_temp or config.confidence == "random":
             seen[key] += 1  # the same request again is another draw

@@ -61,12 +61,14 @@ class Progress:
 @dataclass(frozen=True)
 class Finished:
     """The answer is complete. ids: of all its positions, masks at most after its end. logprobs: of each when it was
-    committed, NaN where none was. forwards, positions: what it cost."""
+    committed, NaN where none was. forwards, positions: what it cost. cached: positions of the prompt that did not have to be
+    computed."""
 
     ids: list[int]
     logprobs: list[float]
     forwards: int
     positions: int
+    cached: int = 0
 
 
 @dataclass(frozen=True)
@@ -497,4 +499,4 @@ def for_any_length(model: Model, config: DecodeConfig) -> DecodeConfig:
 
 def finished(result: Result, prompt: int) -> Finished:
     """A result without tensors: nothing of the device leaves the decoding thread."""
-    return Finished(result.ids[prompt:].tolist(), result.logprobs.tolist(), result.forwards, result.positions)
+    return Finished(result.ids[prompt:].tolist(), result.logprobs.tolist(), result.forwards, result.positions, result.cached)

@@ -455,8 +455,15 @@ class Service:
         prompt, tokens = sum(prompts.values()), sum(choice.text.tokens for choice in choices)
         forwards = sum(choice.result.forwards for choice in choices if choice.result)
         forwards += asked.scored
+        # Of several answers to one prompt the first computes it for the others; it is the prompt's own figure that counts.
+        cached: dict[int, int] = {}
+        for choice in choices:
+            if choice.result:
+                before = cached.get(id(choice.prompt), choice.result.cached)
+                cached[id(choice.prompt)] = min(before, choice.result.cached)
         return {
             "prompt_tokens": prompt,
+            "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
             "completion_tokens": tokens,
             "total_tokens": prompt + tokens,
             "forwards": forwards,

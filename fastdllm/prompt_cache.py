@@ -3,9 +3,8 @@
 
 In a block-causal model the keys and values of a finished block depend on the tokens up to the block's end and on nothing
 else, so a prompt that begins like an earlier one need not compute them again. Blocks form a tree, and need not be of one
-length: a block is found by its
-token ids below the block before it, so two prompts meet only where all their tokens are equal. Rows copy what they take, and
-so a block may be dropped at any time.
+length: a block is found by its token ids below the block before it, so two prompts meet only where all their tokens are
+equal. Rows copy what they take, and so a block may be dropped at any time.
 """
 
 from __future__ import annotations

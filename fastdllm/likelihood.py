@@ -230,7 +230,8 @@ def _masked(model: Model, context: Tensor, target: Tensor, mc_num: int, seed: in
 def _left_to_right(model: Model, context: Tensor, target: Tensor) -> Iterator[tuple[float, Probe]]:
     canvas, block = torch.cat([context, target]), model.spec.block_causal
     if model.spec.causal_context:
-        yield 1.0, Probe(canvas, len(context), torch.arange(len(context), len(canvas)), target)
+        if len(target):
+            yield 1.0, Probe(canvas, len(context), torch.arange(len(context), len(canvas)), target)
         return
     for at in range(len(context), len(canvas)):
         end = block_end(at, block, _origin(model, len(context))) if block else len(canvas)

@@ -105,8 +105,11 @@ class PromptCache:
         return kv.shape[3]
 
     def keep(self, blocks: Sequence[bytes], store: KVStore, row: int) -> None:
-        """Keep copies of the blocks at the beginning of a row of the store, as far as there is room; none if one of them holds
-        what is not a number, which may come from the prompt's end and would reach prompts that begin alike."""
+        """Keep copies of the blocks at the beginning of a row of the store, as far as there is room.
+
+        None where something in them is not a number: it may come from the prompt's end, and would reach prompts that begin
+        alike.
+        """
         with self._lock:
             path = self._path(blocks)
             start = sum(map(len, path))

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from fastdllm import PromptCache, build
 from fastdllm.engine import Request, Result, decode, prefixes
 from fastdllm.engine.admission import size_of
 from fastdllm.models import Model
+from fastdllm.models.transformer import Transformer
 from fastdllm.runners import cuda_graph, eager
 from tests.engine.test_nan import BAD, poisoned
 from tests.engine.test_source import Scripted, request
@@ -159,6 +162,34 @@ def test_counted_positions_are_those_that_ran(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(model.network, "forward", counting)
     out = fastdllm.generate(model, given, cache="block", batch_size=1, **SMALL)
     assert ran == sum(out.stats.row_positions) and out.stats.row_cached == [0, 64]
+
+
+def test_a_five_shot_evaluation_computes_a_fifth_of_its_prompts() -> None:
+    """The shipped task, tokenised and prompted as lm-eval does; positions of the network do not depend on its weights."""
+    tiny = fastdllm.load("tiny-fast-dllm-v2")
+    spec = replace(tiny.spec, layers=1, width=16, heads=2, kv_heads=1, head_dim=8, ffn=16, max_length=2048)
+    torch.manual_seed(0)
+    network = Transformer(spec)
+    for weight in network.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    model = replace(tiny, spec=spec, network=network)
+    examples, questions = (problems(name) for name in ("fewshot", "test"))
+    stem = "".join(f"Question: {e['question']}\nAnswer: {e['answer']}\n\n" for e in examples[:5])
+    texts = [f"{stem}Question: {q['question']}\nAnswer:" for q in questions[:40]]
+    given = [torch.tensor(model.tokenizer(text)["input_ids"]) for text in texts]
+    shared, without = (
+        fastdllm.generate(model, given, gen_length=8, batch_size=8, prompt_cache=kept, stop_ids=()) for kept in (None, 0)
+    )
+    size = model.spec.block_causal
+    prefill = sum(len(ids) // size * size for ids in given)
+    assert sum(without.stats.row_positions) - sum(shared.stats.row_positions) == sum(shared.stats.row_cached)
+    assert sum(shared.stats.row_cached) >= 0.8 * prefill
+    assert all(map(torch.equal, shared.sequences, without.sequences))
+
+
+def problems(name: str) -> list[dict[str, str]]:
+    path = Path(fastdllm.__file__).parent / "tasks" / "gsm_symbolic" / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_what_is_kept_is_what_a_later_prompt_reads() -> None:

@@ -63,8 +63,9 @@ class PromptCache:
     def __repr__(self) -> str:
         return f"PromptCache(positions={self.positions})"
 
-    def __len__(self) -> int:
-        """Positions that are kept."""
+    @property
+    def kept(self) -> int:
+        """Positions that are kept now."""
         return self._kept
 
     def clear(self) -> None:
@@ -103,10 +104,17 @@ class PromptCache:
         return kv.shape[3]
 
     def keep(self, blocks: Sequence[bytes], store: KVStore, row: int) -> None:
-        """Keep copies of the blocks at the beginning of a row of the store, as far as there is room."""
+        """Keep copies of the blocks at the beginning of a row of the store, as far as there is room.
+
+        None where something in them is not a number: it may come from the prompt's end, and would reach prompts that begin
+        alike.
+        """
         with self._lock:
             path = self._path(blocks)
             start = sum(map(len, path))
+            new = slice(start, start + sum(map(len, blocks[len(path) :])) // ID_BYTES)
+            if new.stop == new.start or not finite(store.k[:, row, :, new], store.v[:, row, :, new]):
+                return
             for ids in blocks[len(path) :]:
                 stop = start + len(ids) // ID_BYTES
                 if not self._make_room(stop - start, path):
@@ -146,3 +154,8 @@ class PromptCache:
             del self._recent[oldest], oldest.above[oldest.ids]
             self._kept -= len(oldest)
         return True
+
+
+def finite(*tensors: Tensor) -> bool:
+    total = torch.stack([tensor.sum(dtype=torch.float32) for tensor in tensors])
+    return bool(total.isfinite().all())  # sync: once a prompt, whose round has been read already

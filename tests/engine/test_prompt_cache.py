@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,9 @@ from fastdllm import PromptCache, build
 from fastdllm.engine import Request, Result, decode, prefixes
 from fastdllm.engine.admission import size_of
 from fastdllm.models import Model
+from fastdllm.models.transformer import Transformer
 from fastdllm.runners import cuda_graph, eager
+from tests.engine.test_nan import BAD, poisoned
 from tests.engine.test_source import Scripted, request
 from tests.random_models import STOP, WatchedRunner, random_model, triples
 from tests.runners.test_bucketing import emulated
@@ -160,6 +164,34 @@ def test_counted_positions_are_those_that_ran(monkeypatch: pytest.MonkeyPatch) -
     assert ran == sum(out.stats.row_positions) and out.stats.row_cached == [0, 64]
 
 
+def test_a_five_shot_evaluation_computes_a_fifth_of_its_prompts() -> None:
+    """The shipped task, tokenised and prompted as lm-eval does; positions of the network do not depend on its weights."""
+    tiny = fastdllm.load("tiny-fast-dllm-v2")
+    spec = replace(tiny.spec, layers=1, width=16, heads=2, kv_heads=1, head_dim=8, ffn=16, max_length=2048)
+    torch.manual_seed(0)
+    network = Transformer(spec)
+    for weight in network.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    model = replace(tiny, spec=spec, network=network)
+    examples, questions = (problems(name) for name in ("fewshot", "test"))
+    stem = "".join(f"Question: {e['question']}\nAnswer: {e['answer']}\n\n" for e in examples[:5])
+    texts = [f"{stem}Question: {q['question']}\nAnswer:" for q in questions[:40]]
+    given = [torch.tensor(model.tokenizer(text)["input_ids"]) for text in texts]
+    shared, without = (
+        fastdllm.generate(model, given, gen_length=8, batch_size=8, prompt_cache=kept, stop_ids=()) for kept in (None, 0)
+    )
+    size = model.spec.block_causal
+    prefill = sum(len(ids) // size * size for ids in given)
+    assert sum(without.stats.row_positions) - sum(shared.stats.row_positions) == sum(shared.stats.row_cached)
+    assert sum(shared.stats.row_cached) >= 0.8 * prefill
+    assert all(map(torch.equal, shared.sequences, without.sequences))
+
+
+def problems(name: str) -> list[dict[str, str]]:
+    path = Path(fastdllm.__file__).parent / "tasks" / "gsm_symbolic" / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def test_what_is_kept_is_what_a_later_prompt_reads() -> None:
     """Changed keys and values change the answer's log-probabilities: they are no decoration."""
     model, (given,) = random_model("v2"), prompts(0, 50)
@@ -169,7 +201,7 @@ def test_what_is_kept_is_what_a_later_prompt_reads() -> None:
     assert (first.stats.row_cached, again.stats.row_cached) == ([0], [40])
     assert torch.allclose(first.logprobs[0], again.logprobs[0], atol=1e-5)
     for node in kept._recent:
-        node.kv += 1
+        node.kv = node.kv + 1
     wrong = fastdllm.generate(model, given, prompt_cache=kept, **SMALL)
     assert not torch.allclose(first.logprobs[0], wrong.logprobs[0], atol=1e-3)
 
@@ -180,7 +212,7 @@ def test_nothing_is_kept_that_no_other_request_of_a_list_begins_with(monkeypatch
 
     def watched(self: PromptCache, *given: Any) -> None:
         keep(self, *given)
-        taken.append(len(self))
+        taken.append(self.kept)
 
     monkeypatch.setattr(PromptCache, "keep", watched)
     fastdllm.generate(random_model("v2"), [*prompts(20, 40, 40), *prompts(0, 60, seed=1)], batch_size=1, **SMALL)
@@ -229,6 +261,20 @@ def test_a_withdrawn_row_leaves_what_it_computed_to_the_others() -> None:
         check_equal(done[1], alone(model, run, asked[1]), model.spec.layers)
 
 
+@pytest.mark.filterwarnings("ignore:answer")
+def test_nan_of_one_prompt_reaches_no_prompt_that_begins_alike() -> None:
+    """Attention on a CPU carries it from the prompt's end to its beginning, whose blocks another prompt has too."""
+    model, given = poisoned("v2"), [p + (p <= BAD).long() * (BAD + 1) for p in prompts(40, 20, 20, 20)]
+    want = fastdllm.generate(model, given, prompt_cache=0, batch_size=1, **SMALL)
+    given[0][-10] = BAD
+    for kept in (None, PromptCache()):
+        out = fastdllm.generate(model, given, prompt_cache=kept, batch_size=1, **SMALL)
+        assert out.logprobs[0].isnan().any() and out.stats.row_cached == [0, 0, 40]
+        for i in (1, 2):
+            assert torch.equal(out.sequences[i], want.sequences[i])
+            assert torch.allclose(out.logprobs[i], want.logprobs[i], atol=1e-5)
+
+
 def test_the_budget_bounds_what_is_kept_and_the_longest_unused_goes_first() -> None:
     model, kept = random_model("v2"), PromptCache(positions=47)
     a, b, c = (prompts(0, 24, seed=seed)[0] for seed in range(3))
@@ -236,7 +282,7 @@ def test_the_budget_bounds_what_is_kept_and_the_longest_unused_goes_first() -> N
 
     def ask(prompt: Tensor) -> int:
         out = fastdllm.generate(model, prompt, **room)
-        assert len(kept) <= kept.positions
+        assert kept.kept <= kept.positions
         return out.stats.row_cached[0]
 
     assert [ask(a), ask(b)] == [0, 0]  # 3 blocks each, of 5 that fit: a's last one goes

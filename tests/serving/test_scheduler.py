@@ -20,6 +20,7 @@ from fastdllm.engine import Request
 from fastdllm.serving import scheduler as under_test
 from fastdllm.serving.errors import Closed, Expired, NotANumber, Overloaded, TooLong
 from fastdllm.serving.scheduler import Failed, Finished, Progress, Scheduler
+from tests.random_models import random_model
 
 CONFIG = DecodeConfig(gen_length=32, block_length=16)
 
@@ -386,3 +387,22 @@ def test_closing_finishes_what_was_taken_and_refuses_the_rest(model: fastdllm.Mo
     assert all(isinstance(listener.last.get_nowait(), Finished) for listener in listeners)
     with pytest.raises(Closed):
         scheduler.submit(Request(prompt(model, "Hello"), 8), Listener())
+
+
+def test_a_request_takes_what_an_earlier_one_computed_of_its_prompt() -> None:
+    """Across requests, and across the turns of a chat, whose prompts hold earlier answers."""
+    model = random_model("v2")
+    config = DecodeConfig(gen_length=16, block_length=8, small_block_size=4, stop_ids=())
+    scheduler = Scheduler(model, config).start()
+    try:
+        history, cached = torch.arange(30) % 20, []
+        for turn in range(3):
+            listener = Listener()
+            scheduler.submit(Request(history, 16), listener, watched=False)
+            done = listener.wait()
+            assert done.ids == fastdllm.generate(model, history, config).sequences[0][len(history) :].tolist()
+            cached.append(done.cached)
+            history = torch.cat([history, torch.tensor(done.ids), torch.arange(3) + turn])
+    finally:
+        scheduler.close(20)
+    assert cached == [0, 40, 56]

@@ -31,7 +31,11 @@ ID_BYTES = 8  # of a token id
 
 @dataclass(eq=False)
 class Node:
-    """A block. kv [2, L, K, N, D]: keys and values of its N positions. below: the blocks that follow it, by token ids."""
+    """A block.
+
+    kv: [2, L, K, N, D], keys and values of its N positions.
+    below: the blocks that follow it, by token ids.
+    """
 
     above: dict[bytes, Node]
     ids: bytes

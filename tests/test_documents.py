@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import fastdllm
 from fastdllm.models.supported import SUPPORTED
 from scripts import quickstart
 from scripts.studies import figures, memory
@@ -88,6 +89,11 @@ def test_every_row_of_the_quick_start_is_a_setting() -> None:
     for run in quickstart.RUNS.values():
         fastdllm.DecodeConfig(**dict(option.split("=") for option in run.options.split(",")))
         assert quickstart.RUNS[run.reference].model == run.model
+
+
+def test_the_page_on_the_api_has_every_public_name() -> None:
+    listed = re.findall(r"^::: fastdllm\.(?:\w+\.)?(\w+)$", read("docs/api.md"), re.M)
+    assert sorted(listed) == sorted(fastdllm.__all__)
 
 
 def test_lines_that_explain_arguments_become_a_list() -> None:

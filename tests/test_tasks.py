@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -135,7 +134,7 @@ def test_an_evaluation_asks_what_the_study_asks_token_by_token(name: str, task: 
     model, requests = DiffusionLM(pretrained=shipped(name)), []
     monkeypatch.setattr(model, "generate_until", lambda asked, **_: requests.extend(asked) or [""] * len(asked))
     evaluate([task], model, limit=20, num_fewshot=0, apply_chat_template=template == "chat")
-    asked = [model._ask(request, Counter()).prompt for request in requests]
+    asked = [model.tok_encode(model.prompt_of(request)) for request in requests]
     study = [
         pareto.prompt(row["question"], template) for row in pareto.problems("test", 20, pareto.TASKS["gsm_symbolic"].folder)
     ]

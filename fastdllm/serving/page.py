@@ -367,8 +367,9 @@ def component(kind: Kind, name: str) -> dict[str, Any]:
     fields = []
     for option in registry.settable(kind, name).values():
         default = option.default if isinstance(option.default, bool | int | float | str) else None
-        fields.append({"name": option.name, "type": option.type_name, "default": default, "line": option.doc,
-                       "choices": list(option.bounds.allowed())})  # fmt: skip
+        line, choices = option.doc.replace("`", ""), list(option.bounds.allowed())
+        own = {"name": option.name, "type": option.type_name, "default": default, "line": line, "choices": choices}
+        fields.append(own)
     doc = (registry.class_of(kind, name).__doc__ or "").strip().split("\n\n")[0]
     steps = kind is Kind.DECODERS and configs.keeps_to_steps(name)
-    return {"name": name, "line": " ".join(doc.split()), "options": fields, "steps": steps}
+    return {"name": name, "line": " ".join(doc.replace("`", "").split()), "options": fields, "steps": steps}

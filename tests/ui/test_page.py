@@ -308,7 +308,25 @@ def test_a_link_brings_a_race_with_its_settings(visit: Callable[..., Any], serve
     assert page.locator("#preset-a").input_value() == "paper" and page.locator("#preset-b").input_value() == "custom"
     assert "Tom has 5 apples." in page.locator("#question").inner_text()
     page.locator("#open-settings").click()
-    assert page.locator("#set-b").get_by_label("threshold").input_value() == "0.7"
+    assert page.locator("#set-b").get_by_label("threshold", exact=True).input_value() == "0.7"
+
+
+@pytest.mark.browser
+def test_nothing_is_cut_on_the_side_of_a_phone(visit: Callable[..., Any], question: str, server: str) -> None:
+    page = visit(*SIZES["phone"], address=f"{server}#v=chat&w=3%3Apencils")
+    ask(page, question)
+    page.locator(".answer .text:not([hidden])").wait_for()
+    tokens(page)
+    page.locator(".asked").hover()
+    page.get_by_label("Edit and ask again").click()
+    for opened in ("", "settings"):
+        if opened:
+            page.locator("#open-settings").click()
+        wide = page.locator("body *:not(.examples *)").evaluate_all(
+            "all => all.filter(e => e.offsetParent && e.getBoundingClientRect().right > innerWidth + 0.5)"
+            ".map(e => e.outerHTML)"
+        )
+        assert wide == []
 
 
 @pytest.mark.browser
@@ -371,8 +389,8 @@ def test_markup_of_a_message_or_an_answer_is_text(visit: Callable[..., Any], ser
 def test_problems_are_sentences_and_keep_the_question(visit: Callable[..., Any], question: str) -> None:
     page = visit()
     page.locator("#preset-b").select_option("custom")
-    page.locator("#set-b").get_by_label("threshold").fill("7")
-    page.locator("#set-b").get_by_label("threshold").press("Tab")
+    page.locator("#set-b").get_by_label("threshold", exact=True).fill("7")
+    page.locator("#set-b").get_by_label("threshold", exact=True).press("Tab")
     page.keyboard.press("Escape")
     page.locator("#send").click()
     page.locator(".lane-b .note.problem").wait_for()

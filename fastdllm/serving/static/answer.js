@@ -4,17 +4,22 @@
 import { chat, Refused } from "./api.js";
 import { Trace } from "./trace.js";
 
+const SLOW = 800; // milliseconds without a word from the server after which it has to warm up a run
+
 // Ask and follow. on: {waiting(text), begin(trace, notices), step(trace)}. Resolves with the trace, finished or, after
 // `signal`, stopped; throws `Refused`.
 export async function follow(body, on, signal) {
   let trace = null;
+  const slow = setTimeout(() => on.waiting?.("Making this setting ready"), SLOW);
   try {
     await chat(
       body,
       (event) => {
+        clearTimeout(slow);
         if (event.waiting) on.waiting?.(place(event.waiting));
         else if (event.begin) {
           trace = new Trace(event.begin);
+          on.waiting?.("");
           on.begin(trace, event.begin.notices);
         } else if (event.denoising) {
           trace.add(event.denoising);
@@ -32,6 +37,8 @@ export async function follow(body, on, signal) {
     );
   } catch (error) {
     if (error.name !== "AbortError") throw error;
+  } finally {
+    clearTimeout(slow);
   }
   if (!trace && !signal?.aborted) throw new Refused("The server sent no answer.", 0, "empty");
   on.step?.(trace);

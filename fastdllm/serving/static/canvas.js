@@ -41,6 +41,8 @@ function shown(text) {
   return text.replace(/^ /, "").replace(/\s+$/, "").replace(/[\u0000-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069\ufffd]/g, "·");
 }
 
+const percent = (share) => (share >= 0.9995 ? "over 99.9%" : `${(100 * share).toFixed(share > 0.985 ? 1 : 0)}%`);
+
 function tile(trace, now, at, step) {
   const written = now.written[at];
   if (written === null) {
@@ -62,7 +64,7 @@ function tile(trace, now, at, step) {
     if (confidence !== null) {
       const share = confidence >= 0 && confidence <= 1;
       made.classList.add(`c${sureColour(confidence)}`);
-      tip += share ? `, confidence ${(100 * confidence).toFixed(confidence > 0.995 ? 2 : 0)}%` : `, score ${confidence.toFixed(2)}`;
+      tip += share ? `, confidence ${percent(confidence)}` : `, score ${confidence.toFixed(2)}`;
     }
     if (written === step) made.classList.add("now");
   }

@@ -233,7 +233,7 @@ export function fillPresets(select, setting) {
 
 export function presetLine(setting) {
   if (setting.name === "server") return `As the server was started: ${model().setting}.`;
-  return state.info.presets.find((preset) => preset.name === setting.name)?.line ?? "A decoder, a cache and their options.";
+  return state.info.presets.find((preset) => preset.name === setting.name)?.line ?? `Decoder ${setting.decoder ?? "threshold"}, ${setting.cache ? `cache ${setting.cache}` : "the family's own cache"}.`;
 }
 
 function section(title, name) {
@@ -243,9 +243,14 @@ function section(title, name) {
   return made;
 }
 
+let fields = 0;
+
 function field(name, control, line = "") {
-  const made = element("label", "field");
-  made.append(element("span", "name", name), control);
+  const made = element("div", "field");
+  const label = element("label", "name", name);
+  control.id ||= `field-${++fields}`;
+  label.htmlFor = control.id;
+  made.append(label, control);
   if (line) made.append(element("small", "", line));
   return made;
 }

@@ -349,12 +349,13 @@ def describe(service: Service) -> dict[str, Any]:
     """A model, as the page shows it."""
     model, about = service.model, options.about(service.name)
     most = model.spec.max_length
+    length = about.gen_length if about else min(service.config.gen_length, most // 2)
     return {
         "name": service.name,
         "line": options.describe_model(model),
         "note": f"{service.name} is {about.note}" if about else "",
-        "setting": options.describe(model, service.config),
-        "gen_length": about.gen_length if about else min(service.config.gen_length, most // 2),
+        "setting": options.describe(model, service.config.replace(gen_length=length)),
+        "gen_length": length,
         "max_length": most,
         "examples": [question for question, _ in (about.examples if about else options.EXAMPLES)],
         "caches": list(registry.caches_for(bool(model.spec.block_causal))),

@@ -13,6 +13,7 @@ import { address, model, open, recall, remember, state } from "./state.js";
 const find = (selector) => document.querySelector(selector);
 const box = find("#message");
 const send = find("#send");
+const RUNNING = "An answer is running; what you write here stays.";
 let busy = false;
 let compare, chat, drawer;
 
@@ -30,6 +31,7 @@ onMissingKey(async (wrong) => {
 function setBusy(on) {
   busy = on;
   document.body.classList.toggle("busy", on);
+  if (!on && find("#notice").textContent === RUNNING) say("");
   refreshSend();
 }
 
@@ -71,6 +73,14 @@ function empty(sent) {
   if (!sent) return;
   box.value = "";
   grow();
+}
+
+// Put a prompt into the box, unless a visitor has written something else there.
+function edit(prompt) {
+  if (box.value.trim() && box.value !== prompt) say("There is something else in the box already. Send it or remove it first.");
+  else box.value = prompt;
+  grow();
+  box.focus();
 }
 
 function take(example) {
@@ -215,6 +225,7 @@ function start(facts) {
       else rebuild(side);
     },
     openSettings: (side) => drawer.open(side),
+    edit,
     busy: setBusy,
     pace,
   });
@@ -245,7 +256,7 @@ box.addEventListener("input", grow);
 box.addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
-  if (busy) say("An answer is running; what you write here stays.");
+  if (busy) say(RUNNING);
   else submit();
 });
 find("#composer").addEventListener("submit", (event) => {

@@ -12,7 +12,7 @@ import { copyText, download } from "./files.js";
 const SIDES = ["a", "b"];
 
 export class Compare {
-  // page: {presets(select, setting), openSettings(side), busy(on), pace(value), recolour(value)}.
+  // page: {presets(select, setting), preset(side, name), openSettings(side), edit(prompt), busy(on), pace(value)}.
   constructor(page) {
     this.page = page;
     this.running = null;
@@ -24,6 +24,7 @@ export class Compare {
     const scale = element("div", "legend");
     legend(scale);
     under.append(this.player.bar, scale);
+    document.querySelector("#question-tools").append(iconButton("edit", "Edit this prompt", () => page.edit(state.prompt)));
   }
 
   _lane(side) {

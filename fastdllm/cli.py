@@ -31,7 +31,7 @@ def chat(arguments: Sequence[str]) -> int:
 
 
 def app(arguments: Sequence[str]) -> int:
-    from fastdllm.ui.page import main
+    from fastdllm.ui.app import main
 
     return main(arguments, prog="fastdllm app")
 

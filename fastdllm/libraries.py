@@ -8,7 +8,6 @@ from importlib.util import find_spec
 # What to install for a module whose own name does not say it, or which needs others as well.
 INSTALL = {
     "tokenizers": "transformers",
-    "gradio": "gradio transformers",
     "lm_eval": "lm_eval transformers accelerate datasets",
     "fastapi": "fastapi uvicorn pydantic prometheus-client transformers",
     "uvicorn": "fastapi uvicorn pydantic prometheus-client transformers",

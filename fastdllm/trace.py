@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One answer as it came to be: which token was written where, in which forward and how sure the model was.
 
-The chat, the web page, the notebooks and `scripts/studies/plot_trace.py` all show this, live (`watch`) or from a file.
+The chat, the page, the notebooks and `scripts/studies/plot_trace.py` all show this, live (`watch`) or from a file.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 
 import sys
 
-from fastdllm.ui.page import main
+from fastdllm.ui.app import main
 
 if __name__ == "__main__":
     sys.exit(main(default_model="tiny-llada"))

@@ -71,11 +71,11 @@ def test_a_missing_library_is_named_with_the_way_to_get_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     def missing(_: object) -> int:
-        raise ModuleNotFoundError("No module named 'gradio'", name="gradio.themes")
+        raise ModuleNotFoundError("No module named 'fastapi'", name="fastapi.responses")
 
     monkeypatch.setitem(cli.COMMANDS, "app", missing)
     assert cli.main(["app"]) == 1
-    assert "fastdllm app needs gradio: pip install gradio" in capsys.readouterr().err
+    assert "fastdllm app needs fastapi: pip install fastapi" in capsys.readouterr().err
 
 
 def test_the_command_needs_no_optional_library_to_start() -> None:
@@ -83,7 +83,7 @@ def test_the_command_needs_no_optional_library_to_start() -> None:
         "import sys\n"
         "class Blocked:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in ('gradio', 'rich', 'lm_eval', 'transformers', 'tqdm', 'torch'):\n"
+        "        if name.split('.')[0] in ('fastapi', 'rich', 'lm_eval', 'transformers', 'tqdm', 'torch'):\n"
         "            raise ModuleNotFoundError(name + ' is blocked', name=name)\n"
         "sys.meta_path.insert(0, Blocked())\n"
         "sys.modules['fastdllm'] = type(sys)('fastdllm')\n"
@@ -100,7 +100,7 @@ def test_the_core_alone_runs_the_shipped_models_on_ids_and_says_what_texts_need(
         "import sys, warnings\n"
         "class Blocked:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in ('gradio', 'rich', 'lm_eval', 'transformers', 'tokenizers', 'tqdm'):\n"
+        "        if name.split('.')[0] in ('fastapi', 'rich', 'lm_eval', 'transformers', 'tokenizers', 'tqdm'):\n"
         "            raise ModuleNotFoundError(name + ' is blocked', name=name)\n"
         "sys.meta_path.insert(0, Blocked())\n"
         "import fastdllm\n"

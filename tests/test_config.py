@@ -25,8 +25,6 @@ from fastdllm.config import OPTIONS
 from fastdllm.decoders.base import DecoderRule
 from fastdllm.evaluation.options import decode_options, rename, split
 from fastdllm.fields import coerce
-from fastdllm.ui import handlers
-from fastdllm.ui.handlers import Choice, Common
 from fastdllm.ui.options import add_decode_options, change, config_of
 from fastdllm.view import View
 from tests.random_models import FAMILIES, MASK, prompts, random_model
@@ -245,7 +243,7 @@ def test_an_attribute_has_the_given_value_or_the_default() -> None:
     ],
 )
 def test_which_decoder_options_select(given: dict[str, Any], decoder: str) -> None:
-    """The same through every door: Python, the chat's flags and /set, lm-eval's arguments, the page's text field."""
+    """The same through every door: Python, the chat's flags and /set, lm-eval's arguments, the page."""
     assert DecodeConfig(**given).decoder == decoder
     assert DecodeConfig().replace(**given).decoder == decoder
     assert change(DecodeConfig(), {name.replace("_", "-"): str(value) for name, value in given.items()}).decoder == decoder
@@ -254,8 +252,9 @@ def test_which_decoder_options_select(given: dict[str, Any], decoder: str) -> No
     add_decode_options(parser, 64)
     flags = [part for name, value in given.items() for part in (f"--{name}", str(value))]
     assert config_of(parser.parse_args(flags)).decoder == decoder
-    more = ", ".join(f"{name}={value}" for name, value in given.items())
-    assert handlers.config_of(Common("m"), Choice(more=more)).decoder == decoder
+    page = pytest.importorskip("fastdllm.serving.page", reason="the page needs fastdllm[serve]")
+    setting = {"name": "custom", **{name: str(value) for name, value in given.items()}}
+    assert page.config_of(DecodeConfig(), random_model().spec, setting).decoder == decoder
 
 
 def test_the_latest_wish_counts_in_a_replaced_config() -> None:

@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 
 import fastdllm
 from fastdllm.serving.errors import ApiError, as_api_error
+from fastdllm.serving.page import Page, PageBody, WordsBody
 from fastdllm.serving.protocol import ChatBody, CompletionBody, DecideBody, describe
 from fastdllm.serving.service import Asked, Service
 
@@ -32,31 +33,42 @@ log = logging.getLogger("fastdllm.serving")
 T = TypeVar("T")
 MAX_BODY = 8 * 2**20  # bytes; a longer body is refused before it is read
 STATIC = Path(__file__).parent / "static"
+# What the page may do: load its own files and talk to its own server. Nothing inline, nothing framed, no form sent anywhere.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 GONE = 499  # the client closed the connection: nobody reads this, logs and metrics do
 
 
 def create_app(
     service: Service,
     *,
+    others: Sequence[Service] = (),
     api_key: str | None = None,
     hosts: Sequence[str] | None = None,
     wait_until_warm: bool = False,
 ) -> FastAPI:
-    """The application. api_key: what clients must send as a bearer token under /v1, None for no key. hosts: names under
-    which the server may be addressed, None for any; a server on the loopback interface names its own, so that no web page
-    can reach it under a name that it pointed there. wait_until_warm: listen only then; else /health says so meanwhile."""
+    """The application.
+
+    service: answers under /v1. others: further models that the page offers. api_key: what clients must send as a bearer
+    token under /v1 and /page, None for no key. hosts: names under which the server may be addressed, None for any; a server
+    on the loopback interface names its own, so that no web page can reach it under a name that it pointed there.
+    wait_until_warm: listen only then; else /health says so meanwhile.
+    """
+    page = Page([service, *others])
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.start()
-        warming = asyncio.create_task(_warm(service))
+        page.start()
+        warming = asyncio.create_task(_warm(page, service))
         if wait_until_warm:
             await warming
         yield
         warming.cancel()
         with suppress(asyncio.CancelledError):
             await warming
-        await asyncio.to_thread(service.close)
+        await asyncio.to_thread(page.close)
 
     app = FastAPI(
         title="fastdllm",
@@ -64,19 +76,18 @@ def create_app(
         description="OpenAI-compatible server for diffusion language models",
         lifespan=lifespan,
     )
-    app.state.service = service
+    app.state.service, app.state.page = service, page
     app.add_middleware(Gate, api_key=api_key, hosts=hosts, metrics=service.metrics)
     _add_error_handlers(app)
     _add_operations(app, service)
     _add_endpoints(app, service)
-    if STATIC.is_dir():
-        app.mount("/", StaticFiles(directory=STATIC, html=True), name="page")
+    _add_page(app, page)
     return app
 
 
-async def _warm(service: Service) -> None:
+async def _warm(page: Page, service: Service) -> None:
     try:
-        await service.warm_up()
+        await page.warm_up()
     except ApiError as error:
         log.error("the model could not be warmed up: %s", error)
         service.state = "failed"
@@ -126,13 +137,57 @@ def _add_endpoints(app: FastAPI, service: Service) -> None:
         return JSONResponse(await _while_connected(request, service.decide(body)))
 
 
+def _add_page(app: FastAPI, page: Page) -> None:
+    @app.get("/page/info", tags=["page"])
+    async def info() -> dict[str, Any]:
+        """Models, settings and examples to choose from."""
+        return page.info()
+
+    @app.post("/page/words", tags=["page"])
+    async def words(body: WordsBody) -> dict[str, Any]:
+        """Where words at token positions will stand."""
+        return page.words(body)
+
+    @app.post("/page/chat", tags=["page"])
+    async def chat(body: PageBody, request: Request) -> Response:
+        """Answer a conversation under any setting: the events of a streamed chat, with the history of the answer."""
+        return await _stream(request, page.chat(body))
+
+    files = PageFiles(directory=STATIC)
+
+    async def file(request: Request) -> Response:
+        return await files.get_response(request.url.path.removeprefix("/") or "index.html", request.scope)
+
+    # A route for each instead of a mount, which would take every address that no other route took, for any method.
+    for path in ("", *sorted(known.name for known in STATIC.iterdir())):
+        app.add_api_route(f"/{path}", file, methods=["GET", "HEAD"], include_in_schema=False)
+
+
+class PageFiles(StaticFiles):
+    """The page's files, which browsers ask for anew when they have changed, and its policy."""
+
+    def file_response(self, *args: Any, **options: Any) -> Response:
+        response = super().file_response(*args, **options)
+        response.headers.update({
+            "Content-Security-Policy": POLICY,
+            "Cache-Control": "no-cache",
+            "Cross-Origin-Opener-Policy": "same-origin",
+            "Referrer-Policy": "no-referrer",
+            "X-Content-Type-Options": "nosniff",
+        })  # fmt: skip
+        return response
+
+
 async def _respond(service: Service, request: Request, stream: bool, asking: Awaitable[Asked]) -> Response:
     if not stream:
         return JSONResponse(await _while_connected(request, _answer(service, asking)))
-    asked = await _while_connected(request, asking)
-    chunks = service.chunks(asked)
+    return await _stream(request, service.chunks(await _while_connected(request, asking)))
+
+
+async def _stream(request: Request, chunks: AsyncGenerator[dict[str, Any], None]) -> Response:
     try:
-        first = await anext(chunks)  # what goes wrong before anything was sent is an error with a status of its own
+        # What goes wrong before anything was sent is an error with a status of its own.
+        first = await _while_connected(request, anext(chunks))
     except BaseException:
         await chunks.aclose()
         raise
@@ -274,7 +329,7 @@ class Gate:
         name = host if host.endswith("]") else host.rsplit(":", 1)[0] if ":" in host else host
         if self._hosts is not None and name.lower() not in self._hosts:
             raise ApiError(403, f"this server is not known as {name[:100]!r}", code="unknown_host")
-        if self._key is not None and path.startswith("/v1"):
+        if self._key is not None and path.startswith(("/v1", "/page/")):
             scheme, _, key = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._key.encode()):
                 raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")

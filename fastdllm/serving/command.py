@@ -13,6 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import fastdllm
+from fastdllm.build import assemble
 from fastdllm.config import DecodeConfig
 from fastdllm.engine.admission import ROWS
 from fastdllm.loading import PLACE, WEIGHTS, add_place_options, add_weight_options, load_options
@@ -22,6 +23,7 @@ from fastdllm.serving.logs import log_to_stderr
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from fastdllm.models import Model
     from fastdllm.serving.service import Service
 
 LIMITS = ("max_batch", "max_positions", "max_queue", "timeout")
@@ -33,6 +35,7 @@ class Settings:
     """Everything that makes a server, as plain values, so that it can be sent to replicas.
 
     model: a shipped name, a folder or a hub id.
+    others: further models that the page at / offers.
     name: what clients call it; default the same.
     decoding: options of `DecodeConfig`.
     device, dtype, revision, quantize, adapter: as `fastdllm.load` takes them.
@@ -44,6 +47,7 @@ class Settings:
     """
 
     model: str = "tiny-llada"
+    others: tuple[str, ...] = ()
     name: str | None = None
     decoding: dict[str, Any] = dataclasses.field(default_factory=dict)
     device: str | None = None
@@ -58,41 +62,75 @@ class Settings:
     api_key: str | None = None
     hosts: tuple[str, ...] | None = None
 
-    def service(self) -> Service:
-        """The model, loaded, behind a service that is not started yet."""
+    def services(self) -> list[Service]:
+        """The models, loaded, each behind a service that is not started yet; the first is the one under /v1."""
         from fastdllm.serving.service import Service
 
-        config = DecodeConfig(**self.decoding)
-        model = fastdllm.load(self.model, **{name: getattr(self, name) for name in (*PLACE, *WEIGHTS)})
-        return Service(
-            model,
-            config,
-            name=self.name or self.model,
-            positions=self.max_positions or positions_that_fit(model, self.max_batch),
-            rows=self.max_batch,
-            max_queue=self.max_queue,
-            timeout=self.timeout,
-        )
+        config, names = DecodeConfig(**self.decoding), (self.model, *self.others)
+        loading = {name: getattr(self, name) for name in (*PLACE, *WEIGHTS)}
+        models = [fastdllm.load(self.model, **loading)]
+        models += [fastdllm.load(name, **{**loading, "adapter": None}) for name in self.others]
+        out: list[Service] = []
+        for name, model in zip(names, models, strict=True):
+            positions = self.max_positions or max(1, positions_that_fit(model, self.max_batch) // len(models))
+            out.append(
+                Service(
+                    model,
+                    fitting(model, config) if out else config,
+                    name=name if out else self.name or name,
+                    positions=positions,
+                    rows=self.max_batch,
+                    max_queue=self.max_queue,
+                    timeout=self.timeout,
+                    beside=out[0] if out else None,
+                )
+            )
+        return out
 
-    def app(self) -> FastAPI:
-        """The application around it."""
+    def service(self) -> Service:
+        """The one under /v1."""
+        return self.services()[0]
+
+    def app(self, wait_until_warm: bool = False) -> FastAPI:
+        """The application around them."""
         from fastdllm.serving.app import create_app
 
-        return create_app(self.service(), api_key=self.api_key, hosts=self.hosts)
+        first, *others = self.services()
+        return create_app(first, others=others, api_key=self.api_key, hosts=self.hosts, wait_until_warm=wait_until_warm)
+
+
+def fitting(model: Model, config: DecodeConfig) -> DecodeConfig:
+    """The config, if this model takes it, else its family's own."""
+    try:
+        assemble(model, config)
+    except ValueError:
+        return DecodeConfig()
+    return config
 
 
 def parser(prog: str | None = None) -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(
         prog=prog,
-        description="Serve a diffusion language model over OpenAI's API: chat, completions, streaming, typed answers.",
+        description="Serve a diffusion language model over OpenAI's API: chat, completions, streaming, typed answers. At / "
+        "is a page to try it.",
         epilog="Per-request numbers of decoding (temperature, threshold, ...) come with each request; the options here hold "
         "for all. docs/serving.md has examples.",
     )
     add_model_options(out)
     add_limits(out)
+    add_server(out, 8000, "default 8000")
+    replicas = out.add_argument_group("several replicas, by Ray Serve (pip install 'ray[serve]')")
+    replicas.add_argument("--replicas", type=int, metavar="N", help="so many, one GPU each or a share of the CPU")
+    replicas.add_argument("--min-replicas", type=int, metavar="N", help="scale with the requests at hand, at least so many")
+    replicas.add_argument("--max-replicas", type=int, metavar="N", help="and at most so many")
+    return out
+
+
+def add_server(out: argparse.ArgumentParser, port: int | None, default: str) -> None:
+    """Where it listens, and to whom; shared with `fastdllm app`."""
     group = out.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="interface to listen on (default: this machine only)")
-    group.add_argument("--port", type=int, default=8000, help="port (default 8000)")
+    group.add_argument("--port", type=int, default=port, help=f"port ({default})")
     group.add_argument(
         "--api-key",
         default=os.environ.get("FASTDLLM_API_KEY"),
@@ -107,12 +145,9 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
         help="name under which clients may address the server; may be repeated (default: on this machine's own interface "
         "its names, on others any)",
     )
-    group.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"), help="(default info)")
-    replicas = out.add_argument_group("several replicas, by Ray Serve (pip install 'ray[serve]')")
-    replicas.add_argument("--replicas", type=int, metavar="N", help="so many, one GPU each or a share of the CPU")
-    replicas.add_argument("--min-replicas", type=int, metavar="N", help="scale with the requests at hand, at least so many")
-    replicas.add_argument("--max-replicas", type=int, metavar="N", help="and at most so many")
-    return out
+    level = "info" if port else "warning"
+    choices = ("debug", "info", "warning", "error")
+    group.add_argument("--log-level", default=level, choices=choices, help=f"(default {level})")
 
 
 def add_model_options(out: argparse.ArgumentParser, positional: bool = True) -> None:
@@ -161,19 +196,23 @@ def settings(args: argparse.Namespace) -> Settings:
         if not equals:
             raise ValueError(f"--set {item!r} must be NAME=VALUE")
         decoding[name.replace("-", "_")] = value
+    DecodeConfig(**decoding)  # before the weights are read: a bad option is an error at once
+    return Settings(model=args.model, name=args.name, decoding=decoding, **load_options(args), **limits(args))
+
+
+def limits(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_limits` and `add_server` read, as fields of `Settings`; ValueError for what makes no sense."""
     for name in LIMITS:
         value = getattr(args, name)
         if value is not None and not value > 0 and not (name == "max_queue" and value == 0):
             raise ValueError(f"--{name.replace('_', '-')} {value} must be positive")
-    if not 0 <= getattr(args, "port", 0) < 2**16:
+    if not 0 <= (getattr(args, "port", None) or 0) < 2**16:
         raise ValueError(f"--port {args.port} must lie in [0, 65535]")
     hosts = getattr(args, "hosts", None)
     if hosts is None and getattr(args, "host", None) in LOOPBACK:
         hosts = ["127.0.0.1", "localhost", "[::1]"]
-    DecodeConfig(**decoding)  # before the weights are read: a bad option is an error at once
-    limits = {name: getattr(args, name) for name in LIMITS}
-    key, hosts = getattr(args, "api_key", None), hosts and tuple(hosts)
-    return Settings(args.model, args.name, decoding, **load_options(args), **limits, api_key=key, hosts=hosts)
+    given = {name: getattr(args, name) for name in LIMITS}
+    return {**given, "api_key": getattr(args, "api_key", None), "hosts": hosts and tuple(hosts)}
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:

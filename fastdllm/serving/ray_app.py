@@ -53,11 +53,9 @@ class Replica:
             torch.set_num_threads(int(cores))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        from fastdllm.serving.app import create_app
-
-        service = self._settings.service()
-        self._service = service
-        return create_app(service, api_key=self._settings.api_key, hosts=self._settings.hosts, wait_until_warm=True)
+        app = self._settings.app(wait_until_warm=True)
+        self._service = app.state.service
+        return app
 
     def check_health(self) -> None:
         """Ray asks now and then, and replaces a replica that raises."""

@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -33,6 +33,7 @@ from fastdllm.engine import Request, Result, Step, check, decode
 from fastdllm.engine.admission import ROWS, size_of
 from fastdllm.forward import ALTERNATIVES
 from fastdllm.serving.errors import Closed, Expired, NotANumber, Overloaded, TooLong
+from fastdllm.serving.turns import Turns
 from fastdllm.store import UNIT
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ SILENT = 60.0  # seconds of one round or call after which the log says where it 
 @dataclass(frozen=True)
 class Progress:
     """One forward of a request: the `forward`-th, over the block that starts at position `start` of the answer and now holds
-    `ids` (the mask id where open). confidence, committed, logprobs, likeliest: of each position (see `engine.Step`)."""
+    `ids` (the mask id where open). confidence, committed, logprobs, likeliest: of each position (see `engine.Step`).
+    seconds: what the forward took; rows: the requests that it served together."""
 
     forward: int
     start: int
@@ -56,6 +58,8 @@ class Progress:
     committed: list[bool]
     logprobs: list[float]
     likeliest: list[list[tuple[int, float]]] | None = None
+    seconds: float = 0.0
+    rows: int = 1
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,8 @@ class Scheduler:
     """Decodes submitted requests with one model under one config, in one continuous batch.
 
     positions: memory budget, positions of prompts and answers on the canvas at once; None: what the engine takes. rows:
-    requests in one batch at most, None: as many as fit. max_queue: requests that may wait beyond those that fit.
+    requests in one batch at most, None: as many as fit. max_queue: requests that may wait beyond those that fit. turns:
+    shared with other schedulers of the device, whose forwards alternate with these.
     """
 
     def __init__(
@@ -141,8 +146,9 @@ class Scheduler:
         positions: int | None = None,
         rows: int | None = None,
         max_queue: int = 256,
+        turns: Turns | None = None,
     ) -> None:
-        self.model, self.config = model, config
+        self.model, self.config, self.turns = model, config, turns or Turns()
         self.run = assemble(model, for_any_length(model, config))
         self.positions, self.rows, self.max_queue = positions, rows or ROWS, max_queue
         self.alternatives = 0 if self.run.decoder.branches > 1 else ALTERNATIVES
@@ -237,6 +243,11 @@ class Scheduler:
         """Seconds until a queue of that length has moved on, by the answers of late."""
         return max(1, min(60, round(self._seconds_per_answer * (waiting + 1) / 2)))
 
+    def place(self, job: Job) -> int:
+        """How many requests there are until this one's turn, itself included; 0: it is being answered, or over."""
+        with self._lock:
+            return self._waiting.index(job) + 1 if job in self._waiting else 0
+
     def withdraw(self, job: Job) -> None:
         """The answer is no longer wanted: its row is free within one round. Harmless for a finished one."""
         with self._lock:
@@ -300,12 +311,16 @@ class Scheduler:
             budget = {"positions": self.positions, "rows": self.rows}
             try:
                 with closing(decode(self.model, feed, self.run, executor, trace=True, **budget)) as steps:
-                    for step in steps:
+                    while (step := self._round(steps)) is not None:
                         self._take_in(step, feed)
                 return
             except Exception as error:
                 log.exception("a round of the decoding loop failed")
                 self._recover(error, list(feed.jobs.values()))
+
+    def _round(self, steps: Iterator[Step]) -> Step | None:
+        with self.turns:
+            return next(steps, None)
 
     def _next(self, idle: bool, held: Collection[Job]) -> list[Job] | None:
         """What the loop, which holds `held`, shall take in now. Blocks while there is nothing to do at all; None: nothing
@@ -319,8 +334,15 @@ class Scheduler:
                     return jobs
                 if self._closed and not self._waiting and not self._suspects and not self._calls:
                     return None
-                if not self._calls:
-                    self._lock.wait(1.0)
+                busy = bool(self._calls)
+            if not busy:
+                self._rest()
+
+    def _rest(self) -> None:
+        """Wait for something to do; the other runs of the device go on meanwhile."""
+        with self.turns.rest(), self._lock:
+            if not self._calls:
+                self._lock.wait(0.02 if self._waiting or self._closed else 1.0)  # it may have come before we had the lock
 
     def _hand_over(self, held: Collection[Job]) -> list[Job]:
         """Those whose turn it is and that fit; after a failure one suspect at a time, and nothing else."""
@@ -381,7 +403,7 @@ class Scheduler:
                 of_row = (ids[i][:size], confidence[i][:size], committed[i][:size], logprobs[i][:size])
                 with self._lock:
                     if not job.over:
-                        self._tell(job, Progress(job.forwards, start, *of_row, top))
+                        self._tell(job, Progress(job.forwards, start, *of_row, top, step.seconds, len(step.rows)))
         for number, result in step.done.items():
             job = feed.jobs.pop(number, None)
             if job is not None:
@@ -492,9 +514,10 @@ def lateness(job: Job, now: float) -> str:
 
 
 def for_any_length(model: Model, config: DecodeConfig) -> DecodeConfig:
-    """The config with an answer of at least one whole block: a short default must not cut the blocks of longer answers."""
+    """The config with an answer of at least one whole block, since a short default must not cut the blocks of longer
+    answers, and with room for a question in a small context."""
     chosen = resolve(model.spec, config)
-    return chosen if chosen.gen_length >= (chosen.block_length or 0) else chosen.replace(gen_length=chosen.block_length)
+    return chosen.replace(gen_length=min(max(chosen.gen_length, chosen.block_length or 0), model.spec.max_length - 1))
 
 
 def finished(result: Result, prompt: int) -> Finished:

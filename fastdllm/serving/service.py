@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a checked body to an answer: what the endpoints, batch files and the web page share, without HTTP."""
+"""From a checked body to an answer: what the endpoints, batch files and the page share, without HTTP."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ from fastdllm.serving.listing import TokenList, chat_logprobs, text_logprobs
 from fastdllm.serving.metrics import Metrics
 from fastdllm.serving.protocol import Body, ChatBody, CompletionBody, DecideBody, numbers
 from fastdllm.serving.readings import PromptReadings
-from fastdllm.serving.scheduler import Event, Failed, Finished, Progress, Scheduler
+from fastdllm.serving.scheduler import Event, Failed, Finished, Job, Progress, Scheduler
 from fastdllm.serving.tokens import Spelling
+from fastdllm.serving.turns import Turns
 from fastdllm.text import AnswerText, is_cut, text_of
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Choice:
     result: Finished | None = None
     forwards: int = 0  # forwards whose denoising event was given out
     echo: Echo | None = None
+    job: Job | None = None  # once it is taken in
 
     @property
     def reason(self) -> str:
@@ -91,7 +93,12 @@ class Asked:
 
 
 class Service:
-    """A model that answers. name: what clients call it; timeout: seconds that a request may take at most."""
+    """A model that answers.
+
+    name: what clients call it.
+    timeout: seconds that a request may take at most.
+    beside: another service on the device; their forwards alternate, and its counters count for both.
+    """
 
     def __init__(
         self,
@@ -103,14 +110,16 @@ class Service:
         rows: int | None = None,
         max_queue: int = 256,
         timeout: float = 600.0,
-        metrics: Metrics | None = None,
+        beside: Service | None = None,
     ) -> None:
         if model.tokenizer is None:
             raise ValueError(f"model {model.name!r} has no tokenizer; a server speaks text")
         self.model, self.config, self.name, self.timeout = model, config, name or model.name, timeout
-        self.scheduler = Scheduler(model, config, positions=positions, rows=rows, max_queue=max_queue)
-        self.metrics = metrics or Metrics()
-        self.metrics.watch(self.scheduler)
+        self.turns: Turns = beside.turns if beside else Turns()
+        self.scheduler = Scheduler(model, config, positions=positions, rows=rows, max_queue=max_queue, turns=self.turns)
+        self.metrics: Metrics = beside.metrics if beside else Metrics()
+        if beside is None:
+            self.metrics.watch(self.scheduler)
         self.spelling = Spelling(model)
         self._readings = PromptReadings(model)
         self.state = "loading"
@@ -154,9 +163,9 @@ class Service:
         """Check a chat request and encode it. Raises `ApiError`."""
         self._check_model(body.model)
         messages = [message.plain() for message in body.messages]
-        self._check_size([message["content"] for message in messages], "messages")
+        self.check_size([message["content"] for message in messages], "messages")
         prompt = await self._encode([messages], "messages")
-        return self._ask(body, prompt, "messages", chat=True)
+        return self.ask(body, prompt, "messages", chat=True)
 
     async def completions(self, body: CompletionBody) -> Asked:
         """Check a completion request and encode it. Raises `ApiError`."""
@@ -165,12 +174,12 @@ class Service:
         if not prompts or any(not len(prompt) for prompt in prompts):
             raise ApiError(400, "prompt is empty; at least one token is needed", "prompt")
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        self._check_size(texts, "prompt")
+        self.check_size(texts, "prompt")
         for prompt in prompts:
             if not isinstance(prompt, str) and len(prompt) >= self.model.spec.max_length:
                 raise self._too_long(len(prompt), 1, "prompt")
         given = prompts if texts else [self._ids(prompt) for prompt in prompts]
-        asked = self._ask(body, await self._encode(given, "prompt"), "prompt", chat=False)
+        asked = self.ask(body, await self._encode(given, "prompt"), "prompt", chat=False)
         if body.echo:
             await self._echo(asked, prompts)
         return asked
@@ -180,14 +189,14 @@ class Service:
         self._check_model(body.model)
         if body.messages is not None:
             messages = [message.plain() for message in body.messages]
-            self._check_size([message["content"] for message in messages], "messages")
+            self.check_size([message["content"] for message in messages], "messages")
             prompt: Any = (await self._encode([messages], "messages"))[0]
         else:
             text = isinstance(body.prompt, str)
-            self._check_size([str(body.prompt)] if text else [], "prompt")
+            self.check_size([str(body.prompt)] if text else [], "prompt")
             prompt = (await self._encode([body.prompt if text else self._ids(body.prompt)], "prompt"))[0]
         questions = [question.model_dump(exclude_none=True) for question in body.questions]
-        self._check_size([str(question) for question in questions], "questions")
+        self.check_size([str(question) for question in questions], "questions")
         try:
             answers = await self._call(lambda: decide(self.model, prompt, questions), time.monotonic() + self.timeout)
         except ValueError as error:
@@ -215,10 +224,14 @@ class Service:
                 404, f"the model {name[:100]!r} does not exist; here is {self.name!r}", "model", "model_not_found"
             )
 
-    def _check_size(self, texts: Sequence[str], param: str) -> None:
+    @property
+    def longest_text(self) -> int:
+        """Characters beyond which no text fits the model's context."""
+        return self.model.spec.max_length * self._longest * SPREAD
+
+    def check_size(self, texts: Sequence[str], param: str) -> None:
         """Refuse what cannot fit before it is tokenised, which takes long for megabytes."""
-        room = self.model.spec.max_length * self._longest * SPREAD
-        if sum(map(len, texts)) > room:
+        if sum(map(len, texts)) > self.longest_text:
             raise ApiError(413, f"{param} is longer than any text of {self.model.spec.max_length} tokens", param,
                            "context_length_exceeded")  # fmt: skip
 
@@ -237,18 +250,19 @@ class Service:
         return torch.tensor(ids, dtype=torch.long)
 
     async def _encode(self, prompts: Any, param: str) -> list[Tensor]:
-        def work() -> list[Tensor]:
-            return encode(self.model, prompts)
-
-        working = asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
         try:
-            return await _in_time(working, time.monotonic() + self.timeout, f"{param} was not encoded in time")
+            return await self.tokenize(lambda: encode(self.model, prompts), param)
         except Expired as error:
             raise as_api_error(error) from error
         except Exception as error:  # a chat template may raise anything of its own
             raise ApiError(400, f"{param}: {str(error) or type(error).__name__}"[:500], param) from error
 
-    def _ask(self, body: Body, prompts: list[Tensor], param: str, chat: bool) -> Asked:
+    async def tokenize(self, work: Callable[[], T], what: str) -> T:
+        """`work` on the thread that the tokenizer belongs to; `Expired` when `what` takes too long."""
+        working = asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
+        return await _in_time(working, time.monotonic() + self.timeout, f"{what} was not encoded in time")
+
+    def ask(self, body: Body, prompts: list[Tensor], param: str, chat: bool) -> Asked:
         """The choices of a request: `n` for every prompt, each with a seed of its own."""
         given = numbers(body.others(), self._numbers(), self._fixed)
         for name in ("temperature", "top_p", "top_k"):
@@ -412,6 +426,8 @@ class Service:
         except Exception as error:
             raise as_api_error(error) from error
         left = len(choices)
+        for choice, job in zip(choices, jobs, strict=True):
+            choice.job = job
         try:
             yield Piece(choices[0], "")
             while left:
@@ -526,6 +542,8 @@ class Service:
             "ids": [None if token == mask else token for token in progress.ids],
             "confidence": confidence,
             "committed": committed,
+            "seconds": round(progress.seconds, 6),
+            "rows": progress.rows,
         }
 
 

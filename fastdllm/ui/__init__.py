@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people touch: the terminal chat and the web page. `rich` is optional here; only page.py imports `gradio`."""
+"""What people touch: the terminal chat, and the command that serves the page. `rich` is optional here."""

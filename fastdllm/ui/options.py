@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of the chat and of the web page: the command line's names, the published ones among them, as a `DecodeConfig`."""
+"""Options of the chat and of the page: the command line's names, the published ones among them, as a `DecodeConfig`."""
 
 from __future__ import annotations
 
@@ -19,28 +19,53 @@ from fastdllm.models import Model, tiny_names
 from fastdllm.registry import Kind
 
 NOT_TYPED = ("geometry", "batch_size")  # an object; a chat answers one prompt at a time
-SAMPLE_QUESTION = (
-    "A student has 23 pencils. His sister has 7 fewer pencils than he has. How many pencils do they have together?"
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What a shipped model can do, a question to try, and how long its answers are."""
+    """What a shipped model can do, how long its answers are, and questions that it answers rightly under every setting of
+    the page, each with the answer."""
 
     note: str
-    sample: str
     gen_length: int
+    examples: tuple[tuple[str, str], ...]
+
+    @property
+    def sample(self) -> str:
+        """A question to try."""
+        return self.examples[0][0]
 
 
+SAMPLE_QUESTION = (
+    "A student has 23 pencils. His sister has 7 fewer pencils than he has. How many pencils do they have together?"
+)
+PROBLEMS = (
+    (SAMPLE_QUESTION, "39"),
+    (
+        "Bobby finished half of a 404 piece puzzle, and then started and finished another 730 piece puzzle within an hour. "
+        "How many puzzle pieces did Bobby place during that hour?",
+        "932",
+    ),
+)
 WORD_PROBLEMS = About(
     "a small model that shows the method: it solves word problems of the kinds it was trained on, like the examples, and "
     "nothing else; it learnt from single questions, so each one starts a new conversation",
-    SAMPLE_QUESTION,
     128,
+    PROBLEMS,
 )
 SUDOKU = About(
-    "a small model that fills 4x4 sudokus and nothing else, each in a new conversation", "___3 __4_ 21__ 4___", 20
+    "a small model that fills 4x4 sudokus and nothing else, each in a new conversation",
+    20,
+    (
+        ("___3 __4_ 21__ 4___", "1423 3241 2134 4312"),
+        ("4___ 21_3 ___2 __3_", "4321 2143 3412 1234"),
+        ("_3__ 24__ _1_4 ___1", "1342 2413 3124 4231"),
+    ),
+)
+EXAMPLES = (  # for a model that nothing is known of, so without answers
+    ("Natalia sold clips to 48 of her friends in April, and half as many in May. How many did she sell altogether?", ""),
+    ("Write a Python function that tells whether a word is a palindrome.", ""),
+    ("Explain in three sentences why the sky is blue.", ""),
 )
 
 
@@ -51,14 +76,17 @@ def about(name: str) -> About | None:
     return WORD_PROBLEMS if name.startswith("tiny-") else None
 
 
-def add_model_options(parser: argparse.ArgumentParser, default: str) -> None:
+def add_model_options(parser: argparse.ArgumentParser, default: str, more: bool = False) -> None:
+    """more: the option may be repeated, and is then a list, None without it."""
     group = parser.add_argument_group("model")
+    often: dict[str, Any] = {"action": "append"} if more else {"default": default}
     group.add_argument(
         "--model",
         "--model_path",
-        default=default,
         metavar="NAME",
-        help=f"shipped name ({', '.join(tiny_names())}), local folder or hub id (default {default})",
+        help=f"shipped name ({', '.join(tiny_names())}), local folder or hub id{'; may be repeated' if more else ''} "
+        f"(default {default})",
+        **often,
     )
     add_place_options(group)
 
@@ -69,7 +97,7 @@ def loader(args: argparse.Namespace) -> Callable[[str], Model]:
     return lambda name: fastdllm.load(name, **options | ({} if name == args.model else {"adapter": None}))
 
 
-def add_decode_options(parser: argparse.ArgumentParser, gen_length: int) -> None:
+def add_decode_options(parser: argparse.ArgumentParser, gen_length: int | None) -> None:
     """Every option of `DecodeConfig`, of the decoders and of the caches, documented by their own lines."""
     group = parser.add_argument_group("decoding", "Other spellings, such as --max-new-tokens, are understood as well.")
     added = [_add_option(group, o, gen_length if o.name == "gen_length" else None) for o in OPTIONS.values() if typed(o)]

@@ -18,16 +18,19 @@ from fastdllm import DecodeConfig
 from fastdllm.serving.app import EventStream, create_app
 from fastdllm.serving.service import Service
 
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/decide")
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/decide", "/page/chat", "/page/words")
 GOOD: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2},
     "/v1/completions": {"prompt": "Hi", "max_tokens": 2},
     "/v1/decide": {"prompt": "Hi", "questions": [{"name": "ok", "type": "yes_no"}]},
+    "/page/chat": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2},
+    "/page/words": {"model": "tiny-llada", "words": "1:Hi", "length": 8},
 }
 FIELDS = [
     "model", "messages", "prompt", "questions", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "n",
     "seed", "stop", "stream", "stream_options", "logprobs", "top_logprobs", "echo", "constraints", "threshold", "alg_temp",
-    "timeout", "cache", "tools", "user", "logit_bias", "cfg_scale", "gen_length", "\ud800", "a\x00b", "",
+    "timeout", "cache", "tools", "user", "logit_bias", "cfg_scale", "gen_length", "setting", "words",
+    "side", "length", "\ud800", "a\x00b", "",
 ]  # fmt: skip
 
 texts = st.text(st.characters(), max_size=8) | st.sampled_from(["\ud800", "\x00", "<|mask|>", "🙂", "NaN"])

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page in a real browser, against a real server: what a visitor sees, and what the server does when one leaves.
+"""The page in a real browser, against a real server: what a visitor sees and what the server does when one leaves.
 
 Needs Debian's chromium and playwright's Python package; nothing is downloaded. Screenshots go to pytest's temporary folder.
 """
 
 from __future__ import annotations
 
-import os
+import json
+import re
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,10 +18,11 @@ from typing import Any
 
 import pytest
 
-from fastdllm import Model
+from fastdllm import DecodeConfig, Model
+from fastdllm.trace import Trace
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-gr = pytest.importorskip("gradio", reason="the page needs gradio")
+pytest.importorskip("fastapi", reason="the page needs fastdllm[serve]")
+uvicorn = pytest.importorskip("uvicorn", reason="the page needs fastdllm[serve]")
 playwright = pytest.importorskip("playwright.sync_api", reason="driving the page needs playwright")
 
 FLAGS = [
@@ -31,6 +34,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+SIZES = {"desktop": (1440, 900), "phone": (390, 844)}
 
 
 @pytest.fixture(scope="module")
@@ -40,29 +44,42 @@ def forwards(model: Model) -> Iterator[list[float]]:
 
     def seen(*_: object) -> None:
         times.append(time.monotonic())
-        time.sleep(0.03)
+        time.sleep(0.02)
 
     handle = model.network.register_forward_hook(seen)
     yield times
     handle.remove()
 
 
+def serve(app: Any) -> tuple[str, Callable[[], None]]:
+    """Run an application in a thread: its address, and what ends it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+
+    def end() -> None:
+        server.should_exit = True
+        thread.join()
+
+    return f"http://127.0.0.1:{port}", end
+
+
 @pytest.fixture(scope="module")
 def server(model: Model, forwards: list[float]) -> Iterator[str]:
-    def load(name: str) -> Model:
-        if name != "tiny-llada":
-            raise FileNotFoundError(f"model {name!r} is not here")
-        return model
+    import fastdllm
+    from fastdllm.serving.app import create_app
+    from fastdllm.serving.service import Service
 
-    from fastdllm.ui.handlers import Models
-    from fastdllm.ui.page import build, launch_options
-
-    page = build(Models(load), "tiny-llada", slow_motion=0.0).queue(default_concurrency_limit=1)
-    assert forwards == [], "building the page must not run a model"
-    _, url, share = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **launch_options())
-    assert share is None
+    own = Service(model, DecodeConfig(), rows=8)
+    others = [Service(fastdllm.load("tiny-sudoku", device="cpu"), DecodeConfig(), rows=8, beside=own)]
+    url, end = serve(create_app(own, others=others, wait_until_warm=True))
     yield url
-    page.close()
+    end()
 
 
 @pytest.fixture(scope="module")
@@ -75,111 +92,128 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def visit(browser: Any, server: str) -> Iterator[Callable[..., Any]]:
-    """Open the page; at the end of the test nothing may have been written to the browser's error console."""
+    """Open the page. At the end of the test nothing may have been written to the browser's error console, and nothing
+    asked of anybody but the server."""
     contexts, problems = [], []
 
-    def open_page(width: int = 1360, height: int = 900, **options: Any) -> Any:
+    def open_page(width: int = 1440, height: int = 900, address: str = server, **options: Any) -> Any:
         contexts.append(browser.new_context(viewport={"width": width, "height": height}, **options))
         page = contexts[-1].new_page()
         page.set_default_timeout(120_000)
-        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        page.on("console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("request", lambda r: None if r.url.startswith((server, "data:", "blob:")) else problems.append(r.url))
-        page.goto(server)
-        page.get_by_text("million parameters").wait_for()
+        page.on("request", lambda r: None if r.url.startswith(("http://127.0.0.1", "blob:")) else problems.append(r.url))
+        page.goto(address)
+        page.locator("body[data-ready]").wait_for()
         return page
 
     yield open_page
     for context in contexts:
         context.close()
-    assert problems == []
+    # A refused request is an answer here, but browsers write it down.
+    assert [text for text in problems if "status of 4" not in text] == []
+
+
+def chat(page: Any) -> None:
+    page.locator("#tab-chat").click()
 
 
 def ask(page: Any, text: str) -> None:
-    page.locator("#message textarea").fill(text)
-    page.locator("#ask").click()
-
-
-def open_settings(page: Any, decoder: str) -> None:
-    page.get_by_role("button", name="Cache and decoder").click()
-    page.get_by_label("Decoder").first.click()
-    page.get_by_role("option", name=decoder, exact=True).click()
+    page.locator("#message").fill(text)
+    page.locator("#message").press("Enter")
 
 
 def idle(page: Any) -> None:
-    page.locator("#stop:disabled").wait_for()
-    page.locator("#ask:enabled").wait_for()
+    page.locator("body:not(.busy)").wait_for()
 
 
-def filled(page: Any, canvas: str = "#canvas") -> int:
-    return page.locator(f"{canvas} .tok:not(.open)").count()
+def tokens(page: Any) -> None:
+    page.locator(".answer [data-mode=tokens]").last.click()
 
 
-def test_the_command_serves_this_machine_only_and_loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastdllm.ui import page
-
-    launched = {}
-    monkeypatch.setattr(page.fastdllm, "load", lambda *_: pytest.fail("a model was loaded before anybody came"))
-    monkeypatch.setattr(gr.Blocks, "launch", lambda self, **options: launched.update(options))
-    assert page.main([], default_model="tiny-dream") == 0
-    assert launched["server_name"] == "127.0.0.1" and launched["share"] is False
-    assert page.main(["--host", "0.0.0.0", "--port", "8000", "--share"]) == 0
-    assert launched["server_name"] == "0.0.0.0" and launched["server_port"] == 8000 and launched["share"] is True
-
-
-def test_a_taken_port_is_a_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    from fastdllm.ui import page
-
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        assert page.main(["--port", str(taken.getsockname()[1])]) == 1
-    assert "port" in capsys.readouterr().err
+def setting(page: Any, side: str, name: str) -> None:
+    page.locator("#open-settings").click()
+    page.locator(f"#set-{side} select").first.select_option(name)
+    page.keyboard.press("Escape")
 
 
 @pytest.mark.browser
-def test_a_visitor_asks_and_watches_the_tokens_come(visit: Callable[..., Any], question: str, tmp_path: Path) -> None:
+def test_enter_sends_and_shift_enter_breaks_the_line(visit: Callable[..., Any], question: str) -> None:
     page = visit()
-    open_settings(page, "quota")
-    ask(page, question)
-    counts = []
-    while not page.locator("#canvas .rest").count() and len(counts) < 400:
-        counts.append(filled(page))
-        page.wait_for_timeout(40)
-    idle(page)
-    assert counts == sorted(counts) and len(set(counts)) > 5, "the tokens did not come one after another"
-    assert "39" in page.locator("#chat").inner_text()
-    assert page.locator('#canvas [data-figure="tokens"]').inner_text() == "39"
-    assert page.locator("#curve polyline").count() == 1
-    assert page.locator("#message textarea").input_value() == ""
-
-    page.locator("#forward input[type=range]").fill("5")
-    page.locator('#canvas [data-figure="forwards"]:text-is("5")').wait_for()
-    assert filled(page) == 5
-
-    colour = "el => getComputedStyle(el).backgroundColor"
-    token = page.locator("#canvas .tok.c4, #canvas .tok.c3").first
-    before = token.evaluate(colour)
-    page.locator("#colour input[value=confidence]").click()
-    assert token.evaluate(colour) != before and page.locator(".legend .conf").first.is_visible()
-    page.screenshot(path=tmp_path / "desktop.png", full_page=True)
-    assert (tmp_path / "desktop.png").stat().st_size > 20_000
+    chat(page)
+    box = page.locator("#message")
+    box.press_sequentially("one")
+    box.press("Shift+Enter")
+    box.press_sequentially("two")
+    assert box.input_value() == "one\ntwo" and page.locator(".asked").count() == 0
+    box.fill(question)
+    box.press("Enter")
+    page.locator(".answer .text:not([hidden])").wait_for()
+    assert box.input_value() == "" and page.locator(".asked").inner_text() == question
+    assert "23 + 16 = 39" in page.locator(".answer .text").inner_text()
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_shows_everything_without_scrolling_sideways(
-    visit: Callable[..., Any], question: str, tmp_path: Path, scheme: str
-) -> None:
-    page = visit(390, 844, color_scheme=scheme)
+def test_what_is_typed_while_an_answer_runs_stays(visit: Callable[..., Any], question: str) -> None:
+    page = visit()
+    chat(page)
+    setting(page, "chat", "one")
     ask(page, question)
-    page.locator("#canvas .tok").first.wait_for()
+    page.locator(".answer .tok.now").first.wait_for()
+    box = page.locator("#message")
+    box.press_sequentially("my next question")
+    box.press("Enter")
+    assert page.locator("body.busy").count() == 1 and page.locator(".asked").count() == 1
     idle(page)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    assert all(box["x"] + box["width"] <= 390 for box in (t.bounding_box() for t in page.locator("#canvas .tok").all()))
-    ratios = page.locator("#canvas .tok:not(.open):not(.after)").evaluate_all(CONTRAST)
+    page.locator(".answer .text:not([hidden])").wait_for()
+    assert box.input_value() == "my next question"
+    page.locator(".chip").first.click()  # an example is asked without the box
+    page.locator(".asked").nth(1).wait_for()
+    idle(page)
+    assert box.input_value() == "my next question"
+    page.locator("#tab-compare").click()
+    page.locator("#open-settings").click()
+    page.keyboard.press("Escape")
+    assert box.input_value() == "my next question"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("size", list(SIZES))
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_race_is_seen_without_scrolling_and_has_a_verdict(
+    visit: Callable[..., Any], tmp_path: Path, size: str, scheme: str
+) -> None:
+    width, height = SIZES[size]
+    page = visit(width, height, color_scheme=scheme)
+    assert page.locator("header").bounding_box()["height"] <= 80
+    page.locator("#send").click()
+    page.locator("#verdict.said").wait_for()
+    said = page.locator("#verdict").inner_text()
+    found = re.fullmatch(r"B: ([\d.]+) times faster, ([\d.]+) times fewer forwards, same answer", said)
+    assert found, said
+    for name in ("#verdict", "#canvas-a", "#canvas-b", "#send", "#message"):
+        place = page.locator(name).bounding_box()
+        assert place["height"] > 20 and place["width"] > 60, name
+        assert place["x"] >= 0 and place["x"] + place["width"] <= width, f"{name} is cut on the side"
+        assert place["y"] >= 0 and place["y"] + place["height"] <= height, f"{name} is below the fold"
+    # The verdict is made of the counts that stand below it.
+    value = {
+        (side, name): float(page.locator(f".lane-{side} [data-figure={name}]").inner_text())
+        for side in "ab"
+        for name in ("seconds", "forwards", "tokens")
+    }
+    assert float(found[2]) == pytest.approx(value["a", "forwards"] / value["b", "forwards"], rel=0.06)
+    assert float(found[1]) == pytest.approx(value["a", "seconds"] / value["b", "seconds"], rel=0.3)
+    assert value["a", "tokens"] == value["b", "tokens"] == 39
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("#settings").is_hidden(), "the forms are folded"
+    for lane in "ab":
+        assert page.locator(f"#canvas-{lane} .tok.end").count() == 1
+        assert page.locator(f"#canvas-{lane} .tok.end").inner_text() == "end, +24"
+    page.wait_for_timeout(400)  # the last tokens have arrived
+    ratios = page.locator(".canvas .tok:not(.open)").evaluate_all(CONTRAST)
     assert ratios and min(ratios) >= 4.5, "a token's text is hard to read on its colour"
-    page.screenshot(path=tmp_path / f"phone-{scheme}.png", full_page=True)
+    page.screenshot(path=tmp_path / f"race-{size}-{scheme}.png")
 
 
 CONTRAST = """tokens => {
@@ -188,58 +222,238 @@ CONTRAST = """tokens => {
         const lin = part.map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
         return 0.2126 * lin[0] + 0.7152 * lin[1] + 0.0722 * lin[2];
     };
-    return tokens.map(token => {
-        const style = getComputedStyle(token), ink = getComputedStyle(token.querySelector('b')).color;
-        const pair = [light(ink), light(style.backgroundColor)].sort((a, b) => b - a);
+    const ground = element => {
+        const colour = getComputedStyle(element).backgroundColor;
+        return /, 0\\)$|transparent/.test(colour) ? ground(element.parentElement) : colour;
+    };
+    return tokens.filter(token => token.textContent).map(token => {
+        const pair = [light(getComputedStyle(token).color), light(ground(token))].sort((a, b) => b - a);
         return (pair[0] + 0.05) / (pair[1] + 0.05);
     });
 }"""
 
 
 @pytest.mark.browser
-def test_two_settings_are_compared_on_one_prompt(visit: Callable[..., Any], tmp_path: Path) -> None:
+def test_scrubbed_states_tell_the_truth_and_colours_stay(visit: Callable[..., Any], question: str) -> None:
     page = visit()
-    page.get_by_role("tab", name="Compare").click()
-    page.locator("#compare").click()
-    page.locator("#canvas-1 .rest").wait_for()
-    page.locator("#canvas-0 .rest").wait_for()
-    page.locator("#stop-compare:disabled").wait_for()
-    steps = [int(page.locator(f'#canvas-{side} [data-figure="forwards"]').inner_text()) for side in (0, 1)]
-    assert steps[0] > steps[1] > 0, "one token at a time takes more forwards than the threshold"
-    assert page.locator("#curve-compare polyline").count() == 2
-    page.locator("#forward-compare input[type=range]").fill("1")
-    page.locator('#canvas-0 [data-figure="forwards"]:text-is("1")').wait_for()
-    page.screenshot(path=tmp_path / "compare.png", full_page=True)
-
-
-@pytest.mark.browser
-def test_stop_stops_the_computation(visit: Callable[..., Any], question: str, forwards: list[float]) -> None:
-    page = visit()
-    open_settings(page, "quota")
+    chat(page)
+    setting(page, "chat", "one")
     ask(page, question)
-    page.locator("#canvas .tok.now").first.wait_for()
-    page.locator("#stop").click()
-    page.get_by_text("this turn is not remembered").wait_for()
-    idle(page)
-    done = len(forwards)
-    page.wait_for_timeout(600)
-    assert len(forwards) == done
-    assert page.locator("#canvas .tok.open").count() > 0
+    colours: dict[str, set[str]] = {}
+    while page.locator("body.busy").count():
+        for tip, kind in page.locator(".answer .tok:not(.open, .end)").evaluate_all(
+            "all => all.map(t => [t.dataset.tip, t.className.replace(/ (now|word)/g, '')])"
+        ):
+            colours.setdefault(tip, set()).add(kind)
+        page.wait_for_timeout(60)
+    assert len(colours) > 10 and all(len(kinds) == 1 for kinds in colours.values()), "a token's colour has changed"
+    page.locator(".answer .text:not([hidden])").wait_for()
+    tokens(page)
+    scrub = page.locator(".answer .scrub")
+    last = int(scrub.get_attribute("max"))
+    for step in (0, 1, 20, 33, last):
+        scrub.fill(str(step))
+        assert page.locator(".answer .moment").inner_text() == f"Forward {step} of {last}"
+        written = page.locator(".answer .tok:not(.open, .end)").count()
+        folded = page.locator(".answer .tok.end").all_inner_texts()
+        ends = sum(1 + int((re.findall(r"\+(\d+)", text) or ["0"])[0]) for text in folded)
+        assert written + ends == step, "as many tokens are shown as forwards have written"
+        never = page.locator(".answer .tok.end").evaluate_all("all => all.some(t => /never decoded/.test(t.dataset.tip))")
+        assert never == (step == last), "only a finished answer has positions that were never decoded"
+    before = page.locator(".answer .tok.c4, .answer .tok.c3").first
+    plain = before.evaluate("t => getComputedStyle(t).backgroundColor")
+    page.locator("#open-settings").click()
+    page.locator("#colour").select_option("sure")
+    assert before.evaluate("t => getComputedStyle(t).backgroundColor") != plain
+    assert "confidence" in before.get_attribute("data-tip")
 
 
 @pytest.mark.browser
-def test_a_visitor_who_leaves_stops_the_computation_and_frees_the_queue(
-    visit: Callable[..., Any], question: str, forwards: list[float]
+def test_an_answer_can_be_played_again_copied_saved_edited_and_asked_again(
+    visit: Callable[..., Any], question: str, tmp_path: Path
 ) -> None:
-    page = visit()
-    open_settings(page, "quota")
+    page = visit(permissions=["clipboard-read", "clipboard-write"])
+    chat(page)
     ask(page, question)
-    page.locator("#canvas .tok.now").first.wait_for()
+    page.locator(".answer .text:not([hidden])").wait_for()
+    page.get_by_label("Copy the answer").click()
+    assert page.evaluate("navigator.clipboard.readText()").strip().endswith("#### 39")
+    with page.expect_download() as saved:
+        page.get_by_label("Download its history").click()
+    saved.value.save_as(tmp_path / "trace.json")
+    trace = Trace.load(tmp_path / "trace.json")
+    assert trace.finished and trace.tokens() == 39 and trace.model == "tiny-llada"
+    tokens(page)
+    page.get_by_label("Play the answer again").click()
+    page.get_by_label("Play the answer again").wait_for()
+    page.get_by_label("Ask again, with other draws").click()
+    idle(page)
+    page.locator(".asked").first.hover()
+    page.get_by_label("Edit and ask again").click()
+    page.get_by_label("Edit the question").fill(question.replace("23", "33"))
+    page.get_by_role("button", name="Ask again", exact=True).click()
+    idle(page)
+    assert page.locator(".asked").count() == 1 and "33" in page.locator(".asked").inner_text()
+    page.get_by_label("Copy a link").click()
+    link = page.evaluate("navigator.clipboard.readText()")
+    other = visit(address=link)
+    assert other.locator("#message").input_value() == question.replace("23", "33")
+    assert other.locator("#tab-chat[aria-selected=true]").count() == 1
+
+
+@pytest.mark.browser
+def test_a_link_brings_a_race_with_its_settings(visit: Callable[..., Any], server: str) -> None:
+    side = json.dumps({"name": "custom", "decoder": "threshold", "threshold": "0.7", "cache": "prefix"})
+    page = visit(address=f"{server}#q=Tom+has+5+apples.&a=%7B%22name%22%3A%22paper%22%7D&b={side}&n=32&nonsense=1&t=x")
+    assert page.locator("#preset-a").input_value() == "paper" and page.locator("#preset-b").input_value() == "custom"
+    assert "Tom has 5 apples." in page.locator("#question").inner_text()
+    page.locator("#open-settings").click()
+    assert page.locator("#set-b").get_by_label("threshold", exact=True).input_value() == "0.7"
+
+
+@pytest.mark.browser
+def test_nothing_is_cut_on_the_side_of_a_phone(visit: Callable[..., Any], question: str, server: str) -> None:
+    page = visit(*SIZES["phone"], address=f"{server}#v=chat&w=3%3Apencils")
+    ask(page, question)
+    page.locator(".answer .text:not([hidden])").wait_for()
+    tokens(page)
+    page.locator(".asked").hover()
+    page.get_by_label("Edit and ask again").click()
+    for opened in ("", "settings"):
+        if opened:
+            page.locator("#open-settings").click()
+        wide = page.locator("body *:not(.examples *)").evaluate_all(
+            "all => all.filter(e => e.offsetParent && e.getBoundingClientRect().right > innerWidth + 0.5)"
+            ".map(e => e.outerHTML)"
+        )
+        assert wide == []
+
+
+@pytest.mark.browser
+def test_words_are_previewed_and_stand(visit: Callable[..., Any], question: str) -> None:
+    page = visit()
+    chat(page)
+    page.locator("#open-settings").click()
+    page.locator("#words").fill("0:Well, 20:pencils")
+    page.locator(".preview .tok.fixed").nth(1).wait_for()
+    assert page.locator(".preview .tok").all_inner_texts()[20] == "pencils"
+    page.locator("#words").fill("nothing")
+    page.get_by_text("not of the form").wait_for()
+    page.locator("#words").fill("0:Well, 20:pencils")
+    page.keyboard.press("Escape")
+    ask(page, question)
+    page.locator(".answer .text:not([hidden])").wait_for()
+    assert page.locator(".answer .text").inner_text().startswith("Well")
+    tokens(page)
+    assert page.locator(".answer .tok.fixed").count() == 2
+
+
+@pytest.mark.browser
+def test_a_sudoku_is_a_grid_and_examples_follow_the_model(visit: Callable[..., Any], tmp_path: Path) -> None:
+    page = visit()
+    assert all("Sudoku" not in text for text in page.locator(".chip").all_inner_texts())
+    page.locator("#model").select_option("tiny-sudoku")
+    assert all(text.startswith("Sudoku") for text in page.locator(".chip").all_inner_texts())
+    page.locator("#send").click()
+    page.locator("#verdict.said").wait_for()
+    assert page.locator("#canvas-b .grid .cell").all_inner_texts() == list("1423324121344312")
+    chat(page)
+    page.locator(".chip").first.click()
+    page.locator(".answer .text .grid").wait_for()
+    assert page.locator(".answer .text .cell").all_inner_texts() == list("1423324121344312")
+    assert page.locator(".asked .cell.given").count() == 5
+    page.screenshot(path=tmp_path / "sudoku.png")
+
+
+@pytest.mark.browser
+def test_markup_of_a_message_or_an_answer_is_text(visit: Callable[..., Any], server: str) -> None:
+    page = visit()
+    chat(page)
+    ask(page, "<b>bold</b> <img src=x onerror=alert(1)> 😀 <|mask|><|eos|>")
+    idle(page)
+    assert "<b>bold</b>" in page.locator(".bubble").inner_text() and "<|mask|>" in page.locator(".bubble").inner_text()
+    assert page.locator("main img, main b").count() == 0
+    shown = page.evaluate("""async () => {
+        const { markdown } = await import("/markdown.js");
+        const box = document.createElement("div");
+        box.append(markdown("# T <i>x</i>\\n\\n**b** `c<d>` *e* [l](https://a.b) [m](javascript:alert(1))\\n"
+            + "- one\\n- two\\n\\n3. three\\n4. four\\n\\n"
+            + "```py\\nif a < b:\\n  <s>\\n```\\n> q\\n\\n---\\n<script>1</script>"));
+        return [box.innerHTML, [...box.querySelectorAll("*")].map(e => e.localName).join()];
+    }""")
+    assert shown[1] == "h2,p,strong,code,em,a,ul,li,li,ol,li,li,pre,code,blockquote,hr,p"
+    assert "&lt;script&gt;" in shown[0] and 'href="javascript' not in shown[0] and 'start="3"' in shown[0]
+
+
+@pytest.mark.browser
+def test_problems_are_sentences_and_keep_the_question(visit: Callable[..., Any], question: str) -> None:
+    page = visit()
+    page.locator("#preset-b").select_option("custom")
+    page.locator("#set-b").get_by_label("threshold", exact=True).fill("7")
+    page.locator("#set-b").get_by_label("threshold", exact=True).press("Tab")
+    page.keyboard.press("Escape")
+    page.locator("#send").click()
+    page.locator(".lane-b .note.problem").wait_for()
+    assert "threshold=7.0 must lie in [0, 1]" in page.locator(".lane-b .note").inner_text()
+    idle(page)
+    chat(page)
+    ask(page, "z" * 9_000)
+    page.locator(".answer .note.problem").wait_for()
+    assert "too long" in page.locator(".answer .note.problem").inner_text()
+    assert page.locator(".bubble").inner_text() == "z" * 9_000
+    page.locator("#send").click()
+    page.get_by_text("Write a question first.").wait_for()
+
+
+@pytest.mark.browser
+def test_cut_and_empty_answers_say_so(visit: Callable[..., Any], question: str, server: str) -> None:
+    page = visit(address=f"{server}#v=chat&n=12")
+    ask(page, question)
+    page.get_by_text("Cut at 12 tokens").wait_for()
+    ask(page, "hi")
+    idle(page)
+    page.locator(".answer").nth(1).locator(".tools").wait_for()
+    text = page.locator(".answer").nth(1)
+    assert text.locator(".text").inner_text().strip() or text.get_by_text("An empty answer").count() == 1
+
+
+@pytest.mark.browser
+def test_two_visitors_are_answered_at_once(visit: Callable[..., Any], question: str) -> None:
+    pages = [visit(), visit()]
+    for page in pages:
+        chat(page)
+        setting(page, "chat", "one")
+        ask(page, question)
+    both = 0
+    while any(page.locator("body.busy").count() for page in pages):
+        counts = [page.locator(".answer .tok:not(.open)").count() for page in pages]
+        both += all(page.locator("body.busy").count() for page in pages) and min(counts) > 0
+        pages[0].wait_for_timeout(50)
+    assert both > 2, "one visitor waited for the other's end"
+    for page in pages:
+        page.locator(".answer .text:not([hidden])").wait_for()
+        assert "39" in page.locator(".answer .text").inner_text()
+
+
+@pytest.mark.browser
+def test_stop_and_leaving_end_the_computation(visit: Callable[..., Any], question: str, forwards: list[float]) -> None:
+    page = visit()
+    page.locator("#send").click()
+    page.locator("#canvas-a .tok.now").first.wait_for()
+    page.get_by_role("button", name="Stop").click()
+    idle(page)
+    assert_quiet(forwards)
+    chat(page)
+    setting(page, "chat", "one")
+    ask(page, question)
+    page.locator(".answer .tok.now").first.wait_for()
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_text("This turn is not remembered").wait_for()
+    assert page.locator(".answer .tok.open").count() > 0
+    ask(page, question)
+    page.locator(".answer").nth(1).locator(".tok.now").first.wait_for()
     page.context.close()
     assert_quiet(forwards)
-    other = visit()
-    ask(other, question)
-    other.locator("#canvas .rest").wait_for()
 
 
 def assert_quiet(forwards: list[float]) -> None:
@@ -253,24 +467,65 @@ def assert_quiet(forwards: list[float]) -> None:
 
 
 @pytest.mark.browser
-def test_bad_input_is_answered_on_the_page(visit: Callable[..., Any], question: str) -> None:
-    page = visit()
-    page.locator("#ask").click()
-    page.get_by_role("alert").filter(has_text="message is empty").wait_for()
-    ask(page, "z" * 100_000)
-    page.get_by_role("alert").filter(has_text="message is too long").wait_for()
-    ask(page, "<b>bold</b> 😀 \x07 <|mask|><|eos|>")
-    page.locator("#canvas .tok").first.wait_for()
-    idle(page)
-    assert "<b>bold</b>" in page.locator("#chat").inner_text() and "<|mask|>" in page.locator("#chat").inner_text()
-    box = page.get_by_label("Model", exact=True)
-    box.fill("nowhere")
-    box.press("Enter")
-    page.get_by_role("alert").filter(has_text="model 'nowhere' is not here").first.wait_for()
-    box.fill("tiny-llada")
-    box.press("Enter")
-    page.get_by_text("million parameters").wait_for()
-    page.locator("#clear").click()
-    page.get_by_text("Ask a question below").wait_for()
-    ask(page, question)
-    page.locator('#canvas [data-figure="tokens"]:text-is("39")').wait_for()
+def test_a_server_with_a_key_asks_for_it_once(visit: Callable[..., Any], browser: Any, model: Model) -> None:
+    from fastdllm.serving.app import create_app
+    from fastdllm.serving.service import Service
+
+    url, end = serve(create_app(Service(model, DecodeConfig()), api_key="secret", wait_until_warm=True))
+    try:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(url)
+        for key in ("wrong", "secret"):
+            page.locator("#key[open]").wait_for()
+            page.locator("#key-value").fill(key)
+            page.locator("#key-value").press("Enter")
+            page.wait_for_timeout(300)
+        page.locator("body[data-ready]").wait_for()
+        page.reload()
+        page.locator("body[data-ready]").wait_for()
+        assert page.locator("#key[open]").count() == 0
+        context.close()
+    finally:
+        end()
+
+
+def test_the_command_checks_its_options_and_its_address(capsys: pytest.CaptureFixture) -> None:
+    from fastdllm.ui import app
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert app.main(["--port", str(port)]) == 1
+        assert f"port {port} of 127.0.0.1 is taken" in capsys.readouterr().err
+        assert app.free_port("127.0.0.1", None) in app.PORTS
+    for options, expected in (
+        (["--preset", "quickest"], "quickest"),
+        (["--threshold", "2"], "threshold=2.0 must lie in"),
+        (["--max-batch", "0"], "--max-batch 0 must be positive"),
+        (["--quantize", "nothing"], "invalid choice"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            app.main(options)
+        assert stopped.value.code == 2 and expected in capsys.readouterr().err
+    assert app.main(["--model", "nowhere"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_the_command_serves_its_models_to_this_machine_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastdllm.serving import command
+    from fastdllm.ui import app
+
+    ran: list[tuple[Any, str]] = []
+    monkeypatch.setattr(command, "run", lambda served, host, port, level: ran.append((served, host)) or 0)
+    assert app.main(["--model", "tiny-sudoku", "--model", "tiny-llada", "--threshold", "0.8", "--cache", "prefix"]) == 0
+    served, host = ran[0]
+    services = served.state.page.services
+    assert host == "127.0.0.1" and list(services) == ["tiny-sudoku", "tiny-llada"]
+    assert all(service.config.threshold == 0.8 and service.config.cache == "prefix" for service in services.values())
+    assert served.state.service is services["tiny-sudoku"]
+    gate = next(layer for layer in served.user_middleware if layer.cls.__name__ == "Gate")
+    assert gate.kwargs["hosts"] == ("127.0.0.1", "localhost", "[::1]")
+    assert app.main([], default_model="tiny-dream") == 0
+    assert next(iter(ran[1][0].state.page.services)) == "tiny-dream" and len(ran[1][0].state.page.services) == 4

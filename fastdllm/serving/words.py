@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Constraints of the web page, "5:apples, 12:left", as tokens by position of the answer."""
+"""Words at token positions, "5:apples, 12:left", as the page takes them: tokens by position of the answer."""
 
 from __future__ import annotations
 

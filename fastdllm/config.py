@@ -124,8 +124,7 @@ class DecodeConfig:
     batch_size: Annotated[int | None, "Prompts decoded together; default what memory allows, up to 64.", Bounds(1)] = None
     prompt_cache: Annotated[
         int | None,
-        "Positions of prompts kept for prompts that begin alike (cache block and sub_block); 0 none, default what memory "
-        "allows, up to 32768. A `PromptCache` outlives the run.",
+        "Positions kept for prompts that begin alike; default what fits, 0 none; or a PromptCache.",
         Bounds(0),
     ] = None
     runner: Annotated[

@@ -24,7 +24,8 @@ import fastdllm
 from fastdllm.serving.errors import ApiError, as_api_error
 from fastdllm.serving.page import Page, PageBody, WordsBody
 from fastdllm.serving.protocol import ChatBody, CompletionBody, DecideBody, describe
-from fastdllm.serving.service import Asked, Service
+from fastdllm.serving.responses import Asked
+from fastdllm.serving.service import Service
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send

@@ -27,7 +27,8 @@ from fastdllm.memory import positions_that_fit
 from fastdllm.registry import Kind
 from fastdllm.serving.errors import ApiError, Expired, as_api_error
 from fastdllm.serving.protocol import ChatBody, Strict
-from fastdllm.serving.service import Asked, Service
+from fastdllm.serving.responses import Asked
+from fastdllm.serving.service import Service
 from fastdllm.serving.words import parse_constraints
 from fastdllm.ui import options
 from fastdllm.ui.conversation import Conversation, Prompt

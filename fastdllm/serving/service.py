@@ -10,86 +10,34 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-import fastdllm
 from fastdllm.build import resolve
 from fastdllm.config import DecodeConfig
 from fastdllm.conversations import encode_literally
 from fastdllm.decide import decide
 from fastdllm.engine import Request, check
-from fastdllm.likelihood import Reading
 from fastdllm.prompts import encode
 from fastdllm.serving.errors import ApiError, Expired, as_api_error
-from fastdllm.serving.listing import TokenList, chat_logprobs, text_logprobs
+from fastdllm.serving.listing import TokenList
 from fastdllm.serving.metrics import Metrics
 from fastdllm.serving.protocol import Body, ChatBody, CompletionBody, DecideBody, numbers
 from fastdllm.serving.readings import PromptReadings
-from fastdllm.serving.scheduler import Event, Failed, Finished, Job, Progress, Scheduler
+from fastdllm.serving.responses import Asked, Choice, Echo, Piece, Responses
+from fastdllm.serving.scheduler import Event, Failed, Finished, Progress, Scheduler
 from fastdllm.serving.tokens import Spelling
 from fastdllm.serving.turns import Turns
-from fastdllm.text import AnswerText, is_cut, text_of
+from fastdllm.text import is_cut, text_of
 
 if TYPE_CHECKING:
     from fastdllm.models import Model
 
 T = TypeVar("T")
 SPREAD = 4  # a normaliser may shorten a text by this factor at most (composition of characters)
-
-
-@dataclass(frozen=True)
-class Echo:
-    """A prompt that is repeated before its completion: its text and, if asked for, readings of its tokens but the first."""
-
-    text: str
-    readings: list[Reading] | None
-
-
-@dataclass
-class Choice:
-    """One answer on its way. number: its place in the response; prompt: ids [P]; text: what is final of it."""
-
-    number: int
-    prompt: Tensor
-    request: Request
-    text: AnswerText
-    tokens: TokenList
-    result: Finished | None = None
-    forwards: int = 0  # forwards whose denoising event was given out
-    echo: Echo | None = None
-    job: Job | None = None  # once it is taken in
-
-    @property
-    def reason(self) -> str:
-        return "stop" if self.text.ended else "length"
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Something new of one choice: text, and the event of the forward that gave it. over: nothing follows."""
-
-    choice: Choice
-    text: str
-    progress: Progress | None = None
-    over: bool = False
-
-
-@dataclass
-class Asked:
-    """A checked request: its choices, and how to tell about them. id, created: of the response."""
-
-    body: Body
-    choices: list[Choice]
-    chat: bool
-    deadline: float
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    created: int = field(default_factory=lambda: int(time.time()))
-    scored: int = 0  # forwards that scored prompts
 
 
 class Service:
@@ -121,6 +69,7 @@ class Service:
         if beside is None:
             self.metrics.watch(self.scheduler)
         self.spelling = Spelling(model)
+        self.responses = Responses(self.name, self.spelling, model.spec.mask_id)
         self._readings = PromptReadings(model)
         self.state = "loading"
         self._tokenizer: Any = model.tokenizer
@@ -375,36 +324,27 @@ class Service:
         async with aclosing(self._pieces(asked.choices, watched, asked.deadline)) as pieces:
             async for _ in pieces:
                 pass
-        render = self._chat_choice if asked.chat else self._text_choice
-        return {
-            **self._head(asked, "chat.completion" if asked.chat else "text_completion"),
-            "choices": [render(asked, choice) for choice in asked.choices],
-            "usage": self._usage(asked),
-        }
+        return self.responses.whole(asked)
 
     async def chunks(self, asked: Asked) -> AsyncGenerator[dict[str, Any], None]:
         """The response in chunks, as they are sent one event each. Closing withdraws the request."""
-        head = self._head(asked, "chat.completion.chunk" if asked.chat else "text_completion")
+        head = self.responses.chunk_head(asked)
         options = asked.body.stream_options
         async with aclosing(self._pieces(asked.choices, True, asked.deadline)) as pieces:
             await anext(pieces)  # taken in; only now may anything be sent
             for choice in asked.choices:
-                if asked.chat:
-                    role = {"role": "assistant", "content": ""}
-                    yield {**head, "choices": [{"index": choice.number, "delta": role, "finish_reason": None}]}
-                elif choice.echo:
-                    yield {**head, "choices": [self._text_delta(asked, choice, choice.echo.text, None)]}
+                if first := self.responses.first(asked, choice):
+                    yield {**head, "choices": [first]}
             async for piece in pieces:
                 choice = piece.choice
                 if options and options.include_denoising and piece.progress and piece.progress.forward > choice.forwards:
                     choice.forwards = piece.progress.forward
-                    yield {**head, "choices": [], "denoising": self._denoising(piece)}
+                    yield {**head, "choices": [], "denoising": self.responses.denoising(piece)}
                 reason = choice.reason if piece.over else None
                 if piece.text or reason:
-                    delta = self._chat_delta if asked.chat else self._text_delta
-                    yield {**head, "choices": [delta(asked, choice, piece.text, reason)]}
+                    yield {**head, "choices": [self.responses.delta(asked, choice, piece.text, reason)]}
         if options and options.include_usage:
-            yield {**head, "choices": [], "usage": self._usage(asked)}
+            yield {**head, "choices": [], "usage": self.responses.usage(asked)}
 
     async def _pieces(self, choices: list[Choice], watched: bool, deadline: float) -> AsyncGenerator[Piece, None]:
         """What happens to the choices, as it happens, after an empty piece once they are taken in. All are withdrawn when
@@ -452,99 +392,6 @@ class Service:
         assert isinstance(event, Finished)
         choice.result = event
         return Piece(choice, choice.text.finish(event.ids), None, True)
-
-    # Responses.
-
-    def _head(self, asked: Asked, kind: str) -> dict[str, Any]:
-        prefix = "chatcmpl" if asked.chat else "cmpl"
-        return {
-            "id": f"{prefix}-{asked.id}",
-            "object": kind,
-            "created": asked.created,
-            "model": self.name,
-            "system_fingerprint": f"fastdllm-{fastdllm.__version__}",
-        }
-
-    def _usage(self, asked: Asked) -> dict[str, Any]:
-        choices = asked.choices
-        prompts = {id(choice.prompt): len(choice.prompt) for choice in choices}
-        prompt, tokens = sum(prompts.values()), sum(choice.text.tokens for choice in choices)
-        forwards = sum(choice.result.forwards for choice in choices if choice.result)
-        forwards += asked.scored
-        # Of several answers to one prompt the first computes it for the others; it is the prompt's own figure that counts.
-        cached: dict[int, int] = {}
-        for choice in choices:
-            if choice.result:
-                before = cached.get(id(choice.prompt), choice.result.cached)
-                cached[id(choice.prompt)] = min(before, choice.result.cached)
-        return {
-            "prompt_tokens": prompt,
-            "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
-            "completion_tokens": tokens,
-            "total_tokens": prompt + tokens,
-            "forwards": forwards,
-            "tokens_per_forward": round(tokens / max(1, forwards), 3),
-        }
-
-    def _chat_choice(self, asked: Asked, choice: Choice) -> dict[str, Any]:
-        return {
-            "index": choice.number,
-            "message": {"role": "assistant", "content": choice.text.text, "refusal": None},
-            "logprobs": self._logprobs(asked, choice, True),
-            "finish_reason": choice.reason,
-        }
-
-    def _chat_delta(self, asked: Asked, choice: Choice, text: str, reason: str | None) -> dict[str, Any]:
-        return {
-            "index": choice.number,
-            "delta": {"content": text} if text else {},
-            "logprobs": self._logprobs(asked, choice, reason is not None),
-            "finish_reason": reason,
-        }
-
-    def _text_choice(self, asked: Asked, choice: Choice) -> dict[str, Any]:
-        text = (choice.echo.text if choice.echo else "") + choice.text.text
-        return self._text_delta(asked, choice, text, choice.reason)
-
-    def _text_delta(self, asked: Asked, choice: Choice, text: str, reason: str | None) -> dict[str, Any]:
-        logprobs = self._logprobs(asked, choice, reason is not None)
-        return {"index": choice.number, "text": text, "logprobs": logprobs, "finish_reason": reason}
-
-    def _logprobs(self, asked: Asked, choice: Choice, over: bool) -> dict[str, Any] | None:
-        """Of the tokens that came since the last call; None where nobody asked."""
-        most = asked.body.top_alternatives
-        if most is None:
-            return None
-        if choice.result is not None:
-            choice.tokens.complete(choice.result.logprobs)
-        fresh = choice.tokens.take(choice.text, over)
-        if asked.chat:
-            return chat_logprobs(self.spelling, fresh, most)
-        echo, prompt = choice.echo, None
-        if echo is not None and echo.readings is not None:
-            prompt = (choice.prompt.tolist(), echo.readings)
-            choice.echo = Echo(echo.text, None)  # once
-        return text_logprobs(self.spelling, fresh, most, prompt, len(echo.text) if echo else 0)
-
-    def _denoising(self, piece: Piece) -> dict[str, Any]:
-        """One forward as the client sees it; positions count from the start of the answer."""
-        progress, mask = piece.progress, self.model.spec.mask_id
-        assert progress is not None
-        tokens = [None if token == mask else self.spelling.text(token) for token in progress.ids]
-        confidence = [None if math.isnan(value) else round(value, 6) for value in progress.confidence]
-        committed = [progress.start + i for i, new in enumerate(progress.committed) if new]
-        return {
-            "index": piece.choice.number,
-            "forward": progress.forward,
-            "start": progress.start,
-            "stop": progress.start + len(progress.ids),
-            "tokens": tokens,
-            "ids": [None if token == mask else token for token in progress.ids],
-            "confidence": confidence,
-            "committed": committed,
-            "seconds": round(progress.seconds, 6),
-            "rows": progress.rows,
-        }
 
 
 async def _in_time(work: Awaitable[T], deadline: float, message: str) -> T:

@@ -27,8 +27,11 @@ CHECKPOINT_WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "pytorc
 OWN_FIELDS = {"model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype"}
 
 
-def read_config(folder: Path, block: int | None) -> Fast_dLLM_QwenConfig:
-    """The folder's configuration with `block` tokens a block; None keeps the checkpoint's, 32 for plain Qwen2."""
+def read_config(folder: Path, block: int | None, tensors: int) -> Fast_dLLM_QwenConfig:
+    """The folder's configuration with `block` tokens a block; None keeps the checkpoint's, 32 for plain Qwen2.
+
+    tensors: of its weights. A layer has several, so there are not more layers; transformers makes a list of them.
+    """
     fields: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = fields.get("model_type")
     if kind not in MODEL_TYPES:
@@ -37,6 +40,9 @@ def read_config(folder: Path, block: int | None) -> Fast_dLLM_QwenConfig:
         raise ValueError(f"{folder}: use_sliding_window=true is not supported; block diffusion attends to all")
     if block is not None and block < 1:
         raise ValueError(f"bd_size={block} must be at least 1")
+    layers = fields.get("num_hidden_layers", 0)
+    if not isinstance(layers, int) or layers > tensors:
+        raise ValueError(f"{folder}: config.json has num_hidden_layers={layers!r}; the checkpoint lacks tensors of them")
     size = block or fields.get("bd_size", 32)
     kept = {name: value for name, value in fields.items() if name not in OWN_FIELDS}
     if kept.get("rope_scaling") is None:
@@ -61,10 +67,8 @@ def load_for_training(
         base = json.loads((local / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
         raise ValueError(f"{name}: a LoRA adapter of {base}; train from a whole model (--merge_lora writes one)")
     folder = find_folder(name)
-    config = read_config(folder, block)
     found = tensor_shapes(folder)
-    if config.num_hidden_layers > len(found):  # no time for the names of a million layers
-        raise ValueError(f"{folder}: the checkpoint lacks tensors: config.json has {config.num_hidden_layers} layers")
+    config = read_config(folder, block, len(found))
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Fast_dLLM_QwenForCausalLM(config).state_dict().items()}
     check_shapes(folder, found, shapes, {"lm_head.weight"} if config.tie_word_embeddings else ())

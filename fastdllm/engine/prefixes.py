@@ -86,7 +86,7 @@ class Prefixes:
 def prefixes(model: Model, run: Decoding, known: Sequence[Request] | None) -> Prefixes | None:
     """None where nothing can be shared."""
     asked = run.prompt_cache
-    if asked == 0 or not (run.cache.block_causal or run.cache.causal):
+    if asked == 0 or not run.cache.final():
         return None
     if isinstance(asked, PromptCache):
         return Prefixes(asked, model, run, None)

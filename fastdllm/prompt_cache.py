@@ -61,7 +61,7 @@ class PromptCache:
         if isinstance(positions, bool) or not isinstance(positions, int) or positions < 1:
             raise ValueError(f"positions={positions!r} must be an integer of at least 1")
         self.positions = positions
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._owner: Any = None
         self.clear()
 
@@ -89,10 +89,11 @@ class PromptCache:
         """
         weights = chain(model.network.parameters(), model.network.buffers())
         owner = ref(model), block, tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
-        if owner != self._owner:
-            self.clear()
-            self._owner = owner
-        return self._tree
+        with self._lock:
+            if owner != self._owner:
+                self.clear()
+                self._owner = owner
+            return self._tree
 
     def count(self, tree: Tree, blocks: Sequence[bytes]) -> int:
         """How many positions are kept of the blocks that a prompt begins with. blocks: their token ids, int64."""
@@ -122,11 +123,9 @@ class PromptCache:
             path = self._path(tree, blocks)
             start = sum(map(len, path))
             new = slice(start, start + sum(map(len, blocks[len(path) :])) // ID_BYTES)
-            if (
-                tree is not self._tree
-                or new.stop == new.start
-                or not finite(store.k[:, row, :, new], store.v[:, row, :, new])
-            ):
+            if tree is not self._tree or new.stop == new.start:
+                return
+            if not finite(store.k[:, row, :, new], store.v[:, row, :, new]):
                 return
             for ids in blocks[len(path) :]:
                 stop = start + len(ids) // ID_BYTES

@@ -76,8 +76,7 @@ def _check_family(spec: ModelSpec, values: Mapping[str, Any]) -> None:
             f"cache={registry.name_of(cache)!r} does not fit the family {spec.family!r}; "
             f"allowed are {', '.join(registry.caches_for(causal, spec.causal_context))}"
         )
-    plan = registry.class_of(Kind.CACHES, cache)
-    if values["prompt_cache"] not in (None, 0) and not (plan.block_causal or plan.causal):
+    if values["prompt_cache"] not in (None, 0) and not registry.class_of(Kind.CACHES, cache).final():
         raise ValueError(
             f"prompt_cache={fields.shown(values['prompt_cache'])} needs a cache whose finished blocks never change (block, "
             f"sub_block, causal), and a family that has one; not cache={registry.name_of(cache)!r} of {spec.family!r}"

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 POSITIONS = 32768  # kept unless the caller says otherwise
 ID_BYTES = 8  # of a token id
+Tree = dict[bytes, "Node"]  # blocks that follow one another, by their token ids
 
 
 @dataclass(eq=False)
@@ -37,10 +38,10 @@ class Node:
     below: the blocks that follow it, by token ids.
     """
 
-    above: dict[bytes, Node]
+    above: Tree
     ids: bytes
     kv: Tensor
-    below: dict[bytes, Node] = field(default_factory=dict)
+    below: Tree = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.kv.shape[3]
@@ -60,7 +61,7 @@ class PromptCache:
         if isinstance(positions, bool) or not isinstance(positions, int) or positions < 1:
             raise ValueError(f"positions={positions!r} must be an integer of at least 1")
         self.positions = positions
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._owner: Any = None
         self.clear()
 
@@ -76,28 +77,33 @@ class PromptCache:
         """Drop everything."""
         with self._lock:
             self._kept = 0
-            self._roots: dict[bytes, Node] = {}
+            self._tree: Tree = {}
             # A block was used no earlier than those that follow it, so the first one here is a leaf of the tree.
             self._recent: OrderedDict[Node, None] = OrderedDict()
 
-    def open(self, model: Model, block: int) -> None:
+    def open(self, model: Model, block: int) -> Tree:
         """Before a run of `model` whose queries see blocks of so many positions (0: no further than themselves): drop what
-        another model, length or weights left."""
+        another model, length or weights left.
+
+        The other methods take what this one returns. When another run has dropped that meanwhile, they do nothing.
+        """
         weights = chain(model.network.parameters(), model.network.buffers())
         owner = ref(model), block, tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
-        if owner != self._owner:
-            self.clear()
-            self._owner = owner
+        with self._lock:
+            if owner != self._owner:
+                self.clear()
+                self._owner = owner
+            return self._tree
 
-    def count(self, blocks: Sequence[bytes]) -> int:
+    def count(self, tree: Tree, blocks: Sequence[bytes]) -> int:
         """How many positions are kept of the blocks that a prompt begins with. blocks: their token ids, int64."""
         with self._lock:
-            return sum(map(len, self._path(blocks)))
+            return sum(map(len, self._path(tree, blocks)))
 
-    def load(self, blocks: Sequence[bytes], store: KVStore, rows: Iterable[int]) -> int:
+    def load(self, tree: Tree, blocks: Sequence[bytes], store: KVStore, rows: Iterable[int]) -> int:
         """Copy those that are kept into `rows` of the store, from position 0; returns how many positions."""
         with self._lock:
-            path = self._path(blocks)
+            path = self._path(tree, blocks)
             self._touch(path)
         if not path:
             return 0
@@ -107,23 +113,25 @@ class PromptCache:
                 of_store[:, row, :, : kv.shape[3]] = kept
         return kv.shape[3]
 
-    def keep(self, blocks: Sequence[bytes], store: KVStore, row: int) -> None:
+    def keep(self, tree: Tree, blocks: Sequence[bytes], store: KVStore, row: int) -> None:
         """Keep copies of the blocks at the beginning of a row of the store, as far as there is room.
 
         None where something in them is not a number: it may come from the prompt's end, and would reach prompts that begin
         alike.
         """
         with self._lock:
-            path = self._path(blocks)
+            path = self._path(tree, blocks)
             start = sum(map(len, path))
             new = slice(start, start + sum(map(len, blocks[len(path) :])) // ID_BYTES)
-            if new.stop == new.start or not finite(store.k[:, row, :, new], store.v[:, row, :, new]):
+            if tree is not self._tree or new.stop == new.start:
+                return
+            if not finite(store.k[:, row, :, new], store.v[:, row, :, new]):
                 return
             for ids in blocks[len(path) :]:
                 stop = start + len(ids) // ID_BYTES
                 if not self._make_room(stop - start, path):
                     break
-                above = path[-1].below if path else self._roots
+                above = path[-1].below if path else tree
                 try:
                     kv = torch.stack((store.k[:, row, :, start:stop], store.v[:, row, :, start:stop]))
                 except torch.OutOfMemoryError:
@@ -135,9 +143,9 @@ class PromptCache:
                 start = stop
             self._touch(path)
 
-    def _path(self, blocks: Sequence[bytes]) -> list[Node]:
+    def _path(self, tree: Tree, blocks: Sequence[bytes]) -> list[Node]:
         path: list[Node] = []
-        level = self._roots
+        level = tree if tree is self._tree else {}
         for ids in blocks:
             if ids not in level:
                 break

@@ -38,6 +38,11 @@ class CachePlan(ABC):
         causally, or one that is neither."""
         return cls.block_causal is None or (bool(cls.block_causal), cls.causal) == (block_causal, causal)
 
+    @classmethod
+    def final(cls) -> bool:
+        """Whether finished blocks never change, so that prompts that begin alike may share them."""
+        return bool(cls.block_causal) or cls.causal
+
     def open(self, block: Block) -> Pass | None:
         """The pass that opens `block`, or None."""
         return None

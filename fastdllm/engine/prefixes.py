@@ -35,7 +35,7 @@ class Prefixes:
 
     def __init__(self, cache: PromptCache, model: Model, run: Decoding, known: Sequence[Request] | None) -> None:
         self.cache, self.run = cache, run
-        cache.open(model, run.block_causal)
+        self._tree = cache.open(model, run.block_causal)
         self._shared = None if known is None else Counter(key for r in known for key in chained(self.of(r)))
 
     def of(self, request: Request) -> list[bytes]:
@@ -61,12 +61,12 @@ class Prefixes:
         usable = blocks[:-1]
         common = max((in_common(usable, row.prefix) for row in live if row.cost.forwards == 0), default=0)
         common = min(common, self.cache.positions)
-        return common >= WORTH_A_ROUND and common - self.cache.count(usable) >= WORTH_A_ROUND
+        return common >= WORTH_A_ROUND and common - self.cache.count(self._tree, usable) >= WORTH_A_ROUND
 
     def load(self, canvas: Canvas, row: Row) -> None:
         """Give a new row what is kept of its prompt."""
         lanes = range(row.place.row, row.place.row + self.run.lanes * row.place.size, row.place.size)
-        row.cost.cached = row.clean = self.cache.load(row.prefix[:-1], canvas.store, lanes)
+        row.cost.cached = row.clean = self.cache.load(self._tree, row.prefix[:-1], canvas.store, lanes)
 
     def keep(self, canvas: Canvas, row: Row) -> None:
         """After a forward: keep the prompt's blocks after the first one, and those of the answer after the last."""
@@ -80,13 +80,13 @@ class Prefixes:
         if self._shared is not None:
             shared = takewhile(lambda key: self._shared[key] > 1, chained(blocks))
             blocks = blocks[: sum(1 for _ in shared)]
-        self.cache.keep(blocks, canvas.store, row.place.row)
+        self.cache.keep(self._tree, blocks, canvas.store, row.place.row)
 
 
 def prefixes(model: Model, run: Decoding, known: Sequence[Request] | None) -> Prefixes | None:
     """None where nothing can be shared."""
     asked = run.prompt_cache
-    if asked == 0 or not (run.cache.block_causal or run.cache.causal):
+    if asked == 0 or not run.cache.final():
         return None
     if isinstance(asked, PromptCache):
         return Prefixes(asked, model, run, None)

@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastdllm import registry
 from fastdllm.build import resolve
 from fastdllm.config import DecodeConfig, nearest
 from fastdllm.models import Model
+from fastdllm.prompt_cache import PromptCache
+from fastdllm.registry import Kind
 from fastdllm.stats import Stats
 from fastdllm.trace import Trace
 from fastdllm.ui import options
@@ -26,7 +29,8 @@ class Session:
 
     load: turns a name into a model. config: what was asked for, whatever the model. model: None until loading has worked
     once. pace: seconds to wait after each forward. asked, trace: the last question and its answer's history. again: a
-    question that a command wants asked once more; retries: how often that happened, which changes the draws.
+    question that a command wants asked once more; retries: how often that happened, which changes the draws. prompts: what
+    the turns share of their prompts.
     """
 
     load: Callable[[str], Model]
@@ -42,6 +46,15 @@ class Session:
     trace: Trace | None = None
     again: str | None = None
     retries: int = 0
+    prompts: PromptCache = field(default_factory=PromptCache)
+
+    def settings(self, model: Model) -> DecodeConfig:
+        """How this model decodes the next answer. Where finished blocks never change, those of earlier turns are kept."""
+        config = fitting(model, self.config)
+        if self.retries:
+            config = config.replace(seed=config.seed + self.retries)
+        final = registry.class_of(Kind.CACHES, resolve(model.spec, config).cache).final()
+        return config.replace(prompt_cache=self.prompts) if final and config.prompt_cache is None else config
 
 
 def count(number: int, what: str) -> str:

@@ -57,9 +57,7 @@ def answer(session: Session, screen: PlainScreen | RichScreen, text: str) -> Non
         return
     trace, stopped, session.asked = None, False, text
     try:
-        config = fitting(session.model, session.config)
-        if session.retries:
-            config = config.replace(seed=config.seed + session.retries)
+        config = session.settings(session.model)
         prompt = session.conversation.prompt(session.model, text, config.gen_length)
         for notice in prompt.notices:
             if notice not in session.told:

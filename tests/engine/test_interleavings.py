@@ -43,7 +43,10 @@ def job(rng: random.Random, family: str) -> tuple[tuple[tuple[int, ...], ...], t
             options["cfg_scale"] = 0.7
     if family == "v2":
         options["small_block_size"] = rng.choice([4, 8])
-    prompts = tuple(tuple(rng.randrange(STOP) for _ in range(rng.randint(1, 20))) for _ in range(rng.randint(1, 3)))
+    if registry.find("caches", cache_name).final():
+        options["prompt_cache"] = rng.choice([None, 0, 16])
+    stem = tuple(rng.randrange(STOP) for _ in range(rng.choice([0, 0, 30, 70])))
+    prompts = tuple(stem + tuple(rng.randrange(STOP) for _ in range(rng.randint(1, 20))) for _ in range(rng.randint(1, 3)))
     return prompts, tuple(sorted(options.items()))
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +311,26 @@ def test_another_model_size_or_weights_start_empty() -> None:
     with torch.no_grad():
         model.network.layers[0].qkv.weight.mul_(1.5)
     assert [ask(model, 16), ask(model, 16)] == [0, 32]
+
+
+@pytest.mark.parametrize("seeds", [(1, 1), (1, 2), (1, 2, 1)])
+def test_runs_that_take_turns_share_with_their_own_model_only(seeds: tuple[int, ...]) -> None:
+    """A run whose cache another model took over meanwhile leaves it alone."""
+    kept, given, made = PromptCache(), prompts(60, 5, 9, 20), {seed: random_model("v2", seed) for seed in set(seeds)}
+    models = [made[seed] for seed in seeds]
+    runs = [fastdllm.stream(model, given, batch_size=1, prompt_cache=kept, **SMALL) for model in models]
+    results: list[dict[int, Result]] = [{} for _ in runs]
+    for steps in zip_longest(*runs):
+        for done, step in zip(results, steps, strict=True):
+            done.update({} if step is None else step.done)
+    for model, done in zip(models, results, strict=True):
+        assert done.keys() == set(range(len(given)))
+        want = fastdllm.generate(model, given, prompt_cache=0, **SMALL)
+        for number, result in done.items():
+            assert result.ids.tolist()[: len(want.sequences[number])] == want.sequences[number].tolist()
+            logprobs = want.logprobs[number]
+            assert torch.allclose(result.logprobs[: len(logprobs)], logprobs, atol=1e-5), number
+    assert sum(result.cached for result in results[-1].values()) > 0
 
 
 def test_a_cache_that_cannot_serve_is_refused() -> None:

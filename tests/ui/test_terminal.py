@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastdllm
 from fastdllm import DecodeConfig, Model
@@ -420,3 +421,15 @@ def test_the_input_need_not_be_a_terminal(given: str, question: str, tmp_path: P
         return
     assert done.returncode == 0, done.stderr
     assert ("39" in done.stdout) == (given != "null")
+
+
+def test_turns_share_their_prompts_where_a_models_blocks_never_change(model: Model) -> None:
+    session = Session(fastdllm.load, DecodeConfig(gen_length=32), print)
+    block_causal = fastdllm.load("tiny-fast-dllm-v2")
+    assert session.settings(block_causal).prompt_cache is session.prompts
+    assert session.settings(model).prompt_cache is None
+    ids = torch.arange(100)
+    costs = [fastdllm.generate(block_causal, ids, session.settings(block_causal)).stats.row_cached for _ in range(2)]
+    assert costs == [[0], [64]]
+    session.config = session.config.replace(prompt_cache=0)
+    assert session.settings(block_causal).prompt_cache == 0

@@ -31,7 +31,7 @@ def adapter(folder: Path, module: str = MODULE) -> str:
     return str(folder)
 
 
-@pytest.fixture(params=["chat", "serve", "batch", "eval", "eval, lm-eval's name", "pareto"])
+@pytest.fixture(params=["chat", "app", "serve", "batch", "eval", "eval, lm-eval's name", "pareto"])
 def command(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Run one of the commands with an adapter; gives its exit code."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
@@ -52,10 +52,11 @@ def command(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp
             except SystemExit as stopped:
                 return int(stopped.code or 0)
             return 0
-        if request.param == "serve":
+        if request.param in ("app", "serve"):
             monkeypatch.setattr("fastdllm.serving.command.run", lambda *_: 0)
         arguments = {
             "chat": ["chat", "--model", BASE, *own],
+            "app": ["app", "--model", BASE, "--gen-length", "16", *own],
             "serve": ["serve", BASE, "--gen-length", "16", *own],
             "batch": ["batch", str(asked), str(tmp_path / "out.jsonl"), "--model", BASE, "--gen-length", "16", *own],
         }

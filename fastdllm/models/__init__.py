@@ -34,14 +34,14 @@ __all__ = ["FAMILIES", "TINY", "Family", "Model", "ModelSpec", "find_folder", "l
 # By model_type, or by architecture where the model_type is that of a network which does not diffuse.
 FAMILIES = {
     "llada": "llada",
-    "LLaDAMoEModelLM": "llada_moe",
-    "LLaDAMoEModel": "llada_moe",
     "Dream": "dream",
     "Fast_dLLM_Qwen": "fast_dllm_v2",
     "sdar": "sdar",
     "a2d-qwen3": "a2d",
     "a2d-qwen2": "a2d",
     "a2d-llama": "a2d",
+    "LLaDAMoEModelLM": "llada_moe",
+    "LLaDAMoEModel": "llada_moe",
     "StableDiffcoderForCausalLM": "stable_diffcoder",
     "nemotron_labs_diffusion": "nemotron",
 }

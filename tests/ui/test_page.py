@@ -279,13 +279,14 @@ def test_an_answer_can_be_played_again_copied_saved_edited_and_asked_again(
     page.get_by_label("Copy the answer").click()
     assert page.evaluate("navigator.clipboard.readText()").strip().endswith("#### 39")
     with page.expect_download() as saved:
-        page.get_by_label("Download its history").click()
+        page.locator(".answer").get_by_label("Download its history").click()
     saved.value.save_as(tmp_path / "trace.json")
     trace = Trace.load(tmp_path / "trace.json")
     assert trace.finished and trace.tokens() == 39 and trace.model == "tiny-llada"
     tokens(page)
-    page.get_by_label("Play the answer again").click()
-    page.get_by_label("Play the answer again").wait_for()
+    play = page.locator(".answer .play")
+    play.click()
+    page.locator(".answer .play[aria-label='Play the answer again']").wait_for()
     page.get_by_label("Ask again, with other draws").click()
     idle(page)
     page.locator(".asked").first.hover()

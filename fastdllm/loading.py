@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a command line says in which form a model is loaded: the options beside the model's name, for every command."""
+"""How a command line says in which form a model is loaded: the options besides the model's name, for every command."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ def add_weight_options(group: Any) -> None:
 
 
 def load_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `fastdllm.load`, beside the name, that a command line gives; None for what it leaves open."""
+    """The arguments of `fastdllm.load`, besides the name, that a command line gives; None for what it leaves open."""
     return {name: getattr(args, name, None) for name in (*PLACE, *WEIGHTS)}

@@ -96,6 +96,6 @@ def _identity(component: Any, without: tuple[str, ...]) -> Hashable:
         return id(component)
     values = [getattr(component, f.name) for f in dataclasses.fields(component) if f.name not in without]
     values = [str(v.tolist()) if isinstance(v, Tensor) else v for v in values]
-    values = [_identity(v, without) if dataclasses.is_dataclass(v) else v for v in values]
+    values = [_identity(v, without) if dataclasses.is_dataclass(v) and not isinstance(v, type) else v for v in values]
     hashable = all(isinstance(v, Hashable) for v in values)
     return (type(component), *values) if hashable else id(component)

@@ -14,6 +14,7 @@ from fastdllm import fields, presets, registry
 from fastdllm.blocks import Block, Geometry, causal_aligned, grid_aligned, prompt_aligned, sliding
 from fastdllm.config import DecodeConfig
 from fastdllm.decoding import Decoding
+from fastdllm.lossless import Over
 from fastdllm.models import Model
 from fastdllm.models.spec import ModelSpec
 from fastdllm.registry import Kind
@@ -125,7 +126,7 @@ def assemble(model: Model, config: DecodeConfig) -> Decoding:
     geometry = _geometry(config, spec, size)
     name = config.name_of("cache")
     cache = configs.make(Kind.CACHES, config.cache, vars(config))
-    decoder = _decoder(model, config, geometry, size, cache)
+    decoder = _several_steps(model, config, _decoder(model, config, geometry, size, cache))
     sampler = Sampler(
         config.confidence, config.temperature, config.top_p, config.top_k, config.alg_temp, frozenset(decoder.needs)
     )
@@ -196,19 +197,19 @@ def _lookback(config: DecodeConfig, spec: ModelSpec) -> int:
 
 def _check_decoder(config: DecodeConfig, name: str, cache: Any, decoder: Any, sampler: Sampler, reuse: Any) -> None:
     """Raises ValueError where branches, shadows or a lossless decoder meet an option they cannot be combined with."""
-    rule = config.name_of("decoder")
+    asking = f"lossless={config.lossless}" if config.lossless != 1 else f"decoder={config.name_of('decoder')!r}"
     if decoder.lossless and not cache.pure:
         raise ValueError(
-            f"decoder={rule!r} is lossless, but a forward under cache={name!r} depends on the steps before it; "
-            "use another cache"
+            f"{asking} is lossless, but a forward under cache={name!r} depends on the steps before it; use another cache"
         )
     if decoder.branches > 1 and (sampler.random(sampler.numbers) or config.cfg_scale):
-        raise ValueError(f"decoder={rule!r} tries several branches and needs temperature=0, alg_temp=0, cfg_scale=0")
+        random = ", confidence other than random" if config.confidence == "random" else ""
+        raise ValueError(f"{asking} tries several branches and needs temperature=0, alg_temp=0, cfg_scale=0{random}")
     if decoder.shadow and config.cfg_scale:
-        raise ValueError(f"decoder={rule!r} asks shadow queries and needs cfg_scale=0")
+        raise ValueError(f"{asking} asks shadow queries and needs cfg_scale=0")
     if reuse and (decoder.branches > 1 or decoder.shadow):
         partly = f"reuse_k={config.reuse_k}" if config.reuse_k > 1 else f"cache={name!r}"
-        raise ValueError(f"decoder={rule!r} needs layers that run for whole passes; {partly} skips positions")
+        raise ValueError(f"{asking} needs layers that run for whole passes; {partly} skips positions")
 
 
 def _check_drafts(config: DecodeConfig, spec: ModelSpec) -> None:
@@ -252,6 +253,24 @@ def _decoder(model: Model, config: DecodeConfig, geometry: Geometry, size: int, 
     if "counts" in missing:
         filled["counts"] = _counts(model, config, geometry, size, cache)
     return configs.make(Kind.DECODERS, config.decoder, vars(config), **filled)
+
+
+def _several_steps(model: Model, config: DecodeConfig, rule: Any) -> Any:
+    """The decoder, or with the option `lossless` what takes several of its steps in one forward."""
+    count, name = config.lossless, registry.name_of(config.decoder)
+    if count == 1:
+        return rule
+    if rule.branches > 1 or rule.shadow or rule.drafts:
+        why = "tries branches itself" if rule.branches > 1 else "takes tokens back" if rule.shadow else "drafts itself"
+        raise ValueError(f"lossless={count} does not go with decoder={name!r}, which {why}")
+    if count == 0:
+        count = model.calibration.best(name, device_name(model.device), config.batch_size or 1)
+    return Over(rule, model.calibration.graph(name, count)) if count > 1 else rule
+
+
+def device_name(device: torch.device) -> str:
+    """As a table of measurements calls it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _counts(model: Model, config: DecodeConfig, geometry: Geometry, size: int, cache: Any) -> torch.Tensor:

@@ -107,6 +107,11 @@ class DecodeConfig:
     decoder: Annotated[Name, "Which tokens a forward commits.", Bounds(choices=partial(registry.names, Kind.DECODERS))] = (
         "threshold"
     )
+    lossless: Annotated[
+        int,
+        "Branches that save forwards and change no token; 1 is none, 0 as many as pay.",
+        Bounds(0, at_most="block_length"),
+    ] = 1
     steps: Annotated[int | None, "Forwards for the whole answer, of decoder quota; default one a token.", Bounds(1)] = None
     schedule: Annotated[str | None, "How decoder quota spreads tokens over its steps.", Bounds(choices=tuple(SCHEDULES))] = (
         None

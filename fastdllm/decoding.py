@@ -65,7 +65,7 @@ class Decoding:
     @cached_property
     def numbers(self) -> Mapping[str, float]:
         """The numbers that a request may replace by its own, with the run's values, in the canvas's order."""
-        numbers = {**self.sampler.numbers, **{name: float(getattr(self.decoder, name)) for name in self.decoder.per_request}}
+        numbers = {**self.sampler.numbers, **self.decoder.numbers}
         return {**numbers, "cfg_scale": self.guidance} if self.guidance else numbers
 
     def __post_init__(self) -> None:
@@ -96,5 +96,6 @@ def _identity(component: Any, without: tuple[str, ...]) -> Hashable:
         return id(component)
     values = [getattr(component, f.name) for f in dataclasses.fields(component) if f.name not in without]
     values = [str(v.tolist()) if isinstance(v, Tensor) else v for v in values]
+    values = [_identity(v, without) if dataclasses.is_dataclass(v) and not isinstance(v, type) else v for v in values]
     hashable = all(isinstance(v, Hashable) for v in values)
     return (type(component), *values) if hashable else id(component)

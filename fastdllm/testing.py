@@ -10,6 +10,7 @@ package call the same functions, part by part, for every decoder and cache that 
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -180,8 +181,11 @@ def view(rule: DecoderRule, rows: int, width: int, kind: str = "spread", seed: i
 
 def part(v: View, index: Tensor) -> View:
     """The view of some rows, at the same place of the state."""
-    fields = {f: t[index] for f, t in vars(v).items() if isinstance(t, Tensor)}
-    return View(mask_id=v.mask_id, state=v.state, **fields)
+    own = copy.copy(v)
+    for name, x in vars(v).items():
+        if isinstance(x, Tensor):
+            setattr(own, name, x[index])
+    return own
 
 
 def check_step(decoder: Chosen, width: int, kind: str) -> None:

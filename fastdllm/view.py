@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +29,9 @@ class View:
     unaware: [R, Q] fp32, only if the decoder has a `shadow`: how likely the token at a position is when that position is
         masked and all others are not. NaN where the position may not be masked again.
     causal: [R] bool, only if the decoder `drafts`: the pass was read from left to right, and verifies the drafts.
+    answer, stops: [R, Q] bool and [R, n], only if the decoder `needs` "stops": the positions of the answer, and the tokens
+        that end it.
+    logits, score: only if the decoder has an `adjust`: [R, Q, V] fp32, and what turns logits into scores.
     logprob: [R, Q] fp32, the log-probability of `top` where a position was scored, and of the token there when it was
         committed elsewhere. A rule that takes over what another branch holds takes this over too.
     """
@@ -44,6 +50,10 @@ class View:
     unaware: Tensor | None = None
     causal: Tensor | None = None
     logprob: Tensor | None = None
+    answer: Tensor | None = None
+    stops: Tensor | None = None
+    logits: Tensor | None = None
+    score: Callable[[Tensor], Any] | None = None
 
     def rows(self, number: float | Tensor) -> Tensor:
         """A number of the rule, or the rows' own ones [R, 1], as fp32 [R]."""
@@ -54,6 +64,27 @@ class View:
         if self.logprob is not None:
             own = self.logprob.view(-1, branches, self.logprob.shape[1]).gather(1, source)[:, 0]
             self.logprob = repeat(own, branches)
+
+    def branch(self, which: Tensor, branches: int) -> View:
+        """The view of one branch `which` [R] of every row."""
+        index = torch.arange(len(which), device=which.device) * branches + which
+        own = copy.copy(self)
+        for name, x in vars(self).items():
+            if isinstance(x, Tensor):
+                setattr(own, name, x[index])
+        return own
+
+    def rescore(self, logits: Tensor) -> None:
+        """Take the scores from other logits [R, Q, V]."""
+        if self.score is not None:
+            s = self.score(logits)
+            self.top, self.conf, self.entropy, self.margin, self.logprob = s.top, s.conf, s.entropy, s.margin, s.logprob
+
+    def stopped(self) -> Tensor:
+        """[R] bool: whether a token that ends the answer has no mask before it."""
+        if self.stops is None or self.answer is None:
+            return torch.zeros_like(self.step, dtype=torch.bool)
+        return (ends(self.ids, self.answer, self.stops) & ~self.masked & (self.masked.cumsum(1) == 0)).any(1)
 
     def scores(self) -> Tensor:
         """Confidence [R, Q], -inf where nothing may be committed."""
@@ -68,6 +99,11 @@ class View:
         """The next ids when `pick` [R, Q] is committed, and at least the most confident masked position of each row."""
         best = torch.zeros_like(pick).scatter_(1, self.scores().argmax(1, keepdim=True), True)
         return torch.where((pick | best) & self.masked, self.top, self.ids)
+
+
+def ends(ids: Tensor, answer: Tensor, stops: Tensor) -> Tensor:
+    """[R, Q] bool: which of ids [R, Q] lie in the answer [R, Q] and are one of the tokens that end it, stops [R, n]."""
+    return (ids[..., None] == stops[:, None]).any(-1) & answer
 
 
 def repeat(x: Tensor, branches: int) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 class DecoderRule(ABC):
     """What a decoder must offer.
 
-    needs: extra statistics of the head, of {"entropy", "margin"}.
+    needs: extra statistics of the head, of {"entropy", "margin"}, and "stops" for the tokens that end an answer.
     probability: whether the rule compares the confidence with a probability, so that another confidence makes no sense.
     branches: contents of each row that run in the same forward. Branch 0 is the row's content, the others are tries.
-    lossless: whether the tokens are those of one token per step.
+    lossless: whether the tokens are those of another rule.
     shadow: whether extra queries ask what the model would say of each token of the block without seeing it (`view.unaware`).
         Where that is not NaN the rule may write the mask again. One branch only.
     drafts: whether what the rule writes is a draft. It stays open until a pass from left to right (`view.causal`), in which
@@ -53,6 +53,16 @@ class DecoderRule(ABC):
     state: ClassVar[Callable[..., dict[str, Tensor]] | None] = None
     # Optional. adjust(view, logits [R, Q, V] fp32) -> the logits to score instead; `view` holds the scores of `logits`.
     adjust: ClassVar[Callable[..., Tensor] | None] = None
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The options that a request may replace, with this rule's values."""
+        return {name: float(getattr(self, name)) for name in self.per_request}
+
+    @property
+    def owner(self) -> Hashable:
+        """Rules with the same owner share their `state`."""
+        return type(self)
 
     @abstractmethod
     def step(self, view: View) -> Tensor:

@@ -21,7 +21,7 @@ from fastdllm.engine.shadows import Widened, widen
 from fastdllm.forward import Plan, Shape, Window
 from fastdllm.sampling import Sampler, Scores, guide
 from fastdllm.store import Canvas, block_end, span
-from fastdllm.view import View
+from fastdllm.view import View, ends
 
 if TYPE_CHECKING:
     from fastdllm.decoders.base import DecoderRule
@@ -209,12 +209,15 @@ def observe(model: Model, canvas: Canvas, own: Own, plan: Plan, where: Where, sc
     view = View(where.before, open_now, s.top, s.conf, plan.step, plan.initial, spec.mask_id, s.entropy, s.margin, plan.slot)
     if rule.state is not None:
         width, device = where.block.shape[1], where.block.device
-        view.state = canvas.state((type(rule), width), partial(rule.state, width, spec.vocab, device))
+        view.state = canvas.state((rule.owner, width), partial(rule.state, width, spec.vocab, device))
+    view.logprob = s.logprob
     if rule.adjust is not None:
-        logits = rule.adjust(view, scored.logits.float().masked_fill(model.banned, -torch.inf))
-        s = own.sampler(logits, model.banned, own.noise)
-        view.top, view.conf, view.entropy, view.margin = s.top, s.conf, s.entropy, s.margin
-    view.logprob = s.logprob if rule.branches == 1 else torch.where(open_now, s.logprob, canvas.logprobs[row, where.block])
+        view.score = partial(own.sampler, banned=model.banned, noise=own.noise)
+        view.rescore(rule.adjust(view, scored.logits.float().masked_fill(model.banned, -torch.inf)))
+    if rule.branches > 1:
+        view.logprob = torch.where(open_now, view.logprob, canvas.logprobs[row, where.block])
+    if "stops" in rule.needs:
+        view.answer, view.stops = answer_of(plan, where.block), canvas.stops[plan.slot]
     if rule.drafts:
         view.causal = reads_on(plan)
     if rule.shadow:
@@ -264,16 +267,20 @@ def report(
     """For the host. A row has stopped when a stop token of its answer has no mask before it, or, where tokens may still be
     remasked, when the block has none."""
     after, still = written.after, written.still
-    ends = (after[..., None] == canvas.stops[plan.slot][:, None]).any(-1) & ~still
-    ends &= (block < plan.end[:, None]) & (block >= plan.prompt[:, None])
+    ended = ends(after, answer_of(plan, block), canvas.stops[plan.slot]) & ~still
     open_before = still.sum(1, keepdim=True) if run.decoder.shadow else still.cumsum(1)
-    stopped = (ends & (open_before == 0)).any(1)
+    stopped = (ended & (open_before == 0)).any(1)
     drifted = torch.zeros_like(plan.row) if drifted is None else drifted
     status = torch.stack([still.sum(1), stopped.long(), still[:, 0].long(), drifted], 1)
     if run.decoder.drafts:
         after = after.masked_fill(still, view.mask_id)  # a draft is no answer yet
     conf, lead = view.conf.masked_fill(~view.masked, torch.nan), slice(None, None, run.lanes)
     return Outcome(status[lead], after[lead], conf[lead], written.committed[lead], view.logprob[lead])
+
+
+def answer_of(plan: Plan, block: Tensor) -> Tensor:
+    """[R, Q] bool: the positions of the block that belong to the answer."""
+    return (block < plan.end[:, None]) & (block >= plan.prompt[:, None])
 
 
 def likeliest(logits: Tensor, banned: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastdllm.drafts import Calibration
 from fastdllm.libraries import has_tokenizers
 from fastdllm.libraries import hint as libraries_hint
 from fastdllm.models.adapters import Adapter
@@ -97,12 +98,14 @@ class Model:
     """A network, its spec and its tokenizer (None when the folder has none).
 
     banned: [V] bool, ids that are never predicted: the mask, and vocabulary rows that are no token of the tokenizer.
+    calibration: what the option `lossless` drafts, as it was measured on this model.
     """
 
     network: Transformer
     spec: ModelSpec
     tokenizer: PreTrainedTokenizerFast | None = None
     name: str = ""
+    calibration: Calibration = field(default_factory=Calibration, repr=False)
     banned: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -301,7 +304,7 @@ def load(
     network = load_weights(folder, family, spec, dtype, device, lora, layout)
     if quantize is not None:
         quantize_network(network, quantize)
-    return Model(network, spec, tokenizer, str(name))
+    return Model(network, spec, tokenizer, str(name), Calibration.read(folder))
 
 
 def describing(folder: Path, adapter: Adapter | None) -> Path:

@@ -159,15 +159,19 @@ def test_neutral_options_give_the_threshold_rule(name: str, options: dict[str, f
 
 
 def test_draft_verify_accepts_what_one_token_per_step_would_write() -> None:
-    """Three branches of one row: the second is the first's next content, the third is not the second's."""
+    """Three branches of one row: the second is the first's next content, the third is not the second's. New drafts hold the
+    best and the two best of what the second left open."""
     rule = registry.find("decoders", "draft_verify")(depth=3)
     m = MASK
     ids = torch.tensor([[m, m, m, m], [5, m, m, m], [5, 6, m, m]])
     top = torch.tensor([[5, 6, 7, 8], [1, 6, 9, 8], [1, 1, 3, 4]])
     conf = torch.tensor([[0.9, 0.8, 0.1, 0.2], [0.5, 0.6, 0.9, 0.7], [0.5, 0.6, 0.9, 0.7]])
     zero = torch.zeros(3, dtype=torch.long)
-    after = rule.step(View(ids, ids == m, top, conf, zero, zero + 4, m))
-    assert after.tolist() == [[5, m, 9, m], [5, m, 9, 8], [5, 6, 9, 8]]
+    view = View(ids, ids == m, top, conf, zero, zero + 4, m, slot=zero, state=rule.state(4, 40, torch.device("cpu"), 1))
+    view.logprob = conf.log()
+    assert rule.step(view).tolist() == [[5, m, 9, m], [5, m, 9, 8], [5, 6, 9, 8]]
+    assert view.state["lossless.taken"].tolist() == [2]
+    assert view.logprob[0].exp().tolist() == pytest.approx([0.9, 0.8, 0.9, 0.2])
 
 
 def test_credit_grows_for_what_stays_on_top_and_starts_anew_with_the_block() -> None:

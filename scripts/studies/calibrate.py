@@ -29,6 +29,7 @@ from torch import Tensor
 
 import fastdllm
 from fastdllm.build import assemble, device_name
+from fastdllm.cli import one_line
 from fastdllm.decoders.base import DecoderRule
 from fastdllm.drafts import FILE, Draft, Graph
 from fastdllm.forward import Window
@@ -202,4 +203,5 @@ def written(file: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("calibrate"):
+        main()

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import fastdllm
+from fastdllm.cli import one_line
 from fastdllm.drafts import milliseconds
 from fastdllm.generation import Output
 from fastdllm.models import Model
@@ -120,4 +121,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("lossless"):
+        main()

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fastdllm.cli import one_line
 from fastdllm.ui.options import SAMPLE_QUESTION
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -113,4 +114,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with one_line("page_pictures"):
+        sys.exit(main())

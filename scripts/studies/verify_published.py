@@ -22,6 +22,7 @@ import torch
 from scipy.stats import binomtest
 
 import fastdllm
+from fastdllm.cli import one_line
 from fastdllm.loading import add_place_options, add_weight_options, load_options
 from fastdllm.models import Model, find_folder
 from fastdllm.models.int4 import PARTS
@@ -290,4 +291,5 @@ def main(given: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with one_line("verify_published"):
+        sys.exit(main())

@@ -101,7 +101,9 @@ def test_the_chat_takes_the_folder(
     from fastdllm.ui import terminal
 
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Tom has 5 apples.\nAnd now?")))
-    code = terminal.main(["--model", str(folder), "--max-new-tokens", "24", "--block-length", "8", *options])
+    code = terminal.main(
+        ["--model", str(folder), "--max-new-tokens", "24", "--block-length", "8", "--stop-ids", "()", *options]
+    )
     out = capsys.readouterr().out
     assert code == 0 and out.count("tokens/forward") == 2
 

@@ -420,3 +420,11 @@ def test_names_are_the_files_of_the_folders() -> None:
     assert {"none", "prefix", "dual", "block", "sub_block"} <= set(registry.names("caches"))
     assert {"quota", "threshold", "factor"} <= set(registry.names("decoders"))
     assert "counts" not in registry.options("decoders", "quota"), "what build.py fills in is no option"
+
+
+def test_sub_blocks_are_cut_to_the_length_of_blocks_and_refused_beyond_it() -> None:
+    spec = random_model("v2").spec
+    assert resolve(spec, DecodeConfig(block_length=4)).small_block_size == 4
+    assert resolve(spec, DecodeConfig(block_length=8)).small_block_size == 8
+    with pytest.raises(ValueError, match="small_block_size=8 must be at most block_length=4"):
+        resolve(spec, DecodeConfig(block_length=4, small_block_size=8))

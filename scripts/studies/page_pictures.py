@@ -25,9 +25,9 @@ from fastdllm.cli import one_line
 from fastdllm.ui.options import SAMPLE_QUESTION
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-WIDTH, STILL, MOVING = 1200, 760, 640  # pixels: of both pictures, and their heights
+WIDTH, HEIGHT = 1200, 760  # pixels
 FRAMES, SECONDS, HOLD = 48, 6.0, 3.0  # of the race, and how long its end stays
-COLOURS = 64
+COLOURS = 128
 
 
 @contextmanager
@@ -100,12 +100,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     with served() as url, sync_playwright() as play:
         browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": WIDTH, "height": STILL}, color_scheme="light")
+        page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light")
         page.goto(url)
         page.locator("body[data-ready]").wait_for()
         seconds = race(page, args.question)
         shot(page).quantize(256).save(args.output / "page.png", optimize=True)
-        page.set_viewport_size({"width": WIDTH, "height": MOVING})
         save_moving(frames(page, seconds), args.output / "page.gif")
         browser.close()
     for name in ("page.png", "page.gif"):

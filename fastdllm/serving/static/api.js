@@ -41,8 +41,9 @@ async function request(path, options = {}) {
   throw new Refused(sentence(error.message), response.status, error.code, Number(response.headers.get("Retry-After")));
 }
 
+// A message as a sentence; one that begins with the name of an option keeps it as it is written.
 export function sentence(text) {
-  const first = text.charAt(0).toUpperCase() + text.slice(1);
+  const first = /^[a-z]+ /.test(text) ? text.charAt(0).toUpperCase() + text.slice(1) : text;
   return /[.!?]$/.test(first) ? first : `${first}.`;
 }
 

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def shot(page: Any) -> Any:
 def frames(page: Any, seconds: float) -> list[Any]:
     """The race once more, a picture at each moment."""
     page.clock.install()
+    page.clock.pause_at(datetime.now() + timedelta(seconds=2))  # else it goes on while a picture is taken
     page.locator("#race-bar .pace").select_option("1")
     page.locator("#race-bar .play").click()
     out = []

@@ -419,21 +419,30 @@ def test_cut_and_empty_answers_say_so(visit: Callable[..., Any], question: str, 
 
 
 @pytest.mark.browser
-def test_two_visitors_are_answered_at_once(visit: Callable[..., Any], question: str) -> None:
-    pages = [visit(), visit()]
-    for page in pages:
-        chat(page)
-        setting(page, "chat", "one")
-        ask(page, question)
-    both = 0
-    while any(page.locator("body.busy").count() for page in pages):
-        counts = [page.locator(".answer .tok:not(.open)").count() for page in pages]
-        both += all(page.locator("body.busy").count() for page in pages) and min(counts) > 0
-        pages[0].wait_for_timeout(50)
-    assert both > 2, "one visitor waited for the other's end"
-    for page in pages:
-        page.locator(".answer .text:not([hidden])").wait_for()
-        assert "39" in page.locator(".answer .text").inner_text()
+def test_two_visitors_are_answered_at_once(visit: Callable[..., Any], question: str, model: Model) -> None:
+    """The first forward is held until both have asked; then some forwards serve both."""
+    both_asked, rows = threading.Event(), []
+
+    def held(_: object, inputs: tuple[Any, ...], *__: object) -> None:
+        rows.append(len(inputs[0]))
+        assert both_asked.wait(600)
+
+    handle = model.network.register_forward_hook(held)
+    try:
+        pages = [visit(), visit()]
+        for page in pages:
+            chat(page)
+            setting(page, "chat", "one")
+            ask(page, question)
+            page.locator("body.busy").wait_for()
+        both_asked.set()
+        for page in pages:
+            page.locator(".answer .text:not([hidden])").wait_for()
+            assert "39" in page.locator(".answer .text").inner_text()
+    finally:
+        both_asked.set()
+        handle.remove()
+    assert max(rows) == 2, "one visitor waited for the other's end"
 
 
 @pytest.mark.browser

@@ -73,7 +73,7 @@ def main(model: str = "fastdllm", prog: str = "fastdllm eval", arguments: Sequen
             _prepare(args, model)
         elif hasattr(args, "include_path"):
             args.include_path = task_folders(args.include_path)
-        with _checked_tasks(getattr(args, "gen_kwargs", None)) as left_out:
+        with _checked_tasks(getattr(args, "tasks", None), getattr(args, "gen_kwargs", None)) as left_out:
             harness.execute(args)
     except (ValueError, OSError) as error:
         if logging.getLogger("lm_eval").isEnabledFor(logging.DEBUG):
@@ -86,7 +86,7 @@ def main(model: str = "fastdllm", prog: str = "fastdllm eval", arguments: Sequen
 
 
 @contextlib.contextmanager
-def _checked_tasks(gen_kwargs: dict[str, Any] | None) -> Iterator[dict[str, str]]:
+def _checked_tasks(tasks: str | list[str] | None, gen_kwargs: dict[str, Any] | None) -> Iterator[dict[str, str]]:
     """Meanwhile lm-eval leaves out the tasks whose options the model cannot honour; what is wrong with each, by its name.
 
     A member of a group is not left out, since the group's score would be another one: there it is a ValueError.
@@ -95,8 +95,15 @@ def _checked_tasks(gen_kwargs: dict[str, Any] | None) -> Iterator[dict[str, str]
 
     left_out: dict[str, str] = {}
     known = lm_eval.tasks.TaskManager
+    wanted = set(tasks.split(",") if isinstance(tasks, str) else tasks or ())
 
     class CheckedTasks(known):
+        def __init__(self, **options: Any) -> None:
+            # lm-eval reads thousands of files to know its own tasks, for many seconds: not where none of them is asked for.
+            super().__init__(include_defaults=not wanted, **options)
+            if not wanted <= set(self.all_subtasks):
+                super().__init__(**options)
+
         def load(self, task_list: Any) -> Any:
             loaded = super().load(task_list)
             model = _model_in_use()
@@ -142,6 +149,7 @@ def _prepare(args: Namespace, model: str) -> None:
     file = _read_config(args.config) if args.config else {}
     args.model = args.model or file.get("model") or model
     args.include_path = task_folders(args.include_path or file.get("include_path"))
+    args.tasks = args.tasks or file.get("tasks")
     if args.model not in ADAPTERS:
         return
     for name in ("model_args", "gen_kwargs"):

@@ -38,7 +38,7 @@ def shipped_tasks_only(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     class Few(lm_eval.tasks.TaskManager):
         def __init__(self, include_path: Any, **options: Any) -> None:
             folders.append(include_path)
-            super().__init__(include_path=include_path, include_defaults=False, **options)
+            super().__init__(include_path=include_path, **(options | {"include_defaults": False}))
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", Few)
     return folders
@@ -160,6 +160,28 @@ def test_a_task_that_cannot_be_honoured_is_left_out_and_the_others_run(tmp_path:
     assert main(arguments=["--tasks", "zz_long", *arguments]) == 2
     assert "task zz_long: gen_length=32768" in capsys.readouterr().err.splitlines()[-1]
     assert main(arguments=["--tasks", "zz_long", *arguments, "--gen_kwargs", "max_new_tokens=8"]) == 0
+
+
+def test_lm_evals_own_tasks_are_read_only_where_one_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Thousands of files, which take longer than a short evaluation."""
+    from lm_eval.tasks._index import TaskIndex
+
+    read: list[list[str]] = []
+    build = TaskIndex.build
+
+    def recording(paths: Any, **options: Any) -> Any:
+        read.append([str(path) for path in paths])
+        return build([path for path in paths if str(path) in (str(TASKS_DIR), str(tmp_path))], **options)
+
+    monkeypatch.setattr(TaskIndex, "build", staticmethod(recording))
+    arguments = ["--model_args", "pretrained=tiny-sudoku,gen_length=8", "--include_path", str(tmp_path), "--device", "cpu"]
+    folders = [str(TASKS_DIR), str(tmp_path)]
+    assert main(arguments=["--tasks", "gsm_symbolic,gsm_symbolic_chat", "--limit", "1", *arguments]) == 0
+    assert read == [folders]
+    for unknown in ("gsm8k", "gsm_symbolic,gsm8k", "gsm_sym*"):
+        read.clear()
+        main(arguments=["--tasks", unknown, "--limit", "1", *arguments])
+        assert [set(folders) < set(paths) for paths in read] == [False, True], unknown
 
 
 @pytest.mark.parametrize(

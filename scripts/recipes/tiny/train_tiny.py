@@ -178,8 +178,8 @@ def block_diffusion_batch(rows: BlockRows, chosen: Tensor, mask_token: int, dtyp
 
 
 def orthogonalise(gradient: Tensor) -> Tensor:
-    """Newton-Schulz iteration of Muon (Jordan et al. 2024) on a stack of matrices [n, rows, columns], in bf16."""
-    x = gradient.bfloat16()
+    """Newton-Schulz iteration of Muon (Jordan et al. 2024) on a stack of matrices [n, rows, columns], in bf16 on a GPU."""
+    x = gradient.bfloat16() if gradient.is_cuda else gradient
     if wide := x.shape[-2] > x.shape[-1]:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)

@@ -12,7 +12,7 @@ from fastdllm.text import AnswerText, Decode, TokenText
 
 if TYPE_CHECKING:
     from fastdllm.likelihood import Reading
-    from fastdllm.serving.scheduler import Progress
+    from fastdllm.serving.jobs import Progress
     from fastdllm.serving.tokens import Spelling
 
 Alternatives = Sequence[tuple[int, float]]  # (token, log-probability), likeliest first

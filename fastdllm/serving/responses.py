@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from fastdllm.engine import Request
     from fastdllm.likelihood import Reading
+    from fastdllm.serving.jobs import Finished, Job, Progress
     from fastdllm.serving.protocol import Body
-    from fastdllm.serving.scheduler import Finished, Job, Progress
     from fastdllm.serving.tokens import Spelling
     from fastdllm.text import AnswerText
 

@@ -22,7 +22,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from contextlib import closing, suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -33,6 +32,7 @@ from fastdllm.engine import Request, Result, Step, check, decode
 from fastdllm.engine.admission import ROWS, size_of
 from fastdllm.forward import ALTERNATIVES
 from fastdllm.serving.errors import Closed, Expired, NotANumber, Overloaded, TooLong
+from fastdllm.serving.jobs import Event, Failed, Finished, Job, Progress
 from fastdllm.serving.turns import Turns
 from fastdllm.store import UNIT
 
@@ -43,64 +43,6 @@ log = logging.getLogger("fastdllm.serving")
 T = TypeVar("T")
 CRASHES = 3  # times that the loop may raise with nothing in it before it is given up
 SILENT = 60.0  # seconds of one round or call after which the log says where it is
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One forward of a request: the `forward`-th, over the block that starts at position `start` of the answer and now holds
-    `ids` (the mask id where open). confidence, committed, logprobs, likeliest: of each position (see `engine.Step`).
-    seconds: what the forward took; rows: the requests that it served together."""
-
-    forward: int
-    start: int
-    ids: list[int]
-    confidence: list[float]
-    committed: list[bool]
-    logprobs: list[float]
-    likeliest: list[list[tuple[int, float]]] | None = None
-    seconds: float = 0.0
-    rows: int = 1
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The answer is complete. ids: of all its positions, masks at most after its end. logprobs: of each when it was
-    committed, NaN where none was. forwards, positions: what it cost. cached: positions of the prompt that did not have to be
-    computed."""
-
-    ids: list[int]
-    logprobs: list[float]
-    forwards: int
-    positions: int
-    cached: int = 0
-
-
-@dataclass(frozen=True)
-class Failed:
-    """There will be no answer."""
-
-    error: BaseException
-
-
-Event = Progress | Finished | Failed
-
-
-@dataclass(eq=False)
-class Job:
-    """A submitted request. deliver: takes its events, on a thread of the scheduler's, and must return at once. watched:
-    whether it wants `Progress`. deadline: of `time.monotonic`. positions: what it takes of the memory budget."""
-
-    request: Request
-    deliver: Callable[[Event], None]
-    watched: bool
-    deadline: float | None
-    positions: int
-    submitted: float
-    forwards: int = 0
-    started: bool = False
-    queued: bool = False
-    withdrawn: bool = False
-    over: bool = False
 
 
 class Feed:
@@ -411,7 +353,7 @@ class Scheduler:
 
     def _finish(self, job: Job, result: Result, rows: int) -> None:
         """Hand out the answer of a job that was one of `rows`."""
-        broken, answer = result.broken, finished(result, len(job.request.prompt))
+        broken, answer = result.broken, Finished.of(result, len(job.request.prompt))
         with self._lock:
             if job.over:  # withdrawn or late, meanwhile
                 return
@@ -467,7 +409,7 @@ class Scheduler:
                 now, due = time.monotonic(), []
                 for job in list(self._active):
                     if job.deadline is not None and now > job.deadline:
-                        self._fail(job, Expired(lateness(job, now)))
+                        self._fail(job, Expired(job.lateness(now)))
                     elif job.deadline is not None:
                         due.append(job.deadline - now)
                 silent = now - self._last_round if self._active or self._calls else 0.0
@@ -505,21 +447,8 @@ class Scheduler:
             log.exception("a listener failed")
 
 
-def lateness(job: Job, now: float) -> str:
-    """What a request is told whose deadline has passed."""
-    waited = f"within its {now - job.submitted:.1f} s"
-    if not job.forwards:
-        return f"the answer was not begun {waited}: other requests, or one long forward, were before it"
-    return f"the answer was not finished {waited}, by {job.forwards} forwards"
-
-
 def for_any_length(model: Model, config: DecodeConfig) -> DecodeConfig:
     """The config with an answer of at least one whole block, since a short default must not cut the blocks of longer
     answers, and with room for a question in a small context."""
     chosen = resolve(model.spec, config)
     return chosen.replace(gen_length=min(max(chosen.gen_length, chosen.block_length or 0), model.spec.max_length - 1))
-
-
-def finished(result: Result, prompt: int) -> Finished:
-    """A result without tensors: nothing of the device leaves the decoding thread."""
-    return Finished(result.ids[prompt:].tolist(), result.logprobs.tolist(), result.forwards, result.positions, result.cached)

@@ -23,12 +23,13 @@ from fastdllm.decide import decide
 from fastdllm.engine import Request, check
 from fastdllm.prompts import encode
 from fastdllm.serving.errors import ApiError, Expired, as_api_error
+from fastdllm.serving.jobs import Event, Failed, Finished, Progress
 from fastdllm.serving.listing import TokenList
 from fastdllm.serving.metrics import Metrics
 from fastdllm.serving.protocol import Body, ChatBody, CompletionBody, DecideBody, numbers
 from fastdllm.serving.readings import PromptReadings
 from fastdllm.serving.responses import Asked, Choice, Echo, Piece, Responses
-from fastdllm.serving.scheduler import Event, Failed, Finished, Progress, Scheduler
+from fastdllm.serving.scheduler import Scheduler
 from fastdllm.serving.tokens import Spelling
 from fastdllm.serving.turns import Turns
 from fastdllm.text import is_cut, text_of

@@ -19,7 +19,8 @@ from fastdllm import DecodeConfig
 from fastdllm.engine import Request
 from fastdllm.serving import scheduler as under_test
 from fastdllm.serving.errors import Closed, Expired, NotANumber, Overloaded, TooLong
-from fastdllm.serving.scheduler import Failed, Finished, Progress, Scheduler
+from fastdllm.serving.jobs import Failed, Finished, Progress
+from fastdllm.serving.scheduler import Scheduler
 from tests.random_models import random_model
 
 CONFIG = DecodeConfig(gen_length=32, block_length=16)

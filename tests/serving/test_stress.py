@@ -16,7 +16,8 @@ from fastdllm import DecodeConfig
 from fastdllm.engine import Request
 from fastdllm.serving import scheduler as under_test
 from fastdllm.serving.errors import Overloaded, TooLong
-from fastdllm.serving.scheduler import Failed, Finished, Job, Progress, Scheduler
+from fastdllm.serving.jobs import Failed, Finished, Job, Progress
+from fastdllm.serving.scheduler import Scheduler
 from tests.scripted_model import scripted_model
 
 THREADS, EACH, PATIENCE = 8, 250, 120.0

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A submitted request, and the events that its caller is told: one for each forward, and one at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fastdllm.engine import Request, Result
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One forward of a request: the `forward`-th, over the block that starts at position `start` of the answer and now holds
+    `ids` (the mask id where open). confidence, committed, logprobs, likeliest: of each position (see `engine.Step`).
+    seconds: what the forward took; rows: the requests that it served together."""
+
+    forward: int
+    start: int
+    ids: list[int]
+    confidence: list[float]
+    committed: list[bool]
+    logprobs: list[float]
+    likeliest: list[list[tuple[int, float]]] | None = None
+    seconds: float = 0.0
+    rows: int = 1
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The answer is complete. ids: of all its positions, masks at most after its end. logprobs: of each when it was
+    committed, NaN where none was. forwards, positions: what it cost. cached: positions of the prompt that did not have to be
+    computed."""
+
+    ids: list[int]
+    logprobs: list[float]
+    forwards: int
+    positions: int
+    cached: int = 0
+
+    @classmethod
+    def of(cls, result: Result, prompt: int) -> Finished:
+        """A result without tensors: nothing of the device leaves the decoding thread."""
+        return cls(result.ids[prompt:].tolist(), result.logprobs.tolist(), result.forwards, result.positions, result.cached)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """There will be no answer."""
+
+    error: BaseException
+
+
+Event = Progress | Finished | Failed
+
+
+@dataclass(eq=False)
+class Job:
+    """A submitted request. deliver: takes its events, on a thread of the scheduler's, and must return at once. watched:
+    whether it wants `Progress`. deadline: of `time.monotonic`. positions: what it takes of the memory budget."""
+
+    request: Request
+    deliver: Callable[[Event], None]
+    watched: bool
+    deadline: float | None
+    positions: int
+    submitted: float
+    forwards: int = 0
+    started: bool = False
+    queued: bool = False
+    withdrawn: bool = False
+    over: bool = False
+
+    def lateness(self, now: float) -> str:
+        """What a request is told whose deadline has passed."""
+        waited = f"within its {now - self.submitted:.1f} s"
+        if not self.forwards:
+            return f"the answer was not begun {waited}: other requests, or one long forward, were before it"
+        return f"the answer was not finished {waited}, by {self.forwards} forwards"

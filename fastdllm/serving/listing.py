@@ -53,16 +53,22 @@ class TokenList:
         but none after a stop string."""
         out = []
         while self._given < text.tokens and (self._offset < len(text.text) or (over and not text.is_cut)):
-            at = self._given
-            token, logprob = text.ids[at], self._logprobs[at]
-            # One number for one token: the other is the same up to rounding.
-            others = [
-                (other, logprob if other == token and logprob is not None else p) for other, p in self._alternatives[at]
-            ]
-            out.append(Listed(token, self._offset, logprob, others))
-            self._offset += len(self._characters.feed([text.ids[at]]))
-            self._given += 1
+            out.append(self._listed(text.ids[self._given]))
+            self._offset += len(self._characters.feed([out[-1].token]))
         return out
+
+    def end(self, text: AnswerText) -> list[Listed]:
+        """The stop token that ended the answer, after all others were taken; none where nothing or a stop string did."""
+        ended = text.ended and not text.is_cut and self._given == text.tokens
+        return [self._listed(text.ids[text.tokens])] if ended else []
+
+    def _listed(self, token: int) -> Listed:
+        """The next token."""
+        at, self._given = self._given, self._given + 1
+        logprob = self._logprobs[at]
+        # One number for one token: the other is the same up to rounding.
+        others = [(other, logprob if other == token and logprob is not None else p) for other, p in self._alternatives[at]]
+        return Listed(token, self._offset, logprob, others)
 
 
 def chat_logprobs(spelling: Spelling, tokens: Sequence[Listed], most: int) -> dict[str, Any]:

@@ -175,6 +175,9 @@ class Responses:
         fresh = choice.tokens.take(choice.text, over)
         if asked.chat:
             return chat_logprobs(self.spelling, fresh, most)
+        if over:
+            # Completions list the stop token too, as OpenAI does: clients that score a prompt count on one token after it.
+            fresh += choice.tokens.end(choice.text)
         echo, prompt = choice.echo, None
         if echo is not None and echo.readings is not None:
             prompt = (choice.prompt.tolist(), echo.readings)

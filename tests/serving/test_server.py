@@ -167,6 +167,21 @@ def test_repeated_prompts_carry_the_log_likelihood_of_every_token(client: Any, m
     assert sum(listed.token_logprobs[4 : len(prompt)]) == pytest.approx(score.log_likelihood, abs=1e-4)
 
 
+def test_completions_list_the_stop_token_too(client: Any, model: fastdllm.Model) -> None:
+    """Clients that score a prompt ask for one token and leave it out again, whatever it is."""
+    answer = fastdllm.generate(model, MESSAGES, gen_length=64).sequences[0].tolist()
+    assert answer[-1] in model.spec.stop_ids
+    ended = {"model": "tiny-llada", "prompt": answer[:-1], "max_tokens": 1, "echo": True, "logprobs": 1}
+    assert fastdllm.generate(model, [answer[:-1]], gen_length=1).sequences[0].tolist() == answer, "it ends at once"
+    listed = client.completions.create(**ended).choices[0].logprobs
+    assert len(listed.tokens) == len(answer) and listed.tokens[-1] == model.tokenizer.decode(answer[-1:])
+    assert listed.token_logprobs[-1] == max(listed.top_logprobs[-1].values()) <= 0
+    chunks = [chunk.choices[0].logprobs for chunk in client.completions.create(**ended, stream=True) if chunk.choices]
+    assert [token for chunk in chunks if chunk for token in chunk.tokens] == listed.tokens
+    cut = client.completions.create(**(ended | {"prompt": LONG, "max_tokens": 24, "echo": False, "stop": "\n"})).choices[0]
+    assert "".join(cut.logprobs.tokens).startswith(cut.text), "a stop string is no token"
+
+
 def test_a_context_that_comes_again_is_scored_once(model: fastdllm.Model) -> None:
     """Each ending gets the likelihood that it gets alone, whatever was asked before."""
     from fastdllm.likelihood import log_likelihoods

@@ -6,7 +6,7 @@
 #   SETTINGS="..."  some of: baseline prefix parallel prefix_parallel dual_parallel
 #   MAX_NEW_TOKENS, THRESHOLD, BLOCK_LENGTH (unset: as published, 32 with a cache, the whole answer without)
 #
-# Results and samples go to results/<task>/<setting>/ beside this file. Arguments go to lm-eval unchanged.
+# Results and samples go to results/<task>/<setting>/ next to this file. Arguments go to lm-eval unchanged.
 
 export WITHOUT_A_NETWORK="MODEL=tiny-dream TASK=gsm_symbolic bash dream/eval_gsm8k.sh"
 MODEL=${MODEL:-Dream-org/Dream-v0-Base-7B}

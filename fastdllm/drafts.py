@@ -3,7 +3,7 @@
 
 A draft is named by ranks in the scores that it is made from: (0, 1) adds the two likeliest tokens of the block to what the
 row holds. Which ones come true is a matter of the model and the decoder; `scripts.studies.calibrate` measures it and writes
-drafts.json beside the weights (the offline calibration of Spiffy, arXiv 2509.18085).
+drafts.json next to the weights (the offline calibration of Spiffy, arXiv 2509.18085).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 Draft = tuple[int, ...]
-Graph = tuple[Draft, ...]  # the drafts of the branches 1, 2, ...; each saves most steps beside those before it
+Graph = tuple[Draft, ...]  # the drafts of the branches 1, 2, ...; each saves most steps in addition to those before it
 
 FILE = "drafts.json"
 # Of a model without the file: what was found on tiny-llada, one token per step.

@@ -224,7 +224,7 @@ def check_rows_apart(decoder: Chosen) -> None:
     for row in (0, 3, 6):
         alone = torch.arange(row * n, row * n + n)
         same = torch.equal(rule.step(part(view(rule, 7, 8), alone)), together[alone])
-        assert same, "a row alone gets other tokens than in a batch"
+        assert same, "a row by itself gets other tokens than in a batch"
     order = (torch.randperm(7)[:, None] * n + torch.arange(n)).flatten()
     assert torch.equal(rule.step(part(view(rule, 7, 8), order)), together[order]), "the order of rows changes their tokens"
 
@@ -264,8 +264,8 @@ def check_generation(decoder: Chosen, family: str) -> None:
             most = 13 + 3 + 13 * rule_of(decoder).drafts  # a token each, a block's opening, and a draft for each token
             assert out.stats.row_forwards[i] <= most, f"more forwards than tokens ({where})"
         alone = generate(model, given[1], **options)
-        assert torch.equal(alone.sequences[0], out.sequences[1]), f"a row alone gets other tokens ({where})"
-        assert alone.stats.row_forwards[0] == out.stats.row_forwards[1], f"a row alone takes other forwards ({where})"
+        assert torch.equal(alone.sequences[0], out.sequences[1]), f"a row by itself gets other tokens ({where})"
+        assert alone.stats.row_forwards[0] == out.stats.row_forwards[1], f"a row by itself takes other forwards ({where})"
 
 
 def check_lossless(decoder: Chosen, family: str) -> None:

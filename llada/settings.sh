@@ -6,7 +6,7 @@
 #   SETTINGS="..."  some of: baseline prefix parallel prefix_parallel dual_parallel factor dual_factor
 #   GEN_LENGTH, BLOCK_LENGTH, THRESHOLD, FACTOR
 #
-# Results and samples go to results/<task>/<setting>/ beside this file. Arguments go to lm-eval unchanged.
+# Results and samples go to results/<task>/<setting>/ next to this file. Arguments go to lm-eval unchanged.
 
 export WITHOUT_A_NETWORK="MODEL=tiny-llada TASK=gsm_symbolic bash llada/eval_gsm8k.sh"
 MODEL=${MODEL:-GSAI-ML/LLaDA-8B-Instruct}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 import fastdllm
 from fastdllm import kernels
-from scripts.benchmarks import decode, profile_step
+from scripts.benchmarks import decode, profile_step, published
 
 CACHES = {"llada": ("none", "prefix", "dual"), "dream": ("none", "prefix", "dual"), "v2": ("none", "block", "sub_block")}
 
@@ -43,6 +44,69 @@ def test_the_benchmark_reports_what_was_decoded(name: str, tmp_path: Path, capsy
     earlier.write_text(printed)
     decode.main([*given, "--batches", "1", "--compare", str(earlier)])
     assert f"x 1.000 of {earlier}" in capsys.readouterr().out  # the forwards of an answer do not vary
+
+
+PUBLISHED_CODE = {  # what the benchmark calls of a checkout of NVlabs/Fast-dLLM, over a network of a single layer
+    "generate.py": """
+import torch
+def generate_with_dual_cache(model, prompt, steps, gen_length, block_length, mask_id):
+    assert gen_length == 4 * steps and block_length == 32 and mask_id == 900
+    print("asked for", prompt.shape[1])
+    return torch.cat([prompt, prompt.new_zeros(1, gen_length)], 1), steps
+""",
+    "model/configuration_llada.py": """
+class LLaDAConfig:
+    def __init__(self, **fields):
+        self.__dict__.update(fields)
+""",
+    "model/modeling_llada.py": """
+import torch
+from types import SimpleNamespace
+class LLaDAModelLM(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        assert config.n_layers == 2 and config.mask_token_id == 900 and config.block_type == "llama"
+        layers = {"ff_out": torch.nn.Linear(config.d_model, config.vocab_size, bias=False)}
+        self.model = torch.nn.ModuleDict({"transformer": torch.nn.ModuleDict(layers)})
+        self.model.transformer = self.model["transformer"]
+        self.model.transformer.ff_out = layers["ff_out"]
+    def forward(self, ids, use_cache, past_key_values=None, replace_position=None):
+        assert use_cache and (past_key_values is None) == (replace_position is None)
+        assert past_key_values is None or ids.shape[1] == replace_position.sum() == 32
+        return SimpleNamespace(past_key_values=ids)
+""",
+}
+
+
+def test_published_code_and_ours_are_measured_in_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    for name, text in PUBLISHED_CODE.items():
+        path = tmp_path / "checkout" / "llada" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("generate", "model", "model.configuration_llada", "model.modeling_llada"):
+        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.delitem(sys.modules, name)
+    family, sizes = decode.SHAPES["llada"]
+    small = {"n_layers": 2, "d_model": 64, "n_heads": 2, "n_kv_heads": 2, "mlp_hidden_size": 64, "max_sequence_length": 256}
+    small |= {"vocab_size": 1000, "embedding_size": 1000, "mask_token_id": 900, "eos_token_id": 901, "pad_token_id": 901}
+    monkeypatch.setitem(decode.SHAPES, "llada", (family, sizes | small))
+    saved = tmp_path / "speed.json"
+    saved.write_text('{"kept": 1, "shape": "old"}')
+    given = ["--checkout", str(tmp_path / "checkout"), "--output", str(saved), "--repeats", "1"]
+    published.main([*given, "--prompts", "40", "24", "--gen", "32", "--batches", "1", "2"])
+    report = json.loads(saved.read_text())
+    assert report["kept"] == 1 and "32 new tokens" in report["shape"]
+    assert {code: list(times) for code, times in report["forward_ms"].items()} == {
+        code: ["block of 32", "72 positions"] for code in ("published", "bf16")
+    }
+    rows = [(row["code"], row["weights"], row["batch"]) for row in report["tokens_per_second"]]
+    ours = [("fastdllm", weights, batch) for batch in (1, 2) for weights in ("bf16", "fp8")]
+    assert rows == [("published", "bf16", 1), *ours]
+    assert all(row["prompt_40"] > 0 < row["prompt_24"] for row in report["tokens_per_second"])
+    assert capsys.readouterr().out.count("asked for 40") == 2, "the first answer warms up"
+    with pytest.raises(ValueError, match=r"llada/generate\.py"):
+        published.main(["--checkout", str(tmp_path)])
 
 
 def test_the_profile_knows_what_each_operation_moves() -> None:

@@ -25,6 +25,12 @@ def test_the_tables_of_all_settings_are_up_to_date() -> None:
     assert read("docs/frontier_tables.md") == figures.tables_page(), "run: python -m scripts.studies.figures tables"
 
 
+def test_the_table_of_the_quick_start_is_up_to_date() -> None:
+    assert read("docs/quickstart.md") == figures.quickstart_page(), "run: python -m scripts.studies.figures quickstart"
+    rows = figures.data("quickstart")["settings"]
+    assert tuple(rows) == quickstart.SHOWN and all(len(row["solved"]) == 100 for row in rows.values())
+
+
 def test_the_page_on_memory_is_up_to_date() -> None:
     assert memory.main(["--check"]) == 0, "run: python -m scripts.studies.memory"
 

@@ -6,7 +6,7 @@
 # MODEL: hub id, local folder or shipped checkpoint. Further arguments go to lm-eval unchanged; a task that needs an extra
 # of lm-eval says so (minerva_math: lm_eval[math], ifeval: lm_eval[ifeval]; GPQA's data needs its terms accepted).
 #
-# MMLU and GPQA are scored by log-likelihood with likelihood=first_token, the measure behind the published numbers; leave
+# MMLU and GPQA are scored by log-likelihood with likelihood=first_token, the measure of the published numbers; leave
 # it out for the probability of the whole answer. The others are generated with threshold 1, one token a step; 0.9 is
 # the published fast setting: THRESHOLD=0.9.
 set -euo pipefail

@@ -185,7 +185,7 @@ class DiffusionLM(TemplateLM):
         """Ids of the context [P], P > 0, and of the continuation [L]: one text's own ids, cut where the continuation begins.
 
         Where a token spans the join, the cut is before it, so that nothing of the continuation is lost: the target begins
-        with the first token that the context alone does not have. As lm-eval does, blanks at the end of the context are
+        with the first token that the context by itself does not have. As lm-eval does, blanks at the end of the context are
         scored with the continuation, unless that would take in more of the context. A continuation that is empty has no ids.
         """
         whole = self.tok_encode(context + continuation)

@@ -93,7 +93,7 @@ class Problem:
                 found.append(one)
                 defined |= one.binds
         code = needed(found, [], wanted)
-        # A body that does not parse leaves the prompt alone, whose docstring is a valid function.
+        # A body that does not parse leaves only the prompt, whose docstring is a valid function.
         return None if code.strip() == needed(statements(self.prompt), [], wanted).strip() else code
 
 

@@ -63,7 +63,7 @@ class Settings:
     hosts: tuple[str, ...] | None = None
 
     def services(self) -> list[Service]:
-        """The models, loaded, each behind a service that is not started yet; the first is the one under /v1."""
+        """The models, loaded, each with a service that is not started yet; the first is the one under /v1."""
         from fastdllm.serving.service import Service
 
         config, names = DecodeConfig(**self.decoding), (self.model, *self.others)

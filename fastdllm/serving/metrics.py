@@ -23,7 +23,7 @@ class Metrics:
         self.requests = Counter("fastdllm_requests", "Requests by endpoint and status", ["endpoint", "status"], **own)
         self.prompt_tokens = Counter("fastdllm_prompt_tokens", "Tokens of answered prompts", **own)
         self.tokens = Counter("fastdllm_generated_tokens", "Tokens of finished answers, before the stop token", **own)
-        self.row_forwards = Counter("fastdllm_answer_forwards", "Forwards of finished answers, each counted alone", **own)
+        self.row_forwards = Counter("fastdllm_answer_forwards", "Forwards of finished answers, each by itself", **own)
         self.first_text = Histogram("fastdllm_time_to_first_text_seconds", "From arrival to the first text that is final",
                                     buckets=SECONDS, **own)  # fmt: skip
         self.seconds = Histogram("fastdllm_request_seconds", "From arrival to the end of the answer", buckets=SECONDS, **own)

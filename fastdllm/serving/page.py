@@ -36,7 +36,7 @@ from fastdllm.ui.conversation import Conversation, Prompt
 if TYPE_CHECKING:
     from fastdllm.models.spec import ModelSpec
 
-RUNS = 6  # settings beside the server's own that are kept ready
+RUNS = 6  # settings that are kept ready, besides the server's own
 ROWS = 4  # visitors in the batch of one of them
 MESSAGES = 199  # of a conversation that are looked at: an odd number, so that the first is a question
 LOOK = 0.25  # seconds between two looks at a visitor's place in the queue
@@ -106,7 +106,7 @@ class WordsBody(Strict):
 
 
 class Page:
-    """The services behind the page: one for each model given at the start, and a few for other settings."""
+    """The services that the page uses: one for each model given at the start, and a few for other settings."""
 
     def __init__(self, services: Sequence[Service], runs: int = RUNS) -> None:
         self.services = {service.name: service for service in services}

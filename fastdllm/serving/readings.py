@@ -2,7 +2,7 @@
 """The log-likelihood of a prompt's tokens by the chain rule, which takes a forward a token (one, in a causal model).
 
 Clients that compare answers send one context again and again, each time with another ending, as lm-eval does. What was read
-of a token depends on those before it and on the length alone, so it is kept for the next prompt that begins alike.
+of a token depends only on those before it and on the length, so it is kept for the next prompt that begins alike.
 """
 
 from __future__ import annotations

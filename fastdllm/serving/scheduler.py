@@ -8,7 +8,7 @@ over as a call and runs between two rounds.
 A second thread watches the deadlines, so that a request ends in time even when a round does not come back.
 
 When a round raises, nothing says whose fault it was. So each request that was running is tried again by itself: the one
-that raises alone fails, the others start anew and, since a row depends on no other, write the same tokens once more.
+that raises again fails. The others start anew and write the same tokens once more, since a row depends on no other.
 """
 
 from __future__ import annotations
@@ -368,7 +368,7 @@ class Scheduler:
             self._tell(job, answer)
 
     def _recover(self, error: BaseException, running: list[Job]) -> None:
-        """After a round raised: fail the request that ran alone, or put the running ones aside to be tried one by one."""
+        """After a round raised: fail the request that ran by itself, or put those that ran aside and try them one by one."""
         self._free_memory(error)
         with self._lock:
             self._crashes = 0 if running else self._crashes + 1

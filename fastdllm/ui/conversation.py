@@ -44,7 +44,7 @@ class Conversation:
         """The prompt of a turn that asks `text`. Nothing changes until `add`.
 
         The oldest turns are left out until an answer of `gen_length` fits. ValueError for an empty message, and for one
-        that does not fit alone.
+        that does not fit even by itself.
         """
         text = clean(text)
         if not text.strip():

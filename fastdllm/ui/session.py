@@ -115,7 +115,7 @@ def reset(session: Session, rest: str) -> None:
 
 
 def system(session: Session, rest: str) -> None:
-    """TEXT sets the instructions in front of the conversation; /system off removes them; alone shows them"""
+    """TEXT sets the instructions in front of the conversation; /system off removes them, /system shows them"""
     if rest:
         session.conversation.system = "" if rest == "off" else rest
     session.say(f"system: {session.conversation.system or '(none)'}")
@@ -127,7 +127,7 @@ def stats(session: Session, rest: str) -> None:
 
 
 def settings(session: Session, rest: str) -> None:
-    """NAME VALUE changes a setting (/set threshold 0.8, /set cache none); alone shows them all"""
+    """NAME VALUE changes a setting (/set threshold 0.8, /set cache none); /set shows them all"""
     name, _, value = rest.replace("=", " ").partition(" ")
     if not name:
         shown = resolve(session.model.spec, fitting(session.model, session.config)) if session.model else session.config

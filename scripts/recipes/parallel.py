@@ -366,7 +366,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--context", type=int, help="tokens of a row at most; default: the model's")
     add("--seconds", type=float, help="training time of the whole run; or --max_steps")
     add("--session", type=float, help="stop and save after so many seconds of it")
-    add("--start_at", type=float, default=0.0, help="share of the run behind --model, when its checkpoint is gone")
+    add("--start_at", type=float, default=0.0, help="share of the run that --model has had already")
     add("--max_steps", type=int)
     add("--batch", type=int, default=64)
     add("--accumulate", type=int, default=1)

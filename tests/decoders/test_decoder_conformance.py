@@ -91,7 +91,7 @@ def test_a_rule_of_ones_own_is_checked_as_a_class_an_object_and_a_name() -> None
     ("rule", "expected"),
     [
         (Idle, "gained nothing"),
-        (Crossing, "a row alone gets other tokens"),
+        (Crossing, "a row by itself gets other tokens"),
         (Reading, "reads a value on the host"),
         (Rewriting, "written that is not open"),
     ],

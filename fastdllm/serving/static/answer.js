@@ -62,7 +62,7 @@ export function remark(trace) {
 }
 
 export const FIGURES = [
-  ["seconds", "seconds", "Time of the forwards alone, without what lay between them"],
+  ["seconds", "seconds", "Time of the forwards only, without what lay between them"],
   ["forwards", "forwards", "A forward is one call of the model: it looks at the positions it recomputes and predicts every open one at once"],
   ["tokens", "tokens", "Tokens written before the end"],
   ["each", "per forward", "Tokens per forward; 1 is one token at a time"],

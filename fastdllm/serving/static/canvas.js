@@ -103,7 +103,7 @@ function tiles(trace, now, step, over) {
   return out;
 }
 
-// One tile for the end of the answer and what stands directly behind it; returns the position after it.
+// One tile for the end of the answer and what stands directly after it; returns the position after it.
 function fold(out, trace, now, from, last, step) {
   let to = from + 1;
   while (to < last && now.written[to] !== null) to++;
@@ -114,7 +114,7 @@ function fold(out, trace, now, from, last, step) {
   const undecoded = over ? trace.length - last : 0;
   made.dataset.tip =
     `Position ${from}: the end of the answer, forward ${written}` +
-    (more ? `; ${more} more ${more === 1 ? "position" : "positions"} behind it, which no longer count` : "") +
+    (more ? `; ${more} more ${more === 1 ? "position" : "positions"} after it, which no longer count` : "") +
     (undecoded ? `; ${undecoded} were never decoded` : "");
   if (now.written.slice(from, to).includes(step)) made.classList.add("now");
   out.append(made);

@@ -147,7 +147,7 @@ export class Chat {
     const now = figures(turn.trace, step);
     const tokens = now.tokens ? `${count(now.tokens, "token")} in ` : "";
     turn.figures.textContent = `${tokens}${count(step, "forward")}${now.tokens ? `, ${now.each} per forward` : ""}, ${now.seconds} s`;
-    turn.figures.dataset.tip = "A forward is one call of the model, which predicts every open position at once. The seconds are those of the forwards alone.";
+    turn.figures.dataset.tip = "A forward is one call of the model, which predicts every open position at once. The seconds are those of the forwards only.";
     if (turn === this.last) this._bottom();
   }
 

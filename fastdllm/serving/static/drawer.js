@@ -255,7 +255,7 @@ function field(name, control, line = "") {
   return made;
 }
 
-// Tiles up to a little behind the last word.
+// Tiles up to a little after the last word.
 function showWords(box, tokens) {
   const texts = new Map(tokens.map(({ position, text }) => [position, text]));
   const last = Math.max(...texts.keys());

@@ -10,12 +10,13 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from fastdllm.scoring import seccomp
+from fastdllm.scoring import files, seccomp
 from fastdllm.scoring.cgroup import ControlGroup
 from fastdllm.scoring.sandbox import Checks, Limits, Verdict, run_program
 from fastdllm.scoring.score import PROTECTIONS
@@ -217,6 +218,32 @@ assert numpy.arange(3).sum() == 3
     assert verdict.passed, verdict
 
 
+def test_the_sandbox_shows_environments_below_tmp(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program's own empty /tmp must not cover an interpreter's folders that lie there, nor make them writable."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        packages = Path(folder, "environment", "lib")
+        packages.mkdir(parents=True)
+        (packages / "only_there.py").write_text("NUMBER = 7")
+        for path in (Path(folder), packages.parent, packages):
+            path.chmod(0o755)
+        shown, installed = files.readable(), files.packages()
+        monkeypatch.setattr(files, "readable", lambda: [*shown, str(packages)])
+        monkeypatch.setattr(files, "packages", lambda: [*installed, str(packages)])
+        verdict = run(
+            f"""
+import only_there, os
+assert only_there.NUMBER == 7
+open(os.environ["HOME"] + "/own", "w").write("x")
+try: open({str(packages)!r} + "/new", "w")
+except OSError: pass
+else: raise AssertionError("written")
+""",
+            "writing",
+        )
+        assert verdict.passed, verdict
+        assert [path.name for path in packages.glob("new")] == []
+
+
 def test_nothing_outside_can_be_written(closed: Path, run) -> None:
     closed.chmod(0o777)
     fifo = closed / "fifo"
@@ -400,7 +427,7 @@ import json, sys, types
 package = types.ModuleType("fastdllm")  # so that torch is not imported
 package.__path__ = [sys.argv[1]]
 sys.modules["fastdllm"] = package
-from fastdllm.scoring import seccomp
+from fastdllm.scoring import files, seccomp
 from fastdllm.scoring.sandbox import Limits, run_program
 seccomp._REFUSED = {"unshare": (272, 97), "landlock_create_ruleset": (444, 444)}
 seccomp.install(file_attributes=True)

@@ -60,12 +60,14 @@ class Calibration:
         try:
             file = json.loads(path.read_text(encoding="utf-8"))
             decoders = dict(file["decoders"])
+            if any(rank < 0 for d in decoders.values() for draft in d["drafts"] for rank in draft):
+                raise ValueError("a rank below 0")
             return cls(
                 {name: tuple(tuple(map(int, draft)) for draft in d["drafts"]) for name, d in decoders.items()},
                 {name: tuple(map(float, d["forwards"])) for name, d in decoders.items()},
                 {device: {int(n): float(ms) for n, ms in t.items()} for device, t in file.get("milliseconds", {}).items()},
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path}: not a file of scripts.studies.calibrate ({type(error).__name__}: {error})") from error
 
     def graph(self, decoder: str, branches: int) -> Graph:

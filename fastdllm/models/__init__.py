@@ -18,7 +18,7 @@ from fastdllm.drafts import Calibration
 from fastdllm.libraries import has_tokenizers
 from fastdllm.libraries import hint as libraries_hint
 from fastdllm.models.adapters import Adapter
-from fastdllm.models.files import TOKENIZER_FILES, Fields, read_object
+from fastdllm.models.files import TOKENIZER_FILES, Fields, present, read_object
 from fastdllm.models.hub import TINY, find_adapter, find_folder, tiny_names
 from fastdllm.models.int4 import layout_of
 from fastdllm.models.quantize import KINDS
@@ -309,7 +309,7 @@ def load(
 
 def describing(folder: Path, adapter: Adapter | None) -> Path:
     """The folder whose config.json holds: an adapter's where it has one (of a plain Qwen2 trained for diffusion)."""
-    return adapter.folder if adapter is not None and (adapter.folder / "config.json").exists() else folder
+    return adapter.folder if adapter is not None and present(adapter.folder / "config.json") else folder
 
 
 def read_tokenizer(folder: Path, name: str) -> tuple[PreTrainedTokenizerFast | None, dict[str, int]]:
@@ -329,7 +329,7 @@ def read_tokenizer(folder: Path, name: str) -> tuple[PreTrainedTokenizerFast | N
 def written_ids(folder: Path) -> dict[str, int]:
     """Added tokens by their text, and the mask's id as `MASK_ROLE`, read off the files without the tokenizer's library."""
     files = {name: folder / name for name in ("tokenizer.json", "tokenizer_config.json")}
-    read = {name: read_object(path) if path.exists() else {} for name, path in files.items()}
+    read = {name: read_object(path) if present(path) else {} for name, path in files.items()}
     ids = {token["content"]: int(token["id"]) for token in read["tokenizer.json"].get("added_tokens") or ()}
     listed = read["tokenizer_config.json"].get("added_tokens_decoder") or {}
     ids |= {token["content"]: int(i) for i, token in listed.items()}
@@ -340,4 +340,4 @@ def written_ids(folder: Path) -> dict[str, int]:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether the folder holds any file of a tokenizer; without one the model takes token ids only."""
-    return any((folder / name).exists() for name in TOKENIZER_FILES)
+    return any(present(folder / name) for name in TOKENIZER_FILES)

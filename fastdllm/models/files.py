@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import stat
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 LFS = b"version https://git-lfs"
+LARGEST = 2**30  # bytes of a file that is read whole; published ones have some 20 million
 MISSING: Any = object()
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -97,9 +100,25 @@ HARMLESS = frozenset([
 # fmt: on
 
 
+def present(path: Path) -> bool:
+    """Whether a folder has an entry of that name. A link to nothing counts: its file was meant to be there, and reading it
+    says so."""
+    return os.path.lexists(path)
+
+
+def check_regular(path: Path) -> None:
+    """Raises ValueError for a pipe or a device, which reading might never come to the end of."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise ValueError(f"{path}: not a file but a pipe, a socket or a device")
+
+
 def read_bytes(path: Path) -> bytes:
-    """The content of a file. OSError or ValueError naming it: missing, a folder, a git-lfs pointer."""
+    """The content of a file. OSError or ValueError naming it: missing, a folder, a pipe, too large, a git-lfs pointer."""
     try:
+        check_regular(path)
+        if (size := path.stat().st_size) > LARGEST:
+            raise ValueError(f"{path}: has {size} bytes, at most {LARGEST} are read")
         content = path.read_bytes()
     except OSError as error:
         raise type(error)(f"{path}: cannot be read ({error.strerror})") from error
@@ -119,14 +138,25 @@ def read_text(path: Path) -> str:
 def read_object(path: Path) -> dict[str, Any]:
     """A file that holds one JSON object."""
     try:
-        value = json.loads(read_text(path))
+        value = json.loads(read_text(path), object_pairs_hook=_unambiguous)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: {path.name} is not valid JSON ({error})") from error
-    except ValueError as error:  # a number of more digits than Python converts
+    except ValueError as error:  # a number of more digits than Python converts, a name with two values
         raise error if str(path) in str(error) else ValueError(f"{path}: {path.name} is not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: {path.name} holds {_shown(value)}, not a JSON object")
     return value
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's fields. ValueError for a name with two values: readers differ in which of them counts."""
+    fields = dict(pairs)
+    if len(fields) == len(pairs):
+        return fields
+    for name, value in pairs:
+        if fields[name] != value:
+            raise ValueError(f"the name {name!r} is there twice, with {_shown(value)} and {_shown(fields[name])}")
+    return fields
 
 
 def _shown(value: Any) -> str:

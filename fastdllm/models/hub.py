@@ -6,7 +6,7 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-from fastdllm.models.files import read_object
+from fastdllm.models.files import present, read_object
 
 TINY = Path(__file__).parent.parent / "tiny"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -62,7 +62,7 @@ def _check_folder(name: str, path: Path) -> Path:
             f"model {name!r}: the folder holds a LoRA adapter, not a model; "
             f"load its base model ({base}) with adapter={name!r}"
         )
-    if (path / "config.json").exists():
+    if present(path / "config.json"):
         return path
     raise FileNotFoundError(f"model {name!r}: the folder has no config.json")
 

@@ -9,6 +9,7 @@ them, and each keeps the id of the files: two files that disagree are an error.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fastdllm.models.files import TOKENIZER_FILES, Fields, read_object, read_text
+from fastdllm.models.files import TOKENIZER_FILES, Fields, present, read_object, read_text
 from fastdllm.models.spec import MASK_ROLE
 
 # Qwen2's split (its tokenizer.json, and `tokenization_qwen2.py` in transformers): contractions, words, single digits,
@@ -28,6 +29,9 @@ QWEN2_SPLIT = (
 SPECIAL = ("bos_token", "eos_token", "pad_token", "mask_token", "unk_token")
 SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
 MAX_ID = 2**24
+# Every visible letter of ASCII, then a character for each further byte that UTF-8 has, the first of one or a later one.
+PROBE = [chr(i) for i in (*range(33, 127), *range(0x80, 0xC0), *range(0xC0, 0x800, 0x40), *range(0x1000, 0x10000, 0x1000))]
+PROBE = [c for c in (*PROBE, *map(chr, range(0x10000, 0x110000, 0x40000))) if not 0xD800 <= ord(c) < 0xE000]
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class TokenizerFiles:
 
     def _object(self, name: str) -> Fields:
         path = self.path(name)
-        return Fields(read_object(path) if path.exists() else {}, str(path))
+        return Fields(read_object(path) if present(path) else {}, str(path))
 
     def named(self) -> dict[str, str]:
         """The texts of bos_token, eos_token, ... of both files; tokenizer_config.json overrides."""
@@ -134,10 +138,10 @@ class TokenizerFiles:
     def template(self) -> str | None:
         """The chat template: its own file, else tokenizer_config.json's, where a list names several."""
         path = self.path("chat_template.jinja")
-        if path.exists():
+        if present(path):
             return read_text(path)
         value = self.config.get("chat_template")
-        if value is None and self.path("chat_template.json").exists():
+        if value is None and present(self.path("chat_template.json")):
             value = self._object("chat_template.json").text("chat_template")
         if isinstance(value, list):
             named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
@@ -160,7 +164,8 @@ def _build(described: dict[str, Any], path: Path) -> Tokenizer:
 
 def _from_vocab_and_merges(files: TokenizerFiles) -> dict[str, Any]:
     """The description (as in a tokenizer.json) of Qwen2's tokenizer over vocab.json and merges.txt."""
-    vocab = {text: _token_id(i, text, files.path("vocab.json")) for text, i in read_object(files.path("vocab.json")).items()}
+    vocab = read_object(files.path("vocab.json"))
+    _owners(vocab, files.path("vocab.json"))
     lines = read_text(files.path("merges.txt")).split("\n")
     pairs = [line.rstrip("\r").split(" ") for line in lines if line.strip() and not line.startswith("#version")]
     if bad := next((pair for pair in pairs if len(pair) != 2), None):
@@ -180,6 +185,18 @@ def _from_vocab_and_merges(files: TokenizerFiles) -> dict[str, Any]:
     return json.loads(tokenizer.to_str())
 
 
+def _owners(vocab: dict[str, Any], path: Path) -> dict[int, str]:
+    """Id -> text of a vocabulary. Raises ValueError for what is no id, and for two texts at one id."""
+    owner: dict[int, str] = {}
+    for text, value in vocab.items():
+        if isinstance(value, str):
+            value = None  # only added_tokens_decoder has ids that are texts
+        number = _token_id(value, text, path)
+        if (other := owner.setdefault(number, text)) != text:
+            raise ValueError(f"{path}: the tokens {other!r} and {text!r} have one id, {number}")
+    return owner
+
+
 def _with_added(described: dict[str, Any], files: TokenizerFiles, path: Path) -> Tokenizer:
     """The tokenizer with every added token at the id of the files.
 
@@ -195,7 +212,7 @@ def _with_added(described: dict[str, Any], files: TokenizerFiles, path: Path) ->
     if not isinstance(vocab, dict):  # a Unigram's list: its added tokens follow one after the other
         tokenizer = _build(described, path)
     else:
-        owner = {i: text for text, i in vocab.items() if isinstance(i, int)}
+        owner = _owners(vocab, path)
         for token in tokens:
             if vocab.get(token.text, token.id) != token.id or owner.get(token.id, token.text) != token.text:
                 there = (
@@ -221,21 +238,39 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
     Raises ValueError or FileNotFoundError naming the file that is missing, unreadable or in contradiction to another.
     """
     files = TokenizerFiles(folder)
-    if files.path("tokenizer.json").exists():
+    if present(files.path("tokenizer.json")):
         path = files.path("tokenizer.json")
         described = read_object(path)
-    elif files.path("vocab.json").exists() or files.path("merges.txt").exists():
+    elif present(files.path("vocab.json")) or present(files.path("merges.txt")):
         path = files.path("vocab.json")
         described = _from_vocab_and_merges(files)
-    elif present := [name for name in TOKENIZER_FILES if files.path(name).exists()]:
-        raise FileNotFoundError(f"{folder}: has {', '.join(present)}, but no tokenizer.json, nor vocab.json with merges.txt")
+    elif found := [name for name in TOKENIZER_FILES if present(files.path(name))]:
+        raise FileNotFoundError(f"{folder}: has {', '.join(found)}, but no tokenizer.json, nor vocab.json with merges.txt")
     else:
         return None
     tokenizer = _with_added(described, files, path)
     special = {name: text for name, text in files.named().items() if tokenizer.token_to_id(text) is not None}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
     fast.chat_template = files.template()
+    if lost := lost_characters(fast):
+        shown = ", ".join(map(ascii, lost[:6])) + (f" and {len(lost) - 6} more" if len(lost) > 6 else "")
+        warnings.warn(f"{folder}: the tokenizer has no tokens for {shown}; prompts lose them without a word", stacklevel=2)
     return fast
+
+
+def lost_characters(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Characters that the tokenizer leaves out or cannot give back, of those that together have every byte of UTF-8.
+
+    A vocabulary by bytes that lacks some, or the split that belongs to it, drops them; one with an unknown token says so.
+    """
+    backend = tokenizer.backend_tokenizer
+    if getattr(backend.model, "unk_token", None) is not None or not isinstance(backend.model, models.BPE):
+        return []
+    normal = backend.normalizer.normalize_str if backend.normalizer else str
+    texts = [normal(character) for character in PROBE]
+    found = [encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False)]
+    back = backend.decode_batch(found, skip_special_tokens=False)
+    return [c for c, text, shown in zip(PROBE, texts, back, strict=True) if text.strip() not in shown]
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast | None) -> dict[str, int]:

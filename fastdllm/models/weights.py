@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastdllm.models import int4
-from fastdllm.models.files import read_bytes, read_object
+from fastdllm.models.files import check_regular, present, read_bytes, read_object
 from fastdllm.models.spec import Family, ModelSpec
 from fastdllm.models.transformer import Transformer
 
@@ -41,7 +41,7 @@ def shards(folder: Path) -> list[Path]:
 
     Raises FileNotFoundError for a shard that the index names and that is missing, ValueError for a name outside the folder.
     """
-    if (folder / INDEX).exists():
+    if present(folder / INDEX):
         table = read_object(folder / INDEX).get("weight_map")
         if not isinstance(table, dict):
             raise ValueError(f"{folder / INDEX}: weight_map must be an object")
@@ -54,7 +54,7 @@ def shards(folder: Path) -> list[Path]:
         if not names:
             raise ValueError(f"{folder / INDEX}: weight_map is empty")
         return [folder / n for n in names]
-    if (folder / SINGLE).exists():
+    if present(folder / SINGLE):
         return [folder / SINGLE]
     if files := sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_")):
         return files
@@ -66,6 +66,7 @@ def shards(folder: Path) -> list[Path]:
 def open_shard(path: Path) -> safe_open:
     """The opened file. Raises ValueError naming it when it is a git-lfs pointer or not safetensors."""
     try:
+        check_regular(path)
         if path.stat().st_size < 1024:
             read_bytes(path)  # raises for a pointer
         return safe_open(path, framework="pt")

@@ -427,6 +427,94 @@ def test_the_checksum_of_any_shape_and_format_sees_every_byte() -> None:
                 assert checksum(other, chunk=16) != whole
 
 
+# --- entries of a folder that are no files, texts at one id, names with two values ----------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer_config.json", "added_tokens.json", "vocab.json", "model.safetensors"]
+)
+@pytest.mark.parametrize("kind", ["pipe", "device", "link to nothing", "link to itself"])
+def test_an_entry_that_is_no_file_is_named_and_never_waited_for(tmp_path: Path, name: str, kind: str) -> None:
+    """A pipe would be waited for without end, /dev/zero read without end, and a link to nothing passed over."""
+    write_checkpoint(tmp_path, "dream")
+    path = tmp_path / name
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to({"device": "/dev/zero", "link to nothing": "nowhere", "link to itself": name}[kind])
+    with pytest.raises((ValueError, OSError), match=name.replace(".", r"\.")):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("kind, name", [("dream", "vocab.json"), ("v2", "tokenizer.json")])
+@pytest.mark.parametrize("value", ["twice", 2**32 - 1, -1, 1.0, True, "7", None])
+def test_a_vocabulary_has_one_text_at_an_id(tmp_path: Path, kind: str, name: str, value: Any) -> None:
+    write_checkpoint(tmp_path, kind)
+
+    def change(described: dict[str, Any]) -> None:
+        vocab = described["model"]["vocab"] if kind == "v2" else described
+        vocab["zz"] = vocab["a"] if value == "twice" else value
+
+    edit(tmp_path / name, change)
+    with pytest.raises(ValueError, match=f"{name}: the token.*'zz'"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "added_tokens.json", "vocab.json"])
+def test_a_name_with_two_values_is_refused(tmp_path: Path, name: str) -> None:
+    """Readers of JSON differ in which of the two counts; the same value twice is no matter."""
+    write_checkpoint(tmp_path, "dream")
+    path = tmp_path / name
+    text = path.read_text(encoding="utf-8")
+    first, value = next(iter(json.loads(text).items()))
+    path.write_text(f"{text[:-1]}, {json.dumps(first)}: {json.dumps(value)}}}", encoding="utf-8")
+    load(tmp_path)
+    path.write_text(f"{text[:-1]}, {json.dumps(first)}: 77}}", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{name} is not valid JSON .the name {first!r} is there twice"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("hole", ["T", "Ã", "¿", "ð"])
+def test_a_vocabulary_that_loses_characters_is_called_so(tmp_path: Path, hole: str) -> None:
+    """A byte that a vocabulary lacks is left out of every prompt by the library, without a word."""
+    write_checkpoint(tmp_path, "dream")
+    edit(tmp_path / "vocab.json", lambda vocab: vocab.update({"<hole>": vocab.pop(hole)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.warns(UserWarning, match="the tokenizer has no tokens for .*prompts lose them"):
+        load(tmp_path)
+
+
+def test_a_vocabulary_by_bytes_without_its_split_is_called_so(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "v2")
+    edit(tmp_path / "tokenizer.json", lambda described: described.update(pre_tokenizer=None))
+    with pytest.warns(UserWarning, match="the tokenizer has no tokens for .*prompts lose them"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", sorted(ADDED))
+def test_a_whole_vocabulary_loses_nothing(tmp_path: Path, kind: str) -> None:
+    write_tokenizer(tmp_path, kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"decoders": {"x": {"drafts": [[-1]], "forwards": []}}}',
+        '{"decoders": {"x": {"drafts": [[1e999]], "forwards": []}}}',
+    ],
+)
+def test_a_damaged_file_of_drafts_is_named(tmp_path: Path, text: str) -> None:
+    write_checkpoint(tmp_path, "llada")
+    (tmp_path / "drafts.json").write_text(text)
+    with pytest.raises(ValueError, match=r"drafts\.json"):
+        load(tmp_path)
+
+
 # --- arguments ------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -87,7 +89,35 @@ COMMANDS: dict[str, Command] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code, 2 for an unknown one, 1 when a library it needs is missing."""
+    """Run one command; returns its exit code, 2 for an unknown one, 1 when a library it needs is missing.
+
+    An interruption is one line and 130. So is output that nobody takes: 141 where its reader is gone (`| head`), as of a
+    program that the signal ends, and 2 where it cannot be written (a full disk).
+    """
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("fastdllm: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        _forget_output()
+        return 141
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _forget_output()
+        print(f"fastdllm: {error.strerror}", file=sys.stderr)
+        return 2
+
+
+def _forget_output() -> None:
+    """Else the interpreter tries to write what is left of it when it ends, and complains."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or [""]
     if name in ("-h", "--help", "help"):
         print(USAGE, end="")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import runpy
 import subprocess
 import sys
@@ -22,6 +23,35 @@ def test_the_overview_names_every_command(arguments: list[str], capsys: pytest.C
     out = capsys.readouterr()
     assert code == (0 if arguments else 2)
     assert all(f"\n  {name} " in out.out + out.err for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (KeyboardInterrupt(), 130, "fastdllm: interrupted\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "fastdllm: No space left on device\n"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
+    ],
+)
+def test_an_interruption_and_output_that_nobody_takes_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, error: BaseException, code: int, told: str
+) -> None:
+    def command(_: object) -> int:
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "score", command)
+    monkeypatch.setattr(cli, "_forget_output", lambda: None)
+    assert cli.main(["score"]) == code
+    assert capfd.readouterr().err == told
+
+
+@pytest.mark.parametrize(("shell", "code", "lines"), [(">/dev/full", 2, 1), ("| true", 141, 0)])
+def test_output_that_cannot_be_written_is_no_traceback(shell: str, code: int, lines: int) -> None:
+    """The interpreter would complain once more when it ends."""
+    late = "import sys, time; time.sleep(1); from fastdllm.cli import main; sys.exit(main(['--version']))"
+    command = f'set -o pipefail; {sys.executable} -c "{late}" {shell}'
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (code, lines), done.stderr
 
 
 def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture) -> None:

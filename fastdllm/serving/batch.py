@@ -25,6 +25,7 @@ import torch
 from pydantic import ValidationError
 from tqdm import tqdm
 
+from fastdllm.conversations import check_text
 from fastdllm.serving.command import Settings, add_limits, add_model_options, settings
 from fastdllm.serving.errors import ApiError, as_api_error
 from fastdllm.serving.protocol import ChatBody, CompletionBody, DecideBody, describe
@@ -49,18 +50,22 @@ def read_lines(path: Path) -> list[Line]:
             continue
         try:
             data = json.loads(raw)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number} is not JSON ({error})") from error
         if not isinstance(data, dict) or not isinstance(data.get("custom_id"), str) or not isinstance(data.get("url"), str):
             raise ValueError(f"{path}:{number} must be an object with custom_id, method, url and body")
         if data.get("method", "POST") != "POST" or data["url"] not in ENDPOINTS:
             raise ValueError(f"{path}:{number}: allowed are POST and {', '.join(ENDPOINTS)}")
+        check_text(data["custom_id"], f"{path}:{number}: custom_id")
         if data["custom_id"] in lines:
             raise ValueError(
                 f"{path}:{number}: custom_id {data['custom_id']!r} is that of line {lines[data['custom_id']].number}"
             )
         lines[data["custom_id"]] = Line(number, data["custom_id"], data["url"], data.get("body"))
     return list(lines.values())
+
+
+START = b'{"id": "batch_req_'  # of every line of output
 
 
 class Output:
@@ -70,22 +75,16 @@ class Output:
         self.path = path
 
     def done(self) -> set[str]:
-        """custom_ids that have a line. ValueError where the file holds something else."""
+        """custom_ids that have a line. ValueError where the file holds something else; then nothing in it is changed."""
         if not self.path.exists():
-            return set()
+            self.path.open("ab").close()  # so that a folder that is missing or closed shows before anything is computed
+        if not self.path.is_file():
+            raise ValueError(f"{self.path} is not a file; a batch that can go on needs one for its output")
         with self.path.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
+            found = {id_of(raw, f"{self.path}:{number}") for number, raw in enumerate(file, start=1)}
             _repair(file)
-            file.seek(0)
-            found = set()
-            for number, raw in enumerate(file, start=1):
-                try:
-                    found.add(json.loads(raw)["custom_id"])
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(
-                        f"{self.path}:{number} is not a line of a batch's output; it is left as it is"
-                    ) from error
-            return found
+            return {name for name in found if name is not None}
 
     def add(self, line: dict[str, Any]) -> None:
         """Append a line."""
@@ -95,6 +94,19 @@ class Output:
             file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def id_of(raw: bytes, where: str) -> str | None:
+    """The custom_id of a line of output; None for one that a killed writer left without its end. ValueError for others."""
+    try:
+        line = json.loads(raw)
+        if raw.endswith(b"\n") and "response" in line and isinstance(line["custom_id"], str):
+            return line["custom_id"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    if not raw.endswith(b"\n") and START.startswith(raw[: len(START)]):
+        return None
+    raise ValueError(f"{where} is not a line of a batch's output; it is left as it is")
 
 
 def _repair(file: BinaryIO) -> None:
@@ -212,8 +224,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 
 
 def _run(args: argparse.Namespace) -> int:
-
     chosen, output = settings(args), Output(args.output)
+    if args.output.exists() and args.input.exists() and args.output.samefile(args.input):
+        raise ValueError(f"{args.output} is the input as well; the responses need a file of their own")
     lines, done = read_lines(args.input), output.done()
     rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     own = [line for line in share(lines, rank, size) if line.custom_id not in done]

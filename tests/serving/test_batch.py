@@ -62,28 +62,61 @@ def test_every_line_gets_the_answer_it_gets_alone_or_its_error(tmp_path: Path, m
     assert out.read_bytes() == before
 
 
+def answered(name: str) -> dict[str, Any]:
+    """A line of output."""
+    return {"id": f"batch_req_{name}", "custom_id": name, "response": {"status_code": 200}, "error": None}
+
+
 def test_a_torn_line_is_cut_off_and_asked_again(tmp_path: Path) -> None:
     output = Output(tmp_path / "out.jsonl")
     for i in range(3):
-        output.add({"custom_id": f"request-{i}"})
+        output.add(answered(f"request-{i}"))
     whole = output.path.read_bytes()
-    for cut in (1, 5, len(whole) // 3):
+    for cut in (1, 5, len(whole) // 3 - 1, len(whole) // 3):
         output.path.write_bytes(whole[:-cut])
         done = output.done()
         assert done == {f"request-{i}" for i in range(whole[:-cut].count(b"\n"))}
-        output.add({"custom_id": "next"})
+        output.add(answered("next"))
         assert output.done() == done | {"next"}
-    output.path.write_bytes(b'{"custom_id": "half')
+    output.path.write_bytes(whole[: len(whole) // 3 - 9])
     assert output.done() == set() and output.path.read_bytes() == b""
 
 
-def test_a_file_that_is_no_output_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "text", ["my notes\n", "my notes", "1\nmy notes", '{"custom_id": "half', "[" * 100_000, "\ufffd", "{}\n", "3"]
+)
+@pytest.mark.parametrize("before", [[], [answered("a")]])
+def test_a_file_that_is_no_output_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture, text: str, before: list[dict[str, Any]]
+) -> None:
+    """Also one whose last line has no end, which is cut off of an output."""
     source = write(tmp_path / "in.jsonl", [line(0)])
     other = tmp_path / "notes.txt"
-    other.write_text("my notes\n")
+    other.write_text("".join(json.dumps(one) + "\n" for one in before) + text)
+    kept = other.read_bytes()
     assert main([str(source), str(other)], prog="fastdllm batch") == 2
-    assert other.read_text() == "my notes\n"
+    assert other.read_bytes() == kept
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["input", "another input", "folder", "pipe", "device", "missing folder"])
+def test_an_output_that_cannot_be_one_is_named(tmp_path: Path, capsys: pytest.CaptureFixture, kind: str) -> None:
+    """The lines of an input have a custom_id as well: taken for answers, they would end the run with success."""
+    source = write(tmp_path / "in.jsonl", [line(0)])
+    other = source if kind == "input" else Path("/dev/full") if kind == "device" else tmp_path / "other"
+    if kind == "another input":
+        write(other, [line(0), line(1)])
+    elif kind == "folder":
+        other.mkdir()
+    elif kind == "missing folder":
+        other = tmp_path / "nowhere" / "out.jsonl"
+    elif kind == "pipe":
+        os.mkfifo(other)
+    kept = source.read_bytes()
+    assert main([str(source), str(other)], prog="fastdllm batch") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and str(other) in err, err
+    assert source.read_bytes() == kept
 
 
 @pytest.mark.parametrize(
@@ -91,6 +124,8 @@ def test_a_file_that_is_no_output_is_left_alone(tmp_path: Path, capsys: pytest.C
     [
         ("{", "in.jsonl:1 is not JSON"),
         ("[]", "in.jsonl:1 must be an object"),
+        ("[" * 100_000, "in.jsonl:1 is not JSON"),
+        ('{"custom_id": "\\ud800", "url": "/v1/completions"}', "in.jsonl:1: custom_id has a lone surrogate"),
         ('{"custom_id": 3, "url": "/v1/completions"}', "in.jsonl:1 must be an object"),
         ('{"custom_id": "a", "url": "/v1/files"}', "allowed are POST and"),
         (
@@ -133,7 +168,7 @@ def test_a_killed_run_goes_on_without_a_lost_or_doubled_line(tmp_path: Path, mod
     kept = out.read_bytes()
     assert 5 <= kept.count(b"\n") < 40, "the run was to be killed in its middle"
     with out.open("ab") as file:
-        file.write(b'{"custom_id": "request-7", "resp')  # what a kill in the middle of a line leaves
+        file.write(b'{"id": "batch_req_7", "custom_id": "request-7", "resp')  # what a kill in the middle of a line leaves
     assert main(arguments) == 0
     assert out.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
     found = results(out)

@@ -2,14 +2,18 @@
 """Chat templates that end.
 
 A template comes with a checkpoint. jinja2's sandbox keeps it from the machine; it does not keep it from computing for ever:
-loops within loops, or macros that call themselves twice. So rendering is interrupted after a time, which stops anything that
-Python executes step by step. One step can be endless by itself, a power of large integers; so the operator is refused.
+loops within loops, or macros that call themselves twice; nor from filling the memory, by a text that it doubles again and
+again. So rendering is interrupted after a time, or when the process has grown by too much, which stops anything that Python
+executes step by step. One step can be endless by itself, a power of large integers; so the operator is refused. One step can
+also take any memory, a text times a large number; that is not prevented.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SECONDS = 10.0  # for one rendering; a usual one takes a thousandth of one
+MEMORY = 2**30  # bytes by which the process may grow meanwhile
+LOOK = 0.05  # seconds between two looks at them; a usual rendering is over before the first
 LONGEST = 50_000_000  # characters of a rendered conversation: more is a template that runs away
 
 
@@ -38,13 +44,14 @@ def rendered(
     """What the tokenizer's template makes of a conversation. prompt: with the start of an answer; open_end: up to where the
     last message is left open.
 
-    Raises whatever the template raises, and ValueError or TimeoutError for one that does not end or makes too much.
+    Raises whatever the template raises; TimeoutError, MemoryError or ValueError for one that does not end, that fills the
+    memory or makes too much.
     """
     if has_powers(tokenizer.chat_template):
         raise ValueError("it computes powers (**), which may take for ever; chat templates need none")
-    seconds = SECONDS
+    reasons: list[Exception] = []
     try:
-        with _interrupted_after(seconds):
+        with _bounded(SECONDS, MEMORY, reasons):
             text: str = tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=list(tools) if tools else None,
@@ -53,31 +60,46 @@ def rendered(
                 continue_final_message=open_end,
             )
     except Interrupted:
-        raise TimeoutError(f"it has not ended within {seconds:g} s") from None
+        raise reasons[0] from None
     if len(text) > LONGEST:
         raise ValueError(f"it makes {len(text)} characters of a conversation; at most {LONGEST} are allowed")
     return text
 
 
 @contextmanager
-def _interrupted_after(seconds: float) -> Iterator[None]:
-    """Raise `Interrupted` in this thread if it is still in this context then."""
+def _bounded(seconds: float, memory: int, reasons: list[Exception]) -> Iterator[None]:
+    """Raise `Interrupted` in this thread if it is still in this context after a time, or when the process has grown by so
+    many bytes; which of them is added to `reasons`."""
     thread, lock, left = threading.get_ident(), threading.Lock(), threading.Event()
+    end, most = time.monotonic() + seconds, resident() + memory
 
-    def interrupt() -> None:
-        with lock:
-            if not left.is_set():
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Interrupted))
+    def watch() -> None:
+        while not left.wait(min(LOOK, seconds)):
+            grown = resident() > most
+            if not grown and time.monotonic() < end:
+                continue
+            with lock:
+                if not left.is_set():
+                    late = TimeoutError(f"it has not ended within {seconds:g} s")
+                    reasons.append(MemoryError(f"it takes more than {memory >> 20} MiB") if grown else late)
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Interrupted))
+            return
 
-    timer = threading.Timer(seconds, interrupt)
-    timer.daemon = True
-    timer.start()
+    threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
         with lock:
             left.set()
-        timer.cancel()
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds; 0 where the system does not say (it does on Linux)."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 @lru_cache(maxsize=16)

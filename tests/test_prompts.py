@@ -7,6 +7,7 @@ import time
 import warnings
 from collections import UserDict
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -352,6 +353,20 @@ def test_a_template_that_does_not_end_is_stopped(v2: Model, monkeypatch: pytest.
             assert [future.result() for future in asked] == [None, None]
         assert [future.result() for future in [pool.submit(ids, good, ASK) for _ in range(4)]] == [expected] * 4
     assert ids(good, ASK) == expected
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say how large a process is")
+@pytest.mark.parametrize(
+    "grow",
+    ["{% set ns.x = ns.x ~ ns.x %}", "{% set ns.x = ns.x.replace('a', 'aa') %}", "{% set ns.x = [ns.x, ns.x] | join %}"],
+)
+def test_a_template_that_fills_the_memory_is_stopped(v2: Model, monkeypatch: pytest.MonkeyPatch, grow: str) -> None:
+    """A text of half a GiB here, and then loops; it would go on to forty doublings."""
+    monkeypatch.setattr(templates, "MEMORY", 2**26)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    template = f"{{% set ns = namespace(x='a' * 1024) %}}{{% for i in range(19) %}}{grow}{{% endfor %}}{endless}"
+    with pytest.raises(ValueError, match="fails: MemoryError: it takes more than 64 MiB"):
+        encode(with_template(v2, template), ASK)
 
 
 def test_a_rendering_that_ends_in_time_is_never_interrupted(v2: Model, monkeypatch: pytest.MonkeyPatch) -> None:

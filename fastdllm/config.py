@@ -16,7 +16,7 @@ from functools import partial
 from typing import Annotated, Any
 
 from fastdllm import fields, registry
-from fastdllm.fields import Bounds, coerce, shown
+from fastdllm.fields import LEAST_TEMPERATURE, Bounds, coerce, shown
 from fastdllm.presets import PRESETS
 from fastdllm.prompt_cache import PromptCache
 from fastdllm.registry import Kind
@@ -346,8 +346,8 @@ def _checked(option: fields.Option, value: Any) -> Any:
 def _cross_check(values: Mapping[str, Any]) -> None:
     """Raise ValueError where options contradict each other, naming both."""
     for name in ("temperature", "alg_temp"):
-        if 0 < values[name] < 1e-6:  # logits divided by less overflow
-            raise ValueError(f"{name}={values[name]} must be 0 or at least 1e-06")
+        if 0 < values[name] < LEAST_TEMPERATURE:
+            raise ValueError(f"{name}={values[name]} must be 0 or at least {LEAST_TEMPERATURE:g}")
     if values["trim_ratio"] is not None and values["trim_drift"] is not None:
         raise ValueError(f"trim_ratio={values['trim_ratio']} and trim_drift={values['trim_drift']} exclude each other")
     if values["reuse_k"] > 1 and values["layer_subset"] is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any
 
@@ -92,6 +92,10 @@ def _option(name: str, hint: Any, default: Any) -> Option:
     return Option(name, kind, default, doc, next((note for note in notes if isinstance(note, Bounds)), Bounds()))
 
 
+LARGEST = 3e38  # decoding computes in fp32, where more is infinity
+LEAST_TEMPERATURE = 1e-6  # above 0; logits divided by less overflow
+
+
 def member(kind: Any) -> Any:
     """`kind`, or of a union with None its other member."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
@@ -101,7 +105,10 @@ def member(kind: Any) -> Any:
 
 def shown(value: Any) -> str:
     """`repr` for a message: one line, cut where it is long (somebody may hand over a tensor)."""
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # of somebody's class; it must not hide what is wrong with the value
+        text = f"<{type(value).__name__}>"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -125,11 +132,11 @@ def coerce(name: str, value: Any, kind: Any) -> Any:
         if kind is int:
             return _int(value)
         # Not a number and infinity pass range checks, and end as masks that are never filled.
-        if kind is float and not isinstance(value, bool) and math.isfinite(float(value)) and abs(float(value)) <= 3e38:
+        if kind is float and not isinstance(value, bool) and math.isfinite(float(value)) and abs(float(value)) <= LARGEST:
             return float(value)
         if kind is str and isinstance(value, str):
             return value
-    except (TypeError, ValueError, KeyError, OverflowError):
+    except Exception:  # whatever the conversions of somebody's class raise: torch's, of a tensor with two elements
         pass
     described = "float, and finite" if kind is float else kind.__name__ if isinstance(kind, type) else kind
     raise ValueError(f"{name}={shown(value)} must be of type {described}")
@@ -143,6 +150,8 @@ def _items(value: Any) -> Sequence[Any]:
             inner = inner[1:-1].strip().removesuffix(",")
             return inner.split(",") if inner else ()
         return inner.split(",")
+    if isinstance(value, Mapping):
+        raise TypeError
     return [value] if isinstance(value, int) else value
 
 

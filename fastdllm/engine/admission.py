@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from fastdllm.decoding import Decoding
 from fastdllm.engine.prefixes import prefixes
 from fastdllm.engine.row import Place, Request, Result, Row
 from fastdllm.engine.source import Source
+from fastdllm.fields import LARGEST, LEAST_TEMPERATURE
 from fastdllm.forward import ALTERNATIVES
 from fastdllm.sampling import draws, truncates
 from fastdllm.store import UNIT, Canvas, Room, units
@@ -48,8 +48,8 @@ def check(model: Model, run: Decoding, request: Request) -> None:
     for name, value in request.numbers.items():
         if name not in run.numbers:
             raise ValueError(f"{name}={value!r} is not a number of this run; allowed are {', '.join(run.numbers)}")
-        if not math.isfinite(value):
-            raise ValueError(f"{name}={value!r} must be a finite number")
+        if not abs(value) <= LARGEST:
+            raise ValueError(f"{name}={value!r} must be a finite number, and at most {LARGEST:g}")
     if not 0 <= request.alternatives <= ALTERNATIVES:
         raise ValueError(f"alternatives={request.alternatives} must lie in 0..{ALTERNATIVES}")
     if request.alternatives and run.decoder.branches > 1:
@@ -58,6 +58,9 @@ def check(model: Model, run: Decoding, request: Request) -> None:
     for name in ("temperature", "top_k", "alg_temp", "cfg_scale"):
         if numbers.get(name, 0) < 0:
             raise ValueError(f"{name}={numbers[name]} must be at least 0")
+    for name in ("temperature", "alg_temp"):
+        if 0 < numbers.get(name, 0) < LEAST_TEMPERATURE:
+            raise ValueError(f"{name}={numbers[name]} must be 0 or at least {LEAST_TEMPERATURE:g}")
     if not 0 < numbers["top_p"] <= 1:
         raise ValueError(f"top_p={numbers['top_p']} must lie in (0, 1]")
     if run.decoder.branches > 1 and run.sampler.random(numbers):

@@ -326,6 +326,8 @@ class Gate:
             self._metrics.requests.labels(route, str(status)).inc()
 
     def _check(self, path: str, headers: Headers) -> None:
+        if len(headers.getlist("host")) > 1:  # proxies and servers differ in which one counts
+            raise ApiError(400, "the request has several Host headers")
         host = headers.get("host", "")
         name = host if host.endswith("]") else host.rsplit(":", 1)[0] if ":" in host else host
         if self._hosts is not None and name.lower() not in self._hosts:
@@ -335,5 +337,5 @@ class Gate:
             if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._key.encode()):
                 raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
         length = headers.get("content-length", "0")
-        if length.isdigit() and int(length[:20]) > MAX_BODY:
+        if length.isascii() and length.isdigit() and int(length[:20]) > MAX_BODY:
             raise ApiError(413, f"the body is longer than {MAX_BODY} bytes", code="body_too_large")

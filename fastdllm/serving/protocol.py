@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from fastdllm.fields import LARGEST, LEAST_TEMPERATURE
 from fastdllm.serving.errors import ApiError
 
 SEED = 2**63
@@ -96,7 +97,7 @@ class Body(BaseModel):
 
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0)
+    temperature: float | None = Field(None, ge=0, le=LARGEST)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
     seed: int | None = Field(None, ge=-SEED, lt=SEED)
@@ -113,6 +114,13 @@ class Body(BaseModel):
     def null_is_absent(cls, value: Any) -> Any:
         encodable(value)
         return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+
+    @field_validator("temperature")
+    @classmethod
+    def temperature_divides(cls, value: float | None) -> float | None:
+        if value is not None and 0 < value < LEAST_TEMPERATURE:
+            raise ValueError(f"must be 0 or at least {LEAST_TEMPERATURE:g}")
+        return value
 
     @field_validator("stop")
     @classmethod

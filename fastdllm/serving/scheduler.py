@@ -173,6 +173,9 @@ class Scheduler:
 
     def _admit(self, jobs: list[Job]) -> None:
         """Mark those that must wait for memory; Overloaded when more would wait than may."""
+        most = self.rows + self.max_queue
+        if len(jobs) > most:
+            raise ValueError(f"{len(jobs)} answers at once are more than this server ever takes, {most}")
         busy, held = len(self._active), sum(job.positions for job in self._active)
         for job in jobs:
             busy, held = busy + 1, held + job.positions

@@ -151,6 +151,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"numbers": {"threshold": 7.0}}, "threshold"),
     ({"numbers": {"temperature": float("inf")}}, "temperature"),
     ({"numbers": {"temperature": float("nan")}}, "temperature"),
+    ({"numbers": {"temperature": 1e39}}, "temperature"),
+    ({"numbers": {"temperature": 10**400}}, "temperature"),
+    ({"numbers": {"temperature": 1e-30}}, "temperature"),
     ({"numbers": {"temperature": -1.0}}, "temperature"),
     ({"numbers": {"top_p": 0.0}}, "top_p"),
 ]

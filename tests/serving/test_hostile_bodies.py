@@ -120,6 +120,20 @@ def test_bodies_that_break_parsers(client: Client, path: str, body: bytes) -> No
     assert response.json()["error"]["message"]
 
 
+def test_more_answers_than_the_server_ever_takes_are_refused_for_good(client: Client) -> None:
+    """ "Try again" would never help: 400, not 429."""
+    response = client.post("/v1/completions", json.dumps({"prompt": ["a"] * 1000, "max_tokens": 1}).encode())
+    assert response.status_code == 400, response.text
+    assert "1000 answers at once are more than this server ever takes" in response.json()["error"]["message"]
+
+
+def test_a_request_with_two_hosts_is_refused(client: Client) -> None:
+    """Servers and proxies differ in which one counts."""
+    headers = [("Host", "localhost"), ("Host", "evil.example")]
+    response = client.loop.run_until_complete(client.http.get("/health", headers=headers))
+    assert response.status_code == 400, response.text
+
+
 def test_answers_go_on_and_nothing_is_left(client: Client) -> None:
     for path in PATHS:
         assert client.post(path, json.dumps(GOOD[path]).encode()).status_code == 200

@@ -255,6 +255,8 @@ REFUSED = [
     ({"messages": MESSAGES, "factor": 1.0}, "factor"),
     ({"messages": MESSAGES, "temperature": -1}, "temperature"),
     ({"messages": MESSAGES, "temperature": "hot"}, "temperature"),
+    ({"messages": MESSAGES, "temperature": 1e308}, "temperature"),  # infinite in fp32, and a division by it gives no scores
+    ({"messages": MESSAGES, "temperature": 1e-30}, "temperature"),
     ({"messages": MESSAGES, "threshold": 7}, "threshold"),
     ({"messages": MESSAGES, "threshold": "0.9"}, "threshold"),
     ({"messages": MESSAGES, "max_tokens": 0}, "max_tokens"),

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdllm.fields import shown
 from fastdllm.libraries import has_tokenizers, hint
 from fastdllm.templates import rendered
 
@@ -38,16 +39,29 @@ def without_tokenizer() -> str:
     return "" if has_tokenizers() else f"; {hint('reading texts', 'transformers')}"
 
 
+def article(word: str) -> str:
+    """The word with its indefinite article, by its sound: "an int", "an ndarray", "a uint8", "a Tensor"."""
+    spelt = word[:2].lower() in ("nd", "rn", "hf")  # read as letters
+    return f"{'an' if spelt or word[:1].lower() in 'aeio' else 'a'} {word}"
+
+
+def keys_of(item: Mapping[Any, Any]) -> str:
+    """The first few keys of a mapping, for an error."""
+    first = [shown(key).strip("'") for key in islice(item, 8)]
+    return ", ".join([*first, "..."] if len(item) > len(first) else first) or "(none)"
+
+
 def named(item: Any) -> str:
     """What a value is, in few words: its type, and of a container what it holds."""
+    kind = article(type(item).__name__)
     if isinstance(item, Tensor | np.ndarray):
-        return f"a {type(item).__name__} of shape {list(item.shape)} and type {item.dtype}"
+        return f"{kind} of shape {list(item.shape)} and type {item.dtype}"
     if isinstance(item, Mapping):
-        return f"a {type(item).__name__} with the keys {', '.join(map(str, item)) or '(none)'}"
+        return f"{kind} with the keys {keys_of(item)}"
     if isinstance(item, list | tuple):
         inside = sorted({type(entry).__name__ for entry in item})
-        return f"a {type(item).__name__} of {' and '.join(inside)}" if inside else f"an empty {type(item).__name__}"
-    return "None" if item is None else f"a {type(item).__name__}"
+        return f"{kind} of {' and '.join(inside)}" if inside else f"an empty {type(item).__name__}"
+    return "None" if item is None else kind
 
 
 def encode_text(model: Model, text: str) -> list[int]:
@@ -341,7 +355,7 @@ def _check_message(tokenizer: PreTrainedTokenizerFast, message: Any, i: int) -> 
         raise ValueError(f"message {i} is {named(message)}; a message is a dict with 'role' and 'content'")
     role = message.get("role")
     if not isinstance(role, str):
-        raise ValueError(f"message {i} has no role; it has the keys {', '.join(map(str, message)) or '(none)'}")
+        raise ValueError(f"message {i} has no role; it has the keys {keys_of(message)}")
     content = message.get("content")
     if content is None and message.get("tool_calls"):
         content = ""

@@ -14,7 +14,7 @@ there each question has a canvas of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -93,7 +93,7 @@ def decide(model: Model, prompt: Prompts, questions: Sequence[Mapping[str, Any]]
     Raises ValueError for a question that makes no sense, for several prompts, and for a template beyond the model's context.
     """
     check_model(model)
-    if isinstance(questions, str | bytes | Mapping) or not isinstance(questions, Iterable):
+    if not isinstance(questions, list | tuple):
         raise ValueError(f"questions={shown(questions)} must be a list of dicts")
     asked = [parse(i, question) for i, question in enumerate(questions)]
     if not asked:
@@ -127,9 +127,9 @@ def parse(i: int, given: Mapping[str, Any]) -> Question:
         raise ValueError(f"{at} has the unknown field {shown(unknown[0])}; allowed are name, type, options, text")
     name, kind = given.get("name"), given.get("type")
     if not isinstance(name, str) or not name.strip():
-        raise ValueError(f"{at}.name={name!r} must be a text")
-    if kind not in TYPES:
-        raise ValueError(f"{at}.type={kind!r} is unknown; allowed are {', '.join(TYPES)}")
+        raise ValueError(f"{at}.name={shown(name)} must be a text")
+    if not isinstance(kind, str) or kind not in TYPES:
+        raise ValueError(f"{at}.type={shown(kind)} is unknown; allowed are {', '.join(TYPES)}")
     check_text(name, f"{at}.name")
     options = given.get("options")
     if not isinstance(options, list | tuple | range | None):

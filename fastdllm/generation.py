@@ -102,8 +102,9 @@ def _call(
                 f"model's context of {model.spec.max_length}"
             )
     run = assemble(model, config)
-    if isinstance(copies, bool) or not isinstance(copies, int) or copies < 1:
-        raise ValueError(f"num_return_sequences={copies!r} must be an integer of at least 1")
+    copies = fields.coerce("num_return_sequences", copies, int)
+    if copies < 1:
+        raise ValueError(f"num_return_sequences={copies} must be at least 1")
     if copies > 1 and not run.sampler.random(run.numbers):
         raise ValueError(
             f"num_return_sequences={copies} would give the same answer {copies} times; it needs a temperature, an alg_temp "
@@ -216,6 +217,7 @@ def generate(
     """
     other = _renamed(options, stop=stop, num_return_sequences=num_return_sequences, progress=progress)
     stop, copies, progress = other.pop("stop", None), other.pop("num_return_sequences", 1), other.pop("progress", False)
+    progress, trace = fields.coerce("progress", progress, bool), fields.coerce("trace", trace, bool)
     call = _call(model, prompts, config, constraints, stop, copies, attention_mask, other)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)

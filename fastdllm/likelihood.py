@@ -132,9 +132,11 @@ def log_likelihoods(
     cfg_scale = _at_least("cfg_scale", cfg_scale, 0.0)
     if abs(seed) > 2**62:
         raise ValueError(f"seed={shown(seed)} must lie between {-(2**62)} and {2**62}")
-    if not isinstance(pairs, Iterable):
-        raise ValueError(f"pairs={shown(pairs)} must be a list of (context, target)")
-    pairs = [_pair(model, i, pair) for i, pair in enumerate(pairs)]
+    try:
+        given = list(pairs)
+    except TypeError as error:
+        raise ValueError(f"pairs={shown(pairs)} must be a list of (context, target)") from error
+    pairs = [_pair(model, i, pair) for i, pair in enumerate(given)]
     # Long canvases first, side by side with their like: little padding, and memory trouble shows at once.
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
     plans = {

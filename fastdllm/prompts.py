@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdllm.conversations import Messages, encode_literally, encode_messages, encode_text, named, render, without_tokenizer
+from fastdllm.fields import shown
 
 if TYPE_CHECKING:
     from fastdllm.models import Model
@@ -80,7 +81,7 @@ def check_model(model: Any) -> None:
     if hasattr(model, "network") and hasattr(model, "spec"):
         return
     if isinstance(model, str):
-        raise ValueError(f"model={model!r} is a name; pass the model itself, fastdllm.load({model!r})")
+        raise ValueError(f"model={shown(model)} is a name; pass the model itself, fastdllm.load({shown(model)})")
     kind = type(model).__name__
     name = getattr(getattr(model, "config", None), "_name_or_path", None) or "folder or hub id"
     raise ValueError(f"model is of type {kind}; pass what fastdllm.load({name!r}) returns")
@@ -182,6 +183,8 @@ def _id_rows(given: Any, name: str, bools: bool = False) -> Iterator[Tensor]:
     whole = not (given.dtype.is_floating_point or given.dtype.is_complex or given.is_quantized)
     if not whole or (given.dtype == torch.bool and not bools):
         raise ValueError(f"{name} is {named(given)}; token ids are integers")
+    if given.is_meta or given.layout != torch.strided:
+        raise ValueError(f"{name} is {named(given)} without plain data; token ids are a dense tensor")
     if given.ndim not in (1, 2):
         raise ValueError(f"{name} is {named(given)}; ids are [P] or [B, P]")
     given = given.detach().to("cpu", torch.long)  # sync: inputs, once
@@ -190,7 +193,9 @@ def _id_rows(given: Any, name: str, bools: bool = False) -> Iterator[Tensor]:
 
 def ids_row(given: Any, name: str) -> Tensor:
     """Ids [P] int64 on the CPU from a list, an array or a tensor of integers, P >= 0. ValueError for the rest."""
-    if isinstance(given, Tensor | np.ndarray | list | tuple) and not len(given):
+    if isinstance(given, list | tuple) and not given:
+        return torch.empty(0, dtype=torch.long)
+    if isinstance(given, Tensor | np.ndarray) and given.shape == (0,):
         return torch.empty(0, dtype=torch.long)
     if not isinstance(given, Tensor | np.ndarray | list | tuple):
         raise ValueError(f"{name} is {named(given)}; token ids are integers")

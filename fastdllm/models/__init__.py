@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdllm.drafts import Calibration
+from fastdllm.fields import shown
 from fastdllm.libraries import has_tokenizers
 from fastdllm.libraries import hint as libraries_hint
 from fastdllm.models.adapters import Adapter
@@ -204,7 +205,7 @@ def read_dtype(dtype: str | torch.dtype | None, config: Fields, device: torch.de
     if isinstance(dtype, str):
         dtype = DTYPES.get(dtype.removeprefix("torch."), dtype)
     if dtype not in DTYPES.values():
-        raise ValueError(f"dtype={asked!r} is unknown; allowed are auto, {', '.join(DTYPES)}")
+        raise ValueError(f"dtype={shown(asked)} is unknown; allowed are auto, {', '.join(DTYPES)}")
     return dtype
 
 
@@ -220,7 +221,7 @@ def read_device(device: str | torch.device | None) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         here = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
         reason = str(error).splitlines()[0][:100]
-        raise ValueError(f"device={device!r} cannot be used here ({reason}); allowed are auto, {here}") from error
+        raise ValueError(f"device={shown(device)} cannot be used here ({reason}); allowed are auto, {here}") from error
     return found
 
 
@@ -278,8 +279,8 @@ def load(
         raise ValueError(f"load has no option {key!r}; {hint}")
     if trust_remote_code:
         warnings.warn("trust_remote_code has no effect: fastdllm runs its own modelling code", stacklevel=2)
-    if quantize is not None and quantize not in KINDS:
-        raise ValueError(f"quantize={quantize!r} is unknown; allowed are {', '.join(KINDS)}")
+    if quantize is not None and not (isinstance(quantize, str) and quantize in KINDS):
+        raise ValueError(f"quantize={shown(quantize)} is unknown; allowed are {', '.join(KINDS)}")
     device = read_device(device)
     folder = find_folder(name, revision)
     lora = None if adapter is None else Adapter(find_adapter(adapter))
@@ -289,7 +290,7 @@ def load(
     family = read_family(config, about)
     if block_size is not None:
         if not family.block_field:
-            raise ValueError(f"block_size={block_size!r}: the blocks of {folder} are not a choice")
+            raise ValueError(f"block_size={shown(block_size)}: the blocks of {folder} are not a choice")
         config = config.replace(family.block_field, block_size)
     tokenizer, ids = read_tokenizer(about if has_tokenizer(about) else folder, name)
     try:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
+from fastdllm.fields import shown
 from fastdllm.models.files import present, read_object
 
 TINY = Path(__file__).parent.parent / "tiny"
@@ -31,12 +32,12 @@ def find_folder(name: str, revision: str | None = None) -> Path:
     if name in tiny_names():
         return TINY / name
     path = Path(name).expanduser()
-    if "\0" not in name and len(name) < 4096 and path.is_dir():
+    if _is_folder(path):
         return _check_folder(name, path)
     shipped = ", ".join(tiny_names())
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or "\0" in name:
         raise FileNotFoundError(
-            f"model {name!r} is neither a folder nor a shipped name ({shipped}) nor a hub id 'owner/name'"
+            f"model {shown(name)} is neither a folder nor a shipped name ({shipped}) nor a hub id 'owner/name'"
         )
     return _check_folder(name, _download(name, revision, f"a folder, or a shipped name ({shipped}), works offline"))
 
@@ -44,15 +45,22 @@ def find_folder(name: str, revision: str | None = None) -> Path:
 def find_adapter(name: str) -> Path:
     """A local folder or a hub id -> the folder that holds a LoRA adapter. Raises FileNotFoundError as `find_folder` does."""
     if not isinstance(name, str | Path):
-        raise ValueError(f"adapter={name!r} must be a folder or a hub id 'owner/name'")
+        raise ValueError(f"adapter={shown(name)} must be a folder or a hub id 'owner/name'")
     path = Path(name).expanduser()
-    if not path.is_dir():
+    if not _is_folder(path):
         if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")) or "\0" in str(name):
-            raise FileNotFoundError(f"adapter={str(name)!r} is neither a folder nor a hub id 'owner/name'")
+            raise FileNotFoundError(f"adapter={shown(str(name))} is neither a folder nor a hub id 'owner/name'")
         path = _download(str(name), None, "a folder works offline", ADAPTER_FILES)
     if not (path / ADAPTER_CONFIG).exists():
         raise FileNotFoundError(f"adapter={str(name)!r}: the folder has no adapter_config.json")
     return path
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a name too long for any file, or with NUL in it
+        return False
 
 
 def _check_folder(name: str, path: Path) -> Path:

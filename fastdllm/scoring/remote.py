@@ -274,7 +274,7 @@ class ChecksSide(_Side):
         if callable(value):
             self._callbacks.append(value)
             return {"callback": len(self._callbacks) - 1}
-        raise TypeError(f"a {type(value).__name__} cannot be handed to a program")
+        raise TypeError(f"a value of type {type(value).__name__} cannot be handed to a program")
 
     def resolve(self, data: dict[str, Any]) -> Any:
         return self._handles.setdefault(int(data["handle"]), Handle(self, int(data["handle"])))

@@ -92,7 +92,7 @@ def test_the_idioms_of_transformers_give_the_answer_of_the_text(model: Model) ->
 MESSAGE = {"role": "user", "content": "hi"}
 REFUSED = [
     (None, "prompts is None; allowed are a text"),
-    (3, "prompts is a int"),
+    (3, "prompts is an int"),
     (b"bytes", "prompts is a bytes"),
     ([b"bytes"], "prompt 0 is a bytes"),
     ({"a"}, "prompts is a set"),
@@ -102,9 +102,9 @@ REFUSED = [
     ([{"prompt": "hi"}], "prompt 0 is a dict with the keys prompt"),
     ([["a", "b"]], "prompt 0 is a list of str"),
     ([[["a"]]], "prompt 0 is a list of list"),
-    (["a", 1], "prompt 1 is a int"),
+    (["a", 1], "prompt 1 is an int"),
     (["a", None], "prompt 1 is None"),
-    ([1, True], "prompt 0 is a int"),
+    ([1, True], "prompt 0 is an int"),
     ([1.0, 2.0], "prompt 0 is a float"),
     ([[1.0]], "prompt 0 is a list of float"),
     ([[1, 2], "x", []], "prompt 2 is an empty list"),

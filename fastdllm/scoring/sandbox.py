@@ -15,7 +15,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +81,19 @@ class Verdict:
         return self.status == "passed"
 
 
+@contextmanager
+def _folder() -> Iterator[str]:
+    """An empty folder, removed with all that a program made in it, deeper than Python's own removal goes too."""
+    made = tempfile.TemporaryDirectory(prefix="score-", ignore_cleanup_errors=True)
+    try:
+        yield made.name
+    finally:
+        try:
+            made.cleanup()
+        except RecursionError:
+            subprocess.run(["rm", "-rf", "--", made.name], stderr=subprocess.DEVNULL, check=False)
+
+
 def run_program(program: str, limits: Limits | None = None, checks: Checks | None = None) -> Verdict:
     """Run `program` confined, then `checks` against it in another process. All must end without an exception.
 
@@ -91,7 +105,7 @@ def run_program(program: str, limits: Limits | None = None, checks: Checks | Non
     places = {"shown": shown, "hidden": files.solutions(shown), "packages": files.packages()}
     job = json.dumps({"program": program, **vars(limits), **places}).encode()
     tests = json.dumps(vars(checks or Checks())).encode()
-    with tempfile.TemporaryDirectory(prefix="score-", ignore_cleanup_errors=True) as folder:
+    with _folder() as folder:
         supervisor = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", _START, str(Path(__file__).resolve().parents[1]), folder, str(len(job))],
             stdin=subprocess.PIPE,

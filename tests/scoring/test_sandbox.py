@@ -244,6 +244,14 @@ else: raise AssertionError("written")
         assert [path.name for path in packages.glob("new")] == []
 
 
+def test_folders_within_folders_end_no_scoring(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deeper than Python's own removal of a folder goes; nothing of them is left."""
+    tmp_path.chmod(0o755)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert run("import os\nfor _ in range(3000): os.mkdir('d'); os.chdir('d')").passed
+    assert list(tmp_path.glob("score-*")) == []
+
+
 def test_nothing_outside_can_be_written(closed: Path, run) -> None:
     closed.chmod(0o777)
     fifo = closed / "fifo"

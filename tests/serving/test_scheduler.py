@@ -165,9 +165,14 @@ def test_the_queue_is_bounded_and_moves_on(model: fastdllm.Model) -> None:
 def test_requests_that_come_together_are_taken_together_or_not_at_all(model: fastdllm.Model) -> None:
     scheduler = Scheduler(model, CONFIG, rows=1, max_queue=1)
     request = Request(prompt(model, "Hello"), 8)
-    with pytest.raises(Overloaded):
+    with pytest.raises(ValueError, match="3 answers at once are more than this server ever takes, 2"):
         scheduler.submit_all([request] * 3, [Listener()] * 3)
     assert empty(scheduler)
+    first = scheduler.submit(request, Listener())  # not started, so that nothing ends meanwhile
+    with pytest.raises(Overloaded):
+        scheduler.submit_all([request] * 2, [Listener()] * 2)
+    scheduler.withdraw(first)
+    assert len(scheduler.submit_all([request] * 2, [Listener()] * 2)) == 2
 
 
 def test_memory_admits_what_fits_and_the_rest_waits(model: fastdllm.Model) -> None:

@@ -34,6 +34,14 @@ export class Player {
     this.play();
   }
 
+  // Stand at the end of traces that are over.
+  stand(traces) {
+    this.clear();
+    this.traces = traces;
+    this.time = this.end;
+    this._update();
+  }
+
   // Nothing more will come.
   complete() {
     this.live = false;

@@ -10,9 +10,12 @@ import json
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -512,6 +515,25 @@ def test_other_options_may_hold_commas(visit: Callable[..., Any]) -> None:
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize(("width", "height"), [(844, 390), (1024, 400), (320, 568), (800, 600)])
+def test_a_small_window_scrolls_and_nothing_overlaps(visit: Callable[..., Any], width: int, height: int) -> None:
+    page = visit(width, height)
+    assert page.evaluate("document.querySelector('main').scrollTop") == 0
+    lanes = page.locator(".lane")
+    for lane in (lanes.first, lanes.last):
+        parts = [part.bounding_box() for part in lane.locator(":scope > *:visible").all()]
+        for above, below in pairwise(parts):
+            assert above["y"] + above["height"] <= below["y"] + 1
+        own = lane.bounding_box()
+        assert parts[-1]["y"] + parts[-1]["height"] <= own["y"] + own["height"]
+        assert lane.locator(".canvas").bounding_box()["height"] > 40
+    assert page.locator("#race-bar").bounding_box()["y"] >= lanes.last.bounding_box()["y"] + 40
+    assert page.locator("#model").bounding_box()["width"] > 60
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator(".figure").evaluate_all("all => all.every((f) => f.scrollWidth <= f.clientWidth + 1)")
+
+
+@pytest.mark.browser
 def test_nothing_is_cut_on_the_side_of_a_phone(visit: Callable[..., Any], question: str, server: str) -> None:
     page = visit(*SIZES["phone"], address=f"{server}#v=chat&w=3%3Apencils")
     ask(page, question)
@@ -723,12 +745,28 @@ def test_the_command_checks_its_options_and_its_address(capsys: pytest.CaptureFi
     assert "nowhere" in capsys.readouterr().err
 
 
+def test_the_address_is_told_when_it_can_be_reached() -> None:
+    from fastdllm.ui import app
+
+    port = app.free_port("127.0.0.1", None)
+    command = [sys.executable, "-m", "fastdllm.cli", "app", "--model", "tiny-sudoku", "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).resolve().parents[2])
+    try:
+        assert process.stdout is not None
+        said = next(line for line in process.stdout if "http://" in line)
+        assert f"http://127.0.0.1:{port} " in said
+        socket.create_connection(("127.0.0.1", port), timeout=600).close()
+    finally:
+        process.terminate()
+        process.communicate()
+
+
 def test_the_command_serves_its_models_to_this_machine_only(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastdllm.serving import command
     from fastdllm.ui import app
 
     ran: list[tuple[Any, str]] = []
-    monkeypatch.setattr(command, "run", lambda served, host, port, level: ran.append((served, host)) or 0)
+    monkeypatch.setattr(command, "run", lambda served, host, *_: ran.append((served, host)) or 0)
     assert app.main(["--model", "tiny-sudoku", "--model", "tiny-llada", "--threshold", "0.8", "--cache", "prefix"]) == 0
     served, host = ran[0]
     services = served.state.page.services

@@ -129,7 +129,8 @@ function show(view) {
   document.body.dataset.view = view;
   say("");
   refreshSend();
-  if (view === "chat") chat.bottom();
+  find("main").scrollTop = 0;
+  chat.bottom();
 }
 
 function changed(what) {

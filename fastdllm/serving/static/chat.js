@@ -267,7 +267,7 @@ export class Chat {
 
   // Whoever has scrolled up to read is left there.
   _follow() {
-    if (!this.followed) return;
+    if (!this.followed || state.view !== "chat") return;
     this.main.scrollTop = this.main.scrollHeight;
     this.top = this.main.scrollTop;
   }

@@ -184,7 +184,9 @@ export class Drawer {
     const names = option.type === "bool" ? ["True", "False"] : option.choices;
     if (names?.length) {
       const select = element("select");
-      select.append(new Option(`default (${option.default ?? "none"})`, ""), ...names.map((name) => new Option(name, name)));
+      const usual = String(option.default ?? "default");
+      const others = names.filter((name) => name.toLowerCase() !== usual.toLowerCase());
+      select.append(new Option(names.find((name) => !others.includes(name)) ?? usual, ""), ...others.map((name) => new Option(name, name)));
       select.value = now[option.name] ?? "";
       select.addEventListener("change", () => set(option.name, select.value));
       return select;
@@ -218,8 +220,8 @@ export class Drawer {
       if (tone.value) document.documentElement.dataset.theme = tone.value;
       else delete document.documentElement.dataset.theme;
     });
-    row.append(field("Tokens are coloured by", colour), field("Pace", pace));
-    part.append(row, field("Light or dark", tone));
+    row.append(field("Pace", pace), field("Light or dark", tone));
+    part.append(field("Tokens are coloured by", colour), row);
     return part;
   }
 }

@@ -253,7 +253,7 @@ def test_a_pace_slows_every_forward(model: Model, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(terminal.time, "sleep", slept.append)
     session = Session(lambda _: model, DecodeConfig(gen_length=32), PlainScreen(io.StringIO()).say, model, pace=0.2)
     terminal.answer(session, PlainScreen(io.StringIO()), question)
-    assert slept == [0.2] * (len(session.trace.steps) + 1) and session.trace.seconds() < 0.2 * len(slept)
+    assert slept == [0.2] * (len(session.trace.steps) + 1)
 
 
 def test_a_rule_of_ones_own_is_an_option_of_the_chat(

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,16 @@ def ask(page: Any, text: str) -> None:
 
 def idle(page: Any) -> None:
     page.locator("body:not(.busy)").wait_for()
+
+
+def until(page: Any, condition: str) -> None:
+    """Wait for a condition, also while the page is loaded anew; `wait_for_function` is what the page's policy forbids."""
+    for _ in range(600):
+        with suppress(playwright.Error):
+            if page.evaluate(condition):
+                return
+        page.wait_for_timeout(100)
+    raise AssertionError(f"never true: {condition}")
 
 
 def tokens(page: Any) -> None:
@@ -347,12 +358,12 @@ def test_the_address_keeps_what_is_chosen_and_another_link_is_followed(visit: Ca
     page = visit()
     page.locator("#model").select_option("tiny-sudoku")
     page.locator("#preset-a").select_option("paper")
-    page.wait_for_function("location.hash.includes('paper')")
+    until(page, "location.hash.includes('paper')")
     page.reload()
     page.locator("body[data-ready]").wait_for()
     assert page.locator("#model").input_value() == "tiny-sudoku" and page.locator("#preset-a").input_value() == "paper"
     page.evaluate("location.hash = '#v=chat&q=Hello'")
-    page.wait_for_function("document.querySelector('#message').value === 'Hello'")
+    until(page, "document.querySelector('#message').value === 'Hello'")
     assert page.locator("#model").input_value() == "tiny-llada"
 
 

@@ -475,7 +475,7 @@ def test_text_from_right_to_left_runs_so(visit: Callable[..., Any]) -> None:
     assert page.locator(".bubble").evaluate(direction) == "rtl"
     assert page.evaluate("""async () => {
         const { markdown } = await import("/markdown.js");
-        document.querySelector("#messages").append(markdown("שלום\n\nhello"));
+        document.querySelector("#messages").append(markdown("שלום\\n\\nhello"));
         return [...document.querySelectorAll("#messages > p")].map((p) => getComputedStyle(p).direction);
     }""") == ["rtl", "ltr"]
 

@@ -7,8 +7,9 @@ import argparse
 import dataclasses
 import os
 import signal
+import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -176,9 +177,9 @@ def add_model_options(out: argparse.ArgumentParser, positional: bool = True) -> 
     )
 
 
-def add_limits(out: argparse.ArgumentParser) -> None:
+def add_limits(out: argparse.ArgumentParser, rows: int = ROWS) -> None:
     group = out.add_argument_group("limits")
-    group.add_argument("--max-batch", type=int, default=ROWS, metavar="N", help=f"requests in one batch (default {ROWS})")
+    group.add_argument("--max-batch", type=int, default=rows, metavar="N", help=f"requests in one batch (default {rows})")
     group.add_argument(
         "--max-positions", type=int, metavar="N", help="positions of prompts and answers in flight (default: what fits)"
     )
@@ -233,9 +234,18 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     return run(app, args.host, args.port, args.log_level)
 
 
-def run(app: FastAPI, host: str, port: int, log_level: str) -> int:
-    """Serve until SIGTERM or SIGINT; then take no further requests, finish those at work, and return 0."""
+def run(app: FastAPI, host: str, port: int, log_level: str, listening: Callable[[], None] = lambda: None) -> int:
+    """Serve until SIGTERM or SIGINT; then take no further requests, finish those at work, and return 0.
+
+    listening: called as soon as the address can be reached.
+    """
     import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                listening()
 
     log_to_stderr(log_level)
 
@@ -246,7 +256,7 @@ def run(app: FastAPI, host: str, port: int, log_level: str) -> int:
         signal.signal(number, ended)
     # No handlers of uvicorn's own: they write on the event loop, which waits where nobody reads the output (`logs.py`).
     config = uvicorn.Config(app, host=host, port=port, log_config=None, log_level=log_level, timeout_keep_alive=30)
-    server = uvicorn.Server(config)
+    server = Server(config)
     try:
         server.run()
     except SystemExit as stopped:  # the port is taken, or startup failed; uvicorn has said why

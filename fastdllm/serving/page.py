@@ -40,6 +40,8 @@ RUNS = 6  # settings that are kept ready, besides the server's own
 ROWS = 4  # visitors in the batch of one of them
 MESSAGES = 199  # of a conversation that are looked at: an odd number, so that the first is a question
 LOOK = 0.25  # seconds between two looks at a visitor's place in the queue
+OWN_FIELDS = ("temperature", "top_p", "top_k")  # numbers of a request that a setting may bring along too
+NOT_SET = (None, "")
 PER_RUN = ("seed", "gen_length")  # options that come with each request, whatever the run
 
 
@@ -163,8 +165,11 @@ class Page:
             talk = await _encode(own, body, length)
             fixed = _fixed(own, body.words, length)
             constraints: dict[str, str | int] = {str(at): token for at, token in fixed.items()}
+            asked_for = {
+                name: numbers[name] for name in OWN_FIELDS if name in numbers and body.setting.get(name) not in NOT_SET
+            }
             request = body.model_copy(
-                update={"constraints": constraints, "max_tokens": length, "max_completion_tokens": None}
+                update={"constraints": constraints, "max_tokens": length, "max_completion_tokens": None, **asked_for}
             )
             request.__pydantic_extra__ = {**(body.model_extra or {}), **numbers}
             asked = service.ask(request, [talk.ids], "messages", chat=True)
@@ -222,7 +227,8 @@ def plan(
     if "steps" in config.given():  # they are those of an answer of this length
         config = config.replace(gen_length=length)
     resolved, run = resolve(own.model.spec, config), assemble(own.model, config)
-    numbers = {name: float(vars(resolved)[name]) for name in run.numbers if name in config.given()}
+    # All of them, given or not: the run may have been opened for a setting with others.
+    numbers = {name: float(value) for name, value in run.numbers.items()}
     key = _shape(resolved, run.numbers, "steps" in config.given())
     mine = _shape(resolve(own.model.spec, own.config), own.scheduler.run.numbers, False)
     return config, numbers, None if key == mine and not side else (own.name, side, key)
@@ -231,7 +237,7 @@ def plan(
 def config_of(own: DecodeConfig, spec: ModelSpec, setting: Mapping[str, Any]) -> DecodeConfig:
     """A visitor's setting as a config: the name of one of `PRESETS`, or "custom", and options over it; `own` is the
     server's. ValueError for what makes no sense."""
-    given = {name: value for name, value in setting.items() if value is not None and value != ""}
+    given = {name: value for name, value in setting.items() if value not in NOT_SET}
     if forbidden := {"runner", "batch_size", "geometry"} & given.keys():
         raise ValueError(f"{min(forbidden)} is the server's choice")
     name = str(given.pop("name", "server"))
@@ -350,13 +356,19 @@ def describe(service: Service) -> dict[str, Any]:
     """A model, as the page shows it."""
     model, about = service.model, options.about(service.name)
     most = model.spec.max_length
-    length = about.gen_length if about else min(service.config.gen_length, most // 2)
+    started = service.config
+    if "gen_length" in started.given():
+        length = min(started.gen_length, most - 1)
+    else:
+        length = about.gen_length if about else min(started.gen_length, most // 2)
     return {
         "name": service.name,
         "line": options.describe_model(model),
         "note": f"{service.name} is {about.note}" if about else "",
-        "setting": options.describe(model, service.config.replace(gen_length=length)),
+        "setting": options.describe(model, started.replace(gen_length=length)),
         "gen_length": length,
+        "temperature": started.temperature,
+        "seed": started.seed,
         "max_length": most,
         "examples": [question for question, _ in (about.examples if about else options.EXAMPLES)],
         "caches": list(registry.caches_for(bool(model.spec.block_causal))),

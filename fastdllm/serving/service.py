@@ -181,9 +181,10 @@ class Service:
 
     def check_size(self, texts: Sequence[str], param: str) -> None:
         """Refuse what cannot fit before it is tokenised, which takes long for megabytes."""
-        if sum(map(len, texts)) > self.longest_text:
-            raise ApiError(413, f"{param} is longer than any text of {self.model.spec.max_length} tokens", param,
-                           "context_length_exceeded")  # fmt: skip
+        if (characters := sum(map(len, texts))) > self.longest_text:
+            room = self.model.spec.max_length
+            raise ApiError(413, f"{characters:,} characters in {param} are more than a context of {room} tokens can hold",
+                           param, "context_length_exceeded")  # fmt: skip
 
     def _too_long(self, prompt: int, length: int, param: str) -> ApiError:
         room = self.model.spec.max_length

@@ -34,8 +34,7 @@ def parser(default_model: str, prog: str | None = None) -> argparse.ArgumentPars
     options.add_model_options(out, default_model, more=True)
     add_weight_options(out)
     options.add_decode_options(out, None)
-    add_limits(out)
-    out.set_defaults(max_batch=VISITORS)
+    add_limits(out, VISITORS)
     add_server(out, None, f"default: the first free one from {PORTS.start}")
     return out
 
@@ -82,5 +81,8 @@ def main(arguments: Sequence[str] | None = None, default_model: str = "tiny-llad
         print(f"{own.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     shown = f"[{args.host}]" if ":" in args.host else args.host
-    print(f"fastdllm: http://{shown}:{port} in the browser; Ctrl-C ends it", flush=True)
-    return run(app, args.host, port, args.log_level)
+
+    def listening() -> None:
+        print(f"fastdllm: http://{shown}:{port} in the browser; Ctrl-C ends it", flush=True)
+
+    return run(app, args.host, port, args.log_level, listening)

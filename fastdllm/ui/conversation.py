@@ -35,10 +35,12 @@ class Prompt:
 
 @dataclass
 class Conversation:
-    """messages: alternating user and assistant turns that are over; system: instructions in front of them."""
+    """messages: alternating user and assistant turns that are over, as far as they are still sent; system: instructions in
+    front of them; said: all turns that are over."""
 
     messages: list[Message] = field(default_factory=list)
     system: str = ""
+    said: list[Message] = field(default_factory=list)
 
     def prompt(self, model: Model, text: str, gen_length: int) -> Prompt:
         """The prompt of a turn that asks `text`. Nothing changes until `add`.
@@ -58,9 +60,15 @@ class Conversation:
             ids = encode_messages(model, with_system(model, turns, self.system))
             if len(ids) <= room:
                 return Prompt(ids, text, dropped, self._notices(model, dropped))
+        context = model.spec.max_length
+        if len(ids) < context:
+            raise ValueError(
+                f"an answer of {gen_length} tokens is too long: the model's context of {context} holds the message's "
+                f"{len(ids)} and at most {context - len(ids)} more"
+            )
         raise ValueError(
             f"the message is too long: {len(ids)} tokens, and with an answer of {gen_length} only {max(room, 0)} fit the "
-            f"model's context of {model.spec.max_length}"
+            f"model's context of {context}"
         )
 
     def _notices(self, model: Model, dropped: int) -> tuple[str, ...]:
@@ -78,8 +86,19 @@ class Conversation:
 
     def add(self, prompt: Prompt, answer: str) -> None:
         """A turn is over: remember it, forget what no longer fits."""
+        turn = [{"role": "user", "content": prompt.message}, {"role": "assistant", "content": answer}]
         del self.messages[: prompt.dropped]
-        self.messages += [{"role": "user", "content": prompt.message}, {"role": "assistant", "content": answer}]
+        self.messages += turn
+        self.said += turn
+
+    def take_back(self) -> None:
+        """Forget the last turn."""
+        del self.messages[-2:], self.said[-2:]
+
+    def clear(self) -> None:
+        """Begin anew, under the same instructions."""
+        self.messages.clear()
+        self.said.clear()
 
 
 def clean(text: str) -> str:

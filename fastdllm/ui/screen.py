@@ -69,9 +69,10 @@ class PlainScreen:
     @contextmanager
     def answering(self, model: Model) -> Iterator[Any]:
         text: AnswerText | None = None
+        written = 0
 
         def show(trace: Trace) -> None:
-            nonlocal text
+            nonlocal text, written
             if text is None:
                 revocable = bool(registry.find("decoders", trace.config.get("decoder") or "threshold").shadow)
                 text = text_of(model, trace.length, trace.stop_ids, (), trace.fixed, revocable)
@@ -81,13 +82,15 @@ class PlainScreen:
                 piece = text.step(last.start, ids[last.start : last.stop])
             if trace.finished:
                 piece += text.finish()
+            written += len(piece.strip())
             self.out.write(printable(piece))
             self.out.flush()
 
         try:
             yield show
         finally:
-            print(file=self.out, flush=True)
+            if written:
+                print(file=self.out, flush=True)
 
 
 class RichScreen:
@@ -128,8 +131,10 @@ class RichScreen:
                 yield show
             finally:
                 live.update(Text(), refresh=True)
-        if last is not None:  # what stays holds no masks: those of a stopped answer will never be filled
-            self.console.print(Text(text(last, ("old", "new")).plain))
+        # What stays holds no masks: those of a stopped answer will never be filled.
+        final = text(last, ("old", "new")).plain if last is not None else ""
+        if final.strip():
+            self.console.print(Text(final))
 
 
 def make_screen() -> PlainScreen | RichScreen:

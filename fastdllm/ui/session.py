@@ -29,8 +29,8 @@ class Session:
 
     load: turns a name into a model. config: what was asked for, whatever the model. model: None until loading has worked
     once. pace: seconds to wait after each forward. asked, trace: the last question and its answer's history. again: a
-    question that a command wants asked once more; retries: how often that happened, which changes the draws. prompts: what
-    the turns share of their prompts.
+    question that a command wants asked once more; retries: how often that happened, which changes the draws; answered: what
+    it was answered before. prompts: what the turns share of their prompts.
     """
 
     load: Callable[[str], Model]
@@ -46,6 +46,7 @@ class Session:
     trace: Trace | None = None
     again: str | None = None
     retries: int = 0
+    answered: str | None = None
     prompts: PromptCache = field(default_factory=PromptCache)
 
     def settings(self, model: Model) -> DecodeConfig:
@@ -94,7 +95,7 @@ def take_model(session: Session, name: str) -> None:
     if model.tokenizer is None:
         raise ValueError("the folder holds no tokenizer, so there is nothing to chat with")
     session.model = model
-    session.conversation.messages.clear()
+    session.conversation.clear()
     session.told.clear()
     session.say(options.describe_model(model), style="bold")
     if about := options.about(name):
@@ -110,7 +111,7 @@ def take_model(session: Session, name: str) -> None:
 
 def reset(session: Session, rest: str) -> None:
     """forget the conversation"""
-    session.conversation.messages.clear()
+    session.conversation.clear()
     session.say("new conversation")
 
 
@@ -157,17 +158,19 @@ def retry(session: Session, rest: str) -> None:
     if session.asked is None:
         session.say("nothing has been asked yet", style="red")
         return
-    said = session.conversation.messages
-    if len(said) > 1 and said[-2]["content"] == clean(session.asked):
-        del said[-2:]
+    said = session.conversation.said
+    session.answered = None
+    if said and said[-2]["content"] == clean(session.asked):
+        session.answered = said[-1]["content"]
+        session.conversation.take_back()
     session.again, session.retries = session.asked, session.retries + 1
 
 
 def save(session: Session, rest: str) -> None:
-    """FILE writes the conversation: messages as JSON to a name that ends in .json, else Markdown"""
+    """FILE writes all that was said since the last /reset: messages as JSON to a name that ends in .json, else Markdown"""
     if not rest:
         raise ValueError("usage: /save FILE, for example /save talk.md")
-    talk = [dict(message) for message in session.conversation.messages]
+    talk = [dict(message) for message in session.conversation.said]
     if session.conversation.system:
         talk.insert(0, {"role": "system", "content": session.conversation.system})
     if rest.endswith(".json"):
@@ -239,5 +242,8 @@ def run_command(session: Session, line: str) -> None:
         return
     try:
         command(session, rest.strip())
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        session.say(f"{where}{error.strerror or error}", style="red")
+    except ValueError as error:
         session.say(str(error), style="red")

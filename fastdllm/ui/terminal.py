@@ -93,6 +93,8 @@ def answer(session: Session, screen: PlainScreen | RichScreen, text: str) -> Non
         return
     if trace.finish_reason == "length" and config.stop_ids != ():
         session.say(f"(cut at {count(trace.length, 'token')}; /set gen_length N allows more)", style="dim")
+    if session.retries and text == session.answered and config.temperature == 0:
+        session.say("(the same answer: at temperature 0 nothing is drawn; /set temperature 0.7 draws)", style="dim")
     session.say(summary(trace.stats()), style="dim")
 
 

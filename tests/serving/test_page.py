@@ -57,7 +57,7 @@ def text_of(told: list[dict[str, Any]]) -> str:
 
 def error_of(client: TestClient, **given: Any) -> str:
     response = client.post("/page/chat", json=body(**given))
-    assert response.status_code == 400, response.text
+    assert response.status_code in (400, 413), response.text
     return response.json()["error"]["message"]
 
 
@@ -173,7 +173,8 @@ def test_a_setting_of_ones_own_answers_as_python_does(
         ({"words": "apples"}, "not of the form"),
         ({"words": "99:apples"}, "does not fit an answer of 64"),
         ({"words": "3:a, 3:b"}, "overlaps"),
-        ({"max_tokens": 5_000}, "too long"),
+        ({"max_tokens": 5_000}, "an answer of 5000 tokens is too long"),
+        ({"messages": [{"role": "user", "content": "x" * 1_000_000}]}, "1,000,000 characters in messages"),
         ({"temperature": 1.0, "setting": {"name": "exact"}}, "temperature"),
     ],
 )
@@ -260,7 +261,33 @@ def test_the_servers_own_setting_needs_no_second_run_and_numbers_share_one(model
     assert keys["own"] is keys["default"] is keys["number"] is None
     assert keys["a"] == keys["b"] is not None and keys["one"] not in (None, keys["a"], keys["steps"])
     assert plan(own, {"name": "server"}, 64, 1)[2] is not None, "the two sides of a race share no forward"
-    assert plan(own, {"threshold": 0.5}, 64, 0)[1] == {"threshold": 0.5}
+    assert plan(own, {"threshold": 0.5}, 64, 0)[1]["threshold"] == 0.5
+
+
+def test_settings_that_share_a_run_keep_their_own_numbers(client: TestClient, model: fastdllm.Model) -> None:
+    """The run is opened for a setting with another threshold, and asked under the default one afterwards."""
+    lax: dict[str, Any] = {"name": "custom", "threshold": 0.3}
+    for setting in (lax, {"name": "custom"}, {"name": "server"}, lax):
+        told = events(client, setting=setting, side=1)
+        threshold = setting.get("threshold", DecodeConfig().threshold)
+        out = fastdllm.generate(model, [MESSAGES], gen_length=64, threshold=threshold)
+        assert f"threshold {threshold}" in told[0]["begin"]["about"]
+        assert sum("denoising" in e for e in told) == out.stats.row_forwards[0] and text_of(told) == out.texts[0]
+
+
+def test_a_temperature_among_the_options_of_a_setting_is_taken(client: TestClient) -> None:
+    told = events(client, temperature=0.0, setting={"name": "custom", "temperature": "0.9", "top_k": 4})
+    assert told[0]["begin"]["config"]["temperature"] == 0.9 and told[0]["begin"]["config"]["top_k"] == 4
+    told = events(client, temperature=0.5, setting={"name": "custom"})
+    assert told[0]["begin"]["config"]["temperature"] == 0.5
+
+
+def test_the_page_begins_with_what_the_server_was_started_with(model: fastdllm.Model) -> None:
+    own = Service(model, DecodeConfig(gen_length=48, temperature=0.7, seed=3))
+    shown = Page([own]).info()["models"][0]
+    assert (shown["gen_length"], shown["temperature"], shown["seed"]) == (48, 0.7, 3)
+    shown = Page([Service(model, DecodeConfig())]).info()["models"][0]
+    assert (shown["gen_length"], shown["temperature"], shown["seed"]) == (options.about(model.name).gen_length, 0.0, 0)
 
 
 def test_runs_are_bounded_and_the_idle_ones_make_room(model: fastdllm.Model) -> None:

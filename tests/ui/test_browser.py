@@ -10,9 +10,13 @@ import json
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +129,16 @@ def ask(page: Any, text: str) -> None:
 
 def idle(page: Any) -> None:
     page.locator("body:not(.busy)").wait_for()
+
+
+def until(page: Any, condition: str) -> None:
+    """Wait for a condition, also while the page is loaded anew; `wait_for_function` is what the page's policy forbids."""
+    for _ in range(600):
+        with suppress(playwright.Error):
+            if page.evaluate(condition):
+                return
+        page.wait_for_timeout(100)
+    raise AssertionError(f"never true: {condition}")
 
 
 def tokens(page: Any) -> None:
@@ -313,6 +327,225 @@ def test_a_link_brings_a_race_with_its_settings(visit: Callable[..., Any], serve
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize(
+    ("fragment", "expected"),
+    [
+        ("n=-3", {"tokens": 1}),
+        ("n=2.7", {"tokens": 3}),
+        ("t=-1", {"temperature": 0}),
+        ("t=1e308", {"temperature": 10}),
+        ("s=-5", {"seed": 0}),
+        ("s=1e99", {"seed": 2**31 - 1}),
+        ('a={"name":"quickest"}', {"a": {"name": "one"}}),
+        ('a={"name":"custom","decoder":"nothing"}', {"a": {"name": "one"}}),
+        ('a={"name":"custom","decoder":{"x":1}}', {"a": {"name": "one"}}),
+        ('b={"name":"custom","cache":"nothing"}', {"b": {"name": "balanced"}}),
+        ("a=[1]", {"a": {"name": "one"}}),
+        ("m=nobody", {"model": "tiny-llada"}),
+        ("v=nowhere", {"view": "compare"}),
+        ("%E0%A4%A", {"view": "compare"}),
+    ],
+)
+def test_what_makes_no_sense_in_a_link_is_passed_over(
+    visit: Callable[..., Any], server: str, fragment: str, expected: dict[str, Any]
+) -> None:
+    page = visit(address=f"{server}#{fragment}")
+    assert page.evaluate("import('/state.js').then((m) => m.state)").items() >= expected.items()
+
+
+@pytest.mark.browser
+def test_the_address_keeps_what_is_chosen_and_another_link_is_followed(visit: Callable[..., Any]) -> None:
+    page = visit()
+    page.locator("#model").select_option("tiny-sudoku")
+    page.locator("#preset-a").select_option("paper")
+    until(page, "location.hash.includes('paper')")
+    page.reload()
+    page.locator("body[data-ready]").wait_for()
+    assert page.locator("#model").input_value() == "tiny-sudoku" and page.locator("#preset-a").input_value() == "paper"
+    page.evaluate("location.hash = '#v=chat&q=Hello'")
+    until(page, "document.querySelector('#message').value === 'Hello'")
+    assert page.locator("#model").input_value() == "tiny-llada"
+
+
+@pytest.mark.browser
+def test_a_conversation_survives_a_reload(visit: Callable[..., Any], question: str) -> None:
+    page = visit()
+    chat(page)
+    ask(page, question)
+    page.locator(".answer .text:not([hidden])").wait_for()
+    tokens(page)
+    shown = page.locator(".answer").first.locator(".tok, .sums, .about")
+    before = shown.all_inner_texts()
+    setting(page, "chat", "one")
+    ask(page, question)
+    page.locator(".answer").last.locator(".tok.now").first.wait_for()
+    page.reload()
+    page.locator("body[data-ready]").wait_for()
+    assert page.locator(".asked").all_inner_texts() == [question] * 2 and page.locator("body.busy").count() == 0
+    assert shown.all_inner_texts() == before and len(before) > 40
+    assert "left before the answer was complete" in page.locator(".answer").last.inner_text()
+    page.locator(".answer .scrub").first.fill("1")
+    assert page.locator(".answer .moment").first.inner_text().startswith("Forward 1 of")
+    page.get_by_label("New chat").click()
+    page.reload()
+    page.locator("body[data-ready]").wait_for()
+    assert page.locator(".asked").count() == 0
+
+
+@pytest.mark.browser
+def test_a_broken_connection_is_told_in_a_sentence(visit: Callable[..., Any], question: str) -> None:
+    page = visit()
+    page.evaluate("""() => {
+        const body = () => new ReadableStream({ pull(to) { to.error(new TypeError("network error")); } });
+        const real = window.fetch;
+        window.fetch = async (path, options) => (path === "page/chat" ? new Response(body()) : real(path, options));
+    }""")
+    page.locator("#send").click()
+    page.locator(".lane .note.problem").first.wait_for()
+    assert "The connection broke" in page.locator(".lane .note.problem").first.inner_text()
+    chat(page)
+    ask(page, question)
+    page.locator(".answer .note.problem").wait_for()
+    assert "The connection broke" in page.locator(".answer .note.problem").inner_text()
+    dead = page.locator(".answer :is(.scrub, .legend, .switch)").filter(visible=True)
+    assert dead.count() == 0, "an answer that never began has nothing to play"
+
+
+@pytest.mark.browser
+def test_one_mistake_is_told_once(visit: Callable[..., Any], server: str) -> None:
+    page = visit(address=f"{server}#w=nothing")
+    page.locator("#send").click()
+    page.locator(".lane .note.problem").first.wait_for()
+    idle(page)
+    told = [text for text in page.locator(".lane .note").all_inner_texts() if text]
+    assert len(told) == 1 and "not of the form" in told[0]
+
+
+@pytest.mark.browser
+def test_a_long_question_is_folded_and_its_answer_in_sight(visit: Callable[..., Any]) -> None:
+    page = visit()
+    chat(page)
+    text = "\n".join(f"line {number}" for number in range(3_000))
+    ask(page, text)
+    page.locator(".answer .note.problem").wait_for()
+    assert page.locator(".asked").bounding_box()["height"] < 500
+    place = page.locator(".answer .note.problem").bounding_box()
+    assert 0 < place["y"] < 900, "what comes of a question is seen"
+    page.get_by_text("Show all").click()
+    assert page.locator(".bubble").inner_text().endswith("line 2999")
+
+
+@pytest.mark.browser
+def test_who_scrolls_up_stays_there(visit: Callable[..., Any], question: str) -> None:
+    page = visit(1000, 500)
+    chat(page)
+    ask(page, question)
+    page.locator(".answer .text:not([hidden])").wait_for()
+    setting(page, "chat", "one")
+    ask(page, question)
+    page.locator(".answer").last.locator(".tok.now").first.wait_for()
+    page.locator("main").hover()
+    page.mouse.wheel(0, -150)
+    page.wait_for_timeout(300)
+    top = page.evaluate("document.querySelector('main').scrollTop")
+    end = page.evaluate("(m => m.scrollHeight - m.clientHeight)(document.querySelector('main'))")
+    assert top < end - 50, "there was nothing to scroll"
+    page.locator(".answer").last.locator(".tok:not(.open)").nth(12).wait_for()
+    assert page.evaluate("document.querySelector('main').scrollTop") == top
+
+
+@pytest.mark.browser
+def test_the_same_answer_again_is_explained(visit: Callable[..., Any], question: str) -> None:
+    page = visit()
+    chat(page)
+    ask(page, question)
+    page.locator(".answer .text:not([hidden])").wait_for()
+    page.get_by_label("Ask again, with other draws").click()
+    page.get_by_text("at temperature 0 nothing is drawn").wait_for()
+
+
+@pytest.mark.browser
+def test_text_from_right_to_left_runs_so(visit: Callable[..., Any]) -> None:
+    page = visit()
+    page.locator("#message").fill("שלום עולם 12")
+    direction = "element => getComputedStyle(element).direction"
+    assert page.locator("#message").evaluate(direction) == "rtl"
+    chat(page)
+    ask(page, "שלום עולם 12")
+    assert page.locator(".bubble").evaluate(direction) == "rtl"
+    assert page.evaluate("""async () => {
+        const { markdown } = await import("/markdown.js");
+        document.querySelector("#messages").append(markdown("שלום\\n\\nhello"));
+        return [...document.querySelectorAll("#messages > p")].map((p) => getComputedStyle(p).direction);
+    }""") == ["rtl", "ltr"]
+
+
+@pytest.mark.browser
+def test_what_stands_behind_the_end_is_folded_around_gaps(visit: Callable[..., Any]) -> None:
+    """An end token, an open position, two more end tokens: while the answer runs, and when it is over."""
+    page = visit()
+    shown = page.evaluate("""async () => {
+        const [{ Trace }, { draw }] = await Promise.all([import("/trace.js"), import("/canvas.js")]);
+        const trace = new Trace({ length: 8, mask_id: 9, stop_ids: [0], fixed: {}, texts: {} });
+        trace.add({ start: 0, stop: 6, seconds: 1, ids: [1, 0, null, 0, 0, null], tokens: ["a", "", "", "", "", ""],
+                    confidence: [1, 1, null, 1, 1, null], rows: 1 });
+        const box = document.createElement("div");
+        const look = () => {
+            draw(box, trace, 1);
+            return [...box.children].map((tile) => `${tile.className.split(" ")[1]}:${tile.textContent}`);
+        };
+        const running = look();
+        trace.finished = true;
+        return [running, look(), box.lastChild.dataset.tip];
+    }""")
+    assert shown[0] == ["s0:a", "end:end", "open:", "end:+2", "open:", "open:", "open:"]
+    assert shown[1] == [shown[0][0], "end:end, +2"]
+    assert "4 were never decoded" in shown[2]
+
+
+@pytest.mark.browser
+def test_a_verdict_names_no_ratio_of_one(visit: Callable[..., Any]) -> None:
+    page = visit()
+    say = """async ([a, b]) => {
+        const { verdict } = await import("/answer.js");
+        const side = (forwards, seconds) => ({ forwards, seconds: () => seconds, text: "x", shared: false });
+        return verdict(side(...a), side(...b)).text;
+    }"""
+    assert page.evaluate(say, [[100, 2.0], [101, 1.99]]) == "B: about as fast, about as many forwards, same answer"
+    assert page.evaluate(say, [[7, 1.0], [7, 1.0]]) == "B: about as fast, as many forwards, same answer"
+    assert page.evaluate(say, [[64, 2.0], [2, 0.2]]) == "B: 10 times faster, 32 times fewer forwards, same answer"
+    assert page.evaluate(say, [[10, 0.2], [5, 2.0]]) == "A: 10 times faster, 2 times more forwards, same answer"
+
+
+@pytest.mark.browser
+def test_other_options_may_hold_commas(visit: Callable[..., Any]) -> None:
+    page = visit()
+    sent = "async (more) => (await import('/state.js')).sent({ name: 'custom', more })"
+    expected = {"name": "custom", "stop_ids": "1,2", "seed": "3"}
+    assert page.evaluate(sent, "stop_ids=1,2, seed=3") == expected
+    assert page.evaluate(sent, " seed = 3 , stop_ids = 1,2,") == expected
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "height"), [(844, 390), (1024, 400), (320, 568), (800, 600)])
+def test_a_small_window_scrolls_and_nothing_overlaps(visit: Callable[..., Any], width: int, height: int) -> None:
+    page = visit(width, height)
+    assert page.evaluate("document.querySelector('main').scrollTop") == 0
+    lanes = page.locator(".lane")
+    for lane in (lanes.first, lanes.last):
+        parts = [part.bounding_box() for part in lane.locator(":scope > *:visible").all()]
+        for above, below in pairwise(parts):
+            assert above["y"] + above["height"] <= below["y"] + 1
+        own = lane.bounding_box()
+        assert parts[-1]["y"] + parts[-1]["height"] <= own["y"] + own["height"]
+        assert lane.locator(".canvas").bounding_box()["height"] > 40
+    assert page.locator("#race-bar").bounding_box()["y"] >= lanes.last.bounding_box()["y"] + 40
+    assert page.locator("#model").bounding_box()["width"] > 60
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator(".figure").evaluate_all("all => all.every((f) => f.scrollWidth <= f.clientWidth + 1)")
+
+
+@pytest.mark.browser
 def test_nothing_is_cut_on_the_side_of_a_phone(visit: Callable[..., Any], question: str, server: str) -> None:
     page = visit(*SIZES["phone"], address=f"{server}#v=chat&w=3%3Apencils")
     ask(page, question)
@@ -403,6 +636,7 @@ def test_problems_are_sentences_and_keep_the_question(visit: Callable[..., Any],
     ask(page, "z" * 9_000)
     page.locator(".answer .note.problem").wait_for()
     assert "too long" in page.locator(".answer .note.problem").inner_text()
+    page.get_by_text("Show all 9,000 characters").click()
     assert page.locator(".bubble").inner_text() == "z" * 9_000
     page.locator("#send").click()
     page.get_by_text("Write a question first.").wait_for()
@@ -523,12 +757,28 @@ def test_the_command_checks_its_options_and_its_address(capsys: pytest.CaptureFi
     assert "nowhere" in capsys.readouterr().err
 
 
+def test_the_address_is_told_when_it_can_be_reached() -> None:
+    from fastdllm.ui import app
+
+    port = app.free_port("127.0.0.1", None)
+    command = [sys.executable, "-m", "fastdllm.cli", "app", "--model", "tiny-sudoku", "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).resolve().parents[2])
+    try:
+        assert process.stdout is not None
+        said = next(line for line in process.stdout if "http://" in line)
+        assert f"http://127.0.0.1:{port} " in said
+        socket.create_connection(("127.0.0.1", port), timeout=600).close()
+    finally:
+        process.terminate()
+        process.communicate()
+
+
 def test_the_command_serves_its_models_to_this_machine_only(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastdllm.serving import command
     from fastdllm.ui import app
 
     ran: list[tuple[Any, str]] = []
-    monkeypatch.setattr(command, "run", lambda served, host, port, level: ran.append((served, host)) or 0)
+    monkeypatch.setattr(command, "run", lambda served, host, *_: ran.append((served, host)) or 0)
     assert app.main(["--model", "tiny-sudoku", "--model", "tiny-llada", "--threshold", "0.8", "--cache", "prefix"]) == 0
     served, host = ran[0]
     services = served.state.page.services

@@ -79,6 +79,13 @@ def test_a_message_that_cannot_fit_says_how_much_does(model: Model) -> None:
     assert len(talk.messages) == 2
 
 
+def test_an_answer_that_cannot_fit_is_what_is_called_too_long(model: Model) -> None:
+    size = len(Conversation().prompt(model, "a question", 32).ids)
+    with pytest.raises(ValueError, match=f"answer of 511 tokens is too long.* at most {512 - size} more"):
+        Conversation().prompt(model, "a question", 511)
+    assert len(Conversation().prompt(model, "a question", 512 - size).ids) == size
+
+
 # The model is only read, so that one for all examples is as good as a fresh one.
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(max_size=60), st.sampled_from(["<|mask|>", "<|eos|>", "<|user|>", "<|assistant|>"]), st.text(max_size=60))

@@ -77,16 +77,19 @@ export function figures(trace, step) {
   return { seconds: clock(seconds), forwards: step, tokens, each: step ? (tokens / step).toFixed(1) : "0" };
 }
 
-// "7.6 times", of a ratio of at least 1.
+const CLOSE = 1.05; // ratios below it are "about"
+
+// "7.6 times", of a ratio of at least that.
 const times = (ratio) => `${ratio >= 9.95 ? Math.round(ratio) : ratio.toFixed(1).replace(/\.0$/, "")} times`;
 
 // What a race shows, from the counts of both.
 export function verdict(a, b) {
   const [fast, slow, name] = b.seconds() <= a.seconds() ? [b, a, "B"] : [a, b, "A"];
   const ratio = slow.seconds() / (fast.seconds() || 1e-9);
-  const parts = [ratio < 1.05 ? "about as fast" : `${times(ratio)} faster`];
+  const parts = [ratio < CLOSE ? "about as fast" : `${times(ratio)} faster`];
   const share = slow.forwards / (fast.forwards || 1);
   if (share === 1) parts.push("as many forwards");
+  else if (Math.max(share, 1 / share) < CLOSE) parts.push("about as many forwards");
   else parts.push(share > 1 ? `${times(share)} fewer forwards` : `${times(1 / share)} more forwards`);
   const [one, other] = [a.text.trim(), b.text.trim()];
   parts.push(one === other ? (one ? "same answer" : "both answers empty") : "another answer");

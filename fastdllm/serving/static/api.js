@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The server: one request after another for facts, and answers as they are decoded.
 
+import { tab } from "./state.js";
+
 export class Refused extends Error {
   constructor(message, status, code, wait) {
     super(message);
@@ -16,7 +18,7 @@ export function onMissingKey(ask) {
 }
 
 function headers() {
-  const key = sessionStorage.getItem("fastdllm-key");
+  const key = tab.get("key");
   return { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
 }
 
@@ -30,13 +32,16 @@ async function request(path, options = {}) {
   }
   if (response.ok) return response;
   if (response.status === 401) {
-    const key = await askForKey(Boolean(sessionStorage.getItem("fastdllm-key")));
+    const key = await askForKey(Boolean(tab.get("key")));
     if (key) {
-      sessionStorage.setItem("fastdllm-key", key);
+      tab.set("key", key);
       return request(path, options);
     }
   }
-  const told = await response.json().catch(() => null);
+  const told = await response.json().catch((error) => {
+    if (error.name === "AbortError") throw error;
+    return null;
+  });
   const error = told?.error ?? { message: `the server answered with status ${response.status}` };
   throw new Refused(sentence(error.message), response.status, error.code, Number(response.headers.get("Retry-After")));
 }
@@ -81,8 +86,11 @@ async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { value, done } = await reader.read();
-    if (done) throw new Refused("The connection broke before the answer was complete.", 0, "broken");
+    const { value, done } = await reader.read().catch((error) => {
+      if (error.name === "AbortError") throw error;
+      return { done: true };
+    });
+    if (done) throw new Refused("The connection broke before the answer was complete. Is the server still running?", 0, "broken");
     rest += value;
     let at;
     while ((at = rest.indexOf("\n\n")) >= 0) {

@@ -8,7 +8,7 @@ import { Compare } from "./compare.js";
 import { Drawer, fillPresets } from "./drawer.js";
 import { copyText } from "./files.js";
 import { confirm, icon, iconButton } from "./icons.js";
-import { address, model, open, recall, remember, state } from "./state.js";
+import { address, follow, LONGEST_LINKED, model, open, recall, remember, state } from "./state.js";
 
 const find = (selector) => document.querySelector(selector);
 const box = find("#message");
@@ -129,9 +129,12 @@ function show(view) {
   document.body.dataset.view = view;
   say("");
   refreshSend();
+  find("main").scrollTop = 0;
+  chat.bottom();
 }
 
 function changed(what) {
+  follow();
   if (what === "model") {
     find("#model").value = model().name;
     state.tokens = null;
@@ -168,9 +171,10 @@ function actions() {
   find("#actions").append(
     fresh,
     iconButton("link", "Copy a link to this prompt and these settings", async (button) => {
-      if (state.view === "chat") state.prompt = chat.last?.question ?? box.value.trim();
-      history.replaceState(null, "", address());
-      if (await copyText(location.href)) confirm(button, "link");
+      const prompt = state.view === "compare" ? state.prompt : (chat.last?.question ?? box.value.trim());
+      const link = address(prompt);
+      if (prompt.length > LONGEST_LINKED) say(`A link carries ${LONGEST_LINKED.toLocaleString("en")} characters of a prompt at most; this one has the settings only.`);
+      if (await copyText(link)) confirm(button, "link");
     }),
     tone,
     setting,
@@ -235,11 +239,13 @@ function start(facts) {
   wordsSet();
   compare.refresh();
   if (linked && asked && state.view === "chat") box.value = asked;
+  chat.restore();
   show(state.view);
   document.body.dataset.colour = state.colour;
   document.body.dataset.ready = "true";
   find("#hint").textContent = "Enter sends, Shift+Enter breaks the line";
   grow();
+  chat.bottom();
   box.focus();
 }
 
@@ -249,7 +255,7 @@ for (const tab of document.querySelectorAll("[role=tab]")) {
   tab.addEventListener("click", () => {
     if (busy && tab.dataset.view !== state.view) (state.view === "compare" ? compare : chat).stop();
     show(tab.dataset.view);
-    history.replaceState(null, "", address());
+    follow();
   });
 }
 box.addEventListener("input", grow);
@@ -264,5 +270,6 @@ find("#composer").addEventListener("submit", (event) => {
   if (busy) (state.view === "compare" ? compare : chat).stop();
   else submit();
 });
+addEventListener("hashchange", () => location.reload()); // another link was put into the address
 tooltips();
 info().then(start, (error) => say(error.message));

@@ -89,8 +89,8 @@ function tiles(trace, now, step, over) {
   const last = over ? reached : Math.min(trace.length, reached + SHOWN_AHEAD);
   const edges = new Set(trace.steps.slice(0, step).map((done) => done.start));
   for (let at = 0; at < last; at++) {
-    if (at === end) {
-      at = fold(out, trace, now, at, over ? reached : last, step) - 1;
+    if (at >= end && (over || now.written[at] !== null)) {
+      at = fold(out, trace, now, at, last, step) - 1;
       continue;
     }
     if (at && edges.has(at)) out.append(element("span", "edge"));
@@ -103,20 +103,31 @@ function tiles(trace, now, step, over) {
   return out;
 }
 
+<<<<<<< HEAD
 // One tile for the end of the answer and what stands directly after it; returns the position after it.
+=======
+// One tile for what is written from `from` on, at the end of the answer or behind it; returns the position after it. Once the
+// answer is over, all that stands behind its end is one tile, whatever was left open in between.
+>>>>>>> page
 function fold(out, trace, now, from, last, step) {
-  let to = from + 1;
-  while (to < last && now.written[to] !== null) to++;
-  const more = to - from - 1;
-  const made = element("span", "tok end", more ? `end, +${more}` : "end");
-  const written = now.written[from];
   const over = trace.finished && step >= trace.forwards;
-  const undecoded = over ? trace.length - last : 0;
+  let to = from + 1;
+  while (to < last && (over || now.written[to] !== null)) to++;
+  const run = now.written.slice(from, to);
+  const ends = from === trace.end(step);
+  const more = run.filter((written) => written !== null).length - (ends ? 1 : 0);
+  const made = element("span", "tok end", ends ? (more ? `end, +${more}` : "end") : `+${more}`);
+  const undecoded = over ? run.length - more - 1 + trace.length - last : 0;
   made.dataset.tip =
+<<<<<<< HEAD
     `Position ${from}: the end of the answer, forward ${written}` +
     (more ? `; ${more} more ${more === 1 ? "position" : "positions"} after it, which no longer count` : "") +
+=======
+    (ends ? `Position ${from}: the end of the answer, forward ${run[0]}` : `Behind the end of the answer, from position ${from}`) +
+    (more ? `; ${more} ${ends ? "more " : ""}${more === 1 ? "position" : "positions"}${ends ? " behind it" : ""}, which no longer count` : "") +
+>>>>>>> page
     (undecoded ? `; ${undecoded} were never decoded` : "");
-  if (now.written.slice(from, to).includes(step)) made.classList.add("now");
+  if (run.includes(step)) made.classList.add("now");
   out.append(made);
   return to;
 }

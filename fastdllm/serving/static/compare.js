@@ -6,7 +6,7 @@ import { curve, draw, element, grid, legend, sudoku } from "./canvas.js";
 import { confirm, iconButton } from "./icons.js";
 import { Player } from "./player.js";
 import { presetLine } from "./drawer.js";
-import { address, body, length, state } from "./state.js";
+import { body, follow as followAddress, length, state } from "./state.js";
 import { copyText, download } from "./files.js";
 
 const SIDES = ["a", "b"];
@@ -122,7 +122,7 @@ export class Compare {
 
   async race(prompt) {
     state.prompt = prompt;
-    history.replaceState(null, "", address());
+    followAddress();
     this._question();
     this.player.clear();
     this.prompt = prompt;

@@ -5,7 +5,7 @@ import { words } from "./api.js";
 import { element } from "./canvas.js";
 import { iconButton } from "./icons.js";
 import { PACES } from "./player.js";
-import { length, model, remember, state } from "./state.js";
+import { BOUNDS, length, model, remember, seed, state, temperature, within } from "./state.js";
 
 export class Drawer {
   // changed(what): called after every change, with the name of what was changed.
@@ -62,22 +62,21 @@ export class Drawer {
   _answer() {
     const part = section("Answer", "answer");
     const most = model().max_length - 1;
-    const number = (name, value, attributes, read) => {
+    const number = (name, shown, max = BOUNDS[name].max) => {
       const input = element("input");
-      Object.assign(input, { type: "number", value, ...attributes });
+      Object.assign(input, { type: "number", value: shown(), ...BOUNDS[name], max });
       input.addEventListener("change", () => {
         const given = Number(input.value);
-        if (input.value === "" || !Number.isFinite(given)) input.value = value;
-        else this._change(name, read(Math.min(Math.max(given, attributes.min ?? -Infinity), attributes.max ?? Infinity)));
-        if (name === "tokens") input.value = length();
+        if (input.value !== "" && Number.isFinite(given)) this._change(name, within(name, given));
+        input.value = shown();
       });
       return input;
     };
     const row = element("div", "fields");
     row.append(
-      field("New tokens", number("tokens", length(), { min: 1, max: most, step: 1 }, Math.round), `1 to ${most}, less the question`),
-      field("Temperature", number("temperature", state.temperature, { min: 0, max: 10, step: 0.1 }, (v) => v), "0 takes the likeliest token"),
-      field("Seed", number("seed", state.seed, { min: 0, max: 2 ** 31, step: 1 }, Math.round), "of the draws"),
+      field("New tokens", number("tokens", length, most), `1 to ${most}, less the question`),
+      field("Temperature", number("temperature", temperature), "0 takes the likeliest token"),
+      field("Seed", number("seed", seed), "of the draws"),
     );
     part.append(row, this._words());
     const system = element("textarea");
@@ -185,7 +184,9 @@ export class Drawer {
     const names = option.type === "bool" ? ["True", "False"] : option.choices;
     if (names?.length) {
       const select = element("select");
-      select.append(new Option(`default (${option.default ?? "none"})`, ""), ...names.map((name) => new Option(name, name)));
+      const usual = String(option.default ?? "default");
+      const others = names.filter((name) => name.toLowerCase() !== usual.toLowerCase());
+      select.append(new Option(names.find((name) => !others.includes(name)) ?? usual, ""), ...others.map((name) => new Option(name, name)));
       select.value = now[option.name] ?? "";
       select.addEventListener("change", () => set(option.name, select.value));
       return select;
@@ -219,8 +220,8 @@ export class Drawer {
       if (tone.value) document.documentElement.dataset.theme = tone.value;
       else delete document.documentElement.dataset.theme;
     });
-    row.append(field("Tokens are coloured by", colour), field("Pace", pace));
-    part.append(row, field("Light or dark", tone));
+    row.append(field("Pace", pace), field("Light or dark", tone));
+    part.append(field("Tokens are coloured by", colour), row);
     return part;
   }
 }

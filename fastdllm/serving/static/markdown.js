@@ -6,6 +6,7 @@ const INLINE = /`([^`\n]+)`|\*\*([^*\n]+)\*\*|__([^_\n]+)__|\*([^*\s][^*\n]*)\*|
 function element(name, ...children) {
   const made = document.createElement(name);
   made.append(...children);
+  if (["p", "li", "blockquote"].includes(name) || /^h\d/.test(name)) made.dir = "auto";
   return made;
 }
 

@@ -9,7 +9,7 @@ const NICE = [1, 2, 5, 10, 20, 50, 100];
 const VISIBLE = 0.12; // seconds that a forward shall be seen, where the pace is chosen here
 const LONGEST = 12; // and seconds that all may take
 
-export const PACES = [["auto", "Auto pace"], ["1", "Real time"], ...NICE.slice(1).map((n) => [String(n), `${n} times slower`])];
+export const PACES = [["auto", "Auto pace"], ["1", "Real time"], ...NICE.slice(1).map((n) => [String(n), `1/${n} speed`])];
 
 export class Player {
   // show: called with the forwards of each trace that are to be seen. pace: () -> "auto" or a factor.
@@ -32,6 +32,14 @@ export class Player {
     this.clear();
     Object.assign(this, { traces, live: true, onEnd });
     this.play();
+  }
+
+  // Stand at the end of traces that are over.
+  stand(traces) {
+    this.clear();
+    this.traces = traces;
+    this.time = this.end;
+    this._update();
   }
 
   // Nothing more will come.
@@ -141,6 +149,7 @@ export class Player {
     this._label.tabIndex = 0;
     this._select = element("select", "pace");
     this._select.setAttribute("aria-label", "Pace");
+    this._select.dataset.tip = "How fast forwards are shown. Auto slows down what could not be seen.";
     for (const [value, label] of PACES) this._select.append(new Option(label, value));
     this._select.value = this._pace();
     this._select.addEventListener("change", () => setPace(this._select.value));
@@ -164,7 +173,7 @@ export class Player {
     }
     this._label.textContent = this.traces.length ? this._moment(steps) : "";
     this._select.value = this._pace();
-    this._select.options[0].text = this._pace() === "auto" && this._auto > 1 ? `Auto, ${this._auto} times slower` : this._pace() === "auto" && this._auto ? "Auto, real time" : "Auto pace";
+    this._select.options[0].text = this._pace() === "auto" && this._auto > 1 ? `Auto, 1/${this._auto}` : PACES[0][1];
     if (key !== this._key || !this.traces.length) {
       this._key = key;
       this._show(steps);

@@ -59,12 +59,28 @@ export class Trace {
       if (at < this.length && token !== this._now.ids[at]) changes.push([at, token, event.confidence[i]]);
       if (event.ids[i] !== null) this.texts.set(token, event.tokens[i]);
     }
-    this.steps.push({ start: event.start, stop: event.stop, seconds: event.seconds, changes });
-    this.clock.push(this.clock[this.clock.length - 1] + event.seconds);
-    if (!this.opened.has(event.start)) this.opened.set(event.start, this.steps.length);
     this.shared = this.shared || event.rows > 1;
+    this._take({ start: event.start, stop: event.stop, seconds: event.seconds, changes });
+  }
+
+  _take(step) {
+    this.steps.push(step);
+    this.clock.push(this.clock[this.clock.length - 1] + step.seconds);
+    if (!this.opened.has(step.start)) this.opened.set(step.start, this.steps.length);
     this._play(this._now, this.steps.length);
     this.filled.push(this._now.written.filter((written) => written !== null).length);
+  }
+
+  // What `restored` makes the trace of again.
+  kept() {
+    const { about, steps, positions, text, reason, finished, shared } = this;
+    return { about, steps, positions, text, reason, finished, shared, texts: [...this.texts] };
+  }
+
+  static restored({ about, steps, texts, ...rest }) {
+    const made = Object.assign(new Trace(about), rest, { texts: new Map(texts) });
+    for (const step of steps) made._take(step);
+    return made;
   }
 
   get forwards() {

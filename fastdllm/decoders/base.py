@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 class DecoderRule(ABC):
     """What a decoder must offer.
 
-    needs: extra statistics of the head, of {"entropy", "margin"}, and "stops" for the tokens that end an answer.
+    needs: extra statistics of the head, of {"entropy", "margin"}, "attention" for how much positions of the block attend to
+        each other, and "stops" for the tokens that end an answer.
     probability: whether the rule compares the confidence with a probability, so that another confidence makes no sense.
     branches: contents of each row that run in the same forward. Branch 0 is the row's content, the others are tries.
     lossless: whether the tokens are those of another rule.

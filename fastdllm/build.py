@@ -214,7 +214,7 @@ def _check_decoder(config: DecodeConfig, name: str, cache: Any, decoder: Any, sa
         raise ValueError(f"{asking} asks shadow queries and needs cfg_scale=0")
     if "attention" in decoder.needs and decoder.shadow:
         raise ValueError(f"{asking} asks shadow queries and cannot ask for attention too")
-    if reuse and (decoder.branches > 1 or decoder.shadow or "attention" in decoder.needs):
+    if reuse and (decoder.branches > 1 or decoder.shadow or decoder.drafts or "attention" in decoder.needs):
         partly = f"reuse_k={config.reuse_k}" if config.reuse_k > 1 else f"cache={name!r}"
         raise ValueError(f"{asking} needs layers that run for whole passes; {partly} skips positions")
 
@@ -224,10 +224,12 @@ def _check_drafts(config: DecodeConfig, spec: ModelSpec) -> None:
     rule = config.name_of("decoder")
     if not registry.class_of(Kind.DECODERS, config.decoder).drafts:
         return
-    if not spec.causal_context:
+    in_blocks = registry.class_of(Kind.DECODERS, config.decoder).in_blocks
+    if not (bool(spec.block_causal and spec.shift) if in_blocks else spec.causal_context):
+        where = "blocks and a model that predicts the next token" if in_blocks else "a causal context"
         raise ValueError(
             f"decoder={rule!r} does not fit the family {spec.family!r}: drafts are verified by reading from left to right, "
-            "which needs a family with a causal context"
+            f"which needs a family with {where}"
         )
     if config.cfg_scale:
         raise ValueError(f"decoder={rule!r} gives the tokens of autoregressive decoding and needs cfg_scale=0")

@@ -160,7 +160,7 @@ def locate(spec: ModelSpec, canvas: Canvas, run: Decoding, plan: Plan, shape: Sh
     if run.block_causal:
         origin = plan.prompt[:, None] if run.grid_at_prompt else 0
         kv_len = torch.minimum(kv_len, block_end(wide.pos, run.block_causal, origin))
-    if run.causal:
+    if run.causal or run.decoder.drafts:
         kv_len = torch.where(wide.pos < plan.causal[:, None], torch.minimum(kv_len, wide.pos + 1), kv_len)
     hide = None if shape.dense else torch.stack([plan.hide_start, plan.hide_stop], 1)
     ids = canvas.x[plan.row[:, None], wide.pos]
@@ -231,7 +231,7 @@ def observe(model: Model, canvas: Canvas, own: Own, plan: Plan, where: Where, sc
     if "stops" in rule.needs:
         view.answer, view.stops = answer_of(plan, where.block), canvas.stops[plan.slot]
     if rule.drafts:
-        view.causal = reads_on(plan)
+        view.causal = reads_on(plan) | (plan.first_only > 0)  # one token of an opening pass is no draft
     if rule.shadow:
         view.unaware = torch.full_like(view.conf, torch.nan)
     if scored.unaware is not None:

@@ -91,10 +91,12 @@ class Layer(nn.Module):
 
     def _between(self, look: Look, q: Tensor, k: Tensor, window: Window) -> None:
         """Write what the queries q [R, W, H, D] attend to in the block's positions."""
-        query, limit = look.first[:, None] + look.source, window.kv_len.flatten()
-        look.out.copy_(
-            kernels.block_attention(q.flatten(0, 1), k, look.row, limit, window.max_kv_len, query, look.slot, hide=look.hide)
+        limit = window.kv_len.flatten()
+        query = (look.first[:, None] + look.source).clamp(max=len(limit) - 1)  # a padded one may point beyond the last piece
+        between = kernels.block_attention(
+            q.flatten(0, 1), k, look.row, limit, window.max_kv_len, query, look.slot, hide=look.hide
         )
+        look.out.copy_(between)
 
     def _norms(self) -> dict[str, Any]:
         """The arguments of the projection that normalise query and key heads, none where the family has no such norms."""

@@ -154,7 +154,7 @@ class Checked:
         predicted = window.pos + torch.where(ahead, 1, self.network.spec.shift)
         at = {(int(row), p): (r, w) for r, row in enumerate(window.row) for w, p in enumerate(predicted[r].tolist())}
         for r, slots in enumerate(look.slot.tolist()):
-            real = [j for j, slot in enumerate(slots) if slot < window.max_kv_len]
+            real = [j for j, slot in enumerate(slots) if slot == slots[0] + j < window.max_kv_len]  # without padding
             for i in real:
                 query = at.get((int(look.row[r]), slots[i]))  # none where it is not predicted in this pass
                 if query is not None:

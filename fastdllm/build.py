@@ -14,6 +14,7 @@ from fastdllm import fields, presets, registry
 from fastdllm.blocks import Block, Geometry, causal_aligned, grid_aligned, prompt_aligned, sliding
 from fastdllm.config import DecodeConfig
 from fastdllm.decoding import Decoding
+from fastdllm.discounted import Discounted
 from fastdllm.lossless import Over
 from fastdllm.models import Model
 from fastdllm.models.spec import ModelSpec
@@ -126,7 +127,8 @@ def assemble(model: Model, config: DecodeConfig) -> Decoding:
     geometry = _geometry(config, spec, size)
     name = config.name_of("cache")
     cache = configs.make(Kind.CACHES, config.cache, vars(config))
-    decoder = _several_steps(model, config, _decoder(model, config, geometry, size, cache))
+    decoder = _discounted(config, _decoder(model, config, geometry, size, cache))
+    decoder = _several_steps(model, config, decoder)
     sampler = Sampler(
         config.confidence, config.temperature, config.top_p, config.top_k, config.alg_temp, frozenset(decoder.needs)
     )
@@ -197,7 +199,10 @@ def _lookback(config: DecodeConfig, spec: ModelSpec) -> int:
 
 def _check_decoder(config: DecodeConfig, name: str, cache: Any, decoder: Any, sampler: Sampler, reuse: Any) -> None:
     """Raises ValueError where branches, shadows or a lossless decoder meet an option they cannot be combined with."""
-    asking = f"lossless={config.lossless}" if config.lossless != 1 else f"decoder={config.name_of('decoder')!r}"
+    asking = f"decoder={config.name_of('decoder')!r}"
+    if config.lossless != 1 or config.attention_discount:
+        several = f"lossless={config.lossless}"
+        asking = several if config.lossless != 1 else f"attention_discount={config.attention_discount}"
     if decoder.lossless and not cache.pure:
         raise ValueError(
             f"{asking} is lossless, but a forward under cache={name!r} depends on the steps before it; use another cache"
@@ -207,7 +212,9 @@ def _check_decoder(config: DecodeConfig, name: str, cache: Any, decoder: Any, sa
         raise ValueError(f"{asking} tries several branches and needs temperature=0, alg_temp=0, cfg_scale=0{random}")
     if decoder.shadow and config.cfg_scale:
         raise ValueError(f"{asking} asks shadow queries and needs cfg_scale=0")
-    if reuse and (decoder.branches > 1 or decoder.shadow):
+    if "attention" in decoder.needs and decoder.shadow:
+        raise ValueError(f"{asking} asks shadow queries and cannot ask for attention too")
+    if reuse and (decoder.branches > 1 or decoder.shadow or decoder.drafts or "attention" in decoder.needs):
         partly = f"reuse_k={config.reuse_k}" if config.reuse_k > 1 else f"cache={name!r}"
         raise ValueError(f"{asking} needs layers that run for whole passes; {partly} skips positions")
 
@@ -217,10 +224,12 @@ def _check_drafts(config: DecodeConfig, spec: ModelSpec) -> None:
     rule = config.name_of("decoder")
     if not registry.class_of(Kind.DECODERS, config.decoder).drafts:
         return
-    if not spec.causal_context:
+    in_blocks = registry.class_of(Kind.DECODERS, config.decoder).in_blocks
+    if not (bool(spec.block_causal and spec.shift) if in_blocks else spec.causal_context):
+        where = "blocks and a model that predicts the next token" if in_blocks else "a causal context"
         raise ValueError(
             f"decoder={rule!r} does not fit the family {spec.family!r}: drafts are verified by reading from left to right, "
-            "which needs a family with a causal context"
+            f"which needs a family with {where}"
         )
     if config.cfg_scale:
         raise ValueError(f"decoder={rule!r} gives the tokens of autoregressive decoding and needs cfg_scale=0")
@@ -253,6 +262,19 @@ def _decoder(model: Model, config: DecodeConfig, geometry: Geometry, size: int, 
     if "counts" in missing:
         filled["counts"] = _counts(model, config, geometry, size, cache)
     return configs.make(Kind.DECODERS, config.decoder, vars(config), **filled)
+
+
+def _discounted(config: DecodeConfig, rule: Any) -> Any:
+    """The decoder, or with the option `attention_discount` what lowers the confidences that it sees."""
+    weight, name = config.attention_discount, registry.name_of(config.decoder)
+    if not weight:
+        return rule
+    if rule.branches > 1 or rule.shadow or rule.drafts:
+        why = "tries branches" if rule.branches > 1 else "remasks" if rule.shadow else "drafts"
+        raise ValueError(f"attention_discount={weight} does not go with decoder={name!r}, which {why}")
+    if config.confidence != "probability" or config.alg_temp:
+        raise ValueError(f"attention_discount={weight} lowers probabilities and needs confidence='probability', alg_temp=0")
+    return Discounted(rule, weight)
 
 
 def _several_steps(model: Model, config: DecodeConfig, rule: Any) -> Any:

@@ -112,6 +112,9 @@ class DecodeConfig:
         "Branches that save forwards and change no token; 1 is none, 0 as many as pay.",
         Bounds(0, at_most="block_length"),
     ] = 1
+    attention_discount: Annotated[
+        float, "Lowers a confidence by attention to what is committed with it (ADAS: 40); 0 is none.", Bounds(0)
+    ] = 0.0
     steps: Annotated[int | None, "Forwards for the whole answer, of decoder quota; default one a token.", Bounds(1)] = None
     schedule: Annotated[str | None, "How decoder quota spreads tokens over its steps.", Bounds(choices=tuple(SCHEDULES))] = (
         None

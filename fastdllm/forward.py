@@ -105,6 +105,28 @@ class Plan(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Look:
+    """The attention between the positions of R blocks, which the last layer of a forward is asked for.
+
+    The paper that first used it found no better layer (arXiv 2606.10829, table 6).
+
+    row: [R], the rows' places in the store.
+    first: [R], the first query of each row among all queries of the forward.
+    source: [R, Q], which query of its row, counted from that one, predicts each position of the block.
+    slot: [R, Q], the slots of the block's positions.
+    hide: [R, 2], slots that are not seen; None where all are.
+    out: [R, Q, Q] fp32, where it goes: how much the query that predicts i attends to the slot of j, the mean over heads.
+    """
+
+    row: Tensor
+    first: Tensor
+    source: Tensor
+    slot: Tensor
+    hide: Tensor | None
+    out: Tensor
+
+
+@dataclass(frozen=True)
 class Window:
     """What one forward recomputes and sees, as tensors (R rows of the batch, W positions each).
 
@@ -116,6 +138,7 @@ class Window:
     hide: [R, 2], slots that are not seen; None where all are.
     slot: [R, W], with shadows: where the keys and values go, if not to `pos`.
     swap: [R, W, 3], with shadows: the slots that a query sees in place of others (`kernels.attention`).
+    look: what to say of the attention between a block's positions; None where nobody asks.
     """
 
     row: Tensor
@@ -126,3 +149,4 @@ class Window:
     hide: Tensor | None = None
     slot: Tensor | None = None
     swap: Tensor | None = None
+    look: Look | None = None

@@ -176,7 +176,9 @@ def view(rule: DecoderRule, rows: int, width: int, kind: str = "spread", seed: i
     # Some tokens may not be remasked; of the others, most are doubtful where confidences are low.
     fixed = keep | (torch.rand(n, width, generator=g) < 0.3)
     check = (conf.flip(1) * 0.95).masked_fill(fixed, torch.nan) if rule.shadow else None
-    return View(ids, keep, top, conf, step, initial, MASK, entropy, margin, torch.arange(n), state, check)
+    toward = torch.rand(n, width, width, generator=g).softmax(2) if "attention" in rule.needs else None
+    slot = torch.arange(n)
+    return View(ids, keep, top, conf, step, initial, MASK, entropy, margin, slot, state, check, attention=toward)
 
 
 def part(v: View, index: Tensor) -> View:

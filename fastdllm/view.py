@@ -28,7 +28,10 @@ class View:
     state: the tensors that the decoder keeps from step to step.
     unaware: [R, Q] fp32, only if the decoder has a `shadow`: how likely the token at a position is when that position is
         masked and all others are not. NaN where the position may not be masked again.
-    causal: [R] bool, only if the decoder `drafts`: the pass was read from left to right, and verifies the drafts.
+    causal: [R] bool, only if the decoder `drafts`: the pass was read from left to right, and verifies the drafts; or it
+        opens a block, and gives its first token.
+    attention: [R, Q, Q] fp32, only if the decoder `needs` it: how much of its attention in the last layer the query that
+        predicts position i gives to position j, the mean over heads.
     answer, stops: [R, Q] bool and [R, n], only if the decoder `needs` "stops": the positions of the answer, and the tokens
         that end it.
     logits, score: only if the decoder has an `adjust`: [R, Q, V] fp32, and what turns logits into scores.
@@ -50,6 +53,7 @@ class View:
     unaware: Tensor | None = None
     causal: Tensor | None = None
     logprob: Tensor | None = None
+    attention: Tensor | None = None
     answer: Tensor | None = None
     stops: Tensor | None = None
     logits: Tensor | None = None

@@ -46,7 +46,8 @@ def test_few_combinations_are_refused() -> None:
     skip positions, drafts where nothing can verify them."""
     every = {(f, c, d) for f in FAMILIES for c in caches(f) for d in DECODERS}
     skipping = {(f, "top_rho", d) for f in ("llada", "dream") for d in ("draft_verify", "lopa", "wino")}
-    drafting = {(f, c, "self_speculate") for f in FAMILIES if f != "nemotron" for c in caches(f)}
+    home = {"self_speculate": "nemotron", "self_verify": "v2"}
+    drafting = {(f, c, d) for d in home for f in FAMILIES if f != home[d] for c in caches(f)}
     assert every - set(ALL) == skipping | drafting | {("v2", "sub_block", "draft_verify")}
 
 
@@ -74,7 +75,7 @@ def test_generation_ends_without_masks_and_keeps_the_prompt(family: str, turn: i
             assert torch.equal(sequence[: len(prompt)], prompt), (cache, decoder)
             assert len(sequence) == len(prompt) + 13
             assert not (sequence[len(prompt) :] == MASK).any(), (cache, decoder)
-            drafts = 13 if decoder == "self_speculate" else 0
+            drafts = 13 if decoder in ("self_speculate", "self_verify") else 0
             assert forwards <= 13 + 3 + drafts, (cache, decoder)  # a token each, and an opening of each block
 
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 class DecoderRule(ABC):
     """What a decoder must offer.
 
-    needs: extra statistics of the head, of {"entropy", "margin"}, and "stops" for the tokens that end an answer.
+    needs: extra statistics of the head, of {"entropy", "margin"}, "attention" for how much positions of the block attend to
+        each other, and "stops" for the tokens that end an answer.
     probability: whether the rule compares the confidence with a probability, so that another confidence makes no sense.
     branches: contents of each row that run in the same forward. Branch 0 is the row's content, the others are tries.
     lossless: whether the tokens are those of another rule.
@@ -36,6 +37,7 @@ class DecoderRule(ABC):
         Where that is not NaN the rule may write the mask again. One branch only.
     drafts: whether what the rule writes is a draft. It stays open until a pass from left to right (`view.causal`), in which
         the rule keeps the drafts that the model takes. For families that read their context causally; one branch only.
+    in_blocks: whether drafts are verified within the blocks of a block-causal family that predicts the next token instead.
     per_request: options that a request may replace by its own number. In `step` they are columns [R, 1] then, floats
         otherwise (`view.rows` gives [R] of either).
     """
@@ -46,6 +48,7 @@ class DecoderRule(ABC):
     lossless: ClassVar[bool] = False
     shadow: ClassVar[bool] = False
     drafts: ClassVar[bool] = False
+    in_blocks: ClassVar[bool] = False
     per_request: ClassVar[tuple[str, ...]] = ()
 
     # Optional. state(width, vocab, device, rows) -> tensors kept from step to step, first dimension `rows` (index them with

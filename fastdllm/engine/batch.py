@@ -63,10 +63,11 @@ class Batch:
                 skipped = (turn.width - turn.fresh) * len(run.reuse.layers)
                 row.reuse.took(turn.fresh == turn.width, drifted)
             row.cost.add(positions, positions * layers - skipped)
-            if run.decoder.drafts and not turn.work.causal:
+            if run.decoder.drafts and not turn.work.causal and not row.opening:
                 row.draft()
             else:
-                row.advance(remaining, bool(stopped), bool(first_masked), turn.work.stop * run.decoder.drafts)
+                slides = run.decoder.drafts and not run.decoder.in_blocks
+                row.advance(remaining, bool(stopped), bool(first_masked), turn.work.stop * slides)
 
 
 def batches(rows: list[Row], run: Decoding, shift: int, packs: bool) -> Iterator[Batch]:
@@ -144,7 +145,9 @@ def sees_alike(turn: Turn, run: Decoding) -> bool:
     """Whether all queries of a pass see the same: in a bidirectional model always, in a block-causal one within a block, in
     one that reads its context causally within the open block."""
     work, size = turn.work, run.block_causal
+    if work.causal:
+        return False
     if run.causal:
-        return not work.causal and work.start >= turn.row.block.outer_start
+        return work.start >= turn.row.block.outer_start
     origin = turn.row.block.prompt if run.grid_at_prompt else 0
     return not size or block_end(work.start, size, origin) == block_end(work.stop - 1, size, origin)

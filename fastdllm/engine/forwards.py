@@ -8,6 +8,7 @@ guidance. Tensors of a step hold the lanes of a row as neighbours, [R * lanes, .
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdllm.decoding import Decoding
-from fastdllm.forward import PIECE, Plan, Shape, Window
+from fastdllm.forward import PIECE, Look, Plan, Shape, Window
 from fastdllm.reuse.base import Work
 from fastdllm.store import Canvas, KVStore
 from fastdllm.view import repeat
@@ -73,11 +74,22 @@ def first_branch(network: Network, ids: Tensor, window: Window, store: KVStore, 
     lead = slice(None, None, lanes)
     hide = None if window.hide is None else window.hide[lead]
     row, pos = window.row[lead], window.pos[lead]
-    hidden = network(ids[lead], Window(row, pos, window.kv_len[lead], window.max_kv_len, window.dense, hide))
+    look = window.look and lead_of(window.look, lanes, pos.shape[1])
+    hidden = network(ids[lead], Window(row, pos, window.kv_len[lead], window.max_kv_len, window.dense, hide, look=look))
+    if window.look is not None:
+        window.look.out.copy_(of_first(window.look.out, lanes))
     for branch in range(1, lanes):
         for kv in (store.k, store.v):
             kv[:, window.row[branch::lanes, None], :, pos] = kv[:, row[:, None], :, pos]
     return repeat(hidden, lanes)
+
+
+def lead_of(look: Look, lanes: int, width: int) -> Look:
+    """What is asked of the first lane of each row, in a forward of those alone."""
+    lead = slice(None, None, lanes)
+    row, source, slot, out = look.row[lead], look.source[lead], look.slot[lead], look.out[lead]
+    hide = None if look.hide is None else look.hide[lead]
+    return Look(row, torch.arange(len(row), device=row.device) * width, source, slot, hide, out)
 
 
 def packed(network: Network, ids: Tensor, window: Window, lengths: Tensor, count: int, scratch: Tensor) -> Tensor:
@@ -98,6 +110,7 @@ def packed(network: Network, ids: Tensor, window: Window, lengths: Tensor, count
     pos = torch.where(at < lengths[member, None], window.pos[index], scratch[member, None])
     hide = None if window.hide is None else window.hide[member]
     kv_len = window.kv_len[index]
-    hidden = network(ids[index], Window(window.row[member], pos, kv_len, window.max_kv_len, window.dense, hide))
+    look = window.look and replace(window.look, first=first * PIECE)
+    hidden = network(ids[index], Window(window.row[member], pos, kv_len, window.max_kv_len, window.dense, hide, look=look))
     back = (first * PIECE)[:, None] + torch.arange(width, device=ids.device)
     return hidden.flatten(0, 1)[back.clamp(max=count * PIECE - 1)]

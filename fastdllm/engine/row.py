@@ -196,8 +196,14 @@ class Row:
             opening = self._after_clean(opening)
         p = opening or run.cache.step(self.block, Progress(self.denoised, self.outer_step, self.first_masked))
         if run.decoder.drafts and not opening:  # the pass that drafts, and again from left to right the one that verifies
-            return replace(p, causal=self.drafted or self.remaining < 2)
+            return self._verifying(p) if self.drafted or self.remaining < 2 else p
         return replace(p, start=min(p.start, self.block.start - run.lookback)) if run.lookback else p
+
+    def _verifying(self, p: Pass) -> Pass:
+        """The pass `p` from left to right, in a block-causal family without the finished blocks, which are not read so."""
+        if self.block.grid:
+            p = replace(p, start=self.block.outer_start, stop=self.block.stop, read=self.block.stop)
+        return replace(p, causal=True)
 
     def _after_clean(self, opening: Pass) -> Pass:
         """The pass without what an earlier request computed; it makes the blocks before this one clean."""
@@ -217,10 +223,14 @@ class Row:
         return Plan(
             row=place.row, lane=place.size, slot=place.slot, scratch=place.scratch, start=work.start, stop=work.stop,
             read=work.read, hide_start=work.hide[0], hide_stop=work.hide[1],
-            causal=work.stop if work.causal else block.outer_start, visible_end=block.visible_end,
+            causal=self._causal(work), visible_end=block.visible_end,
             first=self.first, end=block.stop, prompt=block.prompt, first_only=int(bool(shift and self.opening)),
             step=self.step, forward=self.cost.forwards + 1, initial=self.initial, fresh=fresh or 0,
         )  # fmt: skip
+
+    def _causal(self, work: Pass) -> int:
+        """Positions before it see none after themselves; the context does so in families that read it causally."""
+        return work.stop if work.causal else 0 if self.block.reread is None else self.block.outer_start
 
     def draft(self) -> None:
         """Take in that a forward drafted the block's tokens."""
@@ -242,7 +252,7 @@ class Row:
         self.step += 1
         self.denoised += not self.opening
         self.outer_step += not self.opening
-        self.opening = False
+        self.opening = self.drafted = False
         self.committed, self.remaining = self.remaining - remaining, remaining
         self.first_masked = first_masked and self.block.start >= self.block.prompt
         self.stopped = stopped

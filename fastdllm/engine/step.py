@@ -18,7 +18,7 @@ from torch import Tensor
 from fastdllm.decoding import Decoding
 from fastdllm.engine.forwards import fan_out, forward, of_first
 from fastdllm.engine.shadows import Widened, widen
-from fastdllm.forward import Plan, Shape, Window
+from fastdllm.forward import Look, Plan, Shape, Window
 from fastdllm.sampling import Sampler, Scores, guide
 from fastdllm.store import Canvas, block_end, span
 from fastdllm.view import View, ends
@@ -160,7 +160,7 @@ def locate(spec: ModelSpec, canvas: Canvas, run: Decoding, plan: Plan, shape: Sh
     if run.block_causal:
         origin = plan.prompt[:, None] if run.grid_at_prompt else 0
         kv_len = torch.minimum(kv_len, block_end(wide.pos, run.block_causal, origin))
-    if run.causal:
+    if run.causal or run.decoder.drafts:
         kv_len = torch.where(wide.pos < plan.causal[:, None], torch.minimum(kv_len, wide.pos + 1), kv_len)
     hide = None if shape.dense else torch.stack([plan.hide_start, plan.hide_stop], 1)
     ids = canvas.x[plan.row[:, None], wide.pos]
@@ -174,9 +174,18 @@ def locate(spec: ModelSpec, canvas: Canvas, run: Decoding, plan: Plan, shape: Sh
     learnt = (block < plan.end[:, None]) & (source >= 0) & (by < plan.stop[:, None])
     # A shifted model's opening pass ends where the block starts, or discards the rest as published: the first token only.
     learnt &= (block == plan.first[:, None]) | (plan.first_only == 0)[:, None]
-    window = Window(plan.row, wide.pos, kv_len, shape.max_kv_len, shape.dense, hide, wide.slot, wide.swap)
+    source = source.clamp(0, shape.width - 1)
+    look = between(plan, source, block, hide, shape.width) if "attention" in run.decoder.needs else None
+    window = Window(plan.row, wide.pos, kv_len, shape.max_kv_len, shape.dense, hide, wide.slot, wide.swap, look)
     before, masked = (tensor[plan.row[:, None], block] for tensor in (canvas.x, canvas.masked))
-    return Where(window, ids, block, before, masked, source.clamp(0, shape.width - 1), learnt)
+    return Where(window, ids, block, before, masked, source, learnt)
+
+
+def between(plan: Plan, source: Tensor, block: Tensor, hide: Tensor | None, width: int) -> Look:
+    """Ask for the attention between the positions of block [R, Q], which the positions source [R, Q] of a pass predict."""
+    rows, size = block.shape
+    out = torch.zeros(rows, size, size, dtype=torch.float32, device=block.device)
+    return Look(plan.row, torch.arange(rows, device=block.device) * width, source, block, hide, out)
 
 
 def reads_on(plan: Plan) -> Tensor:
@@ -216,10 +225,13 @@ def observe(model: Model, canvas: Canvas, own: Own, plan: Plan, where: Where, sc
         view.rescore(rule.adjust(view, scored.logits.float().masked_fill(model.banned, -torch.inf)))
     if rule.branches > 1:
         view.logprob = torch.where(open_now, view.logprob, canvas.logprobs[row, where.block])
+    if where.window.look is not None:  # under guidance, of the lane that sees the prompt
+        between = where.window.look.out
+        view.attention = of_first(between, 2) if "cfg_scale" in own.numbers else between
     if "stops" in rule.needs:
         view.answer, view.stops = answer_of(plan, where.block), canvas.stops[plan.slot]
     if rule.drafts:
-        view.causal = reads_on(plan)
+        view.causal = reads_on(plan) | (plan.first_only > 0)  # one token of an opening pass is no draft
     if rule.shadow:
         view.unaware = torch.full_like(view.conf, torch.nan)
     if scored.unaware is not None:

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from fastdllm.kernels.accept import reference as _accept
 from fastdllm.kernels.attention import reference as _attention
+from fastdllm.kernels.block_attention import reference as _block_attention
 from fastdllm.kernels.confidence import reference as _confidence
 from fastdllm.kernels.confidence.reference import Confidence
+from fastdllm.kernels.discount import reference as _discount
 from fastdllm.kernels.linear import reference as _linear
 from fastdllm.kernels.linear.reference import quantize_weight
 from fastdllm.kernels.partial import reference as _partial
@@ -72,9 +74,11 @@ linear_silu_mul = dispatch(_silu_mul.linear_silu_mul)
 linear_rope_store = dispatch(_rope_store.linear_rope_store)
 # Triton multiplies fp32 outside the matrix unit and takes half a minute to compile it; the library has both.
 attention = dispatch(_attention.attention, library=torch.float32)
+block_attention = dispatch(_block_attention.block_attention, library=torch.float32)
 confidence = dispatch(_confidence.confidence)
 head_confidence = dispatch(_confidence.head_confidence)
 accept = dispatch(_accept.accept)
+discount = dispatch(_discount.discount)
 drift = dispatch(_partial.drift)
 pick = dispatch(_partial.pick)
 merge = dispatch(_partial.merge)
@@ -84,7 +88,9 @@ __all__ = [
     "Picked",
     "accept",
     "attention",
+    "block_attention",
     "confidence",
+    "discount",
     "drift",
     "head_confidence",
     "linear",

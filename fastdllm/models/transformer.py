@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdllm import kernels
-from fastdllm.forward import Window
+from fastdllm.forward import Look, Window
 from fastdllm.models.rope import frequencies
 from fastdllm.models.spec import ModelSpec
 from fastdllm.store import KVStore
@@ -79,6 +79,8 @@ class Layer(nn.Module):
         q = kernels.linear_rope_store(
             y, qkv.weight, spec.heads, spec.kv_heads, cos, sin, pos, row, k, v, qkv.scale, qkv.bias, slot, **self._norms()
         )  # [R, W, H, D]
+        if window.look is not None and index == spec.layers - 1:
+            self._between(window.look, q, k, window)
         y = kernels.attention(
             q, k, v, row, window.kv_len, window.max_kv_len, hide=window.hide, dense=window.dense, swap=window.swap
         )
@@ -86,6 +88,15 @@ class Layer(nn.Module):
         inner = kernels.linear_silu_mul(y, self.gate_up.weight, self.gate_up.scale)
         y = self._routed(y, inner) if spec.experts else inner
         return kernels.linear_rmsnorm(y, down.weight, next_norm, spec.rms_eps, h, down.scale)
+
+    def _between(self, look: Look, q: Tensor, k: Tensor, window: Window) -> None:
+        """Write what the queries q [R, W, H, D] attend to in the block's positions."""
+        limit = window.kv_len.flatten()
+        query = (look.first[:, None] + look.source).clamp(max=len(limit) - 1)  # a padded one may point beyond the last piece
+        between = kernels.block_attention(
+            q.flatten(0, 1), k, look.row, limit, window.max_kv_len, query, look.slot, hide=look.hide
+        )
+        look.out.copy_(between)
 
     def _norms(self) -> dict[str, Any]:
         """The arguments of the projection that normalise query and key heads, none where the family has no such norms."""

@@ -39,7 +39,12 @@ def job(rng: random.Random, family: str) -> tuple[tuple[tuple[int, ...], ...], t
     if decoder not in ("draft_verify", "lopa"):  # those are deterministic
         if rng.random() < 0.3:
             options |= {"temperature": rng.choice([0.3, 1.0]), "seed": rng.randint(0, 9), "top_p": rng.choice([None, 0.9])}
-        elif cache_name == "none" and family != "v2" and decoder not in ("wino", "self_speculate") and rng.random() < 0.5:
+        elif (
+            cache_name == "none"
+            and family != "v2"
+            and decoder not in ("wino", "self_speculate", "self_verify")
+            and rng.random() < 0.5
+        ):
             options["cfg_scale"] = 0.7
     if family == "v2":
         options["small_block_size"] = rng.choice([4, 8])

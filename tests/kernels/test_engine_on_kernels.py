@@ -25,6 +25,7 @@ SETTINGS = [
     ("dream", {"cache": "vicinity", "decoder": "lopa", "gen_length": 4}),
     ("dream", {"cache": "dual", "decoder": "wino"}),  # shadows
     ("dream", {"cfg_scale": 0.5, "decoder": "factor"}),
+    ("dream", {"cache": "suffix_window", "suffix": 4, "threshold": 0.3, "attention_discount": 20}),  # between positions
     ("v2", {"cache": "sub_block", "decoder": "entropy_bound", "small_block_size": 4, "block_length": 8} | PACKED),
 ]
 

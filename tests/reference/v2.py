@@ -90,3 +90,65 @@ def generate(
             if answer_ended():
                 return finished()
     return finished()
+
+
+class Blocks:
+    """A sequence whose finished blocks are read in both directions and kept, and after them from left to right."""
+
+    def __init__(self, net: PlainNetwork, prompt: Tensor, size: int) -> None:
+        self.net, self.x, self.size = net, prompt.clone(), size
+        self.past: dict = {}
+        self.start = 0
+        self.last = None
+        self.commit()
+
+    def commit(self) -> None:
+        """Read all blocks that are full; the last logit gives the next block's first token."""
+        end = len(self.x) // self.size * self.size
+        if end > self.start:
+            new: dict = {}
+            self.last = self.net(self.x[self.start : end], self.start, append_to(self.past, new))[-1]
+            self.past, self.start = new, end
+            if len(self.x) == end:
+                self.take(self.last.argmax())
+
+    def take(self, token: Tensor) -> None:
+        self.x = torch.cat([self.x, token[None]])
+
+    def read(self, ids: Tensor, causal: bool) -> Tensor:
+        """What follows each of ids, the tokens after the finished blocks."""
+        return self.net(ids, self.start, append_to(self.past), causal=causal)
+
+
+def left_to_right(net: PlainNetwork, prompt: Tensor, *, length: int, block_size: int) -> list[int]:
+    """One token after the other: within a block from left to right, finished blocks in both directions."""
+    seq = Blocks(net, prompt, block_size)
+    while len(seq.x) < len(prompt) + length:
+        seq.take(seq.read(seq.x[seq.start :], causal=True)[-1].argmax())
+        if len(seq.x) < len(prompt) + length:
+            seq.commit()
+    return seq.x[: len(prompt) + length].tolist()
+
+
+def self_verify(
+    net: PlainNetwork, prompt: Tensor, *, length: int, block_size: int, small_block_size: int
+) -> tuple[list[int], int]:
+    """Drafts of a sub-block's masks, each verified (S2D2, arXiv 2603.25702, greedy): tokens, and forwards."""
+    before, total = net.forwards, len(prompt) + length
+    seq = Blocks(net, prompt, block_size)
+    while len(seq.x) < total:
+        known = len(seq.x)
+        end = min(known // small_block_size * small_block_size + small_block_size, total)
+        masks = torch.full((seq.start + block_size - known,), net.spec.mask_id)
+        content = torch.cat([seq.x[seq.start :], masks])
+        at, stop = known - seq.start, end - seq.start
+        if stop - at > 1:
+            content[at:stop] = shifted(seq.read(content, causal=False))[at:stop].argmax(-1)
+        taken = shifted(seq.read(content[:stop], causal=True)).argmax(-1)
+        for i in range(at, stop):
+            seq.take(taken[i])
+            if content[i] != taken[i]:
+                break
+        if len(seq.x) < total:
+            seq.commit()
+    return seq.x[:total].tolist(), net.forwards - before

@@ -32,26 +32,29 @@ def attention(
     swap: [R, W, 3] int64 (start, stop, instead); the query does not see slots [start, stop) but as many from `instead` on in
         their place, whatever its kv_len; start = stop changes nothing. `hide` holds for both.
     """
-    k, v = k_store[:, :, :max_kv_len], v_store[:, :, :max_kv_len]
+    k, v = rows_of(k_store, row, max_kv_len), rows_of(v_store, row, max_kv_len)
     query = q.transpose(1, 2)
     if dense:
-        if len(row) != 1 or len(k_store) != 1:
-            k, v = k[row], v[row]
         out = F.scaled_dot_product_attention(query, k, v, scale=scale, enable_gqa=True)
         return out.transpose(1, 2)
-    mask = _visible(kv_len, hide, max_kv_len, swap)
-    k, v = k[row], v[row]
+    mask = visible(kv_len, hide, max_kv_len, swap)
     # What no query of a row sees may be another row's, or left over from an earlier one. NaN there would get through the
     # mask: NaN - inf and 0 * NaN are NaN. On a CPU, where no one waits for the answer, looking costs less than clearing.
     if not (k.is_cpu and torch.isfinite(k.sum() + v.sum())):
         unseen = ~mask.any(1)[:, None, :, None]
-        k, v = k.masked_fill_(unseen, 0), v.masked_fill_(unseen, 0)
+        k, v = k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
     out = F.scaled_dot_product_attention(query, k, v, mask.unsqueeze(1), scale=scale, enable_gqa=True)
     # A query that sees nothing has no softmax; its output is defined as zero rather than left to the backend.
     return out.transpose(1, 2).masked_fill(~mask.any(-1)[:, :, None, None], 0)
 
 
-def _visible(kv_len: Tensor, hide: Tensor | None, max_kv_len: int, swap: Tensor | None) -> Tensor:
+def rows_of(store: Tensor, row: Tensor, max_kv_len: int) -> Tensor:
+    """The rows' first `max_kv_len` slots, [R, K, max_kv_len, D]; a view where the store has one row only."""
+    slots = store[:, :, :max_kv_len]
+    return slots if len(row) == len(store) == 1 else slots[row]
+
+
+def visible(kv_len: Tensor, hide: Tensor | None, max_kv_len: int, swap: Tensor | None = None) -> Tensor:
     """[R, W, max_kv_len] bool: which slots each query sees."""
     slot = torch.arange(max_kv_len, device=kv_len.device)
     seen = slot < kv_len.unsqueeze(-1)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Confidences, lowered by attention to what would be committed with them."""

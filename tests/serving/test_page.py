@@ -82,6 +82,7 @@ def test_the_files_name_no_other_server_and_write_no_markup() -> None:
         assert set(re.findall(r"https?://[\w.]+", text)) <= {"http://www.w3.org"}, file.name
         for word in MARKUP:
             assert word not in text, f"{word} in {file.name}"
+        assert not re.search(r"^(<{7}|={7}|>{7})", text, re.MULTILINE), f"a merge was left open in {file.name}"
 
 
 def test_an_unknown_file_is_an_error_in_the_format_of_the_server(client: TestClient) -> None:

@@ -103,12 +103,8 @@ function tiles(trace, now, step, over) {
   return out;
 }
 
-<<<<<<< HEAD
-// One tile for the end of the answer and what stands directly after it; returns the position after it.
-=======
-// One tile for what is written from `from` on, at the end of the answer or behind it; returns the position after it. Once the
-// answer is over, all that stands behind its end is one tile, whatever was left open in between.
->>>>>>> page
+// One tile for what is written from `from` on, at the end of the answer or after it; returns the position after it. Once the
+// answer is over, all that stands after its end is one tile, whatever was left open in between.
 function fold(out, trace, now, from, last, step) {
   const over = trace.finished && step >= trace.forwards;
   let to = from + 1;
@@ -119,13 +115,8 @@ function fold(out, trace, now, from, last, step) {
   const made = element("span", "tok end", ends ? (more ? `end, +${more}` : "end") : `+${more}`);
   const undecoded = over ? run.length - more - 1 + trace.length - last : 0;
   made.dataset.tip =
-<<<<<<< HEAD
-    `Position ${from}: the end of the answer, forward ${written}` +
-    (more ? `; ${more} more ${more === 1 ? "position" : "positions"} after it, which no longer count` : "") +
-=======
-    (ends ? `Position ${from}: the end of the answer, forward ${run[0]}` : `Behind the end of the answer, from position ${from}`) +
-    (more ? `; ${more} ${ends ? "more " : ""}${more === 1 ? "position" : "positions"}${ends ? " behind it" : ""}, which no longer count` : "") +
->>>>>>> page
+    (ends ? `Position ${from}: the end of the answer, forward ${run[0]}` : `After the end of the answer, from position ${from}`) +
+    (more ? `; ${more} ${ends ? "more " : ""}${more === 1 ? "position" : "positions"}${ends ? " after it" : ""}, which no longer count` : "") +
     (undecoded ? `; ${undecoded} were never decoded` : "");
   if (run.includes(step)) made.classList.add("now");
   out.append(made);

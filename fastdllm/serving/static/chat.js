@@ -200,13 +200,8 @@ export class Chat {
     const now = figures(turn.trace, step);
     const tokens = now.tokens ? `${count(now.tokens, "token")} in ` : "";
     turn.figures.textContent = `${tokens}${count(step, "forward")}${now.tokens ? `, ${now.each} per forward` : ""}, ${now.seconds} s`;
-<<<<<<< HEAD
     turn.figures.dataset.tip = "A forward is one call of the model, which predicts every open position at once. The seconds are those of the forwards only.";
-    if (turn === this.last) this._bottom();
-=======
-    turn.figures.dataset.tip = "A forward is one call of the model, which predicts every open position at once. The seconds are those of the forwards alone.";
     if (turn === this.last) this._follow();
->>>>>>> page
   }
 
   _over(turn) {

@@ -32,20 +32,28 @@ def attention(
     swap: [R, W, 3] int64 (start, stop, instead); the query does not see slots [start, stop) but as many from `instead` on in
         their place, whatever its kv_len; start = stop changes nothing. `hide` holds for both.
     """
-    k, v = rows_of(k_store, row, max_kv_len), rows_of(v_store, row, max_kv_len)
     query = q.transpose(1, 2)
     if dense:
+        k, v = rows_of(k_store, row, max_kv_len), rows_of(v_store, row, max_kv_len)
         out = F.scaled_dot_product_attention(query, k, v, scale=scale, enable_gqa=True)
         return out.transpose(1, 2)
     mask = visible(kv_len, hide, max_kv_len, swap)
-    # What no query of a row sees may be another row's, or left over from an earlier one. NaN there would get through the
-    # mask: NaN - inf and 0 * NaN are NaN. On a CPU, where no one waits for the answer, looking costs less than clearing.
-    if not (k.is_cpu and torch.isfinite(k.sum() + v.sum())):
-        unseen = ~mask.any(1)[:, None, :, None]
-        k, v = k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
+    k, v = (_cleared(store[:, :, :max_kv_len][row], ~mask.any(1)) for store in (k_store, v_store))
     out = F.scaled_dot_product_attention(query, k, v, mask.unsqueeze(1), scale=scale, enable_gqa=True)
     # A query that sees nothing has no softmax; its output is defined as zero rather than left to the backend.
     return out.transpose(1, 2).masked_fill(~mask.any(-1)[:, :, None, None], 0)
+
+
+def _cleared(slots: Tensor, unseen: Tensor) -> Tensor:
+    """`slots` [R, K, T, D], with zeros where no query of the row sees them [R, T]; changed in place.
+
+    They may be another row's, or left over from an earlier one, and NaN there would get through the mask: NaN - inf and
+    0 * NaN are NaN.
+    """
+    if slots.is_cpu:  # writes only where it must; on a GPU this would wait for the device
+        slots.transpose(1, 2)[unseen] = 0
+        return slots
+    return slots.masked_fill_(unseen[:, None, :, None], 0)
 
 
 def rows_of(store: Tensor, row: Tensor, max_kv_len: int) -> Tensor:

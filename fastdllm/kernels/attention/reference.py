@@ -50,9 +50,6 @@ def _cleared(slots: Tensor, unseen: Tensor) -> Tensor:
     They may be another row's, or left over from an earlier one, and NaN there would get through the mask: NaN - inf and
     0 * NaN are NaN.
     """
-    if slots.is_cpu:  # writes only where it must; on a GPU this would wait for the device
-        slots.transpose(1, 2)[unseen] = 0
-        return slots
     return slots.masked_fill_(unseen[:, None, :, None], 0)
 
 

@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import PurePath
 from typing import Any
 
 
@@ -104,12 +105,13 @@ def member(kind: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """`repr` for a message: one line, cut where it is long (somebody may hand over a tensor)."""
+    """`repr` for a message: one line, cut where it is long (somebody may hand over a tensor, and a path must be whole)."""
     try:
         text = " ".join(repr(value).split())
     except Exception:  # of somebody's class; it must not hide what is wrong with the value
         text = f"<{type(value).__name__}>"
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    most = 300 if isinstance(value, str | PurePath) else 60
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def coerce(name: str, value: Any, kind: Any) -> Any:

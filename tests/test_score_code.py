@@ -202,7 +202,11 @@ def test_the_scorer_passes_164_of_164(tmp_path: Path) -> None:
             "",
         ),
         ("import os\nwhile os.write(1, b'x' * 4096): pass", "timed out", ""),
-        ("import os\nassert os.listdir('.') == []\nopen('a', 'w').write('b')\nassert open('a').read() == 'b'", "passed", ""),
+        (
+            "import os\nassert not any(map(os.path.isfile, os.listdir()))\nopen('a', 'w').write('b')\nassert open('a').read() == 'b'",
+            "passed",
+            "",
+        ),
         ("import threading\nthreading.Thread(target=threading.Event().wait).start()", "passed", ""),
         ("import dataclasses\n@dataclasses.dataclass\nclass A:\n    x: 'int' = 1\nassert A() == A(1)", "passed", ""),
         ("if __name__ == '__main__': 1 / 0", "passed", ""),

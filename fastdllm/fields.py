@@ -12,7 +12,6 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from pathlib import PurePath
 from typing import Any
 
 
@@ -104,13 +103,12 @@ def member(kind: Any) -> Any:
     return kind
 
 
-def shown(value: Any) -> str:
-    """`repr` for a message: one line, cut where it is long (somebody may hand over a tensor, and a path must be whole)."""
+def shown(value: Any, most: int = 60) -> str:
+    """`repr` for a message: one line, cut to `most` characters (somebody may hand over a tensor)."""
     try:
         text = " ".join(repr(value).split())
     except Exception:  # of somebody's class; it must not hide what is wrong with the value
         text = f"<{type(value).__name__}>"
-    most = 300 if isinstance(value, str | PurePath) else 60
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 

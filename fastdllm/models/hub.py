@@ -13,6 +13,7 @@ TINY = Path(__file__).parent.parent / "tiny"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ["*.json", "adapter_model.safetensors", "merges.txt", "*.jinja"]
 PUBLISHED_FILES = ["*.json", "*.safetensors", "merges.txt", "*.jinja"]
+PATH = 300  # characters of a name in a message: a path must be whole
 
 
 def tiny_names() -> list[str]:
@@ -37,7 +38,7 @@ def find_folder(name: str, revision: str | None = None) -> Path:
     shipped = ", ".join(tiny_names())
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or "\0" in name:
         raise FileNotFoundError(
-            f"model {shown(name)} is neither a folder nor a shipped name ({shipped}) nor a hub id 'owner/name'"
+            f"model {shown(name, PATH)} is neither a folder nor a shipped name ({shipped}) nor a hub id 'owner/name'"
         )
     return _check_folder(name, _download(name, revision, f"a folder, or a shipped name ({shipped}), works offline"))
 
@@ -49,7 +50,7 @@ def find_adapter(name: str) -> Path:
     path = Path(name).expanduser()
     if not _is_folder(path):
         if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")) or "\0" in str(name):
-            raise FileNotFoundError(f"adapter={shown(str(name))} is neither a folder nor a hub id 'owner/name'")
+            raise FileNotFoundError(f"adapter={shown(str(name), PATH)} is neither a folder nor a hub id 'owner/name'")
         path = _download(str(name), None, "a folder works offline", ADAPTER_FILES)
     if not (path / ADAPTER_CONFIG).exists():
         raise FileNotFoundError(f"adapter={str(name)!r}: the folder has no adapter_config.json")

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastdllm.fields import shown
+
 LFS = b"version https://git-lfs"
 LARGEST = 2**30  # bytes of a file that is read whole; published ones have some 20 million
 MISSING: Any = object()
@@ -144,7 +146,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except ValueError as error:  # a number of more digits than Python converts, a name with two values
         raise error if str(path) in str(error) else ValueError(f"{path}: {path.name} is not valid JSON ({error})") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: {path.name} holds {_shown(value)}, not a JSON object")
+        raise ValueError(f"{path}: {path.name} holds {shown(value)}, not a JSON object")
     return value
 
 
@@ -155,13 +157,8 @@ def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         return fields
     for name, value in pairs:
         if fields[name] != value:
-            raise ValueError(f"the name {name!r} is there twice, with {_shown(value)} and {_shown(fields[name])}")
+            raise ValueError(f"the name {name!r} is there twice, with {shown(value)} and {shown(fields[name])}")
     return fields
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class Fields(Mapping[str, Any]):
@@ -189,7 +186,7 @@ class Fields(Mapping[str, Any]):
 
     def wrong(self, name: str, allowed: str) -> ValueError:
         """The error for a field whose value is not `allowed`."""
-        return ValueError(f"{self.where} has {name}={_shown(self._values.get(name))}; {allowed}")
+        return ValueError(f"{self.where} has {name}={shown(self._values.get(name))}; {allowed}")
 
     def _get(self, name: str, default: Any) -> Any:
         self._read.add(name)
@@ -271,7 +268,7 @@ class Fields(Mapping[str, Any]):
         for name in sorted(self.rest() - HARMLESS - harmless):
             value = self._values[name]
             if name not in NEUTRAL:
-                unknown.append(f"{name}={_shown(value)}")
+                unknown.append(f"{name}={shown(value)}")
             elif not any(type(value) is type(usual) and value == usual for usual in NEUTRAL[name]):
                 usual = " or ".join(map(repr, NEUTRAL[name])) or "null"
                 raise self.wrong(name, f"only {usual} is supported")

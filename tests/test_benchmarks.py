@@ -46,6 +46,18 @@ def test_the_benchmark_reports_what_was_decoded(name: str, tmp_path: Path, capsy
     assert f"x 1.000 of {earlier}" in capsys.readouterr().out  # the forwards of an answer do not vary
 
 
+def test_settings_are_measured_beside_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["cache=block", "cache=block,reuse_k=2,layer_subset=first"]
+    sets = [part for setting in settings for part in ("--set", setting)]
+    decode.main(["--cpu", "--models", "v2", "--gen", "32", "--prompts", "20", "--batches", "1", "2", *sets])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["v2"]
+    assert list(found) == [f"{setting} prompt20_batch{batch}" for batch in (1, 2) for setting in settings]
+    for batch in (1, 2):  # a fixed number of tokens a step: reuse saves layers, not forwards or positions
+        none, reuse = (found[f"{setting} prompt20_batch{batch}"] for setting in settings)
+        assert none["positions_per_token"] > 1
+        assert all(none[name] == reuse[name] for name in ("nfe", "tokens_per_forward", "positions_per_token"))
+
+
 PUBLISHED_CODE = {  # what the benchmark calls of a checkout of NVlabs/Fast-dLLM, over a network of a single layer
     "generate.py": """
 import torch

@@ -3,6 +3,7 @@
 
     python -m scripts.benchmarks.decode                          # published shapes, random bf16 weights made on the device
     python -m scripts.benchmarks.decode --models llada --quantize fp8 --batches 1 32
+    python -m scripts.benchmarks.decode --models v2 --set cache=block --set cache=block,reuse_k=2,layer_subset=first
     python -m scripts.benchmarks.decode --folder /path/to/checkpoint
     python -m scripts.benchmarks.decode --cpu                    # the shipped tiny models
 
@@ -23,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,7 @@ def answers(model: Model, batch: int, prompt: int, gen: int, per_step: float, op
         "tokens_per_second": stats.tokens_per_second,
         "nfe": stats.nfe,
         "tokens_per_forward": stats.tokens_per_forward,
+        "positions_per_token": sum(stats.row_positions) / stats.tokens,
         "seconds": stats.seconds,
         "first_run_seconds": cold,
         "peak_gib": stats.peak_memory and stats.peak_memory / 2**30,
@@ -304,14 +306,19 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, float]:
 def measured(model: Model, peak: dict[str, float], args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     """Forwards, steps and whole answers of one model: the name and the figures of each, when they have been taken."""
     prompt = min(args.prompts[0], model.spec.max_length - args.gen)
+    lengths, per_step = list(dict.fromkeys(min(p, prompt) for p in args.prompts)), 8 / 3 if model.spec.block_causal else 4
+    if args.set:
+        for length, batch, setting in product(lengths, args.batches, args.set):
+            options = dict(item.split("=", 1) for item in setting.split(","))
+            yield f"{setting} prompt{length}_batch{batch}", answers(model, batch, length, args.gen, per_step, options)
+        return
     yield "forward", forwards(model, peak, prompt, args.gen, args.repeats)
     caches = ["block", "sub_block"] if model.spec.block_causal else ["prefix", "dual"]
     if model.spec.causal_context:
         caches = ["causal"]
-    per_step = 8 / 3 if model.spec.block_causal else 4
     for cache in caches:
         yield f"step_{cache}", step_times(model, prompt, args.gen, {"cache": cache})
-    for length in dict.fromkeys(min(p, prompt) for p in args.prompts):
+    for length in lengths:
         for batch in args.batches:
             name = f"{caches[-1]}_prompt{length}_batch{batch}"
             try:
@@ -331,7 +338,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["llada", "dream", "v2"], choices=list(SHAPES))
     parser.add_argument("--folder", help="a real checkpoint in place of random weights")
-    parser.add_argument("--quantize", choices=KINDS, help="8-bit weights")
+    parser.add_argument("--quantize", choices=KINDS, help="weights in 8 or 4 bits")
+    parser.add_argument(
+        "--set",
+        action="append",
+        metavar="NAME=VALUE,...",
+        help="measure only whole answers with these options of DecodeConfig; each time it is given is one setting",
+    )
     parser.add_argument("--batches", nargs="+", type=int, help=f"{GPU_RUN['batches']}, on a CPU {CPU_RUN['batches']}")
     parser.add_argument("--prompts", nargs="+", type=int, help="lengths of prompts; the first also shapes the forwards")
     parser.add_argument("--gen", type=int, help=f"new tokens: {GPU_RUN['gen']}, on a CPU {CPU_RUN['gen']}")

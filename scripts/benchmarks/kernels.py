@@ -26,7 +26,7 @@ def compile_all(case: Case) -> None:
     unless it is what the package launches."""
 
     def attempt(name: str) -> Exception | None:
-        torch.empty(1, device=DEVICE)  # gives the thread the context of the device, which tensor descriptors need
+        torch.cuda.synchronize()  # gives the thread the context of the device, which tensor descriptors need
         try:
             case.runs[name](0)
             torch.cuda.synchronize()

@@ -35,6 +35,7 @@ from fastdllm.build import assemble, runner
 from fastdllm.cli import one_line
 from fastdllm.engine import Request, decode
 from fastdllm.models import Model
+from fastdllm.models.quantize import KINDS
 from fastdllm.tasks import TASKS_DIR
 
 
@@ -202,7 +203,7 @@ def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     out.add_argument("--model", default="tiny-llada", help="shipped name, folder or hub id (default tiny-llada)")
     out.add_argument("--shape", choices=("llada", "dream", "v2"), help="instead: a published shape with random weights")
-    out.add_argument("--quantize", choices=("fp8", "int8"), help="8-bit weights of a shape")
+    out.add_argument("--quantize", choices=KINDS, help="weights of a shape in 8 or 4 bits")
     out.add_argument("--per-step", type=int, default=4, help="tokens a forward of a shape (default 4)")
     out.add_argument("--device", help="cpu, cuda, ...")
     out.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="an option of DecodeConfig")

@@ -23,8 +23,8 @@ class Shape:
     shadows: query positions appended to each row (`engine/shadows.py`).
     pieces: pieces of PIECE positions in which passes of unequal widths run, or of `fresh` positions in which layers with
         reuse run; 0 where all run to W.
-    fresh: positions of a piece that runs through layers with reuse, W and no pieces where every row runs whole; None where
-        reuse has no part in this forward.
+    fresh: positions of a piece that runs through layers with reuse; 0 where every row runs whole; None where reuse has no
+        part in this forward.
     drawn: some row draws its tokens, so that the logits themselves are needed.
     truncated: some row that draws them leaves out unlikely ones.
     alternatives: likeliest tokens to name at each position, 0 or ALTERNATIVES.

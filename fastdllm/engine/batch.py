@@ -33,6 +33,11 @@ class Turn:
     def width(self) -> int:
         return self.work.stop - self.work.start
 
+    @property
+    def through(self) -> int:
+        """Positions that run through the layers with reuse."""
+        return self.width if self.fresh is None else self.fresh
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -46,7 +51,7 @@ class Batch:
         return [turn.row for turn in self.turns]
 
     def plans(self, shift: int) -> list[Plan]:
-        return [turn.row.plan(turn.work, turn.fresh, shift) for turn in self.turns]
+        return [turn.row.plan(turn.work, turn.through, shift) for turn in self.turns]
 
     def noise(self, run: Decoding, vocab: int) -> Tensor | None:
         """The step's draws, see `Sampler.draw`."""
@@ -73,9 +78,10 @@ class Batch:
 def batches(rows: list[Row], run: Decoding, shift: int, packs: bool) -> Iterator[Batch]:
     """One round: every row gets one forward, wide passes first, rows with like passes together.
 
-    What may not share a forward: passes of different widths (narrow ones may where the runner `packs` them); passes in which
-    reuse has a part and others; with several branches, opening passes, which run for one branch of each row; rows with
-    shadows and rows without.
+    What may not share a forward: passes of different widths (narrow ones may where the runner `packs` them; with reuse they
+    are padded to the widest); passes in which reuse has a part and others (opening passes of a block may where narrow ones
+    do: all layers run for them, and what reuse keeps of them is overwritten by the next pass, which recomputes all); with
+    several branches, opening passes, which run for one branch of each row; rows with shadows and rows without.
     """
     shadow = run.block_length * (1 + shift) if run.decoder.shadow else 0
     buckets: dict[tuple[int, bool, bool, int], list[Turn]] = {}
@@ -83,9 +89,9 @@ def batches(rows: list[Row], run: Decoding, shift: int, packs: bool) -> Iterator
         work = row.next_pass(run)
         width = work.stop - work.start
         turn = Turn(row, work, row.fresh(width), shadow * row.revocable)
-        reuses = turn.fresh is not None
+        reuses = turn.fresh is not None or (packs and width <= NARROW and row.reuse_restarts)
         apart = run.decoder.branches > 1 and row.opening
-        exact = width <= NARROW and (not packs or reuses or apart or turn.shadows)
+        exact = width <= NARROW and (not packs or apart or turn.shadows)
         bucket = width if exact else -(-width // NARROW) * NARROW
         buckets.setdefault((bucket, reuses, apart, turn.shadows), []).append(turn)
     for bucket in sorted(buckets, reverse=True):
@@ -100,8 +106,8 @@ def shape_of(turns: list[Turn], run: Decoding, packs: bool) -> Shape:
     keys = max(row.block.visible_end for row in rows) + shadows if shadows else max(turn.work.read for turn in turns)
     branches = 1 if rows[0].opening else run.decoder.branches
     count, fresh = (2 if run.guidance else branches) * pieces(widths), None
-    if turns[0].fresh is not None:
-        fresh, count = parts([turn.fresh or 0 for turn in turns], widths, packs)
+    if any(turn.fresh is not None for turn in turns):
+        fresh, count = parts([turn.through for turn in turns], widths, packs)
     elif min(widths) == max(widths) or max(widths) > NARROW:
         count = 0
     return Shape(
@@ -126,11 +132,11 @@ def pieces(widths: list[int]) -> int:
 def parts(fresh: list[int], widths: list[int], packs: bool) -> tuple[int, int]:
     """The size and the number of the pieces in which layers with reuse run for `fresh` positions of each row.
 
-    Where all rows run whole, no pieces of the full width. With `packs` sizes are few, so that a runner captures few shapes.
+    (0, 0) where all rows run whole. With `packs` sizes are few, so that a runner captures few shapes.
     """
     width = max(widths)
     if fresh == widths:
-        return width, 0
+        return 0, 0
     sizes = {min(width, 1 << (n - 1).bit_length()) if packs else n for n in fresh if n}
 
     def cost(size: int) -> int:

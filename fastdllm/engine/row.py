@@ -217,7 +217,12 @@ class Row:
         """Positions of a pass of `width` that run through layers with reuse; None in an opening pass and without reuse."""
         return None if self.reuse is None or self.opening else self.reuse.fresh(width, self.committed, self.remaining)
 
-    def plan(self, work: Pass, fresh: int | None, shift: int) -> Plan:
+    @property
+    def reuse_restarts(self) -> bool:
+        """Whether this is the opening pass of an outer block, after which layer reuse recomputes everything."""
+        return self.opening and self.block.opens and self.reuse is not None and self.reuse.since < 0
+
+    def plan(self, work: Pass, fresh: int, shift: int) -> Plan:
         """shift: of a model whose opening passes predict a block's first token only, else 0."""
         block, place = self.block, self.place
         return Plan(
@@ -225,7 +230,7 @@ class Row:
             read=work.read, hide_start=work.hide[0], hide_stop=work.hide[1],
             causal=self._causal(work), visible_end=block.visible_end,
             first=self.first, end=block.stop, prompt=block.prompt, first_only=int(bool(shift and self.opening)),
-            step=self.step, forward=self.cost.forwards + 1, initial=self.initial, fresh=fresh or 0,
+            step=self.step, forward=self.cost.forwards + 1, initial=self.initial, fresh=fresh,
         )  # fmt: skip
 
     def _causal(self, work: Pass) -> int:

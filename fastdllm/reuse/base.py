@@ -27,7 +27,7 @@ class Work:
     needed: [R, W] bool, positions whose output predicts an open mask.
     fresh: [R], how many positions of each row run through the layers with reuse.
     scratch: [R], the position that padding writes to.
-    size, count: these positions run in `count` pieces of `size`; 0 pieces of W say that all of them run.
+    size, count: these positions run in `count` pieces of `size`; a size of 0 says that all of them run.
     """
 
     slot: Tensor
@@ -41,7 +41,7 @@ class Work:
 
     @property
     def whole(self) -> bool:
-        return self.count == 0 and self.size == self.ids.shape[1]
+        return self.size == 0
 
     @property
     def padding(self) -> Tensor:

@@ -172,7 +172,7 @@ def test_runs_of_layers() -> None:
 @pytest.mark.parametrize("packs", [False, True])
 def test_pieces_hold_every_fresh_position(packs: bool) -> None:
     """One row alone runs exactly its own positions where nothing is captured; rows that run whole need no piece."""
-    assert parts([8, 8], [8, 8], packs) == (8, 0)
+    assert parts([8, 8], [8, 8], packs) == parts([5, 8], [5, 8], packs) == (0, 0)
     assert parts([0, 0], [8, 8], packs)[1] == 0
     for n in range(1, 8):
         assert parts([n], [8], packs) == ((1 << (n - 1).bit_length() if packs else n), 1)
@@ -181,22 +181,26 @@ def test_pieces_hold_every_fresh_position(packs: bool) -> None:
         assert 1 <= size <= 8 and count == sum(-(-n // size) for n in fresh)
 
 
+@pytest.mark.parametrize("packs", [False, True])
 @pytest.mark.parametrize("reuse", REUSE, ids=str)
 def test_rows_that_recompute_all_and_rows_that_reuse_share_a_forward(
-    model: Model, reuse: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    model: Model, reuse: dict[str, Any], packs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mixed, call = 0, eager.Runner.__call__
+    """So do passes that open a block, where the runner packs; neither changes a row's answer or its cost."""
+    mixed, opening, call = 0, 0, eager.Runner.__call__
 
     def watched(self: Any, canvas: Any, step: Any, key: Any, plans: list[Plan], noise: Any, shape: Shape) -> Any:
-        nonlocal mixed
+        nonlocal mixed, opening
+        opening += shape.fresh is not None and any(plan.first >= plan.stop for plan in plans)
         whole = [plan.fresh == plan.stop - plan.start for plan in plans]
         mixed += shape.fresh is not None and any(whole) and not all(whole)
         return call(self, canvas, step, key, plans, noise, shape)
 
     monkeypatch.setattr(eager.Runner, "__call__", watched)
+    monkeypatch.setattr(eager.Runner, "packs", packs)
     batch = prompts(5, 6, 7, 12)
     together = fastdllm.generate(model, batch, cache="block", batch_size=4, **OPTIONS, **reuse)
-    assert mixed
+    assert mixed and bool(opening) == packs
     alone = [fastdllm.generate(model, [p], cache="block", **OPTIONS, **reuse) for p in batch]
     assert tokens(together) == [tokens(out)[0] for out in alone]
     assert together.stats.row_layer_tokens == [out.stats.row_layer_tokens[0] for out in alone]

@@ -57,7 +57,16 @@ class Passes:
         ids, marks = self.x[pos % T], torch.isin(pos, torch.tensor(needed, dtype=torch.long))
         quota = torch.tensor([active])
         window = Window(self.row, pos, torch.full_like(pos, T), T, True)
-        work = Work(self.row, window, ids, marks, quota, torch.tensor([T]), active, int(active < pos.shape[1]))
+        work = Work(
+            self.row,
+            window,
+            ids,
+            marks,
+            quota,
+            torch.tensor([T]),
+            active * (active < pos.shape[1]),
+            int(active < pos.shape[1]),
+        )
         return self.model.network(ids, window, self.store, self.reuse.layers_of(self.state, work))
 
 

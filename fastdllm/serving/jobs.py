@@ -5,8 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isnan
+
+import torch
 
 from fastdllm.engine import Request, Result
+from fastdllm.serving.errors import NotANumber
 
 
 @dataclass(frozen=True)
@@ -38,17 +42,22 @@ class Finished:
     positions: int
     cached: int = 0
 
-    @classmethod
-    def of(cls, result: Result, prompt: int) -> Finished:
-        """A result without tensors: nothing of the device leaves the decoding thread."""
-        return cls(result.ids[prompt:].tolist(), result.logprobs.tolist(), result.forwards, result.positions, result.cached)
-
 
 @dataclass(frozen=True)
 class Failed:
     """There will be no answer."""
 
     error: BaseException
+
+
+def ending(result: Result, prompt: int) -> Finished | Failed:
+    """What becomes of a result after a prompt of that length, without tensors: nothing of the device leaves the decoding
+    thread. One read brings everything."""
+    columns = torch.stack([result.ids[prompt:].double(), result.logprobs.double(), result.committed_at.double()]).tolist()
+    ids, logprobs, committed_at = columns
+    if any(isnan(logprob) and at > 0 for logprob, at in zip(logprobs, committed_at, strict=True)):
+        return Failed(NotANumber("the model's output for this request was not a number (NaN)"))
+    return Finished([int(token) for token in ids], logprobs, result.forwards, result.positions, result.cached)
 
 
 Event = Progress | Finished | Failed

@@ -31,8 +31,8 @@ from fastdllm.config import DecodeConfig
 from fastdllm.engine import Request, Result, Step, check, decode
 from fastdllm.engine.admission import ROWS, size_of
 from fastdllm.forward import ALTERNATIVES
-from fastdllm.serving.errors import Closed, Expired, NotANumber, Overloaded, TooLong
-from fastdllm.serving.jobs import Event, Failed, Finished, Job, Progress
+from fastdllm.serving.errors import Closed, Expired, Overloaded, TooLong
+from fastdllm.serving.jobs import Event, Failed, Job, Progress, ending
 from fastdllm.serving.turns import Turns
 from fastdllm.store import UNIT
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fastdllm.serving")
 T = TypeVar("T")
 CRASHES = 3  # times that the loop may raise with nothing in it before it is given up
+HANDOVER = 5e-4  # seconds for which a thread of the process may keep the interpreter while another waits
 SILENT = 60.0  # seconds of one round or call after which the log says where it is
 
 
@@ -241,6 +242,8 @@ class Scheduler:
     # The decoding thread.
 
     def _serve(self) -> None:
+        # This thread comes back from the device in every round, and must not wait 5 ms for another that computes.
+        sys.setswitchinterval(min(sys.getswitchinterval(), HANDOVER))
         try:
             self._run_until_closed()
         except BaseException as error:  # this thread ends now: whoever waits for it must hear
@@ -334,8 +337,10 @@ class Scheduler:
         if any(job is not None and job.watched and not job.withdrawn for job in jobs):
             assert step.ids is not None and step.confidence is not None
             assert step.committed is not None and step.logprobs is not None
-            ids, confidence, committed = step.ids.tolist(), step.confidence.tolist(), step.committed.tolist()
-            logprobs, likeliest = step.logprobs.tolist(), step.likeliest and [part.tolist() for part in step.likeliest]
+            # One read for all: at each the thread may lose the interpreter to the callers' threads.
+            of_block = (step.ids, step.confidence, step.committed, step.logprobs)
+            ids, confidence, committed, logprobs = torch.stack([part.double() for part in of_block]).tolist()
+            likeliest = step.likeliest and [part.tolist() for part in step.likeliest]
             for i, job in enumerate(jobs):
                 if job is None or not job.watched or job.withdrawn:
                     continue
@@ -345,7 +350,8 @@ class Scheduler:
                 top = None
                 if likeliest and job.request.alternatives:
                     top = [list(zip(*pair, strict=True)) for pair in zip(likeliest[0][i], likeliest[1][i], strict=True)]
-                of_row = (ids[i][:size], confidence[i][:size], committed[i][:size], logprobs[i][:size])
+                tokens, gained = list(map(int, ids[i][:size])), list(map(bool, committed[i][:size]))
+                of_row = (tokens, confidence[i][:size], gained, logprobs[i][:size])
                 with self._lock:
                     if not job.over:
                         self._tell(job, Progress(job.forwards, start, *of_row, top, step.seconds, len(step.rows)))
@@ -356,12 +362,12 @@ class Scheduler:
 
     def _finish(self, job: Job, result: Result, rows: int) -> None:
         """Hand out the answer of a job that was one of `rows`."""
-        broken, answer = result.broken, Finished.of(result, len(job.request.prompt))
+        answer = ending(result, len(job.request.prompt))
         with self._lock:
             if job.over:  # withdrawn or late, meanwhile
                 return
-            if broken:
-                self._fail(job, NotANumber("the model's output for this request was not a number (NaN)"))
+            if isinstance(answer, Failed):
+                self._fail(job, answer.error)
                 return
             job.over = True
             self._active.discard(job)

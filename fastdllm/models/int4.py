@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdllm.kernels.linear.int4 import HALF, UNIT, group_size, pack
+from fastdllm.kernels.linear.int4 import HALF, UNIT, by_group, group_size, pack
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 Headers = dict[str, tuple[Path, list[int]]]  # tensor name -> (its file, its shape)
@@ -120,7 +120,7 @@ def make_room(network: nn.Module, table: Mapping[str, tuple[str, int]], scales: 
             raise ValueError(f"{names[0]!r} and the weights that it is fused with have groups of different sizes")
         weight = torch.empty(outputs, -(-channels // UNIT) * HALF, dtype=torch.uint8, device=device)
         module.weight = nn.Parameter(weight, requires_grad=False)
-        module.scale = torch.empty(outputs, groups.pop(), 2, dtype=scales[names[0]].dtype, device=device)
+        module.scale = by_group(torch.empty(outputs, groups.pop(), 2, dtype=scales[names[0]].dtype, device=device))
 
 
 def _columns(packed: Tensor, order: range | tuple[int, ...]) -> Tensor:

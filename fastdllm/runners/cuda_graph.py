@@ -44,7 +44,7 @@ def bucket(rows: int) -> int:
 def captured(shape: Shape, rows: int, length: int) -> Shape | None:
     """The shape that a graph for `rows` rows has in the place of `shape`, on a canvas of `length` slots a row; None if the
     pass is too large to capture."""
-    multiple = WIDTH_BUCKET if shape.width <= WIDE_BUCKET else WIDE_BUCKET
+    multiple = 1 if shape.width == 1 else WIDTH_BUCKET if shape.width <= WIDE_BUCKET else WIDE_BUCKET
     width = -(-shape.width // multiple) * multiple
     keys = min(length, -(-shape.max_kv_len // KEY_BUCKET) * KEY_BUCKET)
     pieces = bucket(shape.pieces) if shape.pieces else 0

@@ -18,11 +18,11 @@ def test_levels_survive_packing(C: int) -> None:
 
 
 def test_layout() -> None:
-    """Byte j of the second unit holds channels 256 + j and 384 + j."""
+    """Word j of the second unit holds channels 256 + j, 320 + j, 384 + j and 448 + j, from its low bits on."""
     q = torch.zeros(1, 512)
-    q[0, 256 + 5], q[0, 384 + 5] = 3, 9
-    packed = int4.pack(q)
-    assert packed[0, 128 + 5] == 3 + 16 * 9 and (packed != 0).sum() == 1
+    q[0, [256 + 5, 320 + 5, 384 + 5, 448 + 5]] = torch.tensor([3.0, 9.0, 5.0, 1.0])
+    words = int4.pack(q).view(torch.int16)
+    assert words[0, 64 + 5] == 3 + 16 * 9 + 256 * 5 + 4096 * 1 and (words != 0).sum() == 1
 
 
 @pytest.mark.parametrize(("C", "group"), [(4096, 128), (60, 128), (130, 128), (96, 32), (700, 64), (257, 256)])

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights in 4 bits: w = (q - zero) * step, with q in 0..15 and one (step, zero) for each group of an output row's channels.
 
-The layout is that of the product's tiles. Channels are packed in units of 256: byte j of a unit holds channel j in its low
-half and channel 128 + j in its high half, so that the two halves of a tile of bytes are two tiles of adjacent channels, and
-no element has to move. The last unit is filled up with zeros.
+The layout is that of the product's tiles. Channels are packed in units of 256, as 64 words of 16 bits: word j holds the
+channels j, 64 + j, 128 + j and 192 + j, from its low bits on. So a tile of words is four tiles of adjacent channels, and no
+element has to move. The last unit is filled up with zeros. Steps lie in memory group by group, and so do zeros.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 UNIT = 256
 HALF = UNIT // 2
+PARTS = 4  # levels of a word
 GROUP = 128
 LEVELS = 15
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)  # ranges that a group may be clipped to, as shares of its own
@@ -27,7 +28,12 @@ def quantize(w: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
     """
     parts = [_quantize(part, group) for part in w.split(max(1, CHUNK // w.shape[1]))]
     weight, scale = zip(*parts, strict=True)
-    return torch.cat(weight), torch.cat(scale)
+    return torch.cat(weight), by_group(torch.cat(scale))
+
+
+def by_group(scale: Tensor) -> Tensor:
+    """scale [N, groups, 2] with the rows' steps of a group side by side in memory, which is how a product reads them."""
+    return scale.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
 def _quantize(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
@@ -50,14 +56,14 @@ def _quantize(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 def pack(q: Tensor) -> Tensor:
     """Levels q [N, C] in 0..15 of any dtype -> bytes [N, ceil(C / 256) * 128]."""
-    q = F.pad(q.to(torch.uint8), (0, -q.shape[1] % UNIT)).view(len(q), -1, 2, HALF)
-    return (q[:, :, 0] | (q[:, :, 1] << 4)).flatten(1)
+    q = F.pad(q.to(torch.uint8), (0, -q.shape[1] % UNIT)).view(len(q), -1, 2, 2, UNIT // PARTS)
+    return (q[:, :, :, 0] | (q[:, :, :, 1] << 4)).transpose(2, 3).flatten(1)  # a word's bytes, the low one first
 
 
 def unpack(weight: Tensor, channels: int) -> Tensor:
     """The levels [N, channels] uint8 of bytes from `pack`."""
-    parts = weight.view(len(weight), -1, 1, HALF)
-    return torch.cat([parts & 15, parts >> 4], 2).flatten(1)[:, :channels]
+    parts = weight.view(len(weight), -1, UNIT // PARTS, 2).transpose(2, 3)
+    return torch.stack([parts & 15, parts >> 4], 3).flatten(1)[:, :channels]
 
 
 def group_size(scale: Tensor, channels: int) -> int:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiles of 4-bit weights in registers: from bytes to the two halves of a tile, ready to be multiplied."""
+"""Products of 4-bit weights, a unit of channels at a time: levels widened in registers, steps and zeros applied to the sums.
+
+A unit is multiplied by halves, with bare levels. A half has one step s and one zero z. With t, the sum of its channels of x,
+sum((level - z) * s * x) = s * (sum(level * x) - z * t), so neither touches a weight.
+"""
 
 from __future__ import annotations
 
@@ -8,63 +12,61 @@ import os
 import triton
 import triton.language as tl
 
+from fastdllm.kernels.dot import dot
+
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
-# Four bytes to four low and four high levels in bf16. A level's bits below the exponent of 128 are the number 128 + level;
-# less (128 + zero), exact in bf16, and times the step that takes one instruction a level, where a conversion of integers
-# takes four. Operands: the bytes; -(128 + zero) and step of the low half, then of the high half, two of each a register.
-_WIDEN = tl.constexpr("""
-{
-.reg .b32 a, b, c, d, one, null;
-mov.b32 one, 0x3f803f80;
-mov.b32 null, 0x80008000;
-prmt.b32 a, $4, 0, 0x4140;
-prmt.b32 b, $4, 0, 0x4342;
-shr.u32 c, a, 4;
-shr.u32 d, b, 4;
-lop3.b32 a, a, 0x000f000f, 0x43004300, 0xea;
-lop3.b32 b, b, 0x000f000f, 0x43004300, 0xea;
-lop3.b32 c, c, 0x000f000f, 0x43004300, 0xea;
-lop3.b32 d, d, 0x000f000f, 0x43004300, 0xea;
-fma.rn.bf16x2 a, a, one, $5;
-fma.rn.bf16x2 b, b, one, $6;
-fma.rn.bf16x2 c, c, one, $9;
-fma.rn.bf16x2 d, d, one, $10;
-fma.rn.bf16x2 $0, a, $7, null;
-fma.rn.bf16x2 $1, b, $8, null;
-fma.rn.bf16x2 $2, c, $11, null;
-fma.rn.bf16x2 $3, d, $12, null;
-}
-""")
+
+def _of_word(part: int) -> tl.constexpr:
+    """Two words to the levels of their `part`-th four bits in bf16, plus 128: below the exponent of 128 a level's bits are
+    its value, so that two instructions widen two weights. Written for one operand and one result: such code Triton moves
+    behind the load from shared memory, which then brings words straight to where the matrix unit wants its left operand.
+    """
+    shift = f"shr.u32 t, $1, {4 * part};" if part else "mov.b32 t, $1;"
+    return tl.constexpr("{ .reg .b32 t; " + shift + " lop3.b32 $0, t, 0x000f000f, 0x43004300, 0xea; }")
+
+
+_FIRST, _SECOND, _THIRD, _FOURTH = (_of_word(part) for part in range(4))
 
 
 @triton.jit
-def load_steps(scale, o_n, N, c, C, GROUP: tl.constexpr, UNIT: tl.constexpr):
-    """Steps and zeros, fp32 [BLOCK_N] each, of rows o_n of scale [N, groups, 2]: of the group of channel c, and of that half
-    a unit on. 0 beyond the rows and channels."""
-    p_low = scale + (o_n.to(tl.int64) * tl.cdiv(C, GROUP) + c // GROUP) * 2
-    p_high = scale + (o_n.to(tl.int64) * tl.cdiv(C, GROUP) + (c + UNIT // 2) // GROUP) * 2
-    m_low, m_high = (o_n < N) & (c < C), (o_n < N) & (c + UNIT // 2 < C)
-    low_step, low_zero = tl.load(p_low, mask=m_low, other=0.0), tl.load(p_low + 1, mask=m_low, other=0.0)
-    high_step, high_zero = tl.load(p_high, mask=m_high, other=0.0), tl.load(p_high + 1, mask=m_high, other=0.0)
-    return low_step.to(tl.float32), low_zero.to(tl.float32), high_step.to(tl.float32), high_zero.to(tl.float32)
+def _levels(b_w, CODE: tl.constexpr, SHIFT: tl.constexpr, PLUS: tl.constexpr, dtype: tl.constexpr):
+    """Words b_w int16 [BLOCK_N, 64] -> the levels of four of their bits in `dtype`, plus 128 with PLUS."""
+    if PLUS:
+        return tl.inline_asm_elementwise(CODE, "=r,r", [b_w], dtype=tl.bfloat16, is_pure=True, pack=2)
+    return ((b_w >> SHIFT) & 15).to(tl.float32 if _INTERPRETED else dtype)
 
 
 @triton.jit
-def widen_bytes(b_w, low_step, low_zero, high_step, high_zero, dtype: tl.constexpr):
-    """Bytes b_w [BLOCK_N, CHANNELS] as two tiles of weights of `dtype`, (level - zero) * step; steps and zeros [BLOCK_N]."""
-    if dtype == tl.bfloat16 and not _INTERPRETED:
-        low_bias, low_step = (-128.0 - low_zero).to(tl.bfloat16), low_step.to(tl.bfloat16)
-        high_bias, high_step = (-128.0 - high_zero).to(tl.bfloat16), high_step.to(tl.bfloat16)
-        return tl.inline_asm_elementwise(
-            _WIDEN,
-            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
-            [b_w, low_bias[:, None], low_step[:, None], high_bias[:, None], high_step[:, None]],
-            dtype=(tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        b_low = ((b_w & 15).to(tl.float32) - low_zero[:, None]) * low_step[:, None]
-        b_high = ((b_w >> 4).to(tl.float32) - high_zero[:, None]) * high_step[:, None]
-        return b_low.to(dtype), b_high.to(dtype)
+def _half(scale, sums, o_n, o_m, N, M, c, C, GROUP: tl.constexpr, stride_n, stride_g, stride_z):
+    """Steps and zeros [BLOCK_N] of the half from channel c on of rows o_n, and the sums [BLOCK_M] of x there; 0 beyond C."""
+    here = c < C
+    p_step = scale + o_n.to(tl.int64) * stride_n + c // GROUP * stride_g
+    b_step = tl.load(p_step, mask=(o_n < N) & here, other=0.0).to(tl.float32)
+    b_zero = tl.load(p_step + stride_z, mask=(o_n < N) & here, other=0.0).to(tl.float32)
+    return b_step, b_zero, tl.load(sums + c // 128 * M + tl.minimum(o_m, M - 1), mask=here, other=0.0)
+
+
+@triton.jit
+def unit_product(
+    b_y, b_w, x_0, x_1, x_2, x_3, scale, sums, o_n, o_m, N, M, c, C, GROUP: tl.constexpr, stride_n, stride_g, stride_z
+):  # fmt: skip
+    """b_y [BLOCK_N, BLOCK_M] plus the product of a unit from channel c on.
+
+    b_w: int16 [BLOCK_N, 64], the unit's words of rows o_n. x_0 to x_3: [64, BLOCK_M], its quarters of rows o_m of x.
+    scale: [N, groups, 2] with those strides. sums: fp32 [ceil(C / 128), M], of 128 channels of x each.
+    """
+    dtype: tl.constexpr = x_0.dtype
+    PLUS: tl.constexpr = dtype == tl.bfloat16 and not _INTERPRETED
+    MORE: tl.constexpr = 128.0 if PLUS else 0.0  # what the levels are too large by
+    b_s, b_z, b_t = _half(scale, sums, o_n, o_m, N, M, c, C, GROUP, stride_n, stride_g, stride_z)
+    b_p = tl.zeros(b_y.shape, dtype=tl.float32)
+    b_p = dot(_levels(b_w, _FIRST, 0, PLUS, dtype), x_0, b_p)
+    b_p = dot(_levels(b_w, _SECOND, 4, PLUS, dtype), x_1, b_p)
+    b_y += b_s[:, None] * (b_p - (b_z + MORE)[:, None] * b_t[None, :])
+    b_s, b_z, b_t = _half(scale, sums, o_n, o_m, N, M, c + 128, C, GROUP, stride_n, stride_g, stride_z)
+    b_p = tl.zeros(b_y.shape, dtype=tl.float32)
+    b_p = dot(_levels(b_w, _THIRD, 8, PLUS, dtype), x_2, b_p)
+    b_p = dot(_levels(b_w, _FOURTH, 12, PLUS, dtype), x_3, b_p)
+    b_y += b_s[:, None] * (b_p - (b_z + MORE)[:, None] * b_t[None, :])
+    return b_y

@@ -19,8 +19,8 @@ from torch import Tensor
 from fastdllm.kernels.device import stages
 from fastdllm.kernels.dot import dot
 from fastdllm.kernels.linear import reference
-from fastdllm.kernels.linear.int4 import HALF, UNIT, group_size
-from fastdllm.kernels.linear.nibbles import load_steps, widen_bytes
+from fastdllm.kernels.linear.int4 import HALF, PARTS, UNIT, group_size
+from fastdllm.kernels.linear.nibbles import unit_product
 from fastdllm.kernels.linear.reference import FP8, FP8_MAX
 from fastdllm.kernels.pdl import LAUNCH, wait
 
@@ -33,6 +33,7 @@ except ImportError:  # Triton before 3.4 has none: the library multiplies
 SKINNY_ROWS = 64
 WIDENED_ROWS = 256
 WIDEN_BLOCK = 4096  # channels of one output row that a program widens
+SUMS = 8  # halves of a unit that a program adds up
 
 
 @triton.jit
@@ -46,16 +47,31 @@ def load_rows(x, o_m, M, c, C, EVEN: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def load_quarters(x, o_m, M, c, C, EVEN: tl.constexpr, BLOCK_C: tl.constexpr):
+    """`load_rows` in four tiles of a quarter of the channels each."""
+    QUARTER: tl.constexpr = BLOCK_C // 4
+    x_0 = load_rows(x, o_m, M, c, C, EVEN, QUARTER)
+    x_1 = load_rows(x, o_m, M, c + QUARTER, C, EVEN, QUARTER)
+    x_2 = load_rows(x, o_m, M, c + 2 * QUARTER, C, EVEN, QUARTER)
+    x_3 = load_rows(x, o_m, M, c + 3 * QUARTER, C, EVEN, QUARTER)
+    return x_0, x_1, x_2, x_3
+
+
+@triton.jit
 def _skinny_kernel(
     x,
     w,
     scale,
     token_scale,
+    sums,
     bias,
     y,
     M,
     N,
     C,
+    stride_n,
+    stride_g,
+    stride_z,
     BIAS: tl.constexpr,
     SCALE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -79,15 +95,12 @@ def _skinny_kernel(
         for c in range(start, stop, BLOCK_C):
             b_y = dot(w.load([i_n * BLOCK_N, c]), load_rows(x, o_m, M, c, C, EVEN, BLOCK_C), b_y)
     else:
-        next_ls, next_lz, next_hs, next_hz = load_steps(scale, o_n, N, start, C, GROUP, BLOCK_C)
         for c in range(start, stop, BLOCK_C):
-            b_ls, b_lz, b_hs, b_hz = next_ls, next_lz, next_hs, next_hz
-            # Asked for a tile ahead: steps are too small for the copy engine, but their way is as long.
-            next_ls, next_lz, next_hs, next_hz = load_steps(scale, o_n, N, c + BLOCK_C, C, GROUP, BLOCK_C)
-            b_w = w.load([i_n * BLOCK_N, c // 2])
-            b_low, b_high = widen_bytes(b_w, b_ls, b_lz, b_hs, b_hz, x.dtype.element_ty)
-            b_y = dot(b_low, load_rows(x, o_m, M, c, C, EVEN, BLOCK_C // 2), b_y)
-            b_y = dot(b_high, load_rows(x, o_m, M, c + BLOCK_C // 2, C, EVEN, BLOCK_C // 2), b_y)
+            b_w = w.load([i_n * BLOCK_N, c // 4])
+            x_0, x_1, x_2, x_3 = load_quarters(x, o_m, M, c, C, EVEN, BLOCK_C)
+            b_y = unit_product(
+                b_y, b_w, x_0, x_1, x_2, x_3, scale, sums, o_n, o_m, N, M, c, C, GROUP, stride_n, stride_g, stride_z
+            )  # fmt: skip
     if SCALE:
         b_y *= tl.load(scale + o_n, mask=m_n, other=0.0)[:, None]
     if TOKEN_SCALE:
@@ -121,19 +134,31 @@ def _widen_kernel(w, scale, y, C, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _widen_int4_kernel(w, scale, y, C, BYTES, GROUP: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
+def _widen_int4_kernel(
+    w, scale, y, C, WORDS, stride_n, stride_g, stride_z, GROUP: tl.constexpr, QUARTER: tl.constexpr, BLOCK: tl.constexpr
+):
     i_n = tl.program_id(0).to(tl.int64)
-    o_b = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    o_w = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     wait()
-    b_w = tl.load(w + i_n * BYTES + o_b, mask=o_b < BYTES, other=0)
-    for high in tl.static_range(2):
-        o_c = o_b // HALF * 2 * HALF + o_b % HALF + high * HALF
-        m_c = (o_b < BYTES) & (o_c < C)
-        p_step = scale + (i_n * tl.cdiv(C, GROUP) + o_c // GROUP) * 2
+    b_w = tl.load(w + i_n * WORDS + o_w, mask=o_w < WORDS, other=0)
+    for part in tl.static_range(4):
+        o_c = o_w // QUARTER * 4 * QUARTER + part * QUARTER + o_w % QUARTER
+        m_c = (o_w < WORDS) & (o_c < C)
+        p_step = scale + i_n * stride_n + o_c // GROUP * stride_g
         b_step = tl.load(p_step, mask=m_c, other=0.0).to(tl.float32)
-        b_zero = tl.load(p_step + 1, mask=m_c, other=0.0).to(tl.float32)
-        b_level = (b_w >> 4 if high else b_w & 15).to(tl.float32)
+        b_zero = tl.load(p_step + stride_z, mask=m_c, other=0.0).to(tl.float32)
+        b_level = ((b_w >> 4 * part) & 15).to(tl.float32)
         tl.store(y + i_n * C + o_c, (b_level - b_zero) * b_step, mask=m_c)
+
+
+@triton.jit
+def _half_sums_kernel(x, sums, M, C, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    i_m = tl.program_id(0).to(tl.int64)
+    o_h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    o_c = o_h[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    wait()
+    b_x = tl.load(x + i_m * C + o_c, mask=o_c < C, other=0.0).to(tl.float32)
+    tl.store(sums + o_h * M + i_m, tl.sum(b_x, 1), mask=o_h < tl.cdiv(C, HALF))
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -183,11 +208,13 @@ def tiling(M: int, N: int, dtype: torch.dtype) -> dict[str, int]:
     (block_n, block_c, stages, splits): qkv (64, 128, 3, 2) 138.8, (64, 128, 4, 1) 140.6, (128, 64, 5, 2) 143.3; out
     (64, 128, 4, 2) 137.9, (64, 256, 3, 2) 139.1, (64, 256, 3, 8) 143.2; down (64, 256, 3, 2) 138.2, (64, 128, 4, 4) 138.9,
     (128, 64, 4, 2) 151.0. Dream's out and down prefer (64, 256, 3, 2) too, its qkv (64, 128, 4, 3). In fp8 no candidate
-    gained 1 us of 98; in int8, of 142, (64, 256, 3, 4) gained 3 for down.
+    gained 1 us of 98; in int8, of 142, (64, 256, 3, 4) gained 3 for down. In int4, each by itself: qkv (64, 256, 3, 2) 15.0,
+    (64, 256, 3, 4) 16.4, 128 rows with 8 warps 20.1; gate and up (64, 256, 3, 1) 25.9, (64, 256, 3, 2) 27.3, 128 rows 32.7;
+    down (64, 256, 3, 4) 15.8, (64, 256, 3, 8) 17.6.
     """
-    block_m, num_warps = min(128, max(16, triton.next_power_of_2(M))), 4
+    block_m, num_warps = min(64 if dtype == torch.uint8 else 128, max(16, triton.next_power_of_2(M))), 4
     if dtype == torch.uint8:
-        shape, num_warps = ((64, UNIT, 2, 1), 4) if block_m == 128 else ((128, UNIT, 3, 1 if N > 16384 else 2), 8)
+        shape = (64, UNIT, 3, 1 if N > 16384 else 2 if N > 8192 else 4)
     elif block_m == 128:
         shape = (64, 128, 3, 1)
     elif N > 16384:
@@ -221,19 +248,24 @@ def skinny(
     """x [M, C] times w [N, C] transposed, w widened to x's dtype on the way, times scale [N] and token_scale [M], plus bias
     [N]: [splits, M, N], of `dtype` if there is one split and fp32 otherwise."""
     (M, C), N = x.shape, w.shape[0]
-    group = group_of(w, scale, C)
-    tile_c = block_c // 2 if group else block_c  # elements of w that hold block_c channels
+    group, strides = group_of(w, scale, C), (0, 0, 0)
+    sums = scale if scale is not None else x
+    if group:
+        w, sums, strides = w.view(torch.int16), half_sums(x), scale.stride()
+    tile_c = block_c // PARTS if group else block_c  # elements of w that hold block_c channels
     y = torch.empty((splits, M, N), dtype=torch.float32 if splits > 1 else dtype or x.dtype, device=x.device)
     _skinny_kernel[(triton.cdiv(N, block_n) * splits, triton.cdiv(M, block_m))](
         x.contiguous(),
         TensorDescriptor.from_tensor(w, [block_n, tile_c]),
         y if scale is None else scale,
         y if token_scale is None else token_scale,
+        sums,
         y if bias is None else bias,
         y,
         M,
         N,
         C,
+        *strides,
         BIAS=bias is not None,
         SCALE=scale is not None and not group,
         GROUP=group,
@@ -250,6 +282,16 @@ def skinny(
     return y
 
 
+def half_sums(x: Tensor) -> Tensor:
+    """Sums of the channels of x [M, C] in each half of a unit of 4-bit weights, fp32 [ceil(C / 128), M]."""
+    M, C = x.shape
+    halves = triton.cdiv(C, HALF)
+    sums = torch.empty((halves, M), dtype=torch.float32, device=x.device)
+    grid = (M, triton.cdiv(halves, SUMS))
+    _half_sums_kernel[grid](x.contiguous(), sums, M, C, HALF=HALF, BLOCK=SUMS, num_warps=4, **LAUNCH)
+    return sums
+
+
 def group_of(weight: Tensor, scale: Tensor | None, channels: int) -> int:
     """Channels that share a step in 4-bit weights, at least half a unit where all do; 0 for other weights."""
     if weight.dtype != torch.uint8 or scale is None:
@@ -262,11 +304,11 @@ def widen(weight: Tensor, scale: Tensor, channels: int, dtype: torch.dtype) -> T
     N, C = len(weight), channels
     w = torch.empty((N, C), dtype=dtype, device=weight.device)
     if group := group_of(weight, scale, C):
-        size = weight.shape[1]
-        block = min(WIDEN_BLOCK // 2, triton.next_power_of_2(size))
-        grid = (N, triton.cdiv(size, block))
-        _widen_int4_kernel[grid](
-            weight.contiguous(), scale.contiguous(), w, C, size, GROUP=group, HALF=HALF, BLOCK=block, num_warps=4, **LAUNCH
+        words = weight.contiguous().view(torch.int16)
+        size = words.shape[1]
+        block = min(WIDEN_BLOCK // PARTS, triton.next_power_of_2(size))
+        _widen_int4_kernel[(N, triton.cdiv(size, block))](
+            words, scale, w, C, size, *scale.stride(), GROUP=group, QUARTER=UNIT // PARTS, BLOCK=block, num_warps=4, **LAUNCH
         )
         return w
     _widen_kernel[(N, triton.cdiv(C, WIDEN_BLOCK))](

@@ -14,15 +14,17 @@ from torch import Tensor
 
 from fastdllm.kernels.device import stages
 from fastdllm.kernels.dot import dot
-from fastdllm.kernels.linear.int4 import UNIT
-from fastdllm.kernels.linear.nibbles import load_steps, widen_bytes
+from fastdllm.kernels.linear.int4 import PARTS, UNIT
+from fastdllm.kernels.linear.nibbles import unit_product
 from fastdllm.kernels.linear.reference import FP8
 from fastdllm.kernels.linear.triton import (
     SKINNY_ROWS,
     TensorDescriptor,
     group_of,
+    half_sums,
     is_skinny,
     linear,
+    load_quarters,
     load_rows,
     quantize_rows,
 )
@@ -60,10 +62,14 @@ def _linear_silu_mul_kernel(
     w,
     scale,
     token_scale,
+    sums,
     out,
     M,
     F,
     C,
+    stride_n,
+    stride_g,
+    stride_z,
     SCALE: tl.constexpr,
     GROUP: tl.constexpr,
     TOKEN_SCALE: tl.constexpr,
@@ -85,18 +91,16 @@ def _linear_silu_mul_kernel(
             b_gate = dot(w.load([i_n, c]), b_x, b_gate)
             b_up = dot(w.load([F + i_n, c]), b_x, b_up)
     else:
-        # As in the skinny kernel: steps are asked for a tile ahead.
-        g_ls, g_lz, g_hs, g_hz = load_steps(scale, o_n, F, 0, C, GROUP, BLOCK_C)
-        u_ls, u_lz, u_hs, u_hz = load_steps(scale, F + o_n, 2 * F, 0, C, GROUP, BLOCK_C)
         for c in range(0, C, BLOCK_C):
-            b_low, b_high = widen_bytes(w.load([i_n, c // 2]), g_ls, g_lz, g_hs, g_hz, x.dtype.element_ty)
-            g_ls, g_lz, g_hs, g_hz = load_steps(scale, o_n, F, c + BLOCK_C, C, GROUP, BLOCK_C)
-            x_low = load_rows(x, o_m, M, c, C, EVEN, BLOCK_C // 2)
-            x_high = load_rows(x, o_m, M, c + BLOCK_C // 2, C, EVEN, BLOCK_C // 2)
-            b_gate = dot(b_high, x_high, dot(b_low, x_low, b_gate))
-            b_low, b_high = widen_bytes(w.load([F + i_n, c // 2]), u_ls, u_lz, u_hs, u_hz, x.dtype.element_ty)
-            u_ls, u_lz, u_hs, u_hz = load_steps(scale, F + o_n, 2 * F, c + BLOCK_C, C, GROUP, BLOCK_C)
-            b_up = dot(b_high, x_high, dot(b_low, x_low, b_up))
+            x_0, x_1, x_2, x_3 = load_quarters(x, o_m, M, c, C, EVEN, BLOCK_C)
+            b_w = w.load([i_n, c // 4])
+            b_gate = unit_product(
+                b_gate, b_w, x_0, x_1, x_2, x_3, scale, sums, o_n, o_m, F, M, c, C, GROUP, stride_n, stride_g, stride_z
+            )  # fmt: skip
+            b_w = w.load([F + i_n, c // 4])
+            b_up = unit_product(
+                b_up, b_w, x_0, x_1, x_2, x_3, scale, sums, F + o_n, o_m, 2 * F, M, c, C, GROUP, stride_n, stride_g, stride_z
+            )  # fmt: skip
     if SCALE:
         b_gate *= tl.load(scale + o_n, mask=m_n, other=0.0)[:, None]
         b_up *= tl.load(scale + F + o_n, mask=m_n, other=0.0)[:, None]
@@ -156,18 +160,23 @@ def launch(
 ) -> Tensor:
     """silu(first half) * second half of x [M, C] times w [2F, C] transposed, scaled by channel and token: [M, F]."""
     (M, C), F = x.shape, w.shape[0] // 2
-    group = group_of(w, scale, C)
-    tile_c = block_c // 2 if group else block_c  # elements of w that hold block_c channels
+    group, strides = group_of(w, scale, C), (0, 0, 0)
+    sums = scale if scale is not None else x
+    if group:
+        w, sums, strides = w.view(torch.int16), half_sums(x), scale.stride()
+    tile_c = block_c // PARTS if group else block_c  # elements of w that hold block_c channels
     out = torch.empty((M, F), dtype=dtype, device=x.device)
     _linear_silu_mul_kernel[(triton.cdiv(F, block_n), triton.cdiv(M, block_m))](
         x.contiguous(),
         TensorDescriptor.from_tensor(w, [block_n, tile_c]),
         out if scale is None else scale,
         out if token_scale is None else token_scale,
+        sums,
         out,
         M,
         F,
         C,
+        *strides,
         SCALE=scale is not None and not group,
         GROUP=group,
         TOKEN_SCALE=token_scale is not None,

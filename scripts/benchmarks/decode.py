@@ -202,11 +202,16 @@ def forwards(model: Model, peak: dict[str, float], prompt: int, gen: int, repeat
     return out
 
 
+def random_prompts(model: Model, batch: int, longest: int) -> list[torch.Tensor]:
+    """Prompts of random tokens, unequal in length."""
+    torch.manual_seed(1)
+    lengths = [max(1, longest - (i * 37) % (longest // 4 or 1)) for i in range(batch)]
+    return [torch.randint(0, model.spec.vocab - 600, (n,)) for n in lengths]
+
+
 def answers(model: Model, batch: int, prompt: int, gen: int, per_step: float, options: dict[str, Any]) -> dict[str, Any]:
     """Whole answers through the engine: `per_step` tokens a step on average, prompts of unequal lengths in a batch."""
-    torch.manual_seed(1)
-    lengths = [max(1, prompt - (i * 37) % (prompt // 4 or 1)) for i in range(batch)]
-    prompts = [torch.randint(0, model.spec.vocab - 600, (n,)) for n in lengths]
+    prompts = random_prompts(model, batch, prompt)
     config = fastdllm.DecodeConfig(decoder="quota", gen_length=gen, steps=round(gen / per_step), stop_ids=(), **options)
     began = time.perf_counter()
     fastdllm.generate(model, prompts, config)

@@ -60,7 +60,9 @@ def test_the_baseline_is_greedy_decoding_under_a_causal_mask(
         }
 
 
-def test_the_study_measures_every_point_and_counts_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_study_measures_every_point_and_counts_positions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "new" / "pays.json"
     given = ["--cpu", "--batches", "2", "1", "--prompt", "20", "--gen", "32", "--output", str(output)]
     assert diffusion_pays.main(given) == 0
@@ -77,6 +79,7 @@ def test_the_study_measures_every_point_and_counts_positions(tmp_path: Path, cap
             assert row["positions_per_token"] == pytest.approx(32 / row["tokens_per_forward"], rel=1e-3)
     printed = capsys.readouterr().out
     assert printed.count("positions per token") == len(rows)
+    monkeypatch.setattr(diffusion_pays, "STEPS", {diffusion_pays.SUB: (8,)})
     diffusion_pays.main([*given, "--quantize", "int8"])
     assert {row["weights"] for row in json.loads(output.read_text())["rows"]} == {"fp32", "int8"}
 

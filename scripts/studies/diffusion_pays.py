@@ -51,7 +51,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 # Tokens a step, the most telling first: a budget cuts off the end. Sub-blocks of 8 have no more than 8 to commit. Opening
 # passes make tokens a forward fewer: 32 a step are 16, 32/3 are 8, and 8 are 6.4.
 STEPS: dict[str, tuple[float, ...]] = {SUB: (8 / 3, 8, 4, 1.5), WHOLE: (8 / 3, 8, 32, 4, 16, 32 / 3, 1.5)}
-GPU_RUN = {"batches": [1, 8, 32, 64, 128], "prompt": 128, "gen": 256, "budget": 135.0}
+GPU_RUN = {"batches": [1, 8, 32, 64, 128], "prompt": 128, "gen": 256, "budget": 130.0}
 CPU_RUN = {"batches": [1, 4, 16], "prompt": 48, "gen": 64, "budget": 50.0}
 SHORT = 1.0  # seconds: runs below it are repeated
 
@@ -215,6 +215,49 @@ def crossing(rows: Sequence[dict[str, Any]], weights: str, way: str, batch: int)
             share = math.log(aim[0] / y0) / math.log(y1 / y0)
             return math.exp(math.log(x0) + share * math.log(x1 / x0)), "="
     return found[-1][0], ">"
+
+
+def best(rows: Sequence[dict[str, Any]], weights: str, batch: int) -> tuple[float, str] | None:
+    """The crossing of the way of diffusion that reaches it with fewer tokens per forward."""
+    every = [found for way in OPTIONS if (found := crossing(rows, weights, way, batch))]
+    return min(every, key=lambda found: (found[1] == ">", found[0] if found[1] != ">" else -found[0]), default=None)
+
+
+def in_words(found: tuple[float, str] | None) -> str:
+    if found is None:
+        return ""
+    return {"=": "", "<": "below ", ">": "above "}[found[1]] + f"{found[0]:.1f}"
+
+
+def tables(report: dict[str, Any]) -> str:
+    """Markdown: for each kind of weights tokens/s with positions per token, then the crossings."""
+    rows, out = report["rows"], []
+    batches = sorted({row["batch"] for row in rows})
+    kinds = list(dict.fromkeys(row["weights"] for row in rows))
+    for weights in kinds:
+        cells = {(r["way"], r["per_step"], r["batch"]): r for r in rows if r["weights"] == weights}
+        paces = sorted({key[:2] for key in cells}, key=lambda key: (key[0] != AR, key[0] != SUB, key[1]))
+        lines = [["tokens per forward", "way", *(f"batch {batch}" for batch in batches)], ["---"] * (2 + len(batches))]
+        for way, per_step in paces:
+            found = [cells.get((way, per_step, batch)) for batch in batches]
+            pace = [row["tokens_per_forward"] for row in found if row]
+            line = [f"{sum(pace) / len(pace):.1f}", way]
+            for row, batch in zip(found, batches, strict=True):
+                text = f"{row['tokens_per_second']:,.0f}" if row else ""
+                aim = cells.get((AR, 1.0, batch))
+                if row and aim and row["tokens_per_second"] > aim["tokens_per_second"]:
+                    text = f"**{text}**"
+                line.append(f"{text} ({row['positions_per_token']:.1f})" if row else "")
+            lines.append(line)
+        out.append(f"### Tokens per second, {weights}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+    lines = [["weights", "way", *(f"batch {batch}" for batch in batches)], ["---"] * (2 + len(batches))]
+    lines += [
+        [weights, way, *(in_words(crossing(rows, weights, way, batch)) for batch in batches)]
+        for weights in kinds
+        for way in OPTIONS
+    ]
+    out.append("### Least tokens per forward\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(out)
 
 
 def merged(report: dict[str, Any], path: Path) -> dict[str, Any]:

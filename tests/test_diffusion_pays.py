@@ -121,3 +121,13 @@ def test_the_crossing_lies_where_the_rates_are_equal(
     got = diffusion_pays.crossing(rows, "bf16", diffusion_pays.WHOLE, 8)
     assert got == (found and (pytest.approx(found[0], rel=1e-3), found[1]))
     assert diffusion_pays.crossing(rows, "bf16", diffusion_pays.WHOLE, 16) is None
+
+
+@pytest.mark.gpu
+def test_a_captured_baseline_writes_what_the_eager_one_does() -> None:
+    model, prompts = fastdllm.load("tiny-fast-dllm-v2", device="cuda"), some(7, 33, 21, 60, 4)
+    expected = [s.tolist() for s in autoregress(model, prompts, LENGTH, eager.Runner()).sequences]
+    runner = diffusion_pays.Captured()
+    for _ in range(2):
+        assert [s.tolist() for s in autoregress(model, prompts, LENGTH, runner).sequences] == expected
+    assert runner.capturing > 0

@@ -82,8 +82,7 @@ def autoregress(model: Model, prompts: Sequence[Tensor], length: int, runner: Ru
             runner(canvas, step, "autoregression", some, None, shape).ids.tolist()  # sync: as the engine's loop does
         one, longest = [plan._replace(stop=0) for plan in plans], max(map(len, prompts))
         for i in range(1, length):
-            # `fresh` keeps a runner from rounding the width up.
-            shape = Shape(width=1, max_kv_len=longest + i, dense=False, fresh=1)
+            shape = Shape(width=1, max_kv_len=longest + i, dense=False)
             runner(canvas, step, "autoregression", one, None, shape).ids.tolist()  # sync: a stop token would end a row
         seconds = time.perf_counter() - started
         found = [canvas.x[p.row, : len(prompt) + length].cpu() for p, prompt in zip(plans, prompts, strict=True)]

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from fastdllm.models import Model
 
 T = TypeVar("T")
+WARM_ROWS = 32  # answers that are decoded together before the first caller comes
 SPREAD = 4  # a normaliser may shorten a text by this factor at most (composition of characters)
 
 
@@ -83,14 +84,21 @@ class Service:
         return self
 
     async def warm_up(self) -> None:
-        """Decode a few tokens, so that the first caller does not wait for kernels and graphs; then `state` is "ready"."""
-        prompt = torch.full((min(32, self.model.spec.max_length // 2),), self.model.spec.pad_id)
-        length = min(self.config.gen_length, 64, self.model.spec.max_length - len(prompt))
-        choice = self._choice(0, prompt, length, 0, {}, {}, [])
-        async for _ in self._pieces([choice], False, time.monotonic() + 600):
-            pass
+        """Decode a few answers, so that the first callers do not wait for kernels and graphs; then `state` is "ready"."""
+        for count in sorted({1, self._together()}):
+            prompt = torch.full((min(32, self.model.spec.max_length // 2),), self.model.spec.pad_id)
+            length = min(self.config.gen_length, 64, self.model.spec.max_length - len(prompt))
+            # Of growing lengths, so that they end one after another: a graph is captured for each size of a batch.
+            choices = [self._choice(i, prompt, max(1, length * (i + 1) // count), i, {}, {}, []) for i in range(count)]
+            async for _ in self._pieces(choices, False, time.monotonic() + 600):
+                pass
         if self.state == "loading":
             self.state = "ready"
+
+    def _together(self) -> int:
+        """Answers to warm up with at once: where steps are captured, as many as a batch of usual size has."""
+        most = min(WARM_ROWS, self.scheduler.rows, 1 + self.scheduler.max_queue)
+        return most if self.model.device.type == "cuda" else 1
 
     def close(self, timeout: float | None = None) -> None:
         """Finish what was taken in and stop."""

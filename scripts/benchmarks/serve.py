@@ -243,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _report(args: argparse.Namespace, url: str, model: str, load: Load) -> dict[str, Any]:
     """Every setting of the load, printed; the figures of the closed loop."""
-    measure(url, model, Load(load.prompts[: args.batch], load.length), None, args.batch)  # graphs of every batch size
+    measure(url, model, load, None, args.batch)  # once to capture the graphs of every batch size, as offline
     closed = measure(url, model, load, None, args.batch)
     print(json.dumps(closed), flush=True)
     for rate in args.rates:

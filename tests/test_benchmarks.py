@@ -21,9 +21,12 @@ CACHES = {"llada": ("none", "prefix", "dual"), "dream": ("none", "prefix", "dual
 @pytest.mark.parametrize("name", ["llada", "v2"])
 def test_the_benchmark_reports_what_was_decoded(name: str, tmp_path: Path, capsys) -> None:
     given = ["--cpu", "--models", name, "--prompts", "40", "--gen", "32", "--repeats", "1"]
-    decode.main([*given, "--batches", "1", "2"])
+    kept = tmp_path / "decode.json"
+    kept.write_text('{"fp8": 1}')
+    decode.main([*given, "--batches", "1", "2", "--output", str(kept)])
     printed = capsys.readouterr().out
     report = json.loads(printed.splitlines()[-1])
+    assert json.loads(kept.read_text()) == {"fp8": 1, "fp32": report}, "runs with other weights stay"
     assert {"device", "torch", "python", "commit"} < report.keys() and min(report["ceilings"].values()) > 0
     figures = report[name]
     cache, step = ("sub_block", 8 / 3) if name == "v2" else ("dual", 4)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import fastdllm
+from fastdllm.cli import COMMANDS
 from fastdllm.models.supported import SUPPORTED
 from scripts import quickstart
 from scripts.studies import figures, memory, tables
@@ -64,6 +65,24 @@ def test_every_part_of_the_recorded_data_names_its_command() -> None:
 def test_the_table_of_the_quick_start_has_a_hundred_problems_in_each_row() -> None:
     rows = figures.data("quickstart")["settings"]
     assert tuple(rows) == quickstart.SHOWN and all(len(row["solved"]) == 100 for row in rows.values())
+
+
+PROSE = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("v2/*/*.md")})
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_of_a_page_name_what_is_there(page: Path) -> None:
+    """Modules, scripts, subcommands and data of a checkout; a path may also start at the page's own folder."""
+    text = page.read_text(encoding="utf-8")
+    for module in re.findall(r"python -m ((?:scripts|fastdllm|llada|dream|v2)[\w.]*)", text):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+    for script in re.findall(r"(?:python|bash|source) ((?!-)[\w./]+\.(?:py|sh))\b", text):
+        assert (ROOT / script).is_file() or (page.parent / script).is_file(), script
+    for block in re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S):
+        assert set(re.findall(r"^(?:\w+=\S+ )*fastdllm (\w+)", block, re.M)) <= COMMANDS.keys()
+    for data in re.findall(r"\b(?:DATA|--data|--held_out)[= ](fastdllm/\S+)", text):
+        assert (ROOT / data).is_file(), data
 
 
 def test_the_page_on_memory_is_up_to_date() -> None:

@@ -20,6 +20,7 @@ INSTALL = {
     "scipy": "scipy",
     "tqdm": "tqdm",
     "transformers": "transformers",
+    "triton": "triton",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import torch
 import fastdllm
 from fastdllm import kernels
 from scripts.benchmarks import decode, profile_step, published
+
+ROOT = Path(__file__).resolve().parents[1]
 
 CACHES = {"llada": ("none", "prefix", "dual"), "dream": ("none", "prefix", "dual"), "v2": ("none", "block", "sub_block")}
 
@@ -47,6 +50,15 @@ def test_the_benchmark_reports_what_was_decoded(name: str, tmp_path: Path, capsy
     earlier.write_text(printed)
     decode.main([*given, "--batches", "1", "--compare", str(earlier)])
     assert f"x 1.000 of {earlier}" in capsys.readouterr().out  # the forwards of an answer do not vary
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("module", ["decode", "profile_step", "loading", "kernels"])
+def test_a_benchmark_without_a_gpu_says_so_in_one_line(module: str) -> None:
+    if module == "kernels":
+        pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-m", f"scripts.benchmarks.{module}"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.startswith(f"{module}: a GPU is needed") and done.stderr.count("\n") == 1
 
 
 def test_settings_are_measured_beside_each_other(capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,6 +91,14 @@ def random_model(name: str, device: torch.device, kind: str | None) -> Model:
     return Model(network, spec, None, f"{name} (random)")
 
 
+def usable(name: str) -> torch.device:
+    """The device of this name. Raises ValueError for a GPU where there is none."""
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("a GPU is needed, and torch finds none; some benchmarks take --cpu, others --device cpu")
+    return device
+
+
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -377,7 +385,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    device = torch.device("cpu" if args.cpu else "cuda")
+    device = usable("cpu" if args.cpu else "cuda")
     before = flatten(json.loads(Path(args.compare).read_text().strip().splitlines()[-1])) if args.compare else {}
     if device.type == "cuda" and not args.skip_checks:
         check_kernels()

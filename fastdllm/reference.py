@@ -100,6 +100,8 @@ class Measured:
             for setting in self._settings(kind, name, usual):
                 if found := self.rows.get((model, setting)):
                     row, one = found
+                    if row is one:
+                        return "the reference"
                     count = "forwards" if kind is Kind.DECODERS else "positions"
                     digits = ".1f" if kind is Kind.DECODERS else ",.0f"
                     lost = f"{100 * row['difference']:+.1f}".replace("+0.0", "0.0").replace("-0.0", "0.0")

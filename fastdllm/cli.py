@@ -70,9 +70,19 @@ def batch(arguments: Sequence[str]) -> int:
 
 @contextmanager
 def one_line(prog: str) -> Iterator[None]:
-    """What the user should mend (ValueError, OSError) ends the program in one line on stderr and exit code 2."""
+    """What the user should mend (ValueError, OSError) ends the program in one line on stderr and exit code 2.
+
+    So does a library that is not installed, with exit code 1, as in `main`.
+    """
     try:
         yield
+    except ModuleNotFoundError as error:
+        from fastdllm import libraries
+
+        if not (library := libraries.missing(error)):
+            raise
+        print(libraries.hint(prog, library), file=sys.stderr)
+        raise SystemExit(1) from error
     except (ValueError, OSError) as error:
         print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -138,10 +148,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         print(f"fastdllm {name}: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing not in libraries.INSTALL:
+        if not (library := libraries.missing(error)):
             raise
-        print(libraries.hint(f"fastdllm {name}", missing), file=sys.stderr)
+        print(libraries.hint(f"fastdllm {name}", library), file=sys.stderr)
         return 1
 
 

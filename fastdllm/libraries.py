@@ -14,9 +14,13 @@ INSTALL = {
     "pydantic": "fastapi uvicorn pydantic prometheus-client transformers",
     "prometheus_client": "prometheus-client",
     "ray": "'ray[serve]'",
+    "matplotlib": "matplotlib",
+    "peft": "peft",
     "rich": "rich",
+    "scipy": "scipy",
     "tqdm": "tqdm",
     "transformers": "transformers",
+    "triton": "triton",
 }
 
 
@@ -28,6 +32,12 @@ def has_tokenizers() -> bool:
 def hint(what: str, module: str) -> str:
     """One line: what needs which library, and how to get it."""
     return f"{what} needs {module}: pip install {INSTALL.get(module, module)}"
+
+
+def missing(error: ModuleNotFoundError) -> str | None:
+    """The library whose absence raised the error, if it is one that a part of this project needs."""
+    name = (error.name or "").partition(".")[0]
+    return name if name in INSTALL else None
 
 
 def _has(module: str) -> bool:

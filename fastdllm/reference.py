@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -18,7 +19,7 @@ from fastdllm.fields import Option
 from fastdllm.presets import PRESETS
 from fastdllm.registry import Kind
 
-NOTE = "<!-- Written by `python -m fastdllm.reference docs` from the declarations in fastdllm/. -->"
+NOTE = "<!-- Written by `python -m fastdllm.reference docs` from the declarations in fastdllm/ and docs/frontier.json. -->"
 ARXIV = re.compile(r"arXiv (\d{4}\.\d{5})")
 DECODERS = """# Decoders
 
@@ -26,8 +27,11 @@ A decoder says which of the scored tokens a forward commits. `decoder="NAME"` ch
 its name (`factor=1.0`). Its own options are given by name too: `generate(model, prompts, decoder="lopa", branches=2)`.
 
 A rule of your own may be an object, `decoder=MyRule(0.8)`, or a name after `fastdllm.register("decoders", MyRule)`.
-[A decoder or a cache](add_a_decoder.md) shows how to write one. [Accuracy against forwards](frontier.md) shows what each one
-costs and saves.
+[A decoder or a cache](add_a_decoder.md) shows how to write one.
+
+The last column of the table is measured: accuracy in points and forwards per answer, each against one token per step, at
+the decoder's defaults. tiny-llada answered 500 problems with the `dual` cache. What is marked v2 ran on tiny-fast-dllm-v2
+with the `block` cache. [Accuracy against forwards](frontier.md) has the intervals.
 """
 CACHES = """# Caches
 
@@ -35,8 +39,11 @@ A cache says which positions a forward recomputes, and what they see of the othe
 options are given by name too: `generate(model, prompts, cache="vicinity", before=8)`.
 
 A plan of your own may be an object, `cache=MyPlan()`, or a name after `fastdllm.register("caches", MyPlan)`.
-[A decoder or a cache](add_a_decoder.md) shows how to write one. [Accuracy against forwards](frontier.md) shows what each one
-costs and saves.
+[A decoder or a cache](add_a_decoder.md) shows how to write one.
+
+The last column of the table is measured at threshold 0.9: accuracy in points against one token per step, and the positions
+that an answer's forwards recompute. tiny-llada answered 500 problems. What is marked v2 ran on tiny-fast-dllm-v2. [Accuracy
+against forwards](frontier.md) has the intervals.
 """
 OPTIONS_PAGE = """# Options
 
@@ -71,7 +78,47 @@ def _allowed(option: Option) -> str:
     return ", ".join(filter(None, parts))
 
 
-def component_page(kind: Kind, opening: str) -> str:
+class Measured:
+    """What components cost, from the studies in a folder of docs.
+
+    folder: one with frontier.json and self_verify.json; without them nothing is known.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.rows: dict[tuple[str, str], tuple[dict[str, float], dict[str, float]]] = {}  # its row, and the reference's
+        for name in ("self_verify.json", "frontier.json"):
+            if folder and (folder / name).is_file():
+                for study in json.loads((folder / name).read_text(encoding="utf-8"))["studies"]:
+                    rows = {row["setting"]: row for row in study["settings"]}
+                    one = rows[study["reference"]]
+                    if study["template"] == "chat":
+                        self.rows |= {(study["model"], setting): (row, one) for setting, row in rows.items()}
+
+    def cost(self, kind: Kind, name: str) -> str:
+        """`-4.8, 6.8 instead of 110.6`, or nothing if the component was not measured."""
+        for model, mark, usual in (("tiny-llada", "", "dual"), ("tiny-fast-dllm-v2", "v2: ", "block")):
+            for setting in self._settings(kind, name, usual):
+                if found := self.rows.get((model, setting)):
+                    row, one = found
+                    if row is one:
+                        return "the reference"
+                    count = "forwards" if kind is Kind.DECODERS else "positions"
+                    digits = ".1f" if kind is Kind.DECODERS else ",.0f"
+                    lost = f"{100 * row['difference']:+.1f}".replace("+0.0", "0.0").replace("-0.0", "0.0")
+                    return f"{mark}{lost}, {row[count]:{digits}} instead of {one[count]:{digits}}"
+        return ""
+
+    @staticmethod
+    def _settings(kind: Kind, name: str, usual: str) -> list[str]:
+        """How a study may spell a component at its defaults."""
+        if kind is Kind.CACHES:
+            return [f"threshold=0.9+{name}"]
+        options = registry.settable(kind, name)
+        levels = [f"={next(iter(options.values())).default}"] if options else []
+        return [f"{name}{level}+{usual}" for level in [*levels, "", ":small_block_size=32"]]
+
+
+def component_page(kind: Kind, opening: str, measured: Measured) -> str:
     """An overview of the components that ship, and a section for each with its options."""
     rows, sections = [], []
     for name in registry.shipped(kind):
@@ -79,12 +126,12 @@ def component_page(kind: Kind, opening: str) -> str:
         about = inspect.getdoc(sys.modules[component.__module__]) or ""
         what, paper = _sentence(about), _paper(about)
         use = (inspect.getdoc(component) or "").split("\n\n")[0].replace("\n", " ")
-        rows.append((f"[`{name}`](#{name})", what, paper, use))
+        rows.append((f"[`{name}`](#{name})", what, paper, use, measured.cost(kind, name)))
         options = registry.settable(kind, name)
         parts = [f"## {name}", use, *map(_linked, about.split("\n\n"))]
         parts.append(option_table(options.values()) if options else "It has no options.\n")
         sections.append("\n\n".join(parts))
-    head = (kind.option, "what it does", "source", "when to use it")
+    head = (kind.option, "what it does", "source", "when to use it", "what it cost")
     return "\n".join([NOTE, opening, table(head, rows), *sections])
 
 
@@ -123,19 +170,23 @@ def options_page() -> str:
     )
 
 
-def pages() -> dict[str, str]:
-    """File name -> text of every page."""
+def pages(folder: Path | None = None) -> dict[str, str]:
+    """File name -> text of every page.
+
+    folder: that of the documentation, whose data says what components cost.
+    """
+    measured = Measured(folder)
     return {
         "options.md": options_page(),
-        "decoders.md": component_page(Kind.DECODERS, DECODERS),
-        "caches.md": component_page(Kind.CACHES, CACHES),
+        "decoders.md": component_page(Kind.DECODERS, DECODERS, measured),
+        "caches.md": component_page(Kind.CACHES, CACHES, measured),
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the pages into a folder, `docs` unless another is named."""
     folder = Path(*(sys.argv[1:] if arguments is None else arguments) or ["docs"])
-    for name, text in pages().items():
+    for name, text in pages(folder).items():
         (folder / name).write_text(text, encoding="utf-8")
         print(folder / name)
     return 0

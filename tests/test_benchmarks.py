@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,15 +16,20 @@ import fastdllm
 from fastdllm import kernels
 from scripts.benchmarks import decode, profile_step, published
 
+ROOT = Path(__file__).resolve().parents[1]
+
 CACHES = {"llada": ("none", "prefix", "dual"), "dream": ("none", "prefix", "dual"), "v2": ("none", "block", "sub_block")}
 
 
 @pytest.mark.parametrize("name", ["llada", "v2"])
 def test_the_benchmark_reports_what_was_decoded(name: str, tmp_path: Path, capsys) -> None:
     given = ["--cpu", "--models", name, "--prompts", "40", "--gen", "32", "--repeats", "1"]
-    decode.main([*given, "--batches", "1", "2"])
+    kept = tmp_path / "decode.json"
+    kept.write_text('{"fp8": 1}')
+    decode.main([*given, "--batches", "1", "2", "--output", str(kept)])
     printed = capsys.readouterr().out
     report = json.loads(printed.splitlines()[-1])
+    assert json.loads(kept.read_text()) == {"fp8": 1, "fp32": report}, "runs with other weights stay"
     assert {"device", "torch", "python", "commit"} < report.keys() and min(report["ceilings"].values()) > 0
     figures = report[name]
     cache, step = ("sub_block", 8 / 3) if name == "v2" else ("dual", 4)
@@ -44,6 +50,15 @@ def test_the_benchmark_reports_what_was_decoded(name: str, tmp_path: Path, capsy
     earlier.write_text(printed)
     decode.main([*given, "--batches", "1", "--compare", str(earlier)])
     assert f"x 1.000 of {earlier}" in capsys.readouterr().out  # the forwards of an answer do not vary
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("module", ["decode", "profile_step", "loading", "kernels"])
+def test_a_benchmark_without_a_gpu_says_so_in_one_line(module: str) -> None:
+    if module == "kernels":
+        pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-m", f"scripts.benchmarks.{module}"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.startswith(f"{module}: a GPU is needed") and done.stderr.count("\n") == 1
 
 
 def test_settings_are_measured_beside_each_other(capsys: pytest.CaptureFixture[str]) -> None:

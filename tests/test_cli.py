@@ -108,6 +108,28 @@ def test_a_missing_library_is_named_with_the_way_to_get_it(
     assert "fastdllm app needs fastapi: pip install fastapi" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("library", ["matplotlib.pyplot", "scipy", "peft"])
+def test_a_script_names_its_missing_library_in_one_line(library: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped, cli.one_line("figures"):
+        raise ModuleNotFoundError(f"No module named {library!r}", name=library)
+    name = library.partition(".")[0]
+    assert stopped.value.code == 1 and capsys.readouterr().err == f"figures needs {name}: pip install {name}\n"
+    with pytest.raises(ModuleNotFoundError), cli.one_line("figures"):  # a module of one's own: a fault to see in full
+        raise ModuleNotFoundError("No module named 'fastdllm.typo'", name="fastdllm.typo")
+
+
+def test_scripts_begin_without_the_libraries_that_only_a_part_of_them_needs() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules |= dict.fromkeys(('peft', 'scipy', 'matplotlib', 'tensorboard', 'tensorboardX'))\n"
+        "import scripts.recipes.parallel, scripts.studies.figures, scripts.studies.pareto\n"
+        "import scripts.studies.verify_published, v2.train_scripts.finetune as finetune\n"
+        "assert finetune.FinetuneArguments.report_to == 'none', 'it would end with an error'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_command_needs_no_optional_library_to_start() -> None:
     code = (
         "import sys\n"

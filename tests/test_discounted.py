@@ -61,7 +61,7 @@ def forwards_of(model: fastdllm.Model, length: int, **options: Any) -> list[int]
 
 @pytest.mark.parametrize("pairs", [[(1, 2), (2, 1)], [(2, 1)]], ids=["each other", "one another"])
 def test_of_two_that_attend_to_each_other_one_is_committed(pairs: list[tuple[int, int]]) -> None:
-    """0.9 - 1 * 0.5 * (1 - 0.91) is below the threshold of 0.88, and the positions beside them go at once."""
+    """0.9 - 1 * 0.5 * (1 - 0.91) is below the threshold of 0.88, and the positions next to them go at once."""
     model = attending([0.95, 0.91, 0.9, 0.95], pairs)
     assert forwards_of(model, 4, threshold=0.88) == [1, 1, 1, 1]
     assert forwards_of(model, 4, threshold=0.88, attention_discount=1) == [1, 1, 2, 1]
@@ -130,7 +130,7 @@ def test_lossless_over_it_keeps_its_tokens_and_its_order(family: str) -> None:
 
 
 class Checked:
-    """Beside every forward, the attention of its last layer in full, computed anew from the queries and the store."""
+    """Next to every forward, the attention of its last layer in full, computed anew from the queries and the store."""
 
     def __init__(self, model: fastdllm.Model, patch: pytest.MonkeyPatch) -> None:
         self.network, self.compared = model.network, 0

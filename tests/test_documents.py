@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 
 import fastdllm
+from fastdllm.cli import COMMANDS
 from fastdllm.models.supported import SUPPORTED
 from scripts import quickstart
-from scripts.studies import figures, memory
+from scripts.studies import figures, memory, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,14 +21,68 @@ def read(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-def test_the_tables_of_all_settings_are_up_to_date() -> None:
-    assert read("docs/frontier_tables.md") == figures.tables_page(), "run: python -m scripts.studies.figures tables"
+@pytest.mark.parametrize("page", [*tables.PAGES, "docs/frontier_tables.md"])
+def test_the_tables_of_a_page_are_those_of_the_data(page: str) -> None:
+    assert read(page) == tables.pages()[page], "run: python -m scripts.studies.tables"
 
 
-def test_the_table_of_the_quick_start_is_up_to_date() -> None:
-    assert read("docs/quickstart.md") == figures.quickstart_page(), "run: python -m scripts.studies.figures quickstart"
+@pytest.mark.parametrize("page", tables.PAGES)
+def test_no_measured_table_is_kept_by_hand(page: str) -> None:
+    """A column of percents, milliseconds, intervals or rates outside the marks would be one."""
+    rest = tables.BLOCK.sub("", read(page))
+    rows = [line for line in rest.splitlines() if re.search(r"\|[^|]*\d(\.\d+)? (%|ms|us|x|GB|points)\b.*\|", line)]
+    assert not rows
+    assert not [line for line in rest.splitlines() if re.search(r"\([-+]\d+\.\d, [-+]\d+\.\d\) *\|", line)]
+
+
+def test_every_table_of_the_data_is_shown_on_one_page() -> None:
+    shown = [found["name"] for page in tables.PAGES for found in tables.BLOCK.finditer(read(page))]
+    prose = {"two_gpus", "rebuilt_engine"}  # a single figure each, in a sentence of docs/performance.md
+    assert sorted(shown) == sorted(tables.TABLES.keys() - prose)
+
+
+def test_an_unknown_table_and_an_old_page_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "PAGES", ("page.md",))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "frontier_tables.md").write_text(tables.all_settings(), encoding="utf-8")
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table sudoku: from docs/sudoku.json -->\nstale\n<!-- end -->\n", encoding="utf-8")
+    assert tables.main(["--check"]) == 1 and "stale" in page.read_text()
+    assert tables.main([]) == 0 and "| threshold 0.9 |" in page.read_text() and "stale" not in page.read_text()
+    assert tables.main(["--check"]) == 0
+    page.write_text("<!-- table speeed: x -->\n\n<!-- end -->\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"page\.md: unknown table 'speeed'; allowed are presets"):
+        tables.main(["--check"])
+
+
+def test_every_part_of_the_recorded_data_names_its_command() -> None:
+    for name, section in figures.data("measured")["sections"].items():
+        assert re.match(r"(python -m (scripts|fastdllm)\.|accelerate launch )", section["command"]), name
+        assert re.search(r"20\d\d-\d\d", section["measured"]), name
+
+
+def test_the_table_of_the_quick_start_has_a_hundred_problems_in_each_row() -> None:
     rows = figures.data("quickstart")["settings"]
     assert tuple(rows) == quickstart.SHOWN and all(len(row["solved"]) == 100 for row in rows.values())
+
+
+PROSE = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("v2/*/*.md")})
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_of_a_page_name_what_is_there(page: Path) -> None:
+    """Modules, scripts, subcommands and data of a checkout; a path may also start at the page's own folder."""
+    text = page.read_text(encoding="utf-8")
+    for module in re.findall(r"python -m ((?:scripts|fastdllm|llada|dream|v2)[\w.]*)", text):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+    for script in re.findall(r"(?:python|bash|source) ((?!-)[\w./]+\.(?:py|sh))\b", text):
+        assert (ROOT / script).is_file() or (page.parent / script).is_file(), script
+    for block in re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S):
+        assert set(re.findall(r"^(?:\w+=\S+ )*fastdllm (\w+)", block, re.M)) <= COMMANDS.keys()
+    for data in re.findall(r"\b(?:DATA|--data|--held_out)[= ](fastdllm/\S+)", text):
+        assert (ROOT / data).is_file(), data
 
 
 def test_the_page_on_memory_is_up_to_date() -> None:
@@ -43,37 +97,11 @@ def test_a_picture_is_drawn(part: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / f"{part}.png").stat().st_size > 1000
 
 
-def test_figures_of_the_presets_are_in_the_data() -> None:
-    """The first table of docs/frontier.md, row by row."""
-    page = (
-        (ROOT / "docs" / "frontier.md").read_text(encoding="utf-8").partition("| model | preset |")[2].partition("\n\n")[0]
-    )
-    known = set()
-    for study in figures.data("frontier")["studies"]:
-        for row in study["settings"]:
-            end = f"| {row['forwards']:.1f} | {row['positions']:,.0f} | {row['tokens_per_second']:,.0f} |"
-            known.add((f"{100 * row['accuracy']:.1f} %", end))
-    rows = [line for line in page.splitlines() if " % |" in line]
-    assert len(rows) == 12
-    for line in rows:
-        accuracy = line.split("|")[3].strip()
-        assert any(accuracy == right and line.endswith(end) for right, end in known), line
-
-
 def test_the_page_on_models_lists_the_supported_ones() -> None:
     listed = re.findall(
         r"^\| \[([^\]]+)\]\(https://huggingface.co/\1\) \| `(\w+)`", (ROOT / "docs" / "models.md").read_text(), re.M
     )
     assert listed == [(model.id, model.family) for model in SUPPORTED]
-
-
-def test_figures_of_layer_reuse_are_in_the_data() -> None:
-    table = re.findall(
-        r"^\| (k=[^|]+) \| ([\d.]+) % \|.*\| ([\d.]+) % \| ([\d.]+) \|$", (ROOT / "v2" / "README.md").read_text(), re.M
-    )
-    data = json.loads(read("docs/reuse.json"))["settings"]
-    listed = [(name.removesuffix(" (ablation)"), *map(float, rest)) for name, *rest in table]
-    assert listed == [(row["setting"], row["accuracy"], row["share"], row["forwards"]) for row in data]
 
 
 def test_the_quick_start_compares_on_the_same_problems() -> None:

@@ -143,7 +143,7 @@ def evaluate_few() -> dict[str, Any]:
         bootstrap_iters=0,
         log_samples=True,
     )
-    if found is None:  # lm-eval reports on the first process alone
+    if found is None:  # lm-eval reports on the first process only
         return {}
     samples = {
         task: sorted([s["doc_id"], s["resps"][0][0]] for s in of if s["filter"] in ("strict-match", "none"))

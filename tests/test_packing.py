@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed passes: what each row gets alone, in one forward a round."""
+"""Packed passes: what each row gets by itself, in one forward a round."""
 
 import pytest
 import torch

@@ -52,7 +52,7 @@ def test_figures_of_speed_are_in_the_data() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/eval.md")]
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/*.md")]
     for page in pages:
         found = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
         links = [link for link in found if "://" not in link]

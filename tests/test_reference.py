@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +27,23 @@ COMPONENTS = [(kind, name) for kind in (Kind.DECODERS, Kind.CACHES) for name in 
 
 @pytest.mark.parametrize("name", pages())
 def test_the_pages_are_up_to_date(name: str) -> None:
-    assert (DOCS / name).read_text(encoding="utf-8") == pages()[name], "run: python -m fastdllm.reference docs"
+    assert (DOCS / name).read_text(encoding="utf-8") == pages(DOCS)[name], "run: python -m fastdllm.reference docs"
 
 
 def test_the_command_writes_the_pages(tmp_path: Path) -> None:
     assert main([str(tmp_path)]) == 0
     assert {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()} == pages()
+
+
+def test_what_was_measured_stands_next_to_every_component_but_those_that_were_not() -> None:
+    unmeasured = set()
+    for kind, name in COMPONENTS:
+        page = pages(DOCS)[f"{kind.value}.md"]
+        row = next(line for line in page.splitlines() if line.startswith(f"| [`{name}`]"))
+        cost = row.strip("|").split("|")[4].strip()
+        assert not cost or re.fullmatch(r"the reference|(v2: )?([+-]\d+\.\d|0\.0), [\d,.]+ instead of [\d,.]+", cost)
+        unmeasured |= set() if cost else {name}
+    assert unmeasured == {"self_speculate", "causal"}, "no shipped model reads its context causally"
 
 
 @pytest.mark.parametrize(("kind", "name"), COMPONENTS)

@@ -74,7 +74,7 @@ def test_what_is_no_trace_is_refused_by_name(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 def test_a_constraint_is_part_of_the_answer_in_every_cache(model: fastdllm.Model, cache: str) -> None:
-    # Position 30 lies behind where the model ends its answer; the answer must reach it all the same.
+    # Position 30 lies after where the model ends its answer; the answer must reach it all the same.
     *_, trace = watch(model, MESSAGES, gen_length=48, block_length=16, cache=cache, constraints={0: 40, 30: 50})
     assert trace.answer()[0] == 40 and trace.answer()[30] == 50
     assert trace.at().written[30] == 0

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Block cache plus sub-block cache of Fast-dLLM v2 (`use_block_cache`): an approximation inside the block.
 
-The whole block is recomputed while the sub-block's first token is masked (the row that predicts it lies in the sub-block
-before), afterwards only the sub-block's rows; the other rows of the block keep the keys of the last whole pass.
+The whole block is recomputed while the sub-block's first token is masked, because the row that predicts it lies in the
+sub-block before. Afterwards only the sub-block's rows are. The other rows of the block keep the keys of the last whole pass.
 """
 
 from dataclasses import dataclass

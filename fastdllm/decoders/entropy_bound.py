@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Entropy bound (EB-Sampler, arXiv 2505.24857): commit the longest prefix, in falling confidence, of bounded entropy.
 
-Committing a set at once ignores how its tokens depend on each other; that error is at most the sum of their entropies less
-the largest one, which the rule keeps at or below gamma.
+Committing a set at once ignores how its tokens depend on each other. That error is at most the sum of their entropies less
+the largest one. The rule keeps this bound at or below gamma.
 """
 
 from dataclasses import dataclass

@@ -3,7 +3,7 @@
 forwards.
 
 A pass in both directions drafts all tokens of a block at once. A pass over the same tokens from left to right says what the
-model takes after each of them: the drafts stay up to the first that it does not take, there its own token stands, and the
+model takes after each of them. The drafts stay up to the first that it does not take. There its own token stands, and the
 next block begins after it. Each pair of passes gains a token at least and a whole block at best. With blocks of one token
 nothing can be drafted, and this is autoregressive decoding. Where tokens are drawn they come from the distribution that
 autoregressive decoding draws from, whatever was drafted.

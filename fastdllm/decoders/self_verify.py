@@ -3,7 +3,7 @@
 
 A block-causal model with blocks of one token would be autoregressive, so the same weights can verify what they drafted. A
 pass in both directions drafts all tokens of a sub-block. A pass over the block from left to right says what the model takes
-after each of them: the drafts stay up to the first that it does not take, there its own token stands, and the next pass
+after each of them. The drafts stay up to the first that it does not take. There its own token stands, and the next pass
 drafts what is left. So the answer does not depend on the drafts. It is that of `small_block_size=1`, where nothing can be
 drafted. Finished blocks are read in both directions, as the model was trained, and a block's first token comes from there.
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Confidence threshold (Fast-dLLM, arXiv 2505.22618): commit every token whose probability reaches the threshold.
 
-If n tokens have a probability above 1 - e and (n + 1) e <= 1, their product and their joint distribution share the most
-likely value (theorem 1 there), which is why independent commits do so little harm at 0.9.
+Let n tokens have a probability above 1 - e each, with (n + 1) e <= 1. Then their product and their joint distribution share
+the most likely value (theorem 1 there). So independent commits do little harm at a high threshold.
 """
 
 from dataclasses import dataclass

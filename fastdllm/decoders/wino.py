@@ -2,8 +2,8 @@
 """Wide in, narrow out (WINO, arXiv 2507.18578): commit early, and remask what the text around it does not confirm.
 
 A low threshold fills the block fast and sometimes wrongly. So every step asks each token of the block how likely it is given
-everything but itself (`shadows.py`), and remasks the doubtful ones, fewer than it commits: each step gains a token, and
-a block ends.
+everything but itself (`shadows.py`), and remasks the doubtful ones. It remasks fewer than it commits, so that each step
+gains a token, and a block ends.
 """
 
 from dataclasses import dataclass

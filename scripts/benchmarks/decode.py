@@ -9,7 +9,8 @@
 
 The floor of a block forward is the time to read its weights and keys once at the copy bandwidth measured in the same run;
 that of a full forward is its matrix products at the matrix rate measured in the same run. Each figure is printed when it has
-been measured, and one JSON line at the end. `--compare FILE` (an earlier run's line) adds ratios. On a GPU the kernels are
+been measured, and one JSON line at the end. `--output docs/decode.json` also keeps it there, under the kind of weights: the
+data of the tables in docs/performance.md. `--compare FILE` (an earlier run's line) adds ratios. On a GPU the kernels are
 checked against their references first. On a CPU fewer and smaller runs are the default: two minutes on two cores.
 """
 
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import date
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import pairwise, product
@@ -87,6 +89,14 @@ def random_model(name: str, device: torch.device, kind: str | None) -> Model:
     if kind:
         quantize(network, kind)
     return Model(network, spec, None, f"{name} (random)")
+
+
+def usable(name: str) -> torch.device:
+    """The device of this name. Raises ValueError for a GPU where there is none."""
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("a GPU is needed, and torch finds none; some benchmarks take --cpu, others --device cpu")
+    return device
 
 
 def synchronise(device: torch.device) -> None:
@@ -308,6 +318,12 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return out
 
 
+def keep(path: Path, weights: str, report: dict[str, Any]) -> None:
+    """Put a run into a file of one run for each kind of weights."""
+    runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps(runs | {weights: report}, indent=1) + "\n", encoding="utf-8")
+
+
 def measured(model: Model, peak: dict[str, float], args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     """Forwards, steps and whole answers of one model: the name and the figures of each, when they have been taken."""
     prompt = min(args.prompts[0], model.spec.max_length - args.gen)
@@ -355,6 +371,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--gen", type=int, help=f"new tokens: {GPU_RUN['gen']}, on a CPU {CPU_RUN['gen']}")
     parser.add_argument("--cpu", action="store_true", help="the shipped tiny models on the CPU")
     parser.add_argument("--skip-checks", action="store_true", help="do not run the op tests first")
+    parser.add_argument("--output", type=Path, help="also write the figures to this file, under the kind of weights")
     parser.add_argument("--compare", help="a file whose last line is an earlier run's JSON")
     parser.add_argument("--repeats", type=int, help="of which the median is taken")
     args = parser.parse_args(arguments)
@@ -368,7 +385,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    device = torch.device("cpu" if args.cpu else "cuda")
+    device = usable("cpu" if args.cpu else "cuda")
     before = flatten(json.loads(Path(args.compare).read_text().strip().splitlines()[-1])) if args.compare else {}
     if device.type == "cuda" and not args.skip_checks:
         check_kernels()
@@ -376,7 +393,8 @@ def main(arguments: list[str] | None = None) -> None:
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "torch": torch.__version__, "triton": version("triton") if find_spec("triton") else None,
-        "python": platform.python_version(), "commit": commit(), "ceilings": peak,
+        "python": platform.python_version(), "commit": commit(),
+        "date": str(date.today()), "ceilings": peak,
     }  # fmt: skip
     print(f"{report['device']}, torch {report['torch']}, commit {report['commit']}")
     show({"ceilings": peak}, before, args.compare)
@@ -393,6 +411,8 @@ def main(arguments: list[str] | None = None) -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     print(json.dumps(report))
+    if args.output:
+        keep(args.output, args.quantize or ("fp32" if args.cpu else "bf16"), report)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,14 @@ import statistics
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-import triton
 
 from fastdllm.cli import one_line
-from scripts.benchmarks.kernel_cases import DEVICE, Case, Run, cases, rand
+
+with one_line("kernels"):  # an environment without Triton is one line
+    import triton
+
+    from scripts.benchmarks.decode import usable
+    from scripts.benchmarks.kernel_cases import DEVICE, Case, Run, cases, rand
 
 
 def compile_all(case: Case) -> None:
@@ -98,6 +102,7 @@ def main() -> None:
     parser.add_argument("--kind", help="only weights of one kind: bf16, fp8, int8, int4 (of the ops that have weights)")
     parser.add_argument("--json", help="also write every figure to this file")
     args = parser.parse_args()
+    usable("cuda")
     copy, matmul = ceilings()
     device = torch.cuda.get_device_name()
     versions = f"torch {torch.__version__}, triton {triton.__version__}"

@@ -36,7 +36,7 @@ from fastdllm.cli import one_line
 from fastdllm.models.llada import FAMILY
 from fastdllm.models.spec import ModelSpec
 from fastdllm.models.weights import expected_shapes, parameter_shapes
-from scripts.benchmarks.decode import LLADA_8B, commit, median_ms, synchronise
+from scripts.benchmarks.decode import LLADA_8B, commit, median_ms, synchronise, usable
 
 HEAD_DIM = LLADA_8B["d_model"] // LLADA_8B["n_heads"]
 IN_BYTES, OTHER = ("from_disk", "host_peak", "device_peak"), ("seconds", "gb_s", "first_answer_seconds")
@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", help="where the temporary folder is made")
     args = parser.parse_args(arguments)
 
-    device, config = torch.device(args.device), small_config(args.layers, args.width, args.vocab)
+    device, config = usable(args.device), small_config(args.layers, args.width, args.vocab)
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "torch": torch.__version__, "python": platform.python_version(), "commit": commit(),

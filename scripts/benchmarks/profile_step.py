@@ -31,7 +31,17 @@ import fastdllm
 from fastdllm import kernels
 from fastdllm.cli import one_line
 from fastdllm.models.quantize import KINDS
-from scripts.benchmarks.decode import SHAPES, TINY, Forward, ceilings, median_ms, random_model, synchronise, weight_bytes
+from scripts.benchmarks.decode import (
+    SHAPES,
+    TINY,
+    Forward,
+    ceilings,
+    median_ms,
+    random_model,
+    synchronise,
+    usable,
+    weight_bytes,
+)
 
 OPERATIONS = (
     "rmsnorm", "linear_rmsnorm", "linear_silu_mul", "linear_rope_store", "attention", "head_confidence"
@@ -145,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.cpu and args.model not in TINY:
         parser.error(f"--cpu: no shipped model has the format of {args.model}")
 
-    device = torch.device("cpu" if args.cpu else "cuda")
+    device = usable("cpu" if args.cpu else "cuda")
     if args.cpu:
         model = fastdllm.load(TINY[args.model], device=device, quantize=args.quantize)
     else:

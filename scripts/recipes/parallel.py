@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -216,6 +215,8 @@ def train(examples: Examples, collator: Collator, network: Network, folder: Path
     network.checkpointing = args.gradient_checkpointing
     model: torch.nn.Module = network
     if args.lora:
+        from peft import LoraConfig, get_peft_model
+
         model = get_peft_model(
             network, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules=network.projections)
         )

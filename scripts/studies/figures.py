@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw the pictures of the documentation from the data next to them, and write the tables of docs/frontier_tables.md and
-of docs/quickstart.md.
+"""Draw the pictures of the documentation from the data next to them. `scripts.studies.tables` writes the tables.
 
     python -m scripts.studies.figures                        # everything
-    python -m scripts.studies.figures speed reuse            # some of speed, frontier, sudoku, reuse, tables, quickstart
+    python -m scripts.studies.figures speed reuse            # some of speed, frontier, sudoku, reuse
 
 Every picture has one message. It is drawn for 800 pixels of width on a white ground, so that it can be read in a README, in
 light and in dark mode.
@@ -183,76 +182,7 @@ def reuse() -> None:
     save(figure, "reuse")
 
 
-def setting_cell(row: Row) -> str:
-    text = row["setting"].replace(NEAR, "NEAR")
-    return f"`{text}`" + (f" (preset `{row['preset']}`)" if row["preset"] else "")
-
-
-def table(study: Row) -> str:
-    """A study's settings, most forwards first, each against the reference on the same problems."""
-    head = "setting", "accuracy", "difference", "p", "same", "tokens differ", "forwards", "positions"
-    timed = any(r["tokens_per_second"] for r in study["settings"])
-    lines = [[*head, "tokens per forward", *(["tokens/s"] if timed else [])]]
-    lines.append(["---"] * len(lines[0]))
-    for r in study["settings"]:
-        cells = [setting_cell(r), f"{100 * r['accuracy']:.1f}"]
-        if r["setting"] == study["reference"]:
-            cells += [""] * 4
-        else:
-            cells += [f"{100 * r['difference']:+.1f} ({100 * r['low']:+.1f}, {100 * r['high']:+.1f})", f"{r['p']:.3f}"]
-            cells += [f"{100 * r['same']:.0f}", f"{100 * r['tokens_differ']:.1f}"]
-        cells += [f"{r['forwards']:.1f}", f"{r['positions']:.0f}", f"{r['tokens_per_forward']:.1f}"]
-        lines.append([*cells, *([f"{r['tokens_per_second']:,.0f}" if r["tokens_per_second"] else ""] if timed else [])])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def tables_page() -> str:
-    """docs/frontier_tables.md."""
-    whole = data("frontier")
-    text = f"""<!-- Written by `python -m scripts.studies.figures tables` from docs/frontier.json and docs/sudoku.json. -->
-# All settings
-
-[Accuracy against forwards](frontier.md) says what these tables mean, and how they were measured. `NEAR` stands for
-`{NEAR}`."""
-    for study in [*whole["studies"], *data("sudoku")["studies"]]:
-        rows, machines = study["settings"], " and ".join(study["machines"])
-        text += f"\n\n## {study['model']}, {study['template']} prompt\n\n"
-        text += f"{rows[0]['problems']} {study['split']} problems, {study['dtype']}, {machines}.\n\n{table(study)}"
-    text += """
-
-## Does the prompt change the order?
-
-Of all pairs of settings, how many change places between the chat and the plain prompt. McNemar's test confirms none of
-them at 5 % under both prompts.
-
-| model | pairs | change places | Kendall's tau |
-|---|---|---|---|
-"""
-    for found in whole["templates"]:
-        assert not found["clear"], "the sentence above would be wrong"
-        text += f"| {found['model']} | {found['pairs']} | {found['change']} | {found['tau']:.2f} |\n"
-    return text
-
-
-def tables() -> None:
-    (DOCS / "frontier_tables.md").write_text(tables_page(), encoding="utf-8")
-
-
-def quickstart_page() -> str:
-    """docs/quickstart.md with the table of docs/quickstart.json, which `bash scripts/quickstart.sh` writes to results/."""
-    from scripts.quickstart import table as quick_table
-
-    found = data("quickstart")
-    block = f"\n\n{found['where']}:\n\n{quick_table(found['settings'])}\n\n"
-    page = (DOCS / "quickstart.md").read_text(encoding="utf-8")
-    return re.sub(r"(?<=quickstart.json -->).*?(?=<!-- end -->)", lambda _: block, page, flags=re.DOTALL)
-
-
-def quickstart() -> None:
-    (DOCS / "quickstart.md").write_text(quickstart_page(), encoding="utf-8")
-
-
-PARTS: dict[str, Callable[[], None]] = {f.__name__: f for f in (speed, frontier, sudoku, reuse, tables, quickstart)}
+PARTS: dict[str, Callable[[], None]] = {f.__name__: f for f in (speed, frontier, sudoku, reuse)}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
 
 COSTS = ("forwards", "positions", "tokens")
 
 
 def mcnemar(lost: int, won: int) -> float:
     """Two-sided exact p: chance of a split at least this uneven of `lost + won` disagreements between equals."""
+    from scipy.stats import binomtest
+
     return float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
 
 

@@ -259,7 +259,7 @@ def decoded(job: Job, model: Model | None = None) -> list[dict[str, Any]]:
 
 
 def jobs_of(studies: list[Study], args: argparse.Namespace) -> Iterator[Job]:
-    """What is missing. One token per step takes longest and goes first, or it would run alone at the end."""
+    """What is missing. One token per step takes longest and goes first, or it would run by itself at the end."""
     timed, size = args.workers == 1, max(CHUNK, 2 * args.batch_size)
     for study in studies:
         done = {(x["setting"], x["problem"]) for x in lines_of(study.path) if x["seconds"] is not None or not timed}

@@ -19,7 +19,6 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
-from scipy.stats import binomtest
 
 import fastdllm
 from fastdllm.cli import one_line
@@ -119,6 +118,8 @@ class Measured:
     def row(self) -> tuple[str, ...]:
         """Cells of the table, in the order of HEAD."""
         known = FIGURES.get((self.model, self.task), ())
+        from scipy.stats import binomtest
+
         low, high = binomtest(self.solved, self.problems).proportion_ci(method="wilson")
         accuracy = f"{100 * self.solved / self.problems:.1f} ({100 * low:.1f} to {100 * high:.1f})"
         return (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A request for which the model gives NaN harms nobody else: neither those beside it nor those that take its place."""
+"""A request for which the model gives NaN harms nobody else: neither those next to it nor those that take its place."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def answers(model: Model, bad: bool, **options: object) -> fastdllm.Output:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nan_of_one_row_stays_in_it(family: str) -> None:
-    """Two rows at a time, so that a good one works beside a bad one and the next takes its place. Each decoder in turn meets
-    another cache."""
+    """Two rows at a time, so that a good one works next to a bad one and another takes its place. Each decoder in turn
+    meets another cache."""
     model, caches = poisoned(family), dict[str, list[str]]()
     for own, cache, decoder in triples():
         if own == family:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests that come and go while others run: each gives what it gives alone, whatever the company."""
+"""Requests that come and go while others run: each gives what it gives by itself, whatever the company."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def test_lora_trains_adapters_only_and_merges(qwen2: Path, data: Path, tmp_path:
 
 @pytest.mark.parametrize("diffuses", [True, False], ids=["Fast-dLLM v2", "plain Qwen2"])
 def test_the_alpaca_scripts_adapter_loads_beside_its_model(qwen2: Path, data: Path, tmp_path: Path, diffuses: bool) -> None:
-    """A plain Qwen2 is no diffusion model: what it was made into is written beside the adapter."""
+    """A plain Qwen2 is no diffusion model: what it was made into is written next to the adapter."""
     base, output = qwen2, tmp_path / "out"
     if diffuses:
         base = tmp_path / "base"
@@ -279,7 +279,7 @@ def test_a_torn_checkpoint_is_passed_over(
     qwen2: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, harm: Callable[[Path], None]
 ) -> None:
     if harm is Path.unlink and name in ("optimizer.pt", "scheduler.pt"):
-        pytest.skip("a run that saves its weights alone has none")
+        pytest.skip("a run that saves only its weights has none")
     extra = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     finetune.main(options(qwen2, data, tmp_path, **extra))
     harm(tmp_path / "checkpoint-2" / name)

@@ -226,7 +226,7 @@ def test_filling_takes_what_the_network_is_right_and_sure_about() -> None:
     state = State(masked, none, none, torch.tensor([True, True, True]))
     once = fill(oracle, batch, state, spec, threshold=0.9)
     assert once.masked[0, 2:7].tolist() == [False, True, True, False, True], "30 and 29 are sure, 7 is wrong"
-    assert once.masked[1, 1:6].tolist() == [False, True, True, True, True], "none is sure: the surest alone"
+    assert once.masked[1, 1:6].tolist() == [False, True, True, True, True], "none is sure: only the surest"
     assert torch.equal(once.masked[2], masked[2]), "nothing right is left as it is"
     assert torch.equal(fill(oracle, batch, state._replace(own=~state.own), spec, 0.9).masked, masked)
     for _ in range(10):

@@ -15,12 +15,12 @@ import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, PreTrainedTokenizerFast, TrainingArguments, set_seed
+from transformers.integrations import is_tensorboard_available
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from fastdllm.cli import one_line
@@ -30,6 +30,9 @@ from fastdllm.training.objective import IGNORE
 from fastdllm.training.records import Conversation, Record, keep_good, read_records, to_conversation
 from fastdllm.training.samples import FAST_DLLM_V2_TEMPLATE, Sample, encode, fit, pack, pad_to_block
 from fastdllm.training.trainer import BlockDiffusionTrainer
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 # Names that the published script or an older transformers knew, and what replaces each.
 REPLACED = {
@@ -126,7 +129,10 @@ class FinetuneArguments(TrainingArguments):
         default=0.03, metadata={"help": "share of all steps spent warming up, unless --warmup_steps says how many"}
     )
     logging_steps: float = field(default=10, metadata={"help": "steps between log lines"})
-    report_to: str = field(default="tensorboard", metadata={"help": "where losses are logged besides the terminal"})
+    report_to: str = field(
+        default="tensorboard" if is_tensorboard_available() else "none",
+        metadata={"help": "where losses are logged besides the terminal: TensorBoard where it is installed"},
+    )
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Warm-up as a share works under transformers 4 and 5 alike, which name it differently."""
@@ -195,6 +201,8 @@ def weights_dtype(model: ModelArguments, training: TrainingArguments) -> torch.d
 
 def lora_config(model: ModelArguments) -> LoraConfig:
     """Adapters on every projection of the transformer layers."""
+    from peft import LoraConfig
+
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=model.lora_rank,
@@ -230,6 +238,8 @@ def prepare(argv: list[str]) -> tuple[ModelArguments, FinetuneArguments, BlockDi
     rows = load_samples(data.dataset_path, tokenizer, data, block, quiet)
     held_out = data.eval_dataset_path and load_samples(data.eval_dataset_path, tokenizer, data, block, quiet)
     if options.lora:
+        from peft import get_peft_model
+
         model = get_peft_model(model, lora_config(options))
 
     training.remove_unused_columns = False
@@ -254,6 +264,8 @@ def merge(options: ModelArguments, output: Path, tokenizer: PreTrainedTokenizerF
 
     From the files, by one process: the trained model may be spread over all of them.
     """
+    from peft import PeftModel
+
     unset_hf_deepspeed_config()  # ZeRO-3 would spread this model, too
     base, _ = load_for_training(options.model_name_or_path, options.bd_size, dtype)
     merged = PeftModel.from_pretrained(base, output).merge_and_unload()

@@ -1,0 +1,434 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the tables of the documentation from the data in docs/, so that no figure of a page is kept by hand.
+
+    python -m scripts.studies.tables             # every table
+    python -m scripts.studies.tables --check     # exit code 1 if a page is out of date
+
+In a page a table stands between `<!-- table NAME: ... -->` and `<!-- end -->`. All of docs/frontier_tables.md is written.
+
+What writes the data:
+
+* frontier.json, self_verify.json, sudoku.json: `python -m scripts.studies.pareto report --summary`
+* speed.json: `python -m scripts.benchmarks.published --output`; decode.json: `python -m scripts.benchmarks.decode --output`
+* quickstart.json: `bash scripts/quickstart.sh`, as results/quickstart.json
+* drafts.json of the shipped models: `python -m scripts.studies.calibrate`
+* measured.json, reuse.json: what other commands printed; each part names its command
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+
+from fastdllm.cli import one_line
+from fastdllm.models import find_folder
+from scripts.quickstart import table as quickstart_table
+from scripts.studies.figures import DOCS, NEAR, Row, data
+
+ROOT = DOCS.parent
+PAGES = (
+    "docs/choosing.md", "docs/frontier.md", "docs/log.md", "docs/lossless.md", "docs/performance.md", "docs/quickstart.md",
+    "dream/README.md", "llada/README.md", "v2/README.md",
+)  # fmt: skip
+BLOCK = re.compile(r"(?P<head><!-- table (?P<name>\w+): [^\n]* -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)
+MODELS = "tiny-llada", "tiny-dream", "tiny-fast-dllm-v2"
+
+
+def grid(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    lines = [list(head), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    assert len({len(line) for line in lines}) == 1, f"rows of different lengths under {lines[0]}"
+    return "\n".join(re.sub(" +", " ", f"| {' | '.join(cells)} |") for cells in lines)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def points(value: float) -> str:
+    """A difference in points, with its sign; 0 has none."""
+    text = f"{value:+.1f}"
+    return "0.0" if float(text) == 0 else text
+
+
+def difference(row: Row) -> str:
+    """`-4.8 (-6.8, -3.0)`; nothing where the row differs in no problem."""
+    low, middle, high = (points(100 * row[name]) for name in ("low", "difference", "high"))
+    return middle if low == middle == high else f"{middle} ({low}, {high})"
+
+
+def study(name: str, model: str, template: str = "chat", split: str = "test") -> dict[str, Row]:
+    """Setting, with NEAR for its long name -> row."""
+    for found in data(name)["studies"]:
+        if (found["model"], found["template"], found["split"]) == (model, template, split):
+            return {row["setting"].replace(NEAR, "NEAR"): row for row in found["settings"]}
+    raise ValueError(f"docs/{name}.json has no study of {model}, {template} prompt, {split} problems")
+
+
+def reference(model: str) -> str:
+    return "quota+block" if "v2" in model else "quota+dual"
+
+
+# docs/frontier.md
+
+
+def presets() -> str:
+    rows = []
+    for model in MODELS[:2]:
+        found = study("frontier", model)
+        named = {row["preset"]: row for row in found.values() if row["preset"]}
+        lines = {"one token per step": found[reference(model)], "`exact`": named["exact"], "`paper`": named["paper"]}
+        lines |= {"threshold 0.9, `dual`": found["threshold=0.9+dual"]}
+        lines |= {"`balanced`": named["balanced"], "`fast`": named["fast"]}
+        for name, row in lines.items():
+            against = "" if name.startswith("one") else difference(row) + (", the same tokens" if row["same"] == 1 else "")
+            cells = percent(row["accuracy"]), against, f"{row['forwards']:.1f}", f"{row['positions']:,.0f}"
+            rows.append([model if name.startswith("one") else "", name, *cells, f"{row['tokens_per_second']:,.0f}"])
+    return grid(("model", "preset", "right", "difference (95 %)", "forwards", "positions", "tokens/s"), rows)
+
+
+def thresholds() -> str:
+    rows = []
+    for model in MODELS:
+        found = study("frontier", model)
+        one, cache = found[reference(model)], reference(model).partition("+")[2]
+        for level in ("0.99", "0.9"):
+            row = found[f"threshold={level}+{cache}"]
+            share = f"{100 * row['forwards'] / one['forwards']:.0f} %"
+            rows.append((f"{model}, threshold {level}", share, f"{row['tokens_per_forward']:.1f}", difference(row)))
+    return grid(("against one token per step", "forwards", "tokens per forward", "difference (95 %)"), rows)
+
+
+def remasking() -> str:
+    found = study("frontier", "tiny-llada")
+    names = "wino=0.6", "threshold=0.7", "threshold=0.9"
+    rows = [(name, found[f"{name}+dual"]) for name in names]
+    cells = [(f"`{name}`", percent(row["accuracy"]), f"{row['forwards']:.1f}") for name, row in rows]
+    return grid(("decoder", "right", "forwards"), cells)
+
+
+def lossless() -> str:
+    """Forwards of one token per step with so many branches, from the drafts that ship with the models."""
+    drafts = [json.loads((find_folder(model) / "drafts.json").read_text(encoding="utf-8")) for model in MODELS]
+    counted = [found["decoders"]["quota"]["forwards"] for found in drafts]
+    rows = [("1", *(f"{forwards[0]:.1f}" for forwards in counted))]
+    for branches in (4, 8, 12, 16):
+        cells = [(forwards[branches - 1], forwards[0]) for forwards in counted]
+        rows.append((f"{branches}", *(f"{now:.1f}, {one / now:.2f} x fewer" for now, one in cells)))
+    return grid(("branches", *MODELS), rows)
+
+
+def self_verify() -> str:
+    measured, others = study("self_verify", MODELS[2]), study("frontier", MODELS[2])
+    lines = [
+        ("one token per step", measured["quota+block"]),
+        ("`self_verify:small_block_size=32`", measured["self_verify:small_block_size=32+block"]),
+        ("threshold 0.99", {**others["threshold=0.99+block"], "tokens_per_second": None}),  # timed on another machine
+        ("threshold 0.9", {**others["threshold=0.9+block"], "tokens_per_second": None}),
+    ]
+    rows = []
+    for i, (name, row) in enumerate(lines):
+        speed = f"{row['tokens_per_second']:.0f}" if row["tokens_per_second"] else ""
+        cells = percent(row["accuracy"]), difference(row) if i else "", f"{row['forwards']:.1f}", f"{row['positions']:,.0f}"
+        rows.append((name, *cells, speed))
+    return grid(("setting", "right", "difference (95 %)", "forwards", "positions", "tokens/s on the CPU"), rows)
+
+
+def sudoku() -> str:
+    found = study("sudoku", "tiny-sudoku")
+    names = {
+        "quota+none": "one token per step, most confident first",
+        "quota:block_length=5+none": "row by row (`block_length=5`)",
+        "quota:block_length=1+none": "left to right (`block_length=1`)",
+        "quota:confidence=random+none": "in any order (`confidence=random`)",
+        "draft_verify=4+none": "`draft_verify=4`, the rule of `exact`",
+        "threshold=0.99+none": "threshold 0.99",
+        "threshold=0.9+none": "threshold 0.9",
+    }
+    rows = []
+    for setting, name in names.items():
+        row = found[setting]
+        rows.append((name, percent(row["accuracy"]), difference(row) if rows else "", f"{row['forwards']:.1f}"))
+    return grid(("setting", "solved", "difference (95 %)", "forwards"), rows)
+
+
+# docs/log.md
+
+NOT_PAYING = (
+    "frechet=0.25", "frechet=0.75", "local_leap=0.9", "hierarchical=0.8", "lopa=0.9", "threshold=0.8", "credit=0.9",
+    "progress_threshold=0.9", "factor=1.0", "adablock=0.9", "entropy_bound=0.1", "wino=0.6",
+)  # fmt: skip
+
+
+def not_paying() -> str:
+    """Forwards and right answers of rules against threshold 0.9, on each model that they ran on."""
+    rows = []
+    for setting in NOT_PAYING:
+        cells = []
+        for model in MODELS:
+            found, cache = study("frontier", model), reference(model).partition("+")[2]
+            row, usual = found.get(f"{setting}+{cache}"), found[f"threshold=0.9+{cache}"]
+            change = round(100 * (row["forwards"] / usual["forwards"] - 1)) if row else 0
+            cells.append(f"{change:+d} %, {points(100 * (row['accuracy'] - usual['accuracy']))}" if row else "")
+        rows.append((f"`{setting}`", *cells))
+    return grid(("forwards, points", *MODELS), rows)
+
+
+# docs/choosing.md
+
+
+def which_threshold() -> str:
+    found = study("frontier", "tiny-llada")
+    rows = [(level, found[f"threshold={level}+dual"]) for level in ("0.99", "0.97", "0.9", "0.8")]
+    cells = [(level, f"{-100 * row['difference']:.1f}", f"{row['forwards']:.1f}") for level, row in rows]
+    return grid(("threshold, with `dual`", "points lost against one token per step", "forwards per answer"), cells)
+
+
+def which_cache() -> str:
+    found = study("frontier", "tiny-llada")
+    does = {
+        "dual": ("`dual`", "the block"),
+        "prefix": ("`prefix`", "the block and what follows it"),
+        "none": ("`none`", "everything"),
+        "NEAR": ("`suffix_window`, as in `balanced`", "the block; masks far after it are never computed"),
+    }
+    rows = [(*text, f"{found[f'threshold=0.9+{name}']['positions']:,.0f}") for name, text in does.items()]
+    return grid(("cache", "what a step recomputes", "positions per answer"), rows)
+
+
+# docs/performance.md
+
+
+def published() -> str:
+    """Against the published code, from docs/speed.json."""
+    found = data("speed")
+    milliseconds = found["forward_ms"]
+    rows = []
+    for key, name in (("block of 32", "forward over a block of 32"), ("1256 positions", "forward over 1,256 positions")):
+        rows.append((name, *(f"{milliseconds[code][key]:.3g} ms" for code in ("published", "bf16")), ""))
+    speeds = {(r["code"], r["weights"], r["batch"]): r for r in found["tokens_per_second"]}
+    columns = ("published", "bf16"), ("fastdllm", "bf16"), ("fastdllm", "fp8")
+    for prompt, batch in ((1000, 1), (1000, 32), (128, 1), (128, 32)):
+        values = [speeds.get((*column, batch), {}).get(f"prompt_{prompt}") for column in columns]
+        cells = [f"{value:,}" if value else "" for value in values]
+        rows.append((f"tokens/s, prompt {prompt:,}, batch {batch}", *cells))
+    return grid(("", "published", "here", "here, fp8"), rows)
+
+
+NAMES = {"llada": "LLaDA", "dream": "Dream", "v2": "v2"}
+WEIGHTS = {"bf16": "", "fp8": ", fp8", "int8": ", int8"}
+
+
+def decode_runs(*weights: str) -> Iterable[tuple[str, Row]]:
+    """`LLaDA, fp8` and that model's part of docs/decode.json, for these kinds of weights."""
+    found = data("decode")
+    for key, name in NAMES.items():
+        for kind in weights:
+            if key in found.get(kind, {}):
+                yield name + WEIGHTS[kind], found[kind][key]
+
+
+def batches(*weights: str) -> str:
+    sizes = 1, 4, 16, 32, 64
+    rows = []
+    for name, run in decode_runs(*weights):
+        for prompt in (1000, 128):
+            answers = {int(key.rpartition("batch")[2]): run[key] for key in run if f"_prompt{prompt}_batch" in key}
+            cells = [f"{answers[n]['tokens_per_second']:,.0f}" if n in answers else "" for n in sizes]
+            if answers:
+                rows.append((f"{name}, prompt {prompt:,}", *cells))
+    return grid(("tokens/s by batch", *map(str, sizes)), rows)
+
+
+def by_batch() -> str:
+    return batches("bf16")
+
+
+def by_batch_8_bits() -> str:
+    return batches("fp8", "int8")
+
+
+def narrow_forwards(*weights: str) -> str:
+    """Forwards over a block of batch 1 against the time that reading their bytes takes."""
+    rows = []
+    for name, run in decode_runs(*weights):
+        for key, what in (("block", "block of 32"), ("sub_block", "sub-block of 8")):
+            times = [run["forward"].get(f"{key}_{part}") for part in ("forward_ms", "floor_ms", "ratio")]
+            if all(times):
+                rows.append((f"{name}, {what}", *(f"{ms:.2f} ms" for ms in times[:2]), f"{times[2]:.2f} x"))
+    return grid(("forward, batch 1", "time", "limit", "time over limit"), rows)
+
+
+def against_limit() -> str:
+    return narrow_forwards("bf16")
+
+
+def against_limit_8_bits() -> str:
+    return narrow_forwards("fp8", "int8")
+
+
+def full_forwards() -> str:
+    rows = []
+    for name, run in decode_runs(*WEIGHTS):
+        ms, share = (run["forward"].get(key) for key in ("full_forward_ms", "full_share_of_matmul_rate"))
+        if ms:
+            rows.append((name, f"{ms:.1f} ms", f"{100 * share:.0f} %" if share else ""))
+    return grid(("forward over all positions", "time", "share of the matrix rate"), rows)
+
+
+def step_in_loop() -> str:
+    runs = [(name, run[key]) for name, run in decode_runs(*WEIGHTS) for key in ("step_dual", "step_block") if key in run]
+    lines = ("a step on the device", "step_device_ms"), ("its graph, replayed back to back", "step_replay_ms")
+    rows = [(what, *(f"{times[key]:.2f} ms" for _, times in runs)) for what, key in lines]
+    return grid(("prompt 1,000, batch 1", *(name for name, _ in runs)), rows)
+
+
+def printed(name: str) -> Callable[[], str]:
+    """A section of docs/measured.json as it stands."""
+
+    def table() -> str:
+        section = data("measured")["sections"][name]
+        return grid(section["columns"], section["rows"])
+
+    return table
+
+
+# the readmes of the packages
+
+
+def measured(model: str) -> str:
+    found = study("frontier", model)
+    named = {row["preset"]: row for row in found.values() if row["preset"]}
+    lines = [("one token per step", found[reference(model)]), ("threshold 0.99", found["threshold=0.99+dual"])]
+    lines += [("threshold 0.9", found["threshold=0.9+dual"])]
+    lines += [(f"preset `{name}`", named[name]) for name in ("balanced", "fast")]
+    rows = []
+    for name, row in lines:
+        rows.append((name, percent(row["accuracy"]), difference(row) if rows else "", f"{row['forwards']:.1f}"))
+    return grid(("setting, `dual` cache but for the presets", "right", "difference (95 %)", "forwards per answer"), rows)
+
+
+def measured_llada() -> str:
+    return measured("tiny-llada")
+
+
+def measured_dream() -> str:
+    return measured("tiny-dream")
+
+
+def layer_reuse() -> str:
+    rows = []
+    for row in data("reuse")["settings"]:
+        name = row["setting"] + (" (ablation)" if row["setting"].endswith("output") else "")
+        middle, low, high = (points(row[key]) for key in ("difference", "low", "high"))
+        against = f"{middle} ({low}, {high})" if rows else ""
+        rows.append((name, f"{row['accuracy']} %", against, f"{row['share']} %", f"{row['forwards']}"))
+    return grid(("setting", "accuracy", "difference (95 %)", "layer-token products", "forwards"), rows)
+
+
+def quickstart() -> str:
+    found = data("quickstart")
+    return f"\n{found['where']}:\n\n{quickstart_table(found['settings'])}\n"
+
+
+# docs/frontier_tables.md
+
+
+def setting_cell(row: Row) -> str:
+    text = row["setting"].replace(NEAR, "NEAR")
+    return f"`{text}`" + (f" (preset `{row['preset']}`)" if row["preset"] else "")
+
+
+def whole_study(found: Row) -> str:
+    """A study's settings, most forwards first, each against the reference on the same problems."""
+    head = ["setting", "accuracy", "difference", "p", "same", "tokens differ", "forwards", "positions", "tokens per forward"]
+    timed = any(row["tokens_per_second"] for row in found["settings"])
+    rows = []
+    for row in found["settings"]:
+        cells = [setting_cell(row), f"{100 * row['accuracy']:.1f}"]
+        if row["setting"] == found["reference"]:
+            cells += [""] * 4
+        else:
+            cells += [f"{100 * row['difference']:+.1f} ({100 * row['low']:+.1f}, {100 * row['high']:+.1f})"]
+            cells += [f"{row['p']:.3f}", f"{100 * row['same']:.0f}", f"{100 * row['tokens_differ']:.1f}"]
+        cells += [f"{row['forwards']:.1f}", f"{row['positions']:.0f}", f"{row['tokens_per_forward']:.1f}"]
+        if timed:
+            cells.append(f"{row['tokens_per_second']:,.0f}" if row["tokens_per_second"] else "")
+        rows.append(cells)
+    return grid([*head, *(["tokens/s"] if timed else [])], rows)
+
+
+def all_settings() -> str:
+    """docs/frontier_tables.md."""
+    whole = data("frontier")
+    text = f"""<!-- Written by `python -m scripts.studies.tables` from docs/frontier.json and docs/sudoku.json. -->
+# All settings
+
+[Accuracy against forwards](frontier.md) says what these tables mean, and how they were measured. `NEAR` stands for
+`{NEAR}`."""
+    for found in [*whole["studies"], *data("sudoku")["studies"]]:
+        rows, machines = found["settings"], " and ".join(found["machines"])
+        text += f"\n\n## {found['model']}, {found['template']} prompt\n\n"
+        text += f"{rows[0]['problems']} {found['split']} problems, {found['dtype']}, {machines}.\n\n{whole_study(found)}"
+    text += """
+
+## Does the prompt change the order?
+
+Of all pairs of settings, how many change places between the chat and the plain prompt. McNemar's test confirms none of
+them at 5 % under both prompts.
+
+"""
+    for found in whole["templates"]:
+        assert not found["clear"], "the sentence above would be wrong"
+    rows = [(t["model"], str(t["pairs"]), str(t["change"]), f"{t['tau']:.2f}") for t in whole["templates"]]
+    return text + grid(("model", "pairs", "change places", "Kendall's tau"), rows) + "\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    f.__name__: f
+    for f in (
+        presets, thresholds, remasking, not_paying, lossless, self_verify, sudoku,
+        which_threshold, which_cache, published, by_batch, by_batch_8_bits, against_limit, against_limit_8_bits,
+        full_forwards, step_in_loop, measured_llada, measured_dream, layer_reuse, quickstart,
+    )
+} | {name: printed(name) for name in data("measured")["sections"]}  # fmt: skip
+
+
+def filled(page: str) -> str:
+    """A page with its tables as they follow from the data.
+
+    page: path from the root of the checkout.
+    """
+
+    def fill(found: re.Match[str]) -> str:
+        if found["name"] not in TABLES:
+            raise ValueError(f"{page}: unknown table {found['name']!r}; allowed are {', '.join(TABLES)}")
+        return f"{found['head']}\n{TABLES[found['name']]()}\n\n{found['end']}"
+
+    return BLOCK.sub(fill, (ROOT / page).read_text(encoding="utf-8"))
+
+
+def pages() -> dict[str, str]:
+    """Path from the root -> what should stand there."""
+    return {page: filled(page) for page in PAGES} | {"docs/frontier_tables.md": all_settings()}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page is out of date")
+    args = parser.parse_args(arguments)
+    old = [page for page, text in pages().items() if (ROOT / page).read_text(encoding="utf-8") != text]
+    for page in old:
+        if not args.check:
+            (ROOT / page).write_text(filled(page) if page in PAGES else all_settings(), encoding="utf-8")
+        print(f"{page} is out of date" if args.check else f"wrote {page}")
+    return int(args.check and bool(old))
+
+
+if __name__ == "__main__":
+    with one_line("tables"):
+        sys.exit(main())

@@ -115,7 +115,8 @@ def chat(session: Session, screen: PlainScreen | RichScreen) -> None:
             break
         session.again = None
         if text.startswith("/") and not text.startswith("//"):
-            run_command(session, text.strip())
+            with reader.quiet_keys():  # a model may take a while to load
+                run_command(session, text.strip())
             if session.again is not None:
                 answer(session, screen, session.again)
         elif text.strip():
@@ -145,7 +146,8 @@ def main(arguments: Sequence[str] | None = None, default_model: str = "tiny-llad
     session.conversation.system = args.system
     try:
         # A model that is not there can be typed anew in the chat; an adapter comes from the command line only.
-        (take_model if args.adapter else load_model)(session, args.model)
+        with reader.quiet_keys():
+            (take_model if args.adapter else load_model)(session, args.model)
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:

@@ -81,6 +81,7 @@ def test_each_command_has_a_help_page(name: str, capsys: pytest.CaptureFixture) 
         ("dream/chat.py", "tiny-dream"),
         ("v2/run_chatbot.py", "tiny-fast-dllm-v2"),
         ("llada/app.py", "tiny-llada"),
+        ("dream/app.py", "tiny-dream"),
         ("v2/app.py", "tiny-fast-dllm-v2"),
     ],
 )
@@ -222,7 +223,10 @@ def test_every_command_with_a_model_takes_rules_of_ones_own(name: str, folder: P
     assert name not in ("chat", "app") or "--own-number" in page
 
 
-@pytest.mark.parametrize("script", ["llada/app.py", "llada/chat.py", "v2/app.py", "v2/run_chatbot.py", "dream/chat.py"])
+@pytest.mark.parametrize(
+    "script",
+    [f"{name}/app.py" for name in ("llada", "dream", "v2")] + ["llada/chat.py", "dream/chat.py", "v2/run_chatbot.py"],
+)
 def test_so_do_the_scripts_of_a_checkout(
     script: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

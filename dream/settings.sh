@@ -8,7 +8,7 @@
 #
 # Results and samples go to results/<task>/<setting>/ next to this file. Arguments go to lm-eval unchanged.
 
-export WITHOUT_A_NETWORK="MODEL=tiny-dream TASK=gsm_symbolic bash dream/eval_gsm8k.sh"
+export WITHOUT_A_NETWORK="MODEL=tiny-dream TASK=gsm_symbolic_chat bash dream/eval_gsm8k.sh --num_fewshot 0 --apply_chat_template"
 MODEL=${MODEL:-Dream-org/Dream-v0-Base-7B}
 SETTINGS=${SETTINGS:-baseline prefix parallel prefix_parallel dual_parallel}
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-256}

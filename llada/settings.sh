@@ -8,7 +8,7 @@
 #
 # Results and samples go to results/<task>/<setting>/ next to this file. Arguments go to lm-eval unchanged.
 
-export WITHOUT_A_NETWORK="MODEL=tiny-llada TASK=gsm_symbolic bash llada/eval_gsm8k.sh"
+export WITHOUT_A_NETWORK="MODEL=tiny-llada TASK=gsm_symbolic_chat bash llada/eval_gsm8k.sh --num_fewshot 0 --apply_chat_template"
 MODEL=${MODEL:-GSAI-ML/LLaDA-8B-Instruct}
 SETTINGS=${SETTINGS:-baseline prefix parallel prefix_parallel dual_parallel}
 GEN_LENGTH=${GEN_LENGTH:-256}

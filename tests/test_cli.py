@@ -248,6 +248,7 @@ def test_the_page_lists_a_rule_of_ones_own(folder: Path, monkeypatch: pytest.Mon
     assert "decoder own_rule (own_number 0.7)" in told["models"][0]["setting"]
     rule = next(decoder for decoder in told["decoders"] if decoder["name"] == "own_rule")
     assert [(option["name"], option["default"]) for option in rule["options"]] == [("own_number", 0.9)]
+    assert rule["line"] == "", "a signature is no explanation"
 
 
 def test_another_process_imports_what_its_settings_name(folder: Path) -> None:

@@ -265,7 +265,8 @@ def test_the_bar_of_an_answer_shows_its_forward_whole(visit: Callable[..., Any],
     chat(page)
     setting(page, "chat", "one")
     ask(page, question)
-    idle(page)
+    page.locator(".answer .text:not([hidden])").wait_for()
+    tokens(page)
     parts = [page.locator(f".answer .bar {part}").bounding_box() for part in (".play", ".scrub", ".moment", ".pace")]
     assert all(left["x"] + left["width"] <= right["x"] for left, right in pairwise(parts))
     assert parts[1]["width"] >= 30 and parts[-1]["x"] + parts[-1]["width"] <= width

@@ -109,7 +109,7 @@ def test_bad_arguments_are_named(model: fastdllm.Model, options: dict[str, Any],
 def test_what_a_tokenizer_returns_may_be_passed_by_its_names(model: fastdllm.Model) -> None:
     """As in transformers: generate(**inputs)."""
     assert model.tokenizer is not None
-    inputs = model.tokenizer([QUESTION, "A pencil"], padding=True, return_tensors="pt")
+    inputs = model.tokenizer([TEXT, "A pencil"], padding=True, return_tensors="pt")
     expected = fastdllm.generate(model, inputs, gen_length=16).sequences
     for given in (inputs, {"input_ids": [ids[mask.bool()] for ids, mask in zip(*inputs.values(), strict=True)]}):
         found = fastdllm.generate(model, **given, gen_length=16).sequences

@@ -21,7 +21,7 @@ Fast inference and evaluation of diffusion language models (LLaDA, Dream, Fast-d
   batch   answer a file of requests in OpenAI's batch format
   score   run the tests of generated HumanEval and MBPP programs, confined
 
-Every command takes --import MODULE, which may register decoders and caches of your own (fastdllm.register).
+All but score take --import MODULE, a module or file that registers decoders and caches of your own (fastdllm.register).
 fastdllm COMMAND --help explains a command, fastdllm --version tells the version. Start with:  fastdllm chat
 """
 
@@ -138,15 +138,10 @@ def _run(arguments: Sequence[str] | None) -> int:
     if name not in COMMANDS:
         print(f"fastdllm: unknown command {name!r}\n\n{USAGE}" if name else USAGE, end="", file=sys.stderr)
         return 2
-    from fastdllm import libraries, registry
+    from fastdllm import libraries
 
     try:
-        return COMMANDS[name](registry.take_imports(rest))
-    except ValueError as error:
-        if not str(error).startswith("--import"):
-            raise
-        print(f"fastdllm {name}: {error}", file=sys.stderr)
-        return 2
+        return COMMANDS[name](rest)
     except ModuleNotFoundError as error:
         if not (library := libraries.missing(error)):
             raise

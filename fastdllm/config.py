@@ -50,6 +50,10 @@ ELSEWHERE = {
     "num_return_sequences": "it is an argument of fastdllm.generate and fastdllm.stream",
     "n": "num_return_sequences is an argument of fastdllm.generate and fastdllm.stream",
     "attention_mask": "it is an argument of fastdllm.generate and fastdllm.stream",
+    "input_ids": "it is another name of the prompts of fastdllm.generate and fastdllm.stream",
+    "constraints": "it is an argument of fastdllm.generate, stream, stream_text and watch",
+    "trace": "it is an argument of fastdllm.generate",
+    "sampling_params": "its fields are arguments here: temperature, top_p, top_k, max_tokens, stop, n, seed",
     "streamer": "fastdllm.stream_text yields text, fastdllm.stream every step",
     "stream": "fastdllm.stream_text yields text, fastdllm.stream every step",
     "progress": "it is an argument of fastdllm.generate",
@@ -403,6 +407,9 @@ def unknown(name: str, value: Any, known: Iterable[str], chosen: Mapping[str, An
             return f"{name}={shown(value)} is an option of {of}, but {kind.option} is {taken}"
     if name in ELSEWHERE:
         return f"unknown option {name}={shown(value)}: {ELSEWHERE[name]}"
+    near = difflib.get_close_matches(name, sorted({*known, *ALIASES, *ELSEWHERE}), n=1, cutoff=0.7)
+    if near and near[0] in ELSEWHERE:
+        return f"unknown option {name}={shown(value)}; did you mean {near[0]!r}? {ELSEWHERE[near[0]]}"
     hint = nearest(name, {*known, *ALIASES})
     return f"unknown option {name}={shown(value)}; {hint}allowed are {', '.join(sorted(known))}"
 

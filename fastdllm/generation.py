@@ -168,7 +168,7 @@ def _ends(model: Model, stops: tuple[str, ...]) -> Callable[[Tensor], bool]:
 
 def stream(
     model: Model,
-    prompts: Prompts,
+    prompts: Prompts | None = None,
     config: DecodeConfig | None = None,
     *,
     constraints: Constraints = None,
@@ -183,12 +183,13 @@ def stream(
     """
     other = _renamed(options, stop=stop, num_return_sequences=num_return_sequences)
     stop, copies = other.pop("stop", None), other.pop("num_return_sequences", 1)
+    prompts = _prompts(prompts, other)
     yield from _call(model, prompts, config, constraints, stop, copies, attention_mask, other).steps(trace=True)
 
 
 def generate(
     model: Model,
-    prompts: Prompts,
+    prompts: Prompts | None = None,
     config: DecodeConfig | None = None,
     *,
     constraints: Constraints = None,
@@ -212,11 +213,12 @@ def generate(
     progress: show a bar that counts answers (needs tqdm).
     trace: keep every step.
 
-    Other names of these are understood: n, stop_strings, until, use_tqdm. Raises ValueError for bad input, naming option,
-    value and limit.
+    Other names of these are understood: n, stop_strings, until, use_tqdm, and input_ids for prompts, so that `**inputs` may
+    be what a tokenizer returned. Raises ValueError for bad input, naming option, value and limit.
     """
     other = _renamed(options, stop=stop, num_return_sequences=num_return_sequences, progress=progress)
     stop, copies, progress = other.pop("stop", None), other.pop("num_return_sequences", 1), other.pop("progress", False)
+    prompts = _prompts(prompts, other)
     progress, trace = fields.coerce("progress", progress, bool), fields.coerce("trace", trace, bool)
     call = _call(model, prompts, config, constraints, stop, copies, attention_mask, other)
     if model.device.type == "cuda":
@@ -241,6 +243,16 @@ def _renamed(options: Mapping[str, Any], **given: Any) -> dict[str, Any]:
     unset = {"stop": None, "num_return_sequences": 1, "progress": False}
     said = {k: v for k, v in given.items() if not (isinstance(v, type(unset[k])) and v == unset[k])}
     return rename({**said, **options}, ALIASES)
+
+
+def _prompts(prompts: Prompts | None, options: dict[str, Any]) -> Prompts:
+    """The prompts, or what was passed for them as transformers' input_ids, which is taken out of the options."""
+    given = options.pop("input_ids", None)
+    if prompts is None and given is None:
+        raise ValueError("prompts is missing: what shall the model answer?")
+    if prompts is not None and given is not None:
+        raise ValueError("prompts and input_ids are two names of one argument; give one of them")
+    return given if prompts is None else prompts
 
 
 def _add(out: Output, call: Call, request: Request, result: Result) -> str:

@@ -7,13 +7,15 @@ before the name is used.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import cache
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -96,15 +98,54 @@ def register(kind: Kind | str, component: type, *, name: str | None = None) -> t
     return component
 
 
+_imported: list[str] = []  # modules and absolute paths, in the order in which they were asked for
+
+
+def imported() -> tuple[str, ...]:
+    """What `import_modules` has imported in this process, for another one that needs the same components."""
+    return tuple(_imported)
+
+
 def import_modules(names: Sequence[str]) -> None:
-    """Import modules, also from the current folder, for what they register. ValueError names one that fails."""
+    """Import modules for what they register: names, also of the current folder, or paths of Python files.
+
+    ValueError names one that fails.
+    """
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     for name in names:
+        path = Path(name).expanduser().resolve() if name.endswith(".py") else None
         try:
-            import_module(name)
+            if path is None:
+                import_module(name)
+            else:
+                _import_file(path)
         except Exception as error:  # whatever a module does when it is imported
-            raise ValueError(f"--import {name}: {type(error).__name__}: {error}") from error
+            raise ValueError(" ".join(f"--import {name}: {type(error).__name__}: {error}".split())) from error
+        if (known := str(path or name)) not in _imported:
+            _imported.append(known)
+
+
+def _import_file(path: Path) -> None:
+    """Import a file under its own name, so that what it defines can be pickled; modules beside it can be imported too."""
+    if not path.is_file():
+        raise ValueError("there is no such file")
+    known = sys.modules.get(path.stem)
+    if known is not None:
+        if Path(getattr(known, "__file__", None) or "").resolve() != path:
+            raise ValueError(f"a module {path.stem!r} is imported already; give the file another name")
+        return
+    spec = spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ValueError("it cannot be read as a module")
+    sys.modules[path.stem] = module = module_from_spec(spec)
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
 
 
 def take_imports(arguments: Sequence[str]) -> list[str]:
@@ -120,9 +161,35 @@ def take_imports(arguments: Sequence[str]) -> list[str]:
         else:
             rest.append(argument)
     if "" in modules:
-        raise ValueError("--import needs the name of a module, such as my_rules")
+        raise ValueError("--import needs a module or a file, such as my_rules or folder/my_rules.py")
     import_modules(modules)
     return rest
+
+
+def add_import_option(parser: argparse.ArgumentParser) -> None:
+    """--import, for its line in the help: `parse` has taken it out of the command line before."""
+    parser.add_argument(
+        "--import", metavar="MODULE", help="module or file that registers decoders and caches of your own; may be repeated"
+    )
+
+
+def parse(
+    make: Callable[[], argparse.ArgumentParser], arguments: Sequence[str] | None = None
+) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """A command's parser and what it reads, after `--import`: what the modules register are options of the parser.
+
+    make: the parser, with what is registered by then.
+    arguments: default those of this process.
+
+    A module that cannot be imported ends the program with one line and exit code 2.
+    """
+    try:
+        rest = take_imports(sys.argv[1:] if arguments is None else arguments)
+    except ValueError as error:
+        parser = make()
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    parser = make()
+    return parser, parser.parse_args(rest)
 
 
 def unregister(kind: Kind | str, name: str) -> None:

@@ -35,7 +35,7 @@ def test_the_notebook_runs_from_top_to_bottom(capsys: pytest.CaptureFixture) -> 
         registry.unregister("decoders", "relative")
         del sys.modules["notebook"]
     assert "= 39 pencils" in capsys.readouterr().out
-    assert len(cells) == 3 and sum("--import my_rules" in line for line in "".join(code("bash")).splitlines()) == 3
+    assert len(cells) == 3 and sum("--import my_rules" in line for line in "".join(code("bash")).splitlines()) == 5
 
 
 def test_the_page_works_as_it_stands(tmp_path: Path) -> None:

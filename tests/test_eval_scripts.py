@@ -68,6 +68,28 @@ def test_runs_in_its_own_folder_and_passes_arguments_on(script: str, run) -> Non
         assert (value(call, "--limit"), value(call, "--num_fewshot")) == ("3", "1")
 
 
+HINTS = {
+    path.relative_to(ROOT).as_posix(): found[1]
+    for path in sorted(ROOT.glob("*/*.sh"))
+    if (found := re.search(r'WITHOUT_A_NETWORK="([^"]+)"', path.read_text(encoding="utf-8")))
+}
+
+
+@pytest.mark.parametrize("hint", sorted(set(HINTS.values())))
+def test_what_is_named_for_working_without_a_network_suits_the_shipped_models(hint: str, run) -> None:
+    """Their context has no room for five examples, and they were trained on questions in a chat."""
+    assignments, script, options = re.fullmatch(r"((?:\w+=\S+ )+)bash (\S+)((?: \S+)*)", hint).groups()
+    done, calls = run(script, *options.split(), **dict(pair.split("=") for pair in assignments.split()))
+    assert done.returncode == 0 and calls, done.stderr
+    for _, call in calls:
+        assert "=tiny-" in value(call, "--model_args") and value(call, "--num_fewshot") == "0"
+        assert value(call, "--tasks") != "gsm_symbolic_chat" or "--apply_chat_template" in call
+
+
+def test_every_script_that_needs_the_hub_names_one() -> None:
+    assert len(HINTS) >= 8
+
+
 @pytest.mark.parametrize("package", ["llada", "dream"])
 def test_the_five_published_settings(package: str, run) -> None:
     done, calls = run(f"{package}/eval_gsm8k.sh")

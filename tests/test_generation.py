@@ -106,6 +106,22 @@ def test_bad_arguments_are_named(model: fastdllm.Model, options: dict[str, Any],
         fastdllm.generate(model, QUESTION, **options)
 
 
+def test_what_a_tokenizer_returns_may_be_passed_by_its_names(model: fastdllm.Model) -> None:
+    """As in transformers: generate(**inputs)."""
+    assert model.tokenizer is not None
+    inputs = model.tokenizer([TEXT, "A pencil"], padding=True, return_tensors="pt")
+    expected = fastdllm.generate(model, inputs, gen_length=16).sequences
+    for given in (inputs, {"input_ids": [ids[mask.bool()] for ids, mask in zip(*inputs.values(), strict=True)]}):
+        found = fastdllm.generate(model, **given, gen_length=16).sequences
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert len(list(fastdllm.stream(model, **inputs, gen_length=16))) > 0
+    for follow in (fastdllm.generate, fastdllm.stream):
+        with pytest.raises(ValueError, match="prompts is missing"):
+            list(follow(model, gen_length=16))
+        with pytest.raises(ValueError, match="prompts and input_ids are two names"):
+            list(follow(model, QUESTION, input_ids=inputs["input_ids"]))
+
+
 @pytest.mark.parametrize("follow", [fastdllm.generate, fastdllm.stream, fastdllm.stream_text, fastdllm.watch])
 @pytest.mark.parametrize("options", [{"config": 5}, {"constraints": {"0": 5}}, {"constraints": {0: "yes"}}])
 def test_every_way_in_refuses_the_same(model: fastdllm.Model, follow: Callable[..., Any], options: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,10 +40,21 @@ def test_a_program_runs(path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(path: Path) -> None:
-    pytest.importorskip("nbmake", reason="running notebooks needs nbmake")
-    options = ["-q", "--nbmake", "--nbmake-timeout=0", "--timeout=0", "-p", "no:cacheprovider"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
-    command = [sys.executable, "-m", "pytest", *options, path]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+def test_a_notebook_prints_what_it_keeps(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run from top to bottom it prints, cell by cell, what readers of the repository see."""
+    nbformat = pytest.importorskip("nbformat", reason="running notebooks needs nbclient")
+    nbclient = pytest.importorskip("nbclient", reason="running notebooks needs nbclient")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    notebook = nbformat.read(path, as_version=4)
+    kept = shown(notebook)
+    nbclient.NotebookClient(notebook, timeout=None, resources={"metadata": {"path": path.parent}}).execute()
+    assert shown(notebook) == kept
+
+
+def shown(notebook: Any) -> list[tuple[str, int]]:
+    """Of each cell the text that it printed, and how many figures it drew."""
+    cells = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
+    texts = ["".join(output.get("text", "") for output in outputs) for outputs in cells]
+    return list(zip(texts, [sum(o.output_type == "display_data" for o in outputs) for outputs in cells], strict=True))

@@ -36,7 +36,7 @@ Run lm-eval tasks with a diffusion language model: accuracy, forwards per sample
   --batch_size   questions decoded together
   --output_path  folder for the results; --log_samples keeps every answer
   --config       a YAML file with these options
-  --import       a module that registers decoders and caches of your own; may be repeated
+  --import       module or file that registers decoders and caches of your own; may be repeated
 
 Examples:
   {prog} --tasks gsm_symbolic --limit 20 --model_args pretrained=tiny-llada,show_speed=True

@@ -110,6 +110,7 @@ class DiffusionLM(TemplateLM):
         assemble(self.model, self._configure({}))  # likewise a combination that this model cannot run
         self._score([])
         self.stats, self.reused, self.unfinished, self._costs = Stats(), 0, 0, []
+        self._shortened = 0  # prompts that lost their beginning
         folder = self.options.save_dir
         self._answers = AnswerStore(folder, self.rank, self.model.spec.vocab) if folder else None
         if self._answers and self._answers.torn:
@@ -213,6 +214,7 @@ class DiffusionLM(TemplateLM):
             raise ValueError(f"{what} leave no room for a prompt in the model's context of {self.max_length}")
         if len(ids) > room:
             log.warning("a prompt of %d tokens is cut on the left to %d: %s follow", len(ids), room, what)
+            self._shortened += 1
         return ids[-room:]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -256,6 +258,14 @@ class DiffusionLM(TemplateLM):
                     self._answers.add(group[at].key, ids, self.tokenizer.decode(ids, skip_special_tokens=True))
                 finish(group[at].key, ids)
         bar.close()
+        if self._shortened:
+            log.warning(
+                "%d of %d prompts lost their beginning, so the score is not that of the whole task: fewer examples "
+                "(--num_fewshot) or a smaller gen_length may keep them whole",
+                self._shortened,
+                len(requests),
+            )
+            self._shortened = 0
         if self.unfinished:
             log.info("%d answers are as long as gen_length allows: they may have been cut off", self.unfinished)
         if self.options.show_speed and self.stats.samples:

@@ -25,6 +25,7 @@ import torch
 from pydantic import ValidationError
 from tqdm import tqdm
 
+from fastdllm import registry
 from fastdllm.conversations import check_text
 from fastdllm.serving.command import Settings, add_limits, add_model_options, settings
 from fastdllm.serving.errors import ApiError, as_api_error
@@ -214,8 +215,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """The command; returns 0 when every line has an answer, 1 when some got an error, 2 for bad options or input."""
-    own = parser(prog)
-    args = own.parse_args(arguments)
+    own, args = registry.parse(lambda: parser(prog), arguments)
     try:
         return _run(args)
     except (ValueError, OSError) as error:

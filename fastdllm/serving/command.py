@@ -14,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import fastdllm
+from fastdllm import registry
 from fastdllm.build import assemble
 from fastdllm.config import DecodeConfig
 from fastdllm.engine.admission import ROWS
@@ -45,6 +46,8 @@ class Settings:
     max_queue: requests that may wait.
     timeout: seconds for one request.
     api_key, hosts: see `create_app`.
+    imports: modules and files that register components of one's own, as `registry.import_modules` takes them; by default
+        those of this process.
     """
 
     model: str = "tiny-llada"
@@ -62,11 +65,13 @@ class Settings:
     timeout: float = 600.0
     api_key: str | None = None
     hosts: tuple[str, ...] | None = None
+    imports: tuple[str, ...] = dataclasses.field(default_factory=registry.imported)
 
     def services(self) -> list[Service]:
         """The models, loaded, each with a service that is not started yet; the first is the one under /v1."""
         from fastdllm.serving.service import Service
 
+        registry.import_modules(self.imports)  # a replica is another process
         config, names = DecodeConfig(**self.decoding), (self.model, *self.others)
         loading = {name: getattr(self, name) for name in (*PLACE, *WEIGHTS)}
         models = [fastdllm.load(self.model, **loading)]
@@ -162,6 +167,7 @@ def add_model_options(out: argparse.ArgumentParser, positional: bool = True) -> 
     group.add_argument("--served-model-name", dest="name", metavar="NAME", help="what clients call it (default: MODEL)")
     add_place_options(group)
     add_weight_options(group)
+    registry.add_import_option(out)
     group = out.add_argument_group("decoding")
     group.add_argument("--preset", metavar="NAME", help="a setting by name: exact, paper, balanced, fast")
     group.add_argument("--cache", metavar="NAME", help="what is kept between forwards (default: the family's)")
@@ -218,8 +224,7 @@ def limits(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """The command; returns the exit code: 0 after an orderly end, 2 for bad options or a model that cannot be loaded."""
-    own = parser(prog)
-    args = own.parse_args(arguments)
+    own, args = registry.parse(lambda: parser(prog), arguments)
     try:
         chosen = settings(args)
         if args.replicas or args.max_replicas or args.min_replicas:

@@ -384,6 +384,9 @@ def component(kind: Kind, name: str) -> dict[str, Any]:
         line, choices = option.doc.replace("`", ""), list(option.bounds.allowed())
         own = {"name": option.name, "type": option.type_name, "default": default, "line": line, "choices": choices}
         fields.append(own)
-    doc = (registry.class_of(kind, name).__doc__ or "").strip().split("\n\n")[0]
+    made = registry.class_of(kind, name)
+    doc = (made.__doc__ or "").strip().split("\n\n")[0]
+    if doc.startswith(f"{made.__name__}("):  # what dataclasses write where nobody wrote anything
+        doc = ""
     steps = kind is Kind.DECODERS and configs.keeps_to_steps(name)
     return {"name": name, "line": " ".join(doc.replace("`", "").split()), "options": fields, "steps": steps}

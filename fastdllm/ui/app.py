@@ -12,6 +12,7 @@ import socket
 import sys
 from collections.abc import Sequence
 
+from fastdllm import registry
 from fastdllm.loading import add_weight_options, load_options
 from fastdllm.models import tiny_names
 from fastdllm.ui import options
@@ -33,6 +34,7 @@ def parser(default_model: str, prog: str | None = None) -> argparse.ArgumentPars
     )
     options.add_model_options(out, default_model, more=True)
     add_weight_options(out)
+    registry.add_import_option(out)
     options.add_decode_options(out, None)
     add_limits(out, VISITORS)
     add_server(out, None, f"default: the first free one from {PORTS.start}")
@@ -61,8 +63,7 @@ def main(arguments: Sequence[str] | None = None, default_model: str = "tiny-llad
     a model that cannot be loaded."""
     from fastdllm.serving.command import Settings, limits, run
 
-    own = parser(default_model, prog)
-    args = own.parse_args(arguments)
+    own, args = registry.parse(lambda: parser(default_model, prog), arguments)
     first, *others = args.model or [default_model, *(name for name in tiny_names() if name != default_model)]
     try:
         decoding = options.config_of(args).given()

@@ -12,6 +12,7 @@ from typing import Any
 from fastdllm import registry
 from fastdllm.build import resolve
 from fastdllm.config import DecodeConfig, nearest
+from fastdllm.fields import shown
 from fastdllm.models import Model
 from fastdllm.prompt_cache import PromptCache
 from fastdllm.registry import Kind
@@ -131,8 +132,8 @@ def settings(session: Session, rest: str) -> None:
     """NAME VALUE changes a setting (/set threshold 0.8, /set cache none); /set shows them all"""
     name, _, value = rest.replace("=", " ").partition(" ")
     if not name:
-        shown = resolve(session.model.spec, fitting(session.model, session.config)) if session.model else session.config
-        session.say("  ".join(f"{k}={v}" for k, v in shown.given().items()))
+        config = resolve(session.model.spec, fitting(session.model, session.config)) if session.model else session.config
+        session.say("  ".join(f"{k}={v}" for k, v in config.given().items()))
         return
     if not value.strip():
         session.say("usage: /set NAME VALUE, for example /set threshold 0.8", style="red")
@@ -204,7 +205,13 @@ def pace(session: Session, rest: str) -> None:
 
 
 def show_help(session: Session, rest: str) -> None:
-    """this list"""
+    """this list; /help NAME explains one command"""
+    if rest:
+        name = rest.removeprefix("/")
+        if name not in COMMANDS:
+            raise ValueError(_unknown(name))
+        session.say(f"/{name} {COMMANDS[name].__doc__}")
+        return
     for name, command in COMMANDS.items():
         session.say(f"  /{name:<8} {command.__doc__}")
     session.say("  Ctrl-C stops an answer, Ctrl-D leaves. A message that begins with / is written //")
@@ -232,13 +239,22 @@ COMMANDS: dict[str, Callable[[Session, str], None]] = {
 }
 
 
+WITHOUT_MORE = ("reset", "retry", "stats")  # commands that nothing follows
+
+
+def _unknown(name: str) -> str:
+    return f"unknown command /{name}; {nearest(name, COMMANDS, '/{}')}/help lists them"
+
+
 def run_command(session: Session, line: str) -> None:
     """Carry out `/name rest`; an unknown name or a bad value is an answer, never an error."""
-    name, _, rest = line.removeprefix("/").partition(" ")
+    name, rest = [*line.removeprefix("/").split(maxsplit=1), "", ""][:2]
     command = COMMANDS.get(name)
     if command is None:
-        hint = nearest(name, COMMANDS, "/{}")
-        session.say(f"unknown command /{name}; {hint}/help lists them", style="red")
+        session.say(_unknown(name), style="red")
+        return
+    if rest and name in WITHOUT_MORE:
+        session.say(f"/{name} takes nothing after it; got {shown(rest)}", style="red")
         return
     try:
         command(session, rest.strip())

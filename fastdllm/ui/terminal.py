@@ -29,7 +29,7 @@ def parser(default_model: str, prog: str | None = None) -> argparse.ArgumentPars
     )
     options.add_model_options(out, default_model)
     add_weight_options(out)
-    out.add_argument("--import", metavar="MODULE", help="registers decoders and caches of your own; may be repeated")
+    registry.add_import_option(out)
     options.add_decode_options(out, GEN_LENGTH)
     out.add_argument("--system", default="", metavar="TEXT", help="instructions in front of the conversation")
     out.add_argument(
@@ -115,7 +115,8 @@ def chat(session: Session, screen: PlainScreen | RichScreen) -> None:
             break
         session.again = None
         if text.startswith("/") and not text.startswith("//"):
-            run_command(session, text.strip())
+            with reader.quiet_keys():  # a model may take a while to load
+                run_command(session, text.strip())
             if session.again is not None:
                 answer(session, screen, session.again)
         elif text.strip():
@@ -127,11 +128,8 @@ def chat(session: Session, screen: PlainScreen | RichScreen) -> None:
 
 def main(arguments: Sequence[str] | None = None, default_model: str = "tiny-llada", prog: str | None = None) -> int:
     """The command; returns the exit code: 0, 1 when no model could be loaded, 2 for bad options."""
-    arguments_parser = parser(default_model, prog)
+    arguments_parser, args = registry.parse(lambda: parser(default_model, prog), arguments)
     try:
-        rest = registry.take_imports(sys.argv[1:] if arguments is None else arguments)
-        arguments_parser = parser(default_model, prog)  # which now knows what was registered
-        args = arguments_parser.parse_args(rest)
         config = options.config_of(args)
     except ValueError as error:
         arguments_parser.error(str(error))
@@ -148,7 +146,8 @@ def main(arguments: Sequence[str] | None = None, default_model: str = "tiny-llad
     session.conversation.system = args.system
     try:
         # A model that is not there can be typed anew in the chat; an adapter comes from the command line only.
-        (take_model if args.adapter else load_model)(session, args.model)
+        with reader.quiet_keys():
+            (take_model if args.adapter else load_model)(session, args.model)
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:

@@ -64,12 +64,12 @@ def speed() -> None:
     figure, (axis,) = new(8, 2.9)
     bars = axis.barh(labels, values, color=[GREY if r["code"] == "published" else BLUE for r in rows], height=0.7)
     factors = ["", *(f"  {value / values[0]:.1f} x" for value in values[1:])]
-    axis.bar_label(bars, [f"{value:,}{factor}" for value, factor in zip(values, factors, strict=True)], padding=5)
+    axis.bar_label(bars, [f"{value:,.0f}{factor}" for value, factor in zip(values, factors, strict=True)], padding=5)
     (card,) = re.findall(r"NVIDIA (\w+)", data("speed")["measured"])
     title = f"Tokens per second: LLaDA-8B's shape, prompt of 1,000 tokens, {card}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     axis.invert_yaxis()
-    axis.margins(x=0.16)
+    axis.margins(x=0.3)
     axis.spines[["left", "bottom"]].set_visible(False)
     axis.tick_params(left=False, bottom=False, labelbottom=False)
     save(figure, "speed")

@@ -354,43 +354,43 @@ def report(args: argparse.Namespace, studies: list[Study]) -> None:
         args.summary.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
 
 
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out.add_argument("action", choices=("run", "report"))
+    out.add_argument("--task", choices=tuple(TASKS), default="gsm_symbolic")
+    out.add_argument("--models", nargs="+", help="default: tiny-llada, or tiny-sudoku for sudoku")
+    out.add_argument("--templates", nargs="+", choices=("chat", "plain"), default=["chat"])
+    out.add_argument("--split", choices=("validation", "test"), default="validation")
+    registry.add_import_option(out)
+    out.add_argument("--settings", nargs="+", help="instead of the list that fits the model")
+    out.add_argument("--more", nargs="+", default=[], help="settings besides those")
+    out.add_argument("--reference", help="what `report` pairs the others with, default one token per step")
+    out.add_argument("--limit", type=int, default=500)
+    out.add_argument("--gen_length", type=int)
+    out.add_argument("--block_length", type=int)
+    out.add_argument("--batch_size", type=int, default=16)
+    out.add_argument("--workers", type=int, default=1, help="processes that share the device")
+    out.add_argument("--runner", choices=registry.names("runners"))
+    out.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    out.add_argument("--device")
+    out.add_argument("--adapter", metavar="PATH", help="folder or hub id of a LoRA adapter, merged into the one model")
+    out.add_argument("--summary", type=Path, help="also write one JSON to this path, without suffix")
+    return out
+
+
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("run", "report"))
-    parser.add_argument("--task", choices=tuple(TASKS), default="gsm_symbolic")
-    parser.add_argument("--models", nargs="+", help="default: tiny-llada, or tiny-sudoku for sudoku")
-    parser.add_argument("--templates", nargs="+", choices=("chat", "plain"), default=["chat"])
-    parser.add_argument("--split", choices=("validation", "test"), default="validation")
-    parser.add_argument("--import", metavar="MODULE", help="registers decoders and caches of your own; may be repeated")
-    parser.add_argument("--settings", nargs="+", help="instead of the list that fits the model")
-    parser.add_argument("--more", nargs="+", default=[], help="settings besides those")
-    parser.add_argument("--reference", help="what `report` pairs the others with, default one token per step")
-    parser.add_argument("--limit", type=int, default=500)
-    parser.add_argument("--gen_length", type=int)
-    parser.add_argument("--block_length", type=int)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--workers", type=int, default=1, help="processes that share the device")
-    parser.add_argument("--runner", choices=registry.names("runners"))
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device")
-    parser.add_argument("--adapter", metavar="PATH", help="folder or hub id of a LoRA adapter, merged into the one model")
-    parser.add_argument("--summary", type=Path, help="also write one JSON to this path, without suffix")
-    try:
-        given = registry.take_imports(sys.argv[1:] if given is None else given)
-    except ValueError as error:
-        parser.error(str(error))
-    args = parser.parse_args(given)
+    own, args = registry.parse(parser, given)
     task = TASKS[args.task]
     args.models = args.models or list(task.models)
     if args.adapter and len(args.models) > 1:
-        parser.error(f"--adapter {args.adapter} is for one model; --models names {len(args.models)}")
+        own.error(f"--adapter {args.adapter} is for one model; --models names {len(args.models)}")
     args.gen_length, args.block_length = args.gen_length or task.gen_length, args.block_length or task.block_length
     if args.adapter and args.action == "run":
         # Once here, where a mistake is one line, rather than in every job; one worker finds it loaded.
         try:
             loaded(args.models[0], args.device if args.workers == 1 else "cpu", args.dtype, args.adapter)
         except (ValueError, OSError) as error:
-            parser.error(" ".join(str(error).split()))
+            own.error(" ".join(str(error).split()))
     return args
 
 

@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastdllm import registry
 from fastdllm.cli import one_line
 from fastdllm.trace import Trace, watch
 from fastdllm.ui.options import about
@@ -103,24 +104,29 @@ def record(model: str, prompt: str, options: Sequence[str]) -> Trace:
     return trace
 
 
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    out.add_argument("trace", nargs="?", type=Path, help="JSON file that Trace.save wrote")
+    out.add_argument("--prompt", help="record the answer to this question (default without a file: one the model knows)")
+    out.add_argument("--model", default="tiny-llada", help="that answers (default tiny-llada)")
+    out.add_argument("--set", dest="options", action="append", default=[], metavar="NAME=VALUE", help="for --prompt")
+    out.add_argument("--save", type=Path, help="also write the recorded trace here")
+    out.add_argument("-o", "--output", type=Path, default=Path("trace.png"), help="figure (default trace.png)")
+    registry.add_import_option(out)
+    return out
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("trace", nargs="?", type=Path, help="JSON file that Trace.save wrote")
-    parser.add_argument("--prompt", help="record the answer to this question (default without a file: one the model knows)")
-    parser.add_argument("--model", default="tiny-llada", help="that answers (default tiny-llada)")
-    parser.add_argument("--set", dest="options", action="append", default=[], metavar="NAME=VALUE", help="for --prompt")
-    parser.add_argument("--save", type=Path, help="also write the recorded trace here")
-    parser.add_argument("-o", "--output", type=Path, default=Path("trace.png"), help="figure (default trace.png)")
-    args = parser.parse_args(arguments)
+    own, args = registry.parse(parser, arguments)
     known = about(args.model)
     if args.trace is None and args.prompt is None:
         args.prompt = known.sample if known else None
     if (args.trace is None) == (args.prompt is None):
-        parser.error("give either a trace file or --prompt")
+        own.error("give either a trace file or --prompt")
     try:
         trace = Trace.load(args.trace) if args.trace else record(args.model, args.prompt, args.options)
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        own.error(str(error))
     if args.save:
         trace.save(args.save)
     draw(trace).savefig(args.output, dpi=120)

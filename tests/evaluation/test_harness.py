@@ -169,9 +169,13 @@ def test_a_long_prompt_loses_its_beginning(caplog: pytest.LogCaptureFixture) -> 
     logging.getLogger("lm_eval").propagate = True
     with caplog.at_level(logging.WARNING):
         text = "far away " * 400 + chat(model, QUESTIONS[0])
-        model.generate_until(generations((text, {})), disable_tqdm=True)
+        model.generate_until(generations((text, {}), (chat(model, QUESTIONS[0]), {})), disable_tqdm=True)
     assert "is cut on the left to 496: gen_length=16 tokens follow" in caplog.text
-    assert [kind for kind, *_ in told] == ["generate_until"]
+    assert "1 of 2 prompts lost their beginning" in caplog.text and "--num_fewshot" in caplog.text
+    assert [kind for kind, *_ in told] == ["generate_until"] * 2
+    caplog.clear()
+    model.generate_until(generations((chat(model, QUESTIONS[0]), {})), disable_tqdm=True)
+    assert "lost their beginning" not in caplog.text
     with pytest.raises(ValueError, match="gen_length=512 leaves no room for a question in the model's context of 512"):
         adapter(gen_length=512).generate_until(generations(("hello", {})), disable_tqdm=True)
 

@@ -248,6 +248,32 @@ CONTRAST = """tokens => {
 
 
 @pytest.mark.browser
+def test_a_verdict_goes_with_its_race(visit: Callable[..., Any], question: str) -> None:
+    page = visit()
+    ask(page, question)
+    page.locator("#verdict.said").wait_for()
+    assert page.locator(".lane.won").count() == 1 and page.locator("#verdict").get_attribute("data-tip")
+    setting(page, "a", "fast")
+    assert page.locator("#verdict").inner_text() == "Two settings, one prompt. Press Race."
+    assert page.locator(".lane.won").count() == 0 and page.locator("#verdict").get_attribute("data-tip") is None
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [360, 800, 1600])
+def test_the_bar_of_an_answer_shows_its_forward_whole(visit: Callable[..., Any], question: str, width: int) -> None:
+    page = visit(width, 800)
+    chat(page)
+    setting(page, "chat", "one")
+    ask(page, question)
+    page.locator(".answer .text:not([hidden])").wait_for()
+    tokens(page)
+    parts = [page.locator(f".answer .bar {part}").bounding_box() for part in (".play", ".scrub", ".moment", ".pace")]
+    assert all(left["x"] + left["width"] <= right["x"] for left, right in pairwise(parts))
+    assert parts[1]["width"] >= 30 and parts[-1]["x"] + parts[-1]["width"] <= width
+    assert page.locator(".answer .moment").evaluate("label => label.scrollWidth <= label.clientWidth")
+
+
+@pytest.mark.browser
 def test_scrubbed_states_tell_the_truth_and_colours_stay(visit: Callable[..., Any], question: str) -> None:
     page = visit()
     chat(page)

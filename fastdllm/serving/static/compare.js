@@ -101,10 +101,14 @@ export class Compare {
     return out;
   }
 
-  _say(text, kind = "") {
+  // The line above the race. A winner's frame and the note on the figures belong to a verdict, and go with it.
+  _say(text, kind, won = "", tip = "") {
     const box = document.querySelector("#verdict");
     box.className = kind;
     box.textContent = text;
+    if (tip) box.dataset.tip = tip;
+    else delete box.dataset.tip;
+    for (const lane of this.lanes) lane.box.classList.toggle("won", lane.side.toUpperCase() === won);
   }
 
   stop() {
@@ -139,7 +143,6 @@ export class Compare {
       lane.note.textContent = "";
       lane.note.className = "note";
       lane.curve.replaceChildren();
-      lane.box.classList.remove("won");
     }
     const begun = (lane, trace) => {
       if (this.running !== run) return;
@@ -203,13 +206,9 @@ export class Compare {
     const over = traces.map((trace) => trace.finished && time >= trace.seconds());
     const end = over[0] && over[1];
     const said = end ? this.said : null;
-    for (const lane of this.lanes) lane.box.classList.toggle("won", lane.side.toUpperCase() === said?.name);
-    delete document.querySelector("#verdict").dataset.tip;
     if (said) {
-      this._say(said.text, "said");
-      document.querySelector("#verdict").dataset.tip = said.shared
-        ? "Other visitors shared some of these forwards, which makes them slower for both sides."
-        : "Of the clocks and counts below.";
+      const shared = "Other visitors shared some of these forwards, which makes them slower for both sides.";
+      this._say(said.text, "said", said.name, said.shared ? shared : "Of the clocks and counts below.");
     } else if (over[0] !== over[1]) {
       const [done, other] = over[0] ? [0, 1] : [1, 0];
       const [first, second] = [SIDES[done], SIDES[other]].map((side) => side.toUpperCase());

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dream in the browser: python dream/app.py, then open the address it prints."""
+
+import sys
+
+from fastdllm.ui.app import main
+
+if __name__ == "__main__":
+    sys.exit(main(default_model="tiny-dream"))

@@ -12,6 +12,7 @@ setup
 types=
 # Ends with the exit code of mypy, if it runs.
 types_done() { [[ -z $types ]] || wait "$types"; }
+trap wait EXIT # what mypy found is told also where the documentation failed
 
 for check in ${CHECKS:-lint types docs tests}; do
     case $check in

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What holds for every model family under every cache and decoder.
 
-Each test runs over all combinations that `build.assemble` accepts, read off the folders, so that a new cache or decoder is
+The tests run over the combinations that `build.assemble` accepts, read off the folders, so that a new cache or decoder is
 held to them too.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -34,6 +35,13 @@ def combinations(family: str) -> list[tuple[str, str]]:
 
 FITTING = [d for d in DECODERS if testing.fits(d, "llada")]  # of families without a causal context
 ALL = [(f, c, d) for f in FAMILIES for c, d in combinations(f)]
+
+
+def over(triples: list[tuple[str, str, str]]) -> Callable[[Callable], Callable]:
+    """Run a test for these (family, cache, decoder); the quick part has each pair of them that goes together."""
+    return lambda test: pytest.mark.pairwise(pytest.mark.parametrize("family, cache, decoder", triples)(test))
+
+
 by_hypothesis = settings(deadline=None, derandomize=True)
 
 
@@ -109,7 +117,7 @@ def test_a_row_of_a_ragged_batch_equals_the_row_alone(family: str, data: st.Data
     assert tokens(permuted) == [tokens(together)[row] for row in order]
 
 
-@pytest.mark.parametrize("family, cache, decoder", ALL, ids="-".join)
+@over(ALL)
 def test_early_stop_equals_the_full_run_cut_at_the_stop(family: str, cache: str, decoder: str) -> None:
     saved = 0
     for seed in range(2):
@@ -128,16 +136,16 @@ def test_early_stop_equals_the_full_run_cut_at_the_stop(family: str, cache: str,
     assert saved > 0
 
 
-@pytest.mark.parametrize("family, cache", [(f, c) for f in FAMILIES for c in caches(f)])
-def test_steps_change_nothing_for_adaptive_decoders(family: str, cache: str) -> None:
+@over([triple for triple in ALL if triple[2] != "quota"])
+def test_steps_change_nothing_for_adaptive_decoders(family: str, cache: str, decoder: str) -> None:
     model, given = random_model(family), prompts(5)
-    for decoder in (d for f, c, d in ALL if (f, c) == (family, cache) and d != "quota"):
-        options = {"cache": cache, "decoder": decoder, "gen_length": 11, "block_length": 8, "stop_ids": ()}
-        runs = [fastdllm.generate(model, given, steps=steps, **options) for steps in (None, 1, 4, 10_000)]
-        assert all(tokens(run) == tokens(runs[0]) for run in runs)
-        assert all(run.stats.row_forwards == runs[0].stats.row_forwards for run in runs)
+    options = {"cache": cache, "decoder": decoder, "gen_length": 11, "block_length": 8, "stop_ids": ()}
+    runs = [fastdllm.generate(model, given, steps=steps, **options) for steps in (None, 1, 4, 10_000)]
+    assert all(tokens(run) == tokens(runs[0]) for run in runs)
+    assert all(run.stats.row_forwards == runs[0].stats.row_forwards for run in runs)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("family, cache", [(f, c) for f in FAMILIES for c in caches(f)])
 @pytest.mark.parametrize("schedule", ["even", "timesteps", "cosine"])
 def test_every_number_of_steps_per_block_works(family: str, cache: str, schedule: str) -> None:
@@ -174,14 +182,13 @@ def test_one_token_a_step_is_the_default_also_with_a_short_last_block(
             assert out.stats.row_forwards == [gen_length]
 
 
-@pytest.mark.parametrize("family, cache", [(f, c) for f in FAMILIES for c in caches(f)])
-def test_shortest_answers_and_blocks_that_do_not_fit(family: str, cache: str) -> None:
-    for decoder in (d for f, c, d in ALL if (f, c) == (family, cache)):
-        for gen_length, block_length in ((1, 8), (1, 32), (3, 8), (11, 32), (9, 8)):
-            options = {"cache": cache, "decoder": decoder, "gen_length": gen_length, "block_length": block_length}
-            out = fastdllm.generate(random_model(family), prompts(1, 8), stop_ids=(), **options)
-            assert [len(s) for s in out.sequences] == [1 + gen_length, 8 + gen_length]
-            assert not any((s[-gen_length:] == MASK).any() for s in out.sequences)
+@over(ALL)
+def test_shortest_answers_and_blocks_that_do_not_fit(family: str, cache: str, decoder: str) -> None:
+    for gen_length, block_length in ((1, 8), (1, 32), (3, 8), (11, 32), (9, 8)):
+        options = {"cache": cache, "decoder": decoder, "gen_length": gen_length, "block_length": block_length}
+        out = fastdllm.generate(random_model(family), prompts(1, 8), stop_ids=(), **options)
+        assert [len(s) for s in out.sequences] == [1 + gen_length, 8 + gen_length]
+        assert not any((s[-gen_length:] == MASK).any() for s in out.sequences)
 
 
 SAMPLED = [
@@ -193,6 +200,7 @@ SAMPLED = [
 ]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("family, cache", [(f, c) for f in FAMILIES for c in caches(f)])
 @pytest.mark.parametrize("sampled", SAMPLED, ids=str)
 def test_a_seed_decides_the_output_and_each_row_has_its_own(family: str, cache: str, sampled: dict[str, Any]) -> None:
@@ -218,20 +226,19 @@ def test_one_draw_per_row_and_step(family: str, cache: str, monkeypatch: pytest.
     assert None not in draws
 
 
-@pytest.mark.parametrize("family, cache", [(f, c) for f in FAMILIES for c in caches(f)])
-def test_constraints_are_kept(family: str, cache: str) -> None:
+@over(ALL)
+def test_constraints_are_kept(family: str, cache: str, decoder: str) -> None:
     """Also at block starts, at the ends, over whole blocks, and per prompt."""
     fixed = [{0: 4, 3: 5, 8: 6, 15: 7}, {}, dict.fromkeys(range(16), 9), dict.fromkeys(range(3, 12), 8)]
-    for decoder in (d for f, c, d in ALL if (f, c) == (family, cache)):
-        options = {"cache": cache, "decoder": decoder, "gen_length": 16, "block_length": 8, "stop_ids": ()}
-        given = prompts(5, 8, 6, 8)
-        out = fastdllm.generate(random_model(family), given, constraints=fixed, **options)
-        for sequence, prompt, wanted in zip(out.sequences, given, fixed, strict=True):
-            answer = sequence[len(prompt) :].tolist()
-            assert all(answer[at] == token for at, token in wanted.items()), decoder
-            assert MASK not in answer
-        plain = fastdllm.generate(random_model(family), given[1], **options)
-        assert tokens(plain)[0] == tokens(out)[1]
+    options = {"cache": cache, "decoder": decoder, "gen_length": 16, "block_length": 8, "stop_ids": ()}
+    given = prompts(5, 8, 6, 8)
+    out = fastdllm.generate(random_model(family), given, constraints=fixed, **options)
+    for sequence, prompt, wanted in zip(out.sequences, given, fixed, strict=True):
+        answer = sequence[len(prompt) :].tolist()
+        assert all(answer[at] == token for at, token in wanted.items())
+        assert MASK not in answer
+    plain = fastdllm.generate(random_model(family), given[1], **options)
+    assert tokens(plain)[0] == tokens(out)[1]
 
 
 def test_constraints_are_read_by_the_model_from_the_first_step() -> None:

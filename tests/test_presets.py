@@ -133,7 +133,7 @@ def test_exact_gives_the_tokens_of_one_token_per_step(family: str) -> None:
 @pytest.mark.parametrize(
     "name, task, count, options",
     [
-        ("tiny-sudoku", "mini_sudoku", 300, {"gen_length": 20, "block_length": 20, "cache": "none"}),
+        ("tiny-sudoku", "mini_sudoku", 100, {"gen_length": 20, "block_length": 20, "cache": "none"}),
         ("tiny-llada", "gsm_symbolic", 6, {"gen_length": 32, "block_length": 16}),
     ],
 )

@@ -285,6 +285,7 @@ def test_dream_steps_have_no_effect_on_the_threshold() -> None:
     assert all(torch.equal(x, runs[0][0]) and nfe == runs[0][1] for x, nfe in runs)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("alg", dream.ALGS)
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 @pytest.mark.parametrize("blocks", [1, 2])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -346,16 +347,24 @@ def test_nothing_runs_without_permission(tmp_path: Path, capsys: pytest.CaptureF
     assert "absent.jsonl" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("entry", ["fastdllm/cli.py score", "llada/postprocess_code.py", "dream/postprocess_code.py"])
-def test_every_entry_scores_a_file(entry: str, tmp_path: Path) -> None:
+ENTRIES = ["fastdllm/cli.py score", "llada/postprocess_code.py", "dream/postprocess_code.py"]
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_every_entry_scores_a_file(
+    entry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     path = _samples(tmp_path / "samples.jsonl", {"doc": HUMANEVAL, "resps": [["    return 2 * n"]]})
-    done = subprocess.run(
-        [sys.executable, *entry.split(), path, "--allow-code-execution"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "pass@1 1.0000 (1 of 1 programs, 1 problems)" in done.stdout
+    command = [*entry.split(), str(path), "--allow-code-execution"]
+    if entry == ENTRIES[0]:  # one in a process of its own
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env=environment)
+        code, out = done.returncode, done.stdout
+    else:
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(ROOT / command[0]), run_name="__main__")
+        code, out = stopped.value.code or 0, capfd.readouterr().out
+    assert code == 0
+    assert "pass@1 1.0000 (1 of 1 programs, 1 problems)" in out
     assert json.loads((tmp_path / "samples.scored.json").read_text())["passed"] == 1

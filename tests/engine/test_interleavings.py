@@ -87,7 +87,7 @@ def alone(family: str, runner: str, given: Any) -> tuple[list[Any], list[list[in
     return story(steps), [s.tolist() for s in out.sequences]
 
 
-@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(n, marks=pytest.mark.slow) for n in range(4, SEEDS))])
 @pytest.mark.parametrize("runner", ["eager", "cuda_graph"])
 def test_runs_that_take_turns_give_what_each_gives_alone(runner: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graph.Runner, "_capture", emulated)

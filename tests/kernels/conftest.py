@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,35 @@ if INTERPRET:
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("triton was imported before tests/kernels could choose its interpreter: set TRITON_INTERPRET=1")
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="package", autouse=True)
+def language_patched_once() -> Iterator[None]:
+    """Keep the interpreter's versions of `triton.language` between launches.
+
+    The interpreter puts them in at each launch and at each call between kernels, and takes them out after a launch: a third
+    of the time of these tests. Which ones a function needs depends only on the modules that its file imports.
+    """
+    if not INTERPRET:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patch, scopes = interpreter._patch_lang, {}
+
+    def patch_once(fn: Callable[..., Any]) -> SimpleNamespace:
+        modules = frozenset(value.__name__ for value in fn.__globals__.values() if isinstance(value, ModuleType))
+        modules &= {"triton.language", "triton.language.core"}
+        if modules not in scopes:
+            scopes[modules] = patch(fn)
+        return SimpleNamespace(restore=lambda: None)
+
+    interpreter._patch_lang = patch_once
+    yield
+    interpreter._patch_lang = patch
+    for scope in reversed(scopes.values()):
+        if scope is not None:  # Triton before 3.5 has nothing to take out
+            scope.restore()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastdllm.kernels.accept import reference
 
+pytestmark = pytest.mark.pairwise
+
 VALUE = {"threshold": 0.9, "threshold_strict": 0.9, "quota": 3.0, "factor": 1.0, "factor_published": 0.75}
 
 

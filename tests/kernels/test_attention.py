@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fastdllm.kernels.attention import reference
 
+pytestmark = pytest.mark.pairwise
+
 # (W, H, K, D, keys): a single query, ragged tiles, GQA 1, 4 and 7, head sizes that are no power of two.
 SHAPES = [(1, 1, 1, 64, 1), (5, 4, 1, 60, 63), (33, 2, 1, 16, 111), (32, 2, 2, 128, 111), (8, 7, 1, 64, 130)]
 

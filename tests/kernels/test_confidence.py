@@ -12,6 +12,8 @@ from torch import Tensor
 from fastdllm.kernels.confidence import reference
 from fastdllm.kernels.confidence.reference import Confidence
 
+pytestmark = pytest.mark.pairwise
+
 
 def bans(V: int, device: torch.device) -> Tensor:
     """A mask id, and a run of unused rows at the end; never everything."""

@@ -10,6 +10,8 @@ from torch import Tensor
 from fastdllm.kernels.block_attention import reference as block_attention
 from fastdllm.kernels.discount import reference as discount
 
+pytestmark = pytest.mark.pairwise
+
 # (W, H, K, D, keys, Q): one position, ragged tiles, GQA 1, 4 and 7, head sizes that are no power of two, a wide block.
 SHAPES = [
     (1, 1, 1, 64, 1, 1),

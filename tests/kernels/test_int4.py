@@ -8,6 +8,8 @@ import torch
 
 from fastdllm.kernels.linear import int4, reference
 
+pytestmark = pytest.mark.pairwise
+
 
 @pytest.mark.parametrize("C", [1, 60, 128, 130, 256, 700])
 def test_levels_survive_packing(C: int) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 from fastdllm.kernels.linear import reference
 from fastdllm.kernels.linear.reference import FP8, FP8_MAX
 
+pytestmark = pytest.mark.pairwise
+
 
 def weight(N: int, C: int, kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Channels of very different sizes, one of them zero."""

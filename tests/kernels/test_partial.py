@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fastdllm.kernels.partial import reference
 
+pytestmark = pytest.mark.pairwise
+
 NAN = float("nan")
 EPS = 1e-5
 SHAPES = [(1, 1, 4), (3, 8, 60), (4, 33, 64)]  # R, W, C

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytestmark = pytest.mark.pairwise
+
 UNIT, ROWS, LENGTH = 16, 6, 56
 SLOTS = (ROWS - 1) * UNIT + LENGTH
 OWNED = ((4, 56), (0, 31), (2, 32))  # first row of each request and the slots it owns: out of order, of unequal lengths

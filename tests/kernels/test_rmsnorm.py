@@ -9,6 +9,8 @@ import torch
 from fastdllm.kernels.linear.reference import quantize_weight
 from fastdllm.kernels.rmsnorm import reference
 
+pytestmark = pytest.mark.pairwise
+
 
 @pytest.mark.parametrize("residual", [False, True])
 def test_reference_against_float64(residual: bool) -> None:

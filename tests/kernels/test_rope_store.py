@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fastdllm.kernels.rope_store import reference
 
+pytestmark = pytest.mark.pairwise
+
 T = 40
 
 

@@ -11,6 +11,8 @@ import torch
 from fastdllm.kernels.linear.reference import quantize_weight
 from fastdllm.kernels.silu_mul import reference
 
+pytestmark = pytest.mark.pairwise
+
 
 def test_reference_against_float64() -> None:
     x = torch.randn(3, 14)

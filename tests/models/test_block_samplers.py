@@ -36,6 +36,7 @@ def prompt(model: fastdllm.Model, length: int) -> torch.Tensor:
     return ids
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("kind", SIZES)
 @pytest.mark.parametrize("length", [1, 3, 8, 13])
 @pytest.mark.parametrize(

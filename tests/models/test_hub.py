@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The hub path, against a small server that speaks the hub's API for a shipped checkpoint (HF_ENDPOINT).
 
-Each case runs in a process of its own: the hub's client reads its settings once, when it is imported.
+The cases run in processes of their own: the hub's client reads its settings once, when it is imported.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from fastdllm.models.hub import TINY
 pytest.importorskip("huggingface_hub")
 ROOT = Path(__file__).parents[2]
 REPO, COMMIT, OTHER = "owner/tiny-sudoku", "a" * 40, "b" * 40
+WITHOUT = "owner/without-"  # and the name of a file: REPO, but for that file
 LOAD = """
 import sys, fastdllm
-name, revision = sys.argv[1], sys.argv[2] or None
-try:
-    print("loaded", fastdllm.load(name, device="cpu", revision=revision).fingerprint())
-except Exception as error:
-    print(type(error).__name__, "|", str(error).replace(chr(10), "<newline>"))
+for name, revision in zip(sys.argv[1::2], sys.argv[2::2]):
+    try:
+        print("loaded", fastdllm.load(name, device="cpu", revision=revision or None).fingerprint())
+    except Exception as error:
+        print(type(error).__name__, "|", str(error).replace(chr(10), "<newline>"))
 """
 
 
@@ -67,23 +68,26 @@ class Hub:
     def answer(self, to: BaseHTTPRequestHandler, body: bool) -> None:
         path = to.path.split("?")[0]
         self.requests.append(f"{to.command} {path}")
-        if path.startswith(f"/api/models/{REPO}/revision/") or path == f"/api/models/{REPO}":
-            return self.info(to, path.rsplit("/", 1)[-1] if "/revision/" in path else "main")
-        if path.startswith(f"/api/models/{REPO}/tree/"):
-            listed = [{"type": "file", "path": n, "size": len(c), "oid": _etag(c)} for n, c in self.files.items()]
+        parts = path.removeprefix("/api/models").strip("/").split("/")
+        repo, rest = "/".join(parts[:2]), parts[2:]
+        if repo != REPO and not repo.startswith(WITHOUT):
+            return _send(to, 404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
+        files = {n: content for n, content in self.files.items() if repo != WITHOUT + n}
+        if path.startswith("/api") and (not rest or rest[0] == "revision"):
+            return self.info(to, repo, files, rest[1] if rest else "main")
+        if path.startswith("/api") and rest[0] == "tree":
+            listed = [{"type": "file", "path": n, "size": len(c), "oid": _etag(c)} for n, c in files.items()]
             return _send(to, 200, json.dumps(listed).encode(), body=body)
-        if path.startswith(f"/{REPO}/resolve/"):
-            return self.file(to, *path.removeprefix(f"/{REPO}/resolve/").split("/", 1), body)
-        return _send(to, 404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
+        return self.file(to, files, rest[1], "/".join(rest[2:]), body)  # .../resolve/REVISION/NAME
 
-    def info(self, to: BaseHTTPRequestHandler, revision: str) -> None:
+    def info(self, to: BaseHTTPRequestHandler, repo: str, files: dict[str, bytes], revision: str) -> None:
         commit = {"main": COMMIT, COMMIT: COMMIT, "v2": OTHER, OTHER: OTHER}.get(revision)
         if commit is None:
             return _send(to, 404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-        siblings = [{"rfilename": name} for name in self.files]
+        siblings = [{"rfilename": name} for name in files]
         value = {
-            "id": REPO,
-            "modelId": REPO,
+            "id": repo,
+            "modelId": repo,
             "sha": commit,
             "private": False,
             "siblings": siblings,
@@ -92,8 +96,8 @@ class Hub:
         }
         return _send(to, 200, json.dumps(value).encode())
 
-    def file(self, to: BaseHTTPRequestHandler, revision: str, name: str, body: bool) -> None:
-        content = self.files.get(name)
+    def file(self, to: BaseHTTPRequestHandler, files: dict[str, bytes], revision: str, name: str, body: bool) -> None:
+        content = files.get(name)
         if content is None:
             return _send(to, 404, b"", {"X-Error-Code": "EntryNotFound"}, body)
         headers = {"X-Repo-Commit": OTHER if revision in ("v2", OTHER) else COMMIT, "ETag": f'"{_etag(content)}"'}
@@ -151,14 +155,15 @@ def environment(cache: Path, url: str, offline: bool = False) -> dict[str, str]:
     }
 
 
-def load(cache: Path, url: str, name: str = REPO, revision: str = "", offline: bool = False) -> str:
-    """What a fresh process says of `fastdllm.load(name)`: "loaded FINGERPRINT", or the error's type and message."""
-    command = [sys.executable, "-c", LOAD, name, revision]
+def loads(cache: Path, url: str, *names: str, offline: bool = False) -> list[str]:
+    """What a fresh process says of `fastdllm.load` for each name, one after the other: "loaded FINGERPRINT", or the error's
+    type and message. NAME@REVISION names a revision."""
+    command = [sys.executable, "-c", LOAD, *(part for name in names for part in name.partition("@")[::2])]
     done = subprocess.run(
         command, env=environment(cache, url, offline), cwd=ROOT, capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout.strip().splitlines()[-1]
+    return done.stdout.strip().splitlines()[-len(names) :]
 
 
 def shipped(name: str) -> str:
@@ -168,23 +173,21 @@ def shipped(name: str) -> str:
 
 def test_a_model_is_downloaded_once_and_then_found_offline(hub: Hub, tmp_path: Path) -> None:
     expected = shipped("tiny-sudoku")
-    assert load(tmp_path, hub.url) == expected
+    assert loads(tmp_path, hub.url, REPO, REPO) == [expected, expected]
     assert not [r for r in hub.requests if r.startswith("GET") and r.endswith("README.md")], (
         "more than the model was fetched"
     )
-    weights = sum(r.startswith("GET") and r.endswith("model.safetensors") for r in hub.requests)
-    assert load(tmp_path, hub.url) == expected
-    assert sum(r.startswith("GET") and r.endswith("model.safetensors") for r in hub.requests) == weights
+    assert sum(r.startswith("GET") and r.endswith("model.safetensors") for r in hub.requests) == 1
     hub.requests.clear()
-    assert load(tmp_path, hub.url, offline=True) == expected
+    assert loads(tmp_path, hub.url, REPO, offline=True) == [expected]
     assert not hub.requests
 
 
 def test_a_revision_is_what_is_loaded(hub: Hub, tmp_path: Path) -> None:
-    assert load(tmp_path, hub.url, revision="v2").startswith("loaded ")
+    loaded, unknown = loads(tmp_path, hub.url, f"{REPO}@v2", f"{REPO}@nothing")
+    assert loaded.startswith("loaded ")
     assert any(f"/resolve/{OTHER}/" in r or "/resolve/v2/" in r for r in hub.requests)
-    answer = load(tmp_path, hub.url, revision="nothing")
-    assert answer.startswith(f"FileNotFoundError | model '{REPO}' has no revision 'nothing' on the hub")
+    assert unknown.startswith(f"FileNotFoundError | model '{REPO}' has no revision 'nothing' on the hub")
 
 
 def test_a_download_that_broke_off_is_resumed(hub: Hub, tmp_path: Path) -> None:
@@ -192,31 +195,28 @@ def test_a_download_that_broke_off_is_resumed(hub: Hub, tmp_path: Path) -> None:
     hub.files = {p.name: p.read_bytes() for p in (TINY / "tiny-llada").iterdir()}
     hub.cut["model.safetensors"] = 11_000_000
     expected = shipped("tiny-llada")
-    first = load(tmp_path, hub.url)
+    first, again = loads(tmp_path, hub.url, REPO, REPO)
     assert first == expected or first.startswith("FileNotFoundError | ")
-    assert load(tmp_path, hub.url) == expected
+    assert again == expected
     assert "model.safetensors bytes=10485760-" in hub.ranges, "it began anew"
 
 
-@pytest.mark.parametrize(
-    "gone, message",
-    [
-        ("config.json", "the folder has no config.json"),
-        ("model.safetensors", "no .safetensors file"),
-        ("tokenizer.json", "but no tokenizer.json, nor vocab.json"),
-    ],
-)
-def test_a_file_that_the_repository_lacks_is_named(hub: Hub, tmp_path: Path, gone: str, message: str) -> None:
-    del hub.files[gone]
-    answer = load(tmp_path, hub.url)
-    assert answer.startswith("FileNotFoundError | ") and message in answer and "<newline>" not in answer
+def test_a_file_that_the_repository_lacks_is_named(hub: Hub, tmp_path: Path) -> None:
+    lacking = {
+        "config.json": "the folder has no config.json",
+        "model.safetensors": "no .safetensors file",
+        "tokenizer.json": "but no tokenizer.json, nor vocab.json",
+    }
+    said = loads(tmp_path, hub.url, *(WITHOUT + name for name in lacking))
+    for answer, message in zip(said, lacking.values(), strict=True):
+        assert answer.startswith("FileNotFoundError | ") and message in answer and "<newline>" not in answer
 
 
 def test_what_the_hub_does_not_have_or_cannot_give_is_one_line(hub: Hub, tmp_path: Path) -> None:
-    unknown = load(tmp_path, hub.url, "owner/nothing")
+    (unknown,) = loads(tmp_path, hub.url, "owner/nothing")
     assert unknown.startswith("FileNotFoundError | model 'owner/nothing' is not on the hub, or is private")
-    unreachable = load(tmp_path, "http://127.0.0.1:9", "owner/nothing")
-    offline = load(tmp_path, hub.url, "owner/nothing", offline=True)
+    (unreachable,) = loads(tmp_path, "http://127.0.0.1:9", "owner/nothing")
+    (offline,) = loads(tmp_path, hub.url, "owner/nothing", offline=True)
     for answer in (unknown, unreachable, offline):
         assert "owner/nothing" in answer and "tiny-llada" in answer and "<newline>" not in answer
     assert "could not be fetched" in unreachable and "could not be fetched" in offline

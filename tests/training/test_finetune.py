@@ -68,6 +68,17 @@ def launch(command: list[object], **environment: object) -> subprocess.Completed
     return done
 
 
+def alpaca_command(folder: Path, script: Path, *extra: object, **environment: object) -> list[str]:
+    """The program and the arguments that finetune_alpaca.sh would start python with, run in `folder`."""
+    stub, noted = folder / "bin" / "python", folder / "command"
+    stub.parent.mkdir(exist_ok=True)
+    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >"$COMMAND"\n')
+    stub.chmod(0o755)
+    path = f"{stub.parent}{os.pathsep}{os.environ['PATH']}"
+    launch(["bash", script, *extra], GPUS=0, PATH=path, COMMAND=noted, **environment)
+    return noted.read_text().splitlines()
+
+
 def test_resumed_run_repeats_the_uninterrupted_one(qwen2: Path, data: Path, tmp_path: Path) -> None:
     """Across an epoch boundary, with accumulation: the same rows, the same noise, the same weights."""
     common = {"max_steps": 6, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
@@ -144,10 +155,10 @@ def test_the_alpaca_scripts_adapter_loads_beside_its_model(qwen2: Path, data: Pa
         model, tokenizer = load_for_training(str(qwen2), block=8)
         for part in (model, tokenizer):
             part.save_pretrained(base)
-    command = ["bash", SCRIPTS / "finetune_alpaca.sh", "--max_steps", 3, "--bd_size", 8, "--learning_rate", "5e-3"]
-    command += ["--lora", "--lora_rank", 4, "--merge_lora", "--report_to", "none"]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    launch(command, MODEL=base, DATA=data, OUTPUT=output, GPUS=0, PATH=path)
+    extra = ["--max_steps", 3, "--bd_size", 8, "--learning_rate", "5e-3", "--lora", "--lora_rank", 4, "--merge_lora"]
+    extra += ["--report_to", "none"]
+    command = alpaca_command(tmp_path, SCRIPTS / "finetune_alpaca.sh", *extra, MODEL=base, DATA=data, OUTPUT=output)
+    finetune.main(command[1:])
     ours = fastdllm.load(str(base), device="cpu", adapter=output)
     theirs = fastdllm.load(str(output / "merged"), device="cpu")
     assert ours.spec == theirs.spec and ours.tokenizer.get_vocab() == theirs.tokenizer.get_vocab()
@@ -191,16 +202,25 @@ def test_evaluation_noise_does_not_move(qwen2: Path, data: Path, tmp_path: Path)
     assert first == second
 
 
-@pytest.mark.parametrize("folder", [ROOT, ROOT / "v2"], ids=["root", "v2"])
-def test_alpaca_script_runs_offline(qwen2: Path, data: Path, tmp_path: Path, folder: Path) -> None:
-    script = (SCRIPTS / "finetune_alpaca.sh").relative_to(folder)
-    command = f"cd {folder} && bash {script} --max_steps 3 --bd_size 8 --learning_rate 5e-3 --disable_tqdm true"
+def test_alpaca_script_runs_offline(qwen2: Path, data: Path, tmp_path: Path) -> None:
+    command = ["bash", SCRIPTS / "finetune_alpaca.sh", "--max_steps", 3, "--bd_size", 8, "--learning_rate", "5e-3"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     output = tmp_path / "out"
-    launch(["bash", "-c", command], MODEL=qwen2, DATA=data, OUTPUT=output, GPUS=0, PATH=path)
+    launch([*command, "--disable_tqdm", "true"], MODEL=qwen2, DATA=data, OUTPUT=output, GPUS=0, PATH=path)
     assert losses(output)[2] < losses(output)[0]
     assert list(output.glob("runs/**/events.out.tfevents*")), "nothing was logged to TensorBoard"
     assert json.loads((output / "config.json").read_text())["model_type"] == "Fast_dLLM_Qwen"
+
+
+@pytest.mark.parametrize("folder", [ROOT, ROOT / "v2"], ids=["root", "v2"])
+def test_alpaca_script_finds_its_program_from_any_folder(
+    data: Path, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    script = (SCRIPTS / "finetune_alpaca.sh").relative_to(folder)
+    program, *given = alpaca_command(tmp_path, script, "--max_steps", 3, MODEL="m", DATA=data, OUTPUT="out")
+    assert Path(program) == SCRIPTS / "finetune.py"
+    assert given[given.index("--model_name_or_path") + 1] == "m" and given[-2:] == ["--max_steps", "3"]
 
 
 def test_bad_records_are_skipped_or_fatal(

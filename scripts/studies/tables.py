@@ -149,7 +149,7 @@ def sudoku() -> str:
         "threshold=0.99+none": "threshold 0.99",
         "threshold=0.9+none": "threshold 0.9",
     }
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for setting, name in names.items():
         row = found[setting]
         rows.append((name, percent(row["accuracy"]), difference(row) if rows else "", f"{row['forwards']:.1f}"))
@@ -220,7 +220,7 @@ def published() -> str:
 
 
 NAMES = {"llada": "LLaDA", "dream": "Dream", "v2": "v2"}
-WEIGHTS = {"bf16": "", "fp8": ", fp8", "int8": ", int8"}
+WEIGHTS = {"bf16": "", "fp8": ", fp8", "int8": ", int8", "int4": ", int4"}
 
 
 def decode_runs(*weights: str) -> Iterable[tuple[str, Row]]:
@@ -248,8 +248,8 @@ def by_batch() -> str:
     return batches("bf16")
 
 
-def by_batch_8_bits() -> str:
-    return batches("fp8", "int8")
+def by_batch_few_bits() -> str:
+    return batches("fp8", "int8", "int4")
 
 
 def narrow_forwards(*weights: str) -> str:
@@ -267,8 +267,8 @@ def against_limit() -> str:
     return narrow_forwards("bf16")
 
 
-def against_limit_8_bits() -> str:
-    return narrow_forwards("fp8", "int8")
+def against_limit_few_bits() -> str:
+    return narrow_forwards("fp8", "int8", "int4")
 
 
 def full_forwards() -> str:
@@ -306,7 +306,7 @@ def measured(model: str) -> str:
     lines = [("one token per step", found[reference(model)]), ("threshold 0.99", found["threshold=0.99+dual"])]
     lines += [("threshold 0.9", found["threshold=0.9+dual"])]
     lines += [(f"preset `{name}`", named[name]) for name in ("balanced", "fast")]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, row in lines:
         rows.append((name, percent(row["accuracy"]), difference(row) if rows else "", f"{row['forwards']:.1f}"))
     return grid(("setting, `dual` cache but for the presets", "right", "difference (95 %)", "forwards per answer"), rows)
@@ -321,7 +321,7 @@ def measured_dream() -> str:
 
 
 def layer_reuse() -> str:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for row in data("reuse")["settings"]:
         name = row["setting"] + (" (ablation)" if row["setting"].endswith("output") else "")
         middle, low, high = (points(row[key]) for key in ("difference", "low", "high"))
@@ -392,7 +392,7 @@ TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         presets, thresholds, remasking, not_paying, lossless, self_verify, sudoku,
-        which_threshold, which_cache, published, by_batch, by_batch_8_bits, against_limit, against_limit_8_bits,
+        which_threshold, which_cache, published, by_batch, by_batch_few_bits, against_limit, against_limit_few_bits,
         full_forwards, step_in_loop, measured_llada, measured_dream, layer_reuse, quickstart,
     )
 } | {name: printed(name) for name in data("measured")["sections"]}  # fmt: skip

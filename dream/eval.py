@@ -3,10 +3,12 @@
 
 import sys
 
+from fastdllm.cli import shell
 from fastdllm.evaluation.adapters import DreamEvalHarness
 from fastdllm.evaluation.command import main
 
 __all__ = ["DreamEvalHarness"]
 
 if __name__ == "__main__":
-    sys.exit(main("dream", "eval.py"))
+    with shell("eval.py"):
+        sys.exit(main("dream", "eval.py"))

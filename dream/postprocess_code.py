@@ -3,7 +3,9 @@
 
 import sys
 
+from fastdllm.cli import shell
 from fastdllm.scoring.score import main
 
 if __name__ == "__main__":
-    sys.exit(main(prog="postprocess_code.py"))
+    with shell("postprocess_code.py"):
+        sys.exit(main(prog="postprocess_code.py"))

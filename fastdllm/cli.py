@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -68,24 +69,74 @@ def batch(arguments: Sequence[str]) -> int:
     return main(arguments, prog="fastdllm batch")
 
 
+class Ended(SystemExit):
+    """The end of a program that `shell` has told the reason of, where there is one to tell."""
+
+
+@contextmanager
+def shell(prog: str) -> Iterator[None]:
+    """What every program needs around it: an interruption is one line on stderr and exit code 130. So is output that nobody
+    takes: 141 where its reader is gone (`| head`), as of a program that the signal ends, and 2 where it cannot be written (a
+    full disk). Characters that the encoding of the output lacks are written as escapes.
+    """
+    _open_streams()
+    try:
+        try:
+            yield
+        except SystemExit:
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        raise Ended(130) from None
+    except BrokenPipeError:
+        _forget_output()
+        raise Ended(141) from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _forget_output()
+        print(f"{prog}: {error.strerror}", file=sys.stderr)
+        raise Ended(2) from None
+
+
 @contextmanager
 def one_line(prog: str) -> Iterator[None]:
-    """What the user should mend (ValueError, OSError) ends the program in one line on stderr and exit code 2.
+    """`shell`, in which what the user should mend (ValueError, OSError) is one line on stderr and exit code 2 as well.
 
-    So does a library that is not installed, with exit code 1, as in `main`.
+    So is a library that is not installed, with exit code 1, as in `main`.
     """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        from fastdllm import libraries
+    with shell(prog):
+        try:
+            yield
+        except ModuleNotFoundError as error:
+            from fastdllm import libraries
 
-        if not (library := libraries.missing(error)):
-            raise
-        print(libraries.hint(prog, library), file=sys.stderr)
-        raise SystemExit(1) from error
-    except (ValueError, OSError) as error:
-        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from error
+            if not (library := libraries.missing(error)):
+                raise
+            print(libraries.hint(prog, library), file=sys.stderr)
+            raise SystemExit(1) from error
+        except (ValueError, OSError) as error:
+            if isinstance(error, BrokenPipeError) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+                raise
+            print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+            raise SystemExit(2) from error
+
+
+def _open_streams() -> None:
+    """Output that is closed (`>&-`) goes nowhere. Else the next file that is opened would take its number, and whatever a
+    child process prints would end up in that file."""
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            place = os.open(os.devnull, os.O_WRONLY)
+            if place != number:
+                os.dup2(place, number)
+                os.close(place)
+            setattr(sys, name, os.fdopen(number, "w", encoding="utf-8"))
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 COMMANDS: dict[str, Command] = {
@@ -101,25 +152,13 @@ COMMANDS: dict[str, Command] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code, 2 for an unknown one, 1 when a library it needs is missing.
 
-    An interruption is one line and 130. So is output that nobody takes: 141 where its reader is gone (`| head`), as of a
-    program that the signal ends, and 2 where it cannot be written (a full disk).
+    Interruptions and output that nobody takes: see `shell`.
     """
     try:
-        code = _run(arguments)
-        sys.stdout.flush()
-        return code
-    except KeyboardInterrupt:
-        print("fastdllm: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        _forget_output()
-        return 141
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        _forget_output()
-        print(f"fastdllm: {error.strerror}", file=sys.stderr)
-        return 2
+        with shell("fastdllm"):
+            return _run(arguments)
+    except Ended as ended:
+        return int(str(ended.code))
 
 
 def _forget_output() -> None:

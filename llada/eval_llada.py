@@ -3,10 +3,12 @@
 
 import sys
 
+from fastdllm.cli import shell
 from fastdllm.evaluation.adapters import LLaDAEvalHarness
 from fastdllm.evaluation.command import main
 
 __all__ = ["LLaDAEvalHarness"]
 
 if __name__ == "__main__":
-    sys.exit(main("llada_dist", "eval_llada.py"))
+    with shell("eval_llada.py"):
+        sys.exit(main("llada_dist", "eval_llada.py"))

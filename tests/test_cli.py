@@ -58,6 +58,66 @@ def test_output_that_cannot_be_written_is_no_traceback(shell: str, code: int, li
     assert (done.returncode, len(done.stderr.splitlines())) == (code, lines), done.stderr
 
 
+PROGRAM = """
+import subprocess, sys
+from fastdllm.cli import one_line
+with one_line("tool"):
+    print("\\u2191 1 \\u4e2d")
+    with open(sys.argv[1], "w") as file:
+        subprocess.run(["echo", "noise"])
+        file.write("result")
+"""
+
+
+@pytest.mark.parametrize(
+    ("shell", "code"),
+    [("", 0), (">&-", 0), ("2>&-", 0), (">&- 2>&-", 0), ("<&- >&- 2>&-", 0), (">/dev/full", 2), ("2>&1 | true", 141)],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_output_of_any_kind_loses_no_result(tmp_path: Path, shell: str, code: int, encoding: str) -> None:
+    """Closed, the next file would take its number, and with it whatever child processes print."""
+    program, result = tmp_path / "program.py", tmp_path / "result"
+    program.write_text(PROGRAM)
+    late = "sleep 0.3; " if "|" in shell else ""
+    command = f"set -o pipefail; {{ {late}{sys.executable} {program} {result}; }} {shell}"
+    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, env=env, check=False)
+    assert done.returncode == code, done.stderr
+    assert b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr
+    assert result.read_text() == "result"
+    if not shell:
+        assert done.stdout.decode(encoding).split()[1] == "1"
+
+
+@pytest.mark.parametrize(
+    "entry", [p for d in ("llada", "dream", "v2") for p in (ROOT / d).glob("*.py") if "__main__" in p.read_text()]
+)
+def test_every_entry_of_a_checkout_is_a_program(entry: Path) -> None:
+    assert "    with shell(" in entry.read_text(encoding="utf-8")
+
+
+def _gone(*_: object, **__: object) -> None:
+    raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+@pytest.mark.parametrize(
+    ("place", "arguments"),
+    [
+        ("lm_eval.__main__.HarnessCLI.execute", ["eval", "ls", "tasks"]),
+        ("fastdllm.ui.terminal.load_model", ["chat"]),
+        ("fastdllm.serving.batch._run", ["batch", "in.jsonl", "out.jsonl"]),
+        ("fastdllm.scoring.score.score_file", ["score", "{folder}/in.jsonl", "--allow-code-execution"]),
+    ],
+)
+def test_a_reader_that_is_gone_is_no_mistake(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, tmp_path: Path, place: str, arguments: list[str]
+) -> None:
+    monkeypatch.setattr(place, _gone)
+    monkeypatch.setattr(cli, "_forget_output", lambda: None)
+    assert cli.main([argument.format(folder=tmp_path) for argument in arguments]) == 141
+    assert "Broken pipe" not in capfd.readouterr().err
+
+
 def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["chart"]) == 2
     assert "unknown command 'chart'" in capsys.readouterr().err

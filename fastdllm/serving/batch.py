@@ -26,6 +26,7 @@ from pydantic import ValidationError
 from tqdm import tqdm
 
 from fastdllm import registry
+from fastdllm.arguments import Parser
 from fastdllm.conversations import check_text
 from fastdllm.serving.command import Settings, add_limits, add_model_options, settings
 from fastdllm.serving.errors import ApiError, as_api_error
@@ -198,7 +199,7 @@ def share(lines: Sequence[Line], rank: int, size: int) -> list[Line]:
 
 
 def parser(prog: str | None = None) -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(
+    out = Parser(
         prog=prog,
         description="Answer a file of requests in OpenAI's batch format. A run that was interrupted goes on where it ended.",
         epilog='Each line of the input: {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": '
@@ -218,6 +219,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     own, args = registry.parse(lambda: parser(prog), arguments)
     try:
         return _run(args)
+    except BrokenPipeError:  # whoever read the output is gone, which is no mistake
+        raise
     except (ValueError, OSError) as error:
         print(f"{own.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import fastdllm
 from fastdllm import registry
+from fastdllm.arguments import Parser
 from fastdllm.build import assemble
 from fastdllm.config import DecodeConfig
 from fastdllm.engine.admission import ROWS
@@ -115,7 +116,7 @@ def fitting(model: Model, config: DecodeConfig) -> DecodeConfig:
 
 
 def parser(prog: str | None = None) -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(
+    out = Parser(
         prog=prog,
         description="Serve a diffusion language model over OpenAI's API: chat, completions, streaming, typed answers. At / "
         "is a page to try it.",

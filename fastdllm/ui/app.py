@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from fastdllm import registry
+from fastdllm.arguments import Parser
 from fastdllm.loading import add_weight_options, load_options
 from fastdllm.models import tiny_names
 from fastdllm.ui import options
@@ -24,7 +25,7 @@ VISITORS = 16  # in one batch, unless the command line says otherwise
 def parser(default_model: str, prog: str | None = None) -> argparse.ArgumentParser:
     from fastdllm.serving.command import add_limits, add_server
 
-    out = argparse.ArgumentParser(
+    out = Parser(
         prog=prog,
         description="A page that shows a diffusion language model at work: two settings racing on one prompt, and a chat in "
         "which every token tells its forward and its confidence. It is served to this machine only, unless you say "

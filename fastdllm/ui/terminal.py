@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import closing
 
 from fastdllm import libraries, registry
+from fastdllm.arguments import Parser
 from fastdllm.loading import add_weight_options
 from fastdllm.trace import watch
 from fastdllm.ui import options, reader
@@ -21,7 +22,7 @@ LEAVING = ("exit", "quit")  # a line of this word
 
 
 def parser(default_model: str, prog: str | None = None) -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(
+    out = Parser(
         prog=prog,
         description="Chat with a diffusion language model in the terminal and see its answers being filled in.",
         epilog="In the chat: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves. Questions can be piped in, "
@@ -150,6 +151,8 @@ def main(arguments: Sequence[str] | None = None, default_model: str = "tiny-llad
             (take_model if args.adapter else load_model)(session, args.model)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read the output is gone, which is no mistake
+        raise
     except (ValueError, OSError) as error:
         print(f"{arguments_parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

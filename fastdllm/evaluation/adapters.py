@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lm_eval.api.instance import Instance
 
 from fastdllm.evaluation.harness import DiffusionLM
-from fastdllm.evaluation.options import HarnessOptions
+from fastdllm.evaluation.options import V2Options
 
 # The adapter of Fast-dLLM v2's wording, double braces included, and the words it stands in for, by the start of the task's
 # name.
@@ -32,14 +31,6 @@ class DreamEvalHarness(DiffusionLM):
         if options.get("cache") == "none":
             options.setdefault("block_length", options["gen_length"])
         return options
-
-
-@dataclass(frozen=True)
-class V2Options(HarnessOptions):
-    """cot_prompt: ask for step-by-step reasoning in gsm8k and minerva_math, as the published numbers did. Off by default,
-    because it changes what lm-eval reports under these tasks' names."""
-
-    cot_prompt: bool = False
 
 
 class FastDLLMv2EvalHarness(DiffusionLM):

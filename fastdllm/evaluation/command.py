@@ -13,12 +13,14 @@ import io
 import logging
 import os
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from fastdllm.evaluation import ADAPTERS, task_folders
-from fastdllm.evaluation.options import parse_arguments, rename
+from fastdllm.evaluation.options import V2Options, check_names, parse_arguments, rename
 from fastdllm.registry import take_imports
 
 OFFLINE = "WITHOUT_A_NETWORK"  # scripts name in it the command that needs none
@@ -75,6 +77,8 @@ def main(model: str = "fastdllm", prog: str = "fastdllm eval", arguments: Sequen
             args.include_path = task_folders(args.include_path)
         with _checked_tasks(getattr(args, "tasks", None), getattr(args, "gen_kwargs", None)) as left_out:
             harness.execute(args)
+    except BrokenPipeError:  # whoever read the output is gone, which is no mistake
+        raise
     except (ValueError, OSError) as error:
         if logging.getLogger("lm_eval").isEnabledFor(logging.DEBUG):
             raise
@@ -135,11 +139,16 @@ def _model_in_use() -> Any:
 
 
 def _parse(harness: Any, prog: str, model: str) -> Namespace:
-    """lm-eval's arguments; its help pages name this command and this default model."""
-    page = io.StringIO()
+    """lm-eval's arguments; its help pages name this command and this default model. ValueError for what argparse refuses."""
+    page, said = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stdout(page):
+        with contextlib.redirect_stdout(page), contextlib.redirect_stderr(said):
             return harness.parse_args()
+    except SystemExit as stopped:
+        if not stopped.code:
+            raise
+        last = (said.getvalue().strip().splitlines() or [""])[-1]  # after the usage, which is long
+        raise ValueError(last.partition("error: ")[2] or last) from None
     finally:
         print(page.getvalue().replace("lm-eval", prog).replace("(default: hf)", f"(default: {model})"), end="")
 
@@ -150,13 +159,30 @@ def _prepare(args: Namespace, model: str) -> None:
     args.model = args.model or file.get("model") or model
     args.include_path = task_folders(args.include_path or file.get("include_path"))
     args.tasks = args.tasks or file.get("tasks")
+    _check_output(args.output_path or file.get("output_path"))
     if args.model not in ADAPTERS:
         return
     for name in ("model_args", "gen_kwargs"):
         given = getattr(args, name) or file.get(name)
         if given:
+            parsed = parse_arguments(given)
+            if name == "model_args":
+                check_names(parsed, V2Options)  # also those that are left open, of which the adapter hears nothing
             # lm-eval names the results folder after `pretrained`, and otherwise at random.
-            setattr(args, name, rename(parse_arguments(given)))
+            setattr(args, name, rename(parsed))
+
+
+def _check_output(path: str | None) -> None:
+    """ValueError where results cannot be written: lm-eval would say so in a log line, after everything is computed."""
+    if path is None:
+        return
+    folder = Path(path).parent if path.endswith(".json") else Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"output_path={path!r} is no folder that can be written to: {error.strerror}") from error
 
 
 def _read_config(path: str) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from fastdllm.evaluation.answers import AnswerStore, Query, answer, answer_key
 from fastdllm.evaluation.distributed import Distributed, choose_device
 from fastdllm.evaluation.options import (
     HarnessOptions,
+    check_names,
     decode_options,
     latest,
     merge,
@@ -90,6 +91,7 @@ class DiffusionLM(TemplateLM):
         **given: Any,
     ) -> None:
         super().__init__()
+        check_names(given, self.options_type)
         given = rename(given)
         loaded = self._loaded(given)
         own, self._fixed = split(given, self.options_type)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastdllm import config, registry
-from fastdllm.fields import coerce
+from fastdllm.fields import coerce, shown
 from fastdllm.presets import PRESETS
 from fastdllm.registry import Kind
 
@@ -25,7 +25,7 @@ CONFIDENCE = {
     "alg": {"entropy": "entropy", "maskgit_plus": "probability", "topk_margin": "margin", "origin": "random"},
 }
 AUTO_BATCH = 8  # what --batch_size auto means unless --max_batch_size says otherwise
-NAMES_NONE = ("cache",)  # options for which "none" is a name
+NAMES_NONE = ("cache",)  # options for which the text "none" is a name; for all others it means that they are left open
 CACHE_NAMES = ("cache", "use_cache", "dual_cache", "use_block_cache")
 SWITCHES = {"use_cache": bool, "dual_cache": bool, "use_block_cache": bool, "remasking": str, "alg": str}
 
@@ -55,18 +55,40 @@ class HarnessOptions:
     add_bos_token: bool = False
 
 
+@dataclass(frozen=True)
+class V2Options(HarnessOptions):
+    """cot_prompt: ask for step-by-step reasoning in gsm8k and minerva_math, as the published numbers did. Off by default,
+    because it changes what lm-eval reports under these tasks' names."""
+
+    cot_prompt: bool = False
+
+
 def rename(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` under this project's names, without what is None. ValueError where two names of one option disagree."""
-    return config.rename({k: v for k, v in given.items() if v is not None}, ALIASES)
+    """`given` under this project's names, without what is None or says so. ValueError where two names of one option
+    disagree."""
+    return config.rename({k: v for k, v in given.items() if not _left_open(k, v)}, ALIASES)
+
+
+def _left_open(name: str, value: Any) -> bool:
+    """None, or its text: lm-eval makes None of `dtype=none` in Python, and leaves the text on its command line."""
+    says_none = isinstance(value, str) and value.lower() == "none" and name not in NAMES_NONE
+    return value is None or says_none
 
 
 def parse_arguments(given: str | Mapping[str, Any]) -> dict[str, Any]:
-    """ "name=value,name=value" as lm-eval reads it, but for the text none, which is the name of a cache."""
+    """ "name=value,name=value" as lm-eval reads it, but for the text none, which is the name of a cache. ValueError for a
+    name that is there twice, with different values: lm-eval takes the last one."""
     if not isinstance(given, str):
         return dict(given)
     from lm_eval.utils import simple_parse_args_string
 
-    return {k: "none" if v is None and k in NAMES_NONE else v for k, v in simple_parse_args_string(given).items()}
+    out: dict[str, Any] = {}
+    for part in filter(None, given.strip().split(",")):
+        for name, value in simple_parse_args_string(part).items():
+            value = "none" if value is None and name in NAMES_NONE else value
+            if out.setdefault(name, value) != value:
+                raise ValueError(f"{name}={shown(out[name])} and {name}={shown(value)}; give one of them")
+    return out
 
 
 def latest(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +96,7 @@ def latest(given: Mapping[str, Any]) -> dict[str, Any]:
     and what `--gen_kwargs` adds in another spelling follows."""
     out: dict[str, Any] = {}
     for name, value in given.items():
-        if value is not None:
+        if not _left_open(name, value):
             own = ALIASES.get(name, name)
             out.pop(own, None)
             out[own] = value
@@ -87,6 +109,14 @@ def merge(task: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str, Any]:
     return {**{k: v for k, v in task.items() if not (says_cache and k in CACHE_NAMES)}, **fixed}
 
 
+def check_names(given: Mapping[str, Any], extra: type = HarnessOptions) -> None:
+    """ValueError for a name that is known nowhere, with the nearest known one, whatever its value: `cahce=none` is none."""
+    known = {*(f.name for f in dataclasses.fields(extra)), *SWITCHES, *_decode_options()}
+    for name, value in given.items():
+        if ALIASES.get(name, name) not in known:
+            raise ValueError(config.unknown(name, value, known))
+
+
 def split(given: Mapping[str, Any], extra: type = HarnessOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """(fields of `extra`, the rest) of renamed options, the former coerced to their declared types.
 
@@ -94,10 +124,7 @@ def split(given: Mapping[str, Any], extra: type = HarnessOptions) -> tuple[dict[
     """
     hints = typing.get_type_hints(extra)
     fields = [f.name for f in dataclasses.fields(extra)]
-    known = {*fields, *SWITCHES, *_decode_options()}
-    for name, value in given.items():
-        if name not in known:
-            raise ValueError(config.unknown(name, value, known))
+    check_names(given, extra)
     # lm-eval guesses types: a model folder called 2026 arrives as a number.
     own = {k: coerce(k, str(v) if hints[k] in (str, str | None) else v, hints[k]) for k, v in given.items() if k in fields}
     return own, {k: v for k, v in given.items() if k not in fields}

@@ -135,6 +135,44 @@ def test_a_mistake_is_one_line_and_exit_code_two(arguments: list[str], message: 
     assert last.startswith("fastdllm eval: ") and message in last
 
 
+@pytest.mark.parametrize("place", ["{folder}/file", "{folder}/file/below", "/dev/full", "/proc/nowhere/results.json"])
+@pytest.mark.parametrize("way", ["flag", "file"])
+def test_a_place_for_results_that_cannot_be_written_is_told_first(
+    place: str, way: str, seen: list, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    """lm-eval would compute everything, and then log that it could not save it."""
+    (tmp_path / "file").write_text("")
+    place = place.format(folder=tmp_path)
+    given = ["--output_path", place] if way == "flag" else ["--config", config_file(tmp_path, output_path=place)]
+    assert main(arguments=["--tasks", "gsm_symbolic", "--model_args", "pretrained=tiny-llada", *given]) == 2
+    said = capsys.readouterr().err
+    assert not seen and len(said.splitlines()) == 1 and f"output_path={place!r}" in said
+
+
+@pytest.mark.parametrize("value", ["none", "None", "3", "'x'"])
+def test_an_unknown_name_in_the_models_arguments_is_named_whatever_its_value(
+    value: str, seen: list, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(arguments=["--tasks", "gsm_symbolic", "--model_args", f"pretrained=tiny-llada,cahce={value}"]) == 2
+    assert not seen and "did you mean 'cache'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--wibble", "3"], "--wibble"),
+        (["--tasks", "gsm_symbolic", "--limit", "x"], "--limit"),
+        (["--tasks", "gsm_symbolic", "--num_fewshot"], "--num_fewshot"),
+        (["--tasks", "gsm_symbolic", "--model_args", "{x"], "Invalid JSON"),
+        (["wobble"], "wobble"),
+    ],
+)
+def test_what_argparse_refuses_is_one_line_too(arguments: list[str], word: str, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["eval", *arguments]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith("fastdllm eval: ") and word in said[0]
+
+
 @pytest.mark.usefixtures("shipped_tasks_only")
 def test_a_task_that_cannot_be_honoured_is_left_out_and_the_others_run(tmp_path: Path, capsys: Any) -> None:
     documents = tmp_path / "documents.json"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fastdllm.config import DecodeConfig
-from fastdllm.evaluation.options import HarnessOptions, decode_options, rename, split
+from fastdllm.evaluation.options import HarnessOptions, check_names, decode_options, latest, parse_arguments, rename, split
 
 LLADA = {"decoder": "quota", "confidence": "probability", "cache": "none"}
 DREAM = {"decoder": "quota", "confidence": "entropy", "cache": "none"}
@@ -94,8 +94,66 @@ def test_a_bad_option_is_named_with_what_is_allowed(given: dict, message: str) -
 
 
 def test_own_options_are_coerced_by_their_type() -> None:
-    given = {"model_path": 2026, "dtype": "none", "mc_num": "16", "is_check_greedy": "False", "escape_until": 1, "top_k": 3}
+    given = {
+        "model_path": 2026,
+        "dtype": "float32",
+        "mc_num": "16",
+        "is_check_greedy": "False",
+        "escape_until": 1,
+        "top_k": 3,
+    }
     own, rest = split(rename(given))
-    assert own == {"pretrained": "2026", "dtype": "none", "mc_num": 16, "is_check_greedy": False, "escape_until": True}
+    assert own == {"pretrained": "2026", "dtype": "float32", "mc_num": 16, "is_check_greedy": False, "escape_until": True}
     assert rest == {"top_k": 3}
     assert HarnessOptions(**own).show_speed is False
+
+
+TEXT_OPTIONS = ["dtype", "revision", "quantize", "adapter", "save_dir", "likelihood", "preset", "decoder", "confidence"]
+TEXT_OPTIONS += ["runner", "schedule", "layer_subset", "alg", "remasking", "first_token"]
+OTHERS = ["threshold", "steps", "use_cache", "show_speed", "mc_num", "stop_ids", "top_p"]
+
+
+@pytest.mark.parametrize("name", [*TEXT_OPTIONS, *OTHERS])
+@pytest.mark.parametrize("text", ["none", "None", "NONE"])
+def test_none_leaves_an_option_open_whichever_way_it_comes(name: str, text: str) -> None:
+    """In Python lm-eval makes None of the text, on its command line it leaves it; the cache alone has that name."""
+    ways = [{name: None}, {name: text}, parse_arguments(f"{name}={text}"), parse_arguments(f" {name}={text},")]
+    assert [rename(way) for way in ways] == [latest(way) for way in ways] == [{}] * len(ways)
+    assert rename(parse_arguments("cache=none")) == {"cache": "none"} and rename({"cache": None}) == {}
+
+
+@pytest.mark.parametrize("defaults", [LLADA, DREAM, V2], ids=["llada", "dream", "v2"])
+@pytest.mark.parametrize(
+    ("name", "value", "spellings"),
+    [
+        ("threshold", 0.9, ["0.9", ".9", "9e-1", "'0.9'", '"0.9"', " 0.9"]),
+        ("steps", 64, ["64", "64.0", "6.4e1", "'64'", "+64"]),
+        ("temperature", 0.001, ["1e-3", "0.001", "1E-3"]),
+        ("use_block_cache", True, ["true", "True", "TRUE", "1", "1.0", "yes", "'true'"]),
+        ("cache", "none", ["none", "None", "'none'", '"none"']),
+        ("stop_ids", (7,), ["7", "(7)", "[7]"]),
+        ("layer_subset", "2+3", ["2+3", "'2+3'"]),
+    ],
+)
+def test_every_spelling_decodes_as_its_value_does(defaults: dict, name: str, value: object, spellings: list[str]) -> None:
+    if name == "use_block_cache" and defaults is not V2:
+        pytest.skip("Fast-dLLM v2's")
+    for text in spellings:
+        given = split(rename(parse_arguments(f"{name}={text}")))[1]
+        assert DecodeConfig(**decode_options(given, defaults)) == configure({name: value}, defaults), text
+
+
+@pytest.mark.parametrize(
+    "text", ["gen_length=8,gen_length=9", "gen_length=8,threshold=0.9,gen_length=8.5", "cache=none,cache=dual"]
+)
+def test_one_name_twice_is_an_error_unless_both_agree(text: str) -> None:
+    with pytest.raises(ValueError, match=r"(gen_length|cache)=\S+ and \1=.*give one of them"):
+        parse_arguments(text)
+    assert parse_arguments("gen_length=8,gen_length=8") == {"gen_length": 8}
+
+
+@pytest.mark.parametrize("value", [None, "none", 3])
+def test_a_name_that_is_unknown_is_an_error_whatever_its_value(value: object) -> None:
+    for name, near in (("cahce", "cache"), ("treshold", "threshold"), ("show_sped", "show_speed")):
+        with pytest.raises(ValueError, match=f"unknown option {name}=.*did you mean '{near}'"):
+            check_names({name: value, "threshold": 0.9, "model_path": "tiny-llada"})

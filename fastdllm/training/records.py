@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training files to conversations: every common spelling of a chat or of an instruction with its answer, JSON or JSON lines.
+"""Training files to conversations: every common spelling of a chat or of an instruction with its answer, JSON or JSON lines,
+also compressed by gzip, in any Unicode encoding.
 
 A record that cannot be used raises `BadRecord`, which says where it stands; `keep_good` decides what happens then. Nothing
 that a file may hold raises anything else.
@@ -7,10 +8,15 @@ that a file may hold raises anything else.
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+
+from fastdllm.fields import shown
 
 ROLES = ("system", "user", "assistant", "tool")
 # What other formats call a role: ShareGPT, LLaMA-Factory's tool calls, OpenAI, Gemma, Open Assistant.
@@ -34,7 +40,11 @@ INSTRUCTIONS = (
     ("prompt", "", "response"),
     ("question", "", "answer"),
 )
+CONVERSATIONS = ("messages", "conversations", "conversation")  # keys of a list of messages; the last one is LMSYS's
 POLICIES = ("skip", "error")
+ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+GZIP = b"\x1f\x8b"
+OTHER_KINDS = {b"PAR1": "a Parquet file", b"PK\x03\x04": "a zip archive", b"ARROW1": "an Arrow file"}  # by how they begin
 NOT_DATA = {"dataset_info.json"}  # LLaMA-Factory's and datasets' description of the files next to it
 LONGEST_QUOTE = 200  # characters of a file's own text in a message
 T = TypeVar("T")
@@ -46,7 +56,8 @@ class BadRecord(ValueError):
 
 
 class Record(NamedTuple):
-    """One JSON value of a file, or its text; `where` names the file and the line (JSON lines) or index (JSON arrays)."""
+    """One JSON value of a file, its text, or what is wrong with the whole file; `where` names the file and the line (JSON
+    lines) or index (JSON arrays)."""
 
     where: str
     value: Any
@@ -68,24 +79,63 @@ def parse(text: str) -> Any:
         raise ValueError("nested too deeply") from error
 
 
+def _text_of(path: Path) -> str:
+    """The text of a file. Bytes that are not UTF-8 become lone surrogates. Raises BadRecord for a file that is no text; one
+    in which a line can be read is, however it begins."""
+    data, problem = path.read_bytes(), None
+    if data.startswith(GZIP):
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            problem = f"not a whole gzip file ({error})"
+    if kind := next((kind for start, kind in OTHER_KINDS.items() if data.startswith(start)), None):
+        problem = f"{kind}; only JSON and JSON lines are read, which to_json of datasets and of pandas writes"
+    wide = json.detect_encoding(data)
+    if not wide.startswith("utf-8") and (text := _wide(data, wide)).lstrip()[:1] in ("{", "["):
+        return text
+    text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8", errors="surrogateescape")
+    if problem and not any(map(_is_object, text.split("\n"))):
+        raise BadRecord(f"{path}: {problem}")
+    return text
+
+
+def _wide(data: bytes, encoding: str) -> str:
+    """Text of two or four bytes a character. Where it is torn, it ends with half of a surrogate pair, which no record may
+    hold."""
+    try:
+        return data.decode(encoding, errors="surrogatepass")
+    except UnicodeDecodeError as error:
+        return data[: error.start].decode(encoding, errors="surrogatepass") + "\udcff" if error.end >= len(data) else ""
+
+
 def _lines(path: Path, text: str) -> Iterator[Record]:
     for number, line in enumerate(text.split("\n"), start=1):
+        line = line.removeprefix("\ufeff")  # of a file that another one was appended to
         if line.strip():
             yield Record(f"{path}:{number}", line)
 
 
-def _whole(path: Path, text: str) -> Iterator[Record]:
-    """The records of one JSON document. A file that is none is one bad record, or JSON lines under another name."""
+def _is_object(text: str) -> bool:
     try:
-        value = parse(text)
+        return isinstance(parse(text), dict)
     except ValueError:
-        first = next((line for line in text.split("\n") if line.strip()), "")
-        try:
-            lines = isinstance(parse(first), dict)
-        except ValueError:
-            lines = False
-        yield from _lines(path, text) if lines else [Record(str(path), text)]
-        return
+        return False
+
+
+def _records(path: Path, text: str) -> Iterator[Record]:
+    """The records of one JSON document or of JSON lines: what the file holds counts, where its name says the other one."""
+    lines = ".jsonl" in path.suffixes
+    objects = _is_object(next((line for line in text.split("\n") if line.strip()), ""))
+    if lines and objects:
+        return _lines(path, text)
+    try:
+        return _items(path, parse(text))
+    except ValueError:
+        return _lines(path, text) if lines or objects else iter([Record(str(path), text)])
+
+
+def _items(path: Path, value: Any) -> Iterator[Record]:
+    """The records of a JSON document."""
     if isinstance(value, dict) and value.get("type") == "conversation" and isinstance(value.get("instances"), list):
         value = value["instances"]  # LMFlow's wrapper
     for index, item in enumerate(value if isinstance(value, list) else [value]):
@@ -93,26 +143,32 @@ def _whole(path: Path, text: str) -> Iterator[Record]:
 
 
 def read_records(source: Path) -> Iterator[Record]:
-    """The records of a file, or of all .json and .jsonl files of a folder in the order of their names.
+    """The records of a file, or of all .json and .jsonl files of a folder, also .gz, in the order of their names.
 
     A byte order mark is no part of the text. Bytes that are not UTF-8 become lone surrogates, which spoil only the record
-    that holds them. Raises FileNotFoundError for a missing file and for a folder without data.
+    that holds them; a file that is no text is one bad record. Raises FileNotFoundError for a missing file and for a folder
+    without data.
     """
     files = [source]
     if source.is_dir():
-        named = (path for path in source.iterdir() if path.suffix in {".json", ".jsonl"} and path.name not in NOT_DATA)
+        named = (path for path in source.iterdir() if path.name.endswith(ENDINGS) and path.name not in NOT_DATA)
         files = sorted(path for path in named if path.is_file())
     if not files or not all(path.is_file() for path in files):
         raise FileNotFoundError(f"{source}: no such file, or a folder without .json and .jsonl files")
     for path in files:
-        text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8", errors="surrogateescape")
-        yield from (_lines if path.suffix == ".jsonl" else _whole)(path, text)
+        try:
+            text = _text_of(path)
+        except BadRecord as error:
+            yield Record(str(path), error)
+        else:
+            yield from _records(path, text)
 
 
 def _text(where: str, name: str, value: Any) -> str:
     """A string that can be encoded; a list of text parts is joined."""
     if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
-        value = "".join(_text(where, name, part.get("text")) for part in value)
+        texts = [part.get("text") for part in value]
+        value = "".join(texts) if all(isinstance(text, str) for text in texts) else None
     if not isinstance(value, str):
         raise BadRecord(f"{where}: {name} is not a string")
     if not encodable(value):
@@ -141,10 +197,16 @@ def encodable(text: str) -> bool:
     return True
 
 
+def _given(value: dict[str, Any]) -> dict[str, Any]:
+    """The fields without those that are null: tables of records of several forms fill up with it."""
+    return {name: item for name, item in value.items() if item is not None}
+
+
 def _message(where: str, number: int, message: Any) -> dict[str, Any]:
     """A message in transformers' form, from either spelling."""
     role = None
     if isinstance(message, dict):
+        message = _given(message)
         role = message.get("role", message.get("from"))
         role = role.strip().lower() if isinstance(role, str) else None
         role = ALIASES.get(role, role)
@@ -153,7 +215,11 @@ def _message(where: str, number: int, message: Any) -> dict[str, Any]:
     content = message.get("content", message.get("value"))
     if content is None and message.get("tool_calls"):
         content = ""
-    trained = message.get("weight", 1) != 0 and message.get("loss", True) is not False
+    flags = {name: message.get(name, 1) for name in ("weight", "loss")}
+    for name, flag in flags.items():
+        if flag not in (0, 1):
+            raise BadRecord(f"{where}: {name}={shown(flag)} of message {number} is none of 0, 1, false and true")
+    trained = all(flags.values())
     rest = {name: value for name, value in message.items() if name in ("name", "tool_calls", "tool_call_id")}
     content = _text(where, f"the content of message {number}", content)
     return {"role": role, "content": content, **rest, **({} if trained else {"weight": 0})}
@@ -183,7 +249,8 @@ def _instruction(where: str, value: dict[str, Any]) -> list[dict[str, Any]]:
     asked, about, answer = next(known, ("", "", ""))
     if not asked:
         keys = ", ".join(sorted(map(str, value)))[:LONGEST_QUOTE]
-        raise BadRecord(f"{where}: no form that is known (messages, conversations, {_known_forms()}); its keys are {keys}")
+        known_forms = ", ".join([*CONVERSATIONS, *(f"{asked} with {answer}" for asked, _, answer in INSTRUCTIONS)])
+        raise BadRecord(f"{where}: no form that is known ({known_forms}); its keys are {keys}")
     if isinstance(value[asked], list) and isinstance(value[answer], list):  # a prompt and a completion of messages
         context = [{**message, "weight": 0} for message in _messages(where, value[asked], asked)]
         return context + _messages(where, value[answer], answer)
@@ -194,10 +261,6 @@ def _instruction(where: str, value: dict[str, Any]) -> list[dict[str, Any]]:
     return earlier + [{"role": role, "content": content} for role, content in turns]
 
 
-def _known_forms() -> str:
-    return ", ".join(f"{asked} with {answer}" for asked, _, answer in INSTRUCTIONS)
-
-
 def is_target(message: dict[str, Any]) -> bool:
     """Whether a message is something to learn: the assistant's, with text, and not excluded."""
     return message["role"] == "assistant" and bool(message["content"]) and message.get("weight", 1) != 0
@@ -206,6 +269,8 @@ def is_target(message: dict[str, Any]) -> bool:
 def to_conversation(record: Record) -> Conversation:
     """One conversation out of a record in any form that is known. `system` and `tools` may stand next to the messages."""
     where, value = record
+    if isinstance(value, BadRecord):
+        raise value
     if isinstance(value, str):
         try:
             value = parse(value)
@@ -213,7 +278,8 @@ def to_conversation(record: Record) -> Conversation:
             raise BadRecord(f"{where}: not a JSON value ({str(error)[:LONGEST_QUOTE]})") from error
     if not isinstance(value, dict):
         raise BadRecord(f"{where}: not a JSON object")
-    name = next((name for name in ("messages", "conversations") if name in value), None)
+    value = _given(value)
+    name = next((name for name in CONVERSATIONS if name in value), None)
     messages = _messages(where, value[name], name) if name else _instruction(where, value)
     if value.get("system"):
         messages = [{"role": "system", "content": _text(where, "'system'", value["system"])}, *messages]

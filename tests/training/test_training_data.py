@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -185,12 +186,110 @@ FORMS = {
     "question and answer": {"question": "2+2?", "answer": "4"},
     "dolly": {"instruction": "2+2?", "context": "", "response": "4", "category": "open_qa"},
     "alpaca": {"instruction": "2+2?", "input": "", "output": "4"},
+    "lmsys": {"conversation_id": "a", "conversation": [USER, SAID]},
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_common_form_gives_the_same_conversation(form: str) -> None:
     assert to_conversation(Record("here", FORMS[form])).messages == [USER, SAID]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_null_is_absent(form: str) -> None:
+    """A table of records of several forms writes every key into every record, null where the record has none."""
+    keys = {key for value in FORMS.values() for key in value} - {"role", "from"}
+    value = dict.fromkeys(sorted(keys)) | FORMS[form]
+    for name in ("messages", "conversations", "conversation"):
+        if value[name]:
+            blank = dict.fromkeys(("role", "from", "content", "value", "weight", "loss", "name"))
+            value[name] = [blank | message for message in value[name]]
+    assert to_conversation(Record("here", value)).messages == [USER, SAID]
+
+
+LINE = json.dumps({"messages": [USER, SAID]})
+TEXTS = {
+    "lines": f"{LINE}\n{LINE}\n",
+    "array": f"[{LINE},\n{LINE}]",
+    "indented": json.dumps([json.loads(LINE)] * 2, indent=1),
+}
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "gzip"]
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".json.gz", ".jsonl.gz"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("text", TEXTS)
+def test_what_a_file_holds_counts_not_what_it_is_called(tmp_path: Path, ending: str, encoding: str, text: str) -> None:
+    data = gzip.compress(TEXTS[text].encode()) if encoding == "gzip" else TEXTS[text].encode(encoding)
+    (tmp_path / f"data{ending}").write_bytes(data)
+    reports: list[str] = []
+    kept = list(keep_good(read_records(tmp_path), to_conversation, "skip", reports.append))
+    assert [talk.messages for talk in kept] == [[USER, SAID]] * 2 and not reports
+
+
+NO_TEXTS = {
+    "a Parquet file": b"PAR1" + bytes(range(256)),
+    "a zip archive": b"PK\x03\x04" + bytes(64),
+    "not a whole gzip file": gzip.compress(LINE.encode())[:-9],
+}
+
+
+@pytest.mark.parametrize("kind", NO_TEXTS)
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_files_that_are_no_text_are_named_once_and_the_others_used(tmp_path: Path, kind: str, ending: str) -> None:
+    (tmp_path / f"a.{ending}").write_bytes(NO_TEXTS[kind])
+    (tmp_path / "b.jsonl").write_text(LINE)
+    reports: list[str] = []
+    assert len(list(keep_good(read_records(tmp_path), to_conversation, "skip", reports.append))) == 1
+    assert len(reports) == 1 and kind in reports[0] and len(reports[0].splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "start", [b"\x1f\x8b\x08", b"PAR1", b"PK\x03\x04", b"\xff\xfe", b"\xfe\xff", b"\x00", b"\x00\x00\x00"]
+)
+def test_a_line_that_begins_like_another_kind_of_file_spoils_itself_only(tmp_path: Path, start: bytes) -> None:
+    (tmp_path / "data.jsonl").write_bytes(start + b"\n" + LINE.encode() + b"\n")
+    reports: list[str] = []
+    assert len(list(keep_good(read_records(tmp_path), to_conversation, "skip", reports.append))) == 1
+    assert len(reports) == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-16-le"])
+@pytest.mark.parametrize("lost", range(1, 8))
+def test_a_torn_file_of_wide_characters_loses_its_last_line_only(tmp_path: Path, encoding: str, lost: int) -> None:
+    (tmp_path / "data.jsonl").write_bytes(f"{LINE}\n{LINE}".encode(encoding)[:-lost])
+    reports: list[str] = []
+    assert len(list(keep_good(read_records(tmp_path), to_conversation, "skip", reports.append))) == 1
+    assert len(reports) == 1
+
+
+def test_files_with_a_mark_each_may_be_appended_to_each_other(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_bytes((LINE + "\n").encode("utf-8-sig") * 2)
+    assert len(read(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("flag", [0.5, "0", "false", "no", -1, 2, float("nan"), [], [0], {}], ids=repr)
+@pytest.mark.parametrize("name", ["weight", "loss"])
+def test_a_flag_that_is_no_flag_is_a_bad_record(name: str, flag: object) -> None:
+    """Else a turn that somebody meant to leave out would be trained on."""
+    with pytest.raises(BadRecord, match=rf"{name}=.* of message 1 is none of 0, 1, false and true"):
+        to_conversation(Record("here", {"messages": [USER, {**SAID, name: flag}, USER, SAID]}))
+
+
+@pytest.mark.parametrize("where", ["content", "tools", "tool_calls"])
+@pytest.mark.parametrize("depth", [50, 400, 900, 100_000])
+def test_nesting_is_a_sample_or_a_bad_record(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, where: str, depth: int
+) -> None:
+    part = ('[{"type": "text", "text": ', "}]") if where == "content" else ("[", "]")
+    deep = part[0] * depth + '"x"' + part[1] * depth
+    values = {"content": '"q"', "tools": "null", "tool_calls": "null"} | {where: deep}
+    talk = '[{"role": "user", "content": %(content)s}, {"role": "assistant", "content": "a", "tool_calls": %(tool_calls)s}]'
+    path = tmp_path / "deep.jsonl"
+    path.write_text(f'{{"messages": {talk % values}, "tools": {values["tools"]}}}\n{LINE}')
+    reports: list[str] = []
+    kept = list(keep_good(read_records(path), lambda r: encode(to_conversation(r), tokenizer), "skip", reports.append))
+    assert len(kept) + len(reports) == 2 and len(kept) >= 1
 
 
 def test_fields_beside_an_instruction_count() -> None:
@@ -222,7 +321,8 @@ def test_a_conversation_that_the_assistant_begins_is_trained_on(tokenizer: PreTr
 
 
 def test_turns_that_are_excluded_or_empty_are_no_targets(tokenizer: PreTrainedTokenizerFast) -> None:
-    for other in ({"content": ""}, {"content": "5", "weight": 0}, {"content": "5", "loss": False}):
+    excluded = ({"weight": 0}, {"weight": 0.0}, {"weight": False}, {"loss": False}, {"loss": 0})
+    for other in ({"content": ""}, *({"content": "5", **flag} for flag in excluded)):
         assert targets([USER, {"role": "assistant", **other}, USER, SAID], tokenizer) == "4<|im_end|>\n"
     asked = {"prompt": [USER, {"role": "assistant", "content": "5"}, USER], "completion": [SAID]}
     encoded = encode(to_conversation(Record("here", asked)), tokenizer)

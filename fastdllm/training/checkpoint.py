@@ -10,12 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_pt_utils import safe_globals
 
+from fastdllm.fields import shown
 from fastdllm.models import find_folder, tiny_names
+from fastdllm.models.files import present, read_object
 from fastdllm.models.tokenizer import load_tokenizer
+from fastdllm.models.weights import shards
 from fastdllm.training.model import Fast_dLLM_QwenConfig, Fast_dLLM_QwenForCausalLM
 
 MASK_TOKEN = "|<MASK>|"
@@ -25,6 +31,13 @@ WEIGHTS, ADAPTER = "model.safetensors", "adapter_config.json"
 # What a training checkpoint may hold its weights in: a model, an adapter, FSDP's and DeepSpeed's own form.
 CHECKPOINT_WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "pytorch_model_fsdp*", "global_step*")
 OWN_FIELDS = {"model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype"}
+OWN_FIELDS |= {
+    "attn_implementation",
+    "_attn_implementation",
+    "id2label",
+    "label2id",
+    "num_labels",
+}  # and these say nothing here
 
 
 def read_config(folder: Path, block: int | None, tensors: int) -> Fast_dLLM_QwenConfig:
@@ -32,7 +45,7 @@ def read_config(folder: Path, block: int | None, tensors: int) -> Fast_dLLM_Qwen
 
     tensors: of its weights. A layer has several, so there are not more layers; transformers makes a list of them.
     """
-    fields: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    fields = read_object(folder / "config.json")
     kind = fields.get("model_type")
     if kind not in MODEL_TYPES:
         raise ValueError(f"{folder}: model_type={kind!r} cannot be trained; allowed are {', '.join(MODEL_TYPES)}")
@@ -50,7 +63,17 @@ def read_config(folder: Path, block: int | None, tensors: int) -> Fast_dLLM_Qwen
     kept = {name: value for name, value in fields.items() if name not in OWN_FIELDS}
     if kept.get("rope_scaling") is None:
         kept.pop("rope_scaling", None)  # published as null; transformers 5 warns at the mere name
-    return Fast_dLLM_QwenConfig(**{**kept, "bd_size": size})
+    if kept.pop("quantization_config", None):
+        raise ValueError(f"{folder}: config.json has quantization_config; quantised weights cannot be trained")
+    try:
+        config = Fast_dLLM_QwenConfig(**{**kept, "bd_size": size})
+        config.to_dict()
+        with torch.device("meta"):
+            Fast_dLLM_QwenForCausalLM(config)
+    except Exception as error:  # of whatever transformers does with a value of a wrong type
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{folder}: config.json makes no model: {type(error).__name__}: {reason}") from error
+    return config
 
 
 def load_for_training(
@@ -67,7 +90,7 @@ def load_for_training(
     """
     local = Path(name).expanduser()
     if (local / ADAPTER).is_file() and not list(local.glob("model*.safetensors")):
-        base = json.loads((local / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = read_object(local / ADAPTER).get("base_model_name_or_path")
         raise ValueError(f"{name}: a LoRA adapter of {base}; train from a whole model (--merge_lora writes one)")
     folder = find_folder(name)
     found = tensor_shapes(folder)
@@ -96,15 +119,13 @@ def quote(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def tensor_shapes(folder: Path) -> dict[str, list[int]]:
+def tensor_shapes(folder: Path, weights: str = WEIGHTS) -> dict[str, list[int]]:
     """The shape of each tensor, read off the headers of the weight files.
 
     Raises ValueError for files that cannot be read, and for tensors in two files or not of floating-point numbers.
     """
     found: dict[str, list[int]] = {}
-    index = folder / f"{WEIGHTS}.index.json"
-    files = {WEIGHTS} if not index.is_file() else set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    for path in (folder / name for name in sorted(files)):
+    for path in shards(folder) if present(folder / f"{weights}.index.json") else [folder / weights]:
         if not path.is_file():
             raise ValueError(f"{folder}: there is no {path.name}")
         if problem := torn(path):
@@ -149,34 +170,119 @@ def torn(path: Path) -> str | None:
             json.loads(path.read_text(encoding="utf-8"))
         elif path.suffix in (".bin", ".pt", ".pth") and not zipfile.is_zipfile(path):
             return "not a whole file of torch.save"
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, RecursionError, OSError) as error:
         return f"cannot be read ({error})"
     return None
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What a run could not resume from in a Trainer's checkpoint folder, None where it is whole."""
-    if not (checkpoint / "trainer_state.json").is_file():
-        return "there is no trainer_state.json"
+def damage(checkpoint: Path, model: torch.nn.Module | None = None, needed: Collection[str] = ()) -> str | None:
+    """What a run of `model` could not resume from in a Trainer's checkpoint folder, None where it is whole and its own.
+
+    A Trainer would fail on some of it, and go on with other weights on the rest: it loads what fits and leaves out what does
+    not. needed: further files that must be there.
+    """
+    for name in ("trainer_state.json", *needed):
+        if not (checkpoint / name).is_file():
+            return f"there is no {name}"
     if not any(path for pattern in CHECKPOINT_WEIGHTS for path in checkpoint.glob(pattern)):
         return "there are no weights"
     problems = ((path, torn(path)) for path in sorted(checkpoint.rglob("*")) if path.is_file())
-    return next((f"{path.name} {problem}" for path, problem in problems if problem), None)
+    if found := next((f"{path.name} {problem}" for path, problem in problems if problem), None):
+        return found
+    return _wrong_state(checkpoint) or (_of_another_model(checkpoint, model) if model is not None else None)
 
 
-def checkpoint_to_resume(wanted: str, output: Path) -> tuple[Path, list[str]]:
+def _wrong_state(checkpoint: Path) -> str | None:
+    """What is wrong with the state of a Trainer, its optimizer and its scheduler."""
+    try:
+        for name in ("config.json", ADAPTER, "generation_config.json"):
+            if (checkpoint / name).is_file():
+                read_object(checkpoint / name)
+    except ValueError as error:
+        return str(error).removeprefix(f"{checkpoint / name}: ")
+    try:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    except TypeError:  # no object, or one with other fields
+        return "trainer_state.json is no state of a Trainer"
+    name, _, step = checkpoint.name.rpartition("-")
+    at = state.global_step
+    if not isinstance(at, int) or at < 0 or (name == "checkpoint" and step.isdecimal() and at != int(step)):
+        return f"trainer_state.json has global_step={shown(at)}"
+    if not isinstance(state.train_batch_size, int | None):
+        return f"trainer_state.json has train_batch_size={shown(state.train_batch_size)}"
+    for name, keys in {"optimizer.pt": ("state", "param_groups"), "scheduler.pt": ("last_epoch",)}.items():
+        if (checkpoint / name).is_file():
+            value = _loaded(checkpoint / name)
+            if not isinstance(value, dict) or not value.keys() >= {*keys}:
+                return f"{name} holds no state of its kind"
+    for path in checkpoint.glob("rng_state*.pth"):
+        if not isinstance(_loaded(path), dict):
+            return f"{path.name} holds no state of its kind"
+    return None
+
+
+def _loaded(path: Path) -> Any:
+    """What torch.save wrote, as a Trainer reads it, the tensors left on the disk; None for what cannot be read."""
+    try:
+        with safe_globals():
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # of torch's reader, or of whatever the file holds
+        return None
+
+
+def _of_another_model(checkpoint: Path, model: torch.nn.Module) -> str | None:
+    """Where weights or optimizer are not those of `model`, or no numbers to go on with."""
+    if any(hasattr(parameter, "ds_shape") for parameter in model.parameters()):
+        return None  # ZeRO-3 spreads the model: its parameters have no shape by themselves
+    adapter = isinstance(model, PeftModel)
+    weights = "adapter_model.safetensors" if adapter else WEIGHTS
+    if not list(checkpoint.glob(weights.replace(".", "*."))):
+        return (
+            None if list(checkpoint.glob("*_fsdp*")) or list(checkpoint.glob("global_step*")) else f"there is no {weights}"
+        )
+    tensors = get_peft_model_state_dict(model) if adapter else model.state_dict()
+    seen: set[int] = set()
+    tied = [name for name, t in tensors.items() if t.data_ptr() in seen or seen.add(t.data_ptr())]
+    try:
+        check_shapes(checkpoint, tensor_shapes(checkpoint, weights), {n: t.shape for n, t in tensors.items()}, tied)
+    except ValueError as error:
+        return str(error).removeprefix(f"{checkpoint}: ")
+    for path in sorted(checkpoint.glob(weights.replace(".", "*."))):
+        with safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if not file.get_tensor(name).isfinite().all()]  # noqa: SIM118
+        if names:
+            return f"{path.name} has NaN or infinite weights in {quote(names)}"
+    return _other_optimizer(checkpoint / "optimizer.pt", model)
+
+
+def _other_optimizer(path: Path, model: torch.nn.Module) -> str | None:
+    """Where an optimizer's state is not of the parameters that `model` trains."""
+    if not path.is_file():
+        return None  # weights may be saved alone
+    state = _loaded(path)
+    shapes = sorted(tuple(parameter.shape) for parameter in model.parameters() if parameter.requires_grad)
+    known = [tuple(one["exp_avg"].shape) for one in state["state"].values() if isinstance(one, dict) and "exp_avg" in one]
+    if sum(len(group["params"]) for group in state["param_groups"]) != len(shapes) or (known and sorted(known) != shapes):
+        return f"{path.name} is of another model"
+    return None
+
+
+def checkpoint_to_resume(
+    wanted: str, output: Path, model: torch.nn.Module | None = None, needed: Collection[str] = ()
+) -> tuple[Path, list[str]]:
     """The folder to resume from, and a line for each that was passed over.
 
-    wanted: a folder, or "latest" for the newest whole checkpoint of `output`. Raises ValueError where there is none.
+    wanted: a folder, or "latest" for the newest whole checkpoint of `output`. model, needed: see `damage`. Raises ValueError
+    where there is none.
     """
     if wanted != "latest":
-        if problem := damage(Path(wanted)):
+        if problem := damage(Path(wanted), model, needed):
             raise ValueError(f"resume_from_checkpoint={wanted!r}: {problem}")
         return Path(wanted), []
     steps = {path: path.name.rpartition("-")[2] for path in output.glob("checkpoint-*") if path.is_dir()}
     passed = []
     for path in sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda p: -int(steps[p])):
-        if not (problem := damage(path)):
+        if not (problem := damage(path, model, needed)):
             return path, passed
         passed.append(f"{path}: passed over, {problem}")
     raise ValueError("\n".join([*passed, f"resume_from_checkpoint='latest': {output} has no whole checkpoint"]))

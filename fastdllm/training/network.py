@@ -8,7 +8,6 @@ place is read off the family's own table of names; a test holds both networks to
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from transformers import PreTrainedTokenizerFast
 
 from fastdllm.models import find_folder, read_family
+from fastdllm.models.files import read_object
 from fastdllm.models.spec import Family, ModelSpec
 from fastdllm.models.tokenizer import load_tokenizer, special_ids
 from fastdllm.models.weights import expected_shapes, parameter_shapes, shards
@@ -142,7 +142,7 @@ def load_network(name: str, dtype: torch.dtype = torch.float32) -> tuple[Network
     Raises ValueError for a checkpoint that lacks tensors, has others than the family, or holds numbers that are no weights.
     """
     folder = find_folder(name)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_object(folder / "config.json")
     family, tokenizer = read_family(config, folder), load_tokenizer(folder)
     if tokenizer is None:
         raise FileNotFoundError(f"{folder}: no tokenizer.json, nor vocab.json with merges.txt")

@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import fastdllm
 from fastdllm.forward import Window
@@ -255,8 +255,8 @@ def test_bad_records_are_skipped_or_fatal(
 def test_bad_options_are_named(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         finetune.main([*options(Path("m"), Path("d"), Path("o")), *argv])
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and len(said.splitlines()) == 1 and message in said
 
 
 def test_what_replaces_an_option_is_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -311,6 +311,134 @@ def test_a_torn_checkpoint_is_passed_over(
     assert re.search(rf"checkpoint-2: passed over, .*{re.escape(reason)}", errors)
     assert f"resuming from {tmp_path / 'checkpoint-1'}" in errors
     assert checkpoint_to_resume("latest", tmp_path) == (tmp_path / "checkpoint-2", [])
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def checkpoint(request: pytest.FixtureRequest, qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of one step."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    (folder / "data.json").write_text(json.dumps([{"instruction": "Say 1.", "output": "one"}] * 8))
+    more = {"lora": True, "lora_rank": 4} if request.param == "lora" else {}
+    extra = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1} | more
+    finetune.main(options(qwen2, folder / "data.json", folder / "out", **extra))
+    return folder / "out" / "checkpoint-1"
+
+
+@pytest.fixture(scope="module")
+def models(qwen2: Path) -> dict[bool, torch.nn.Module]:
+    """The model that each checkpoint is of, by whether it is an adapter's."""
+    full, _ = load_for_training(str(qwen2), 8)
+    base, _ = load_for_training(str(qwen2), 8)
+    arguments = finetune.ModelArguments(str(qwen2), lora=True, lora_rank=4)
+    return {False: full, True: finetune.get_peft_model(base, finetune.lora_config(arguments))}
+
+
+def change_json(name: str, **fields: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | fields))
+
+    return change
+
+
+def write_text(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text) and None
+
+
+def save_object(name: str, value: object) -> Callable[[Path], None]:
+    return lambda folder: torch.save(value, folder / name)
+
+
+def change_weights(change: Callable[[dict[str, torch.Tensor], str], object]) -> Callable[[Path], None]:
+    """`change` gets the tensors and the name of one of them."""
+
+    def harm(folder: Path) -> None:
+        (path,) = folder.glob("*model.safetensors")
+        tensors = load_file(path)
+        change(tensors, sorted(tensors)[len(tensors) // 2])
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return harm
+
+
+def renamed(tensors: dict[str, torch.Tensor], name: str) -> None:
+    for key in list(tensors):
+        tensors[f"other.{key}"] = tensors.pop(key)
+
+
+def flip(name: str) -> Callable[[Path], None]:
+    """Every sixteenth byte of the file's beginning, where its parts say what they are."""
+
+    def harm(folder: Path) -> None:
+        data = bytearray((folder / name).read_bytes())
+        for at in range(0, min(len(data), 4096), 16):
+            data[at] ^= 255
+        (folder / name).write_bytes(data)
+
+    return harm
+
+
+OTHER = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3))]).state_dict()
+STATE = "trainer_state.json"
+HARMS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "state is a list": (write_text(STATE, "[]"), "is no state of a Trainer"),
+    "state is a text": (write_text(STATE, '"x"'), "is no state of a Trainer"),
+    "state is empty": (write_text(STATE, "{}"), "global_step"),
+    "state is nested": (write_text(STATE, "[" * 100_000), "cannot be read"),
+    "state of another library": (change_json(STATE, wibble=1), "is no state of a Trainer"),
+    "step is a text": (change_json(STATE, global_step="1"), "global_step='1'"),
+    "step is null": (change_json(STATE, global_step=None), "global_step=None"),
+    "step is negative": (change_json(STATE, global_step=-5), "global_step=-5"),
+    "step is another": (change_json(STATE, global_step=10**9), "global_step=1000000000"),
+    "batch size is a text": (change_json(STATE, train_batch_size="x"), "train_batch_size='x'"),
+    "optimizer is damaged": (flip("optimizer.pt"), "optimizer.pt"),
+    "optimizer is empty": (save_object("optimizer.pt", {}), "holds no state of its kind"),
+    "optimizer is a list": (save_object("optimizer.pt", [1]), "holds no state of its kind"),
+    "optimizer is an object": (save_object("optimizer.pt", Path("x")), "holds no state of its kind"),
+    "optimizer of another model": (save_object("optimizer.pt", OTHER), "is of another model"),
+    "scheduler is a list": (save_object("scheduler.pt", [1]), "holds no state of its kind"),
+    "scheduler is empty": (save_object("scheduler.pt", {}), "holds no state of its kind"),
+    "random state is a list": (save_object("rng_state.pth", [1]), "holds no state of its kind"),
+    "a tensor is missing": (change_weights(lambda tensors, name: tensors.pop(name)), "lacks tensors"),
+    "a tensor too many": (change_weights(lambda tensors, name: tensors.update(x=torch.zeros(2))), "has unknown tensors"),
+    "all names are others": (change_weights(renamed), "lacks tensors"),
+    "another shape": (change_weights(lambda t, name: t.update({name: torch.zeros(3, 3)})), "has misshapen tensors"),
+    "not a number": (change_weights(lambda t, name: t.update({name: t[name] * torch.nan})), "NaN or infinite"),
+    "infinite": (change_weights(lambda t, name: t.update({name: t[name] / 0})), "NaN or infinite"),
+    "integers": (change_weights(lambda t, name: t.update({name: t[name].int()})), "no floating-point numbers"),
+    "config is a list": (write_text("config.json", "[]"), "not a JSON object"),
+    "config has one name twice": (write_text("config.json", '{"a": 1, "a": 2}'), "is there twice"),
+    "a folder in the place of a file": (lambda folder: (folder / STATE).unlink() or (folder / STATE).mkdir(), "there is no"),
+}
+
+
+@pytest.mark.parametrize("kind", HARMS)
+def test_a_checkpoint_that_is_not_this_runs_is_passed_over(
+    checkpoint: Path, models: dict[bool, torch.nn.Module], tmp_path: Path, kind: str
+) -> None:
+    """The Trainer would fail on some of these, and go on from other weights than the checkpoint's on the others."""
+    model = models[(checkpoint / "adapter_config.json").is_file()]
+    older, newer = tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"
+    for folder in (older, newer):
+        shutil.copytree(checkpoint, folder)
+    change_json(STATE, global_step=2)(newer)
+    assert checkpoint_to_resume("latest", tmp_path, model) == (newer, [])
+    harm, message = HARMS[kind]
+    harm(newer)
+    found, (line,) = checkpoint_to_resume("latest", tmp_path, model)
+    assert found == older and line.startswith(f"{newer}: passed over, ") and message in line
+    assert len(line.splitlines()) == 1
+    with pytest.raises(ValueError, match="resume_from_checkpoint="):
+        checkpoint_to_resume(str(newer), tmp_path, model)
+
+
+def test_a_checkpoint_of_the_other_kind_is_passed_over(
+    checkpoint: Path, models: dict[bool, torch.nn.Module], tmp_path: Path
+) -> None:
+    """--lora was given in the first run and not in the second, or the other way round."""
+    shutil.copytree(checkpoint, tmp_path / "checkpoint-1")
+    model = models[not (checkpoint / "adapter_config.json").is_file()]
+    with pytest.raises(ValueError, match=r"checkpoint-1: passed over, there is no .*safetensors"):
+        checkpoint_to_resume("latest", tmp_path, model)
 
 
 def test_without_a_whole_checkpoint_there_is_nothing_to_resume(qwen2: Path, data: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM, 
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 import fastdllm
-from fastdllm.training.checkpoint import MASK_TOKEN, load_for_training, save_tokenizer
+from fastdllm.training.checkpoint import MASK_TOKEN, load_for_training, read_config, save_tokenizer, tensor_shapes
 from fastdllm.training.collator import Collator, Row
 from fastdllm.training.masks import dense_mask
 from fastdllm.training.model import Fast_dLLM_QwenForCausalLM
@@ -311,3 +311,56 @@ def test_flex_attention_has_the_loss_and_gradients_of_sdpa(tmp_path: Path) -> No
         loss.backward()
         found[attention] = loss.detach(), model.model.embed_tokens.weight.grad
     torch.testing.assert_close(found["flex_attention"], found["sdpa"], atol=1e-4, rtol=1e-3)
+
+
+VALUES = st.sampled_from(["x", "", -1, 0, 1, 3, 10**9, 1e308, float("nan"), 1.5, [], [1], {}, {"a": 1}, None, True, False])
+FIELDS = [
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_hidden_layers",
+    "intermediate_size",
+    "vocab_size",
+]
+FIELDS += ["rms_norm_eps", "rope_theta", "rope_parameters", "rope_scaling", "tie_word_embeddings", "layer_types", "bd_size"]
+FIELDS += [
+    "quantization_config",
+    "attn_implementation",
+    "id2label",
+    "hidden_act",
+    "eos_token_id",
+    "pad_token_id",
+    "head_dim",
+]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@given(fields=st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=2))
+def test_a_wild_field_of_a_config_is_a_model_or_an_error_that_names_the_file(
+    qwen2: Path, tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    config = json.loads((qwen2 / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | fields))
+    try:
+        read_config(tmp_path, None, len(tensor_shapes(qwen2)))
+    except ValueError as error:
+        assert str(tmp_path) in str(error) or "bd_size=" in str(error)
+        assert len(str(error).splitlines()) == 1
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("config.json", text) for text in ("", "[]", "null", "[" * 100_000, '{"model_type": "qwen2", "model_type": "x"}')]
+    + [
+        (INDEX, text)
+        for text in ("", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": null}}', '{"weight_map": {"a": "../x"}}')
+    ],
+)
+def test_a_damaged_file_beside_the_weights_is_named(qwen2: Path, tmp_path: Path, name: str, text: str) -> None:
+    folder = shutil.copytree(qwen2, tmp_path / "model")
+    (folder / name).write_text(text)
+    with pytest.raises((ValueError, OSError), match=name.replace(".", r"\.")):
+        load_for_training(str(folder))

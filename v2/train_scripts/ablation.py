@@ -8,7 +8,6 @@ the last block filled with masks. `python v2/train_scripts/ablation.py` prints t
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -23,6 +22,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import fastdllm
+from fastdllm.arguments import COUNT, Parser
 from fastdllm.training.checkpoint import load_for_training
 from fastdllm.training.collator import Collator, Row
 from fastdllm.training.objective import choose_masked
@@ -108,16 +108,16 @@ def train(folder: Path, seed: int, steps: int, extra: list[str]) -> float:
         f" --learning_rate 3e-3 --warmup_steps 50 --lr_scheduler_type cosine --seed {seed} --use_cpu"
         " --disable_tqdm true --report_to none --save_strategy no --logging_steps 1"
     )
-    with contextlib.redirect_stdout(open(os.devnull, "w")):
+    with contextlib.redirect_stdout(open(os.devnull, "w", encoding="utf-8")):
         finetune.main([*argv.split(), *extra])
-    history = json.loads((folder / "out" / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((folder / "out" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return max(entry["grad_norm"] for entry in history[50:] if "grad_norm" in entry)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=500, help="optimiser steps of each run")
-    parser.add_argument("--seeds", type=int, default=2, help="runs of each variant")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=COUNT, default=500, help="optimiser steps of each run")
+    parser.add_argument("--seeds", type=COUNT, default=2, help="runs of each variant")
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS), help="rows of the table")
     arguments = parser.parse_args()
     talks = list(samples(200, seed=-1))
@@ -129,7 +129,7 @@ def main() -> None:
                 folder = Path(place)
                 new_model(folder / "model", seed)
                 lines = (json.dumps({"messages": talk}) for talk in samples(8000, seed))
-                (folder / "train.jsonl").write_text("\n".join(lines))
+                (folder / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
                 norm = train(folder, seed, arguments.steps, VARIANTS[name])
                 scores = (100 * solved(folder / "out", talks, threshold) for threshold in (1.0, 0.9))
                 results.append((held_out_loss(folder / "out", talks), *scores, norm))

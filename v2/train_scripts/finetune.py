@@ -23,6 +23,7 @@ from transformers import HfArgumentParser, PreTrainedTokenizerFast, TrainingArgu
 from transformers.integrations import is_tensorboard_available
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from fastdllm.arguments import Parser
 from fastdllm.cli import one_line
 from fastdllm.training.checkpoint import MASK_TOKEN, checkpoint_to_resume, load_for_training, save_tokenizer
 from fastdllm.training.collator import Collator, Rows
@@ -141,9 +142,13 @@ class FinetuneArguments(TrainingArguments):
         return math.ceil(self.warmup_share * num_training_steps)
 
 
+class OptionParser(Parser, HfArgumentParser):
+    """transformers' parser of dataclasses, without its hundreds of lines of usage around a mistake."""
+
+
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, FinetuneArguments]:
     """Command line to options; abbreviations and unknown names are errors."""
-    parser = HfArgumentParser(
+    parser = OptionParser(
         (ModelArguments, DataArguments, FinetuneArguments),
         description=__doc__.splitlines()[0],
         allow_abbrev=False,
@@ -217,11 +222,6 @@ def prepare(argv: list[str]) -> tuple[ModelArguments, FinetuneArguments, BlockDi
     options, data, training = parse(argv)
     set_seed(training.seed)
     quiet = training.process_index != 0
-    resume = None
-    if training.resume_from_checkpoint:
-        resume, passed_over = checkpoint_to_resume(training.resume_from_checkpoint, Path(training.output_dir))
-        if not quiet:
-            print(*passed_over, f"resuming from {resume}", sep="\n", file=sys.stderr)
     flex = training.device.type == "cuda"
     model, tokenizer = load_for_training(
         options.model_name_or_path,
@@ -235,12 +235,17 @@ def prepare(argv: list[str]) -> tuple[ModelArguments, FinetuneArguments, BlockDi
     if data.conversation_template == "fast_dllm_v2" or not tokenizer.chat_template:
         tokenizer.chat_template = FAST_DLLM_V2_TEMPLATE
 
-    rows = load_samples(data.dataset_path, tokenizer, data, block, quiet)
-    held_out = data.eval_dataset_path and load_samples(data.eval_dataset_path, tokenizer, data, block, quiet)
     if options.lora:
         from peft import get_peft_model
 
         model = get_peft_model(model, lora_config(options))
+    resume = None
+    if training.resume_from_checkpoint:
+        resume, passed_over = checkpoint_to_resume(training.resume_from_checkpoint, Path(training.output_dir), model)
+        if not quiet:
+            print(*passed_over, f"resuming from {resume}", sep="\n", file=sys.stderr)
+    rows = load_samples(data.dataset_path, tokenizer, data, block, quiet)
+    held_out = data.eval_dataset_path and load_samples(data.eval_dataset_path, tokenizer, data, block, quiet)
 
     training.remove_unused_columns = False
     # transformers 4 would checkpoint reentrantly, which loses the gradients of adapters on a frozen embedding.

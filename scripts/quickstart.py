@@ -7,7 +7,6 @@ tokens and seconds from the decoder. All settings answer the same problems, so a
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastdllm.arguments import COUNT, Parser
 from fastdllm.cli import one_line
 from scripts.studies.paired import interval
 
@@ -127,9 +127,9 @@ def plot(rows: dict[str, Row], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--limit", type=int, default=100, help="problems per setting, at most 500 (default %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=16, help="problems decoded together (default %(default)s)")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--limit", type=COUNT, default=100, help="problems per setting, at most 500 (default %(default)s)")
+    parser.add_argument("--batch_size", type=COUNT, default=16, help="problems decoded together (default %(default)s)")
     parser.add_argument(
         "--only", nargs="+", choices=RUNS, default=list(SHOWN), help="which rows; default: all of tiny-llada"
     )

@@ -63,7 +63,7 @@ def test_a_row_of_the_table() -> None:
     assert (fast["same"], fast["tokens_differ"], fast["tokens_per_forward"]) == (0, 0.33333, 1)
     assert fast["tokens_per_second"] is None
     assert paired.frontier(rows) == [fast, rows[0]]
-    with pytest.raises(SystemExit, match="no lines of quota"):
+    with pytest.raises(ValueError, match="no lines of quota"):
         paired.by_setting(answers("fast+dual", "10"), "quota+dual")
 
 

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 import fastdllm
+from fastdllm.arguments import COUNT, Parser
 from fastdllm.build import assemble
 from fastdllm.cli import one_line
 from fastdllm.engine import Request, decode
@@ -356,7 +357,7 @@ def show(figures: dict[str, Any], before: dict[str, float], earlier: str | None)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["llada", "dream", "v2"], choices=list(SHAPES))
     parser.add_argument("--folder", help="a real checkpoint in place of random weights")
     parser.add_argument("--quantize", choices=KINDS, help="weights in 8 or 4 bits")
@@ -366,14 +367,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="NAME=VALUE,...",
         help="measure only whole answers with these options of DecodeConfig; each time it is given is one setting",
     )
-    parser.add_argument("--batches", nargs="+", type=int, help=f"{GPU_RUN['batches']}, on a CPU {CPU_RUN['batches']}")
-    parser.add_argument("--prompts", nargs="+", type=int, help="lengths of prompts; the first also shapes the forwards")
-    parser.add_argument("--gen", type=int, help=f"new tokens: {GPU_RUN['gen']}, on a CPU {CPU_RUN['gen']}")
+    parser.add_argument("--batches", nargs="+", type=COUNT, help=f"{GPU_RUN['batches']}, on a CPU {CPU_RUN['batches']}")
+    parser.add_argument("--prompts", nargs="+", type=COUNT, help="lengths of prompts; the first also shapes the forwards")
+    parser.add_argument("--gen", type=COUNT, help=f"new tokens: {GPU_RUN['gen']}, on a CPU {CPU_RUN['gen']}")
     parser.add_argument("--cpu", action="store_true", help="the shipped tiny models on the CPU")
     parser.add_argument("--skip-checks", action="store_true", help="do not run the op tests first")
     parser.add_argument("--output", type=Path, help="also write the figures to this file, under the kind of weights")
     parser.add_argument("--compare", help="a file whose last line is an earlier run's JSON")
-    parser.add_argument("--repeats", type=int, help="of which the median is taken")
+    parser.add_argument("--repeats", type=COUNT, help="of which the median is taken")
     args = parser.parse_args(arguments)
     if args.cpu and not args.folder and (missing := [name for name in args.models if name not in TINY]):
         parser.error(f"--cpu: no shipped model has the format of {missing[0]}; give --folder")

@@ -9,13 +9,13 @@ tilings and library alternatives from which the kernels' constants were chosen. 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from fastdllm.arguments import Parser
 from fastdllm.cli import one_line
 
 with one_line("kernels"):  # an environment without Triton is one line
@@ -96,7 +96,7 @@ def ceilings() -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--sweep", action="store_true", help="time the candidate tilings and library alternatives too")
     parser.add_argument("--only", help="one op: attention, linear, head_confidence, ..., layers")
     parser.add_argument("--kind", help="only weights of one kind: bf16, fp8, int8, int4 (of the ops that have weights)")
@@ -131,7 +131,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     line = json.dumps({"device": device, "torch": torch.__version__, "copy": copy, "matmul": matmul, "results": report})
     if args.json:
-        with open(args.json, "w") as f:
+        with open(args.json, "w", encoding="utf-8") as f:
             f.write(line)
     print(line)
 

@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import fastdllm
+from fastdllm.arguments import COUNT, Parser
 from fastdllm.cli import one_line
 from fastdllm.models.llada import FAMILY
 from fastdllm.models.spec import ModelSpec
@@ -84,8 +85,8 @@ def write_checkpoint(folder: Path, config: dict[str, Any], shards: int) -> list[
         save_file({name: values[name] for name in part}, path, metadata={"format": "pt"})
         where |= dict.fromkeys(part, path.name)
     index = {"metadata": {"total_size": total}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return [part[-1] for part in parts if part]
 
 
@@ -100,7 +101,7 @@ def drop_pages(folder: Path) -> None:
 def counter(file: str, name: str) -> int | None:
     """A number of this process from /proc, None where there is none. Not `ru_maxrss`: a child inherits its parent's."""
     try:
-        found = re.search(rf"^{name}:\s*(\d+)( kB)?$", Path("/proc/self", file).read_text(), re.MULTILINE)
+        found = re.search(rf"^{name}:\s*(\d+)( kB)?$", Path("/proc/self", file).read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
         return None
     return int(found[1]) * (1024 if found[2] else 1) if found else None
@@ -161,12 +162,12 @@ def row(state: str, figures: dict[str, Any], size: int) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--layers", type=int, default=LLADA_8B["n_layers"])
-    parser.add_argument("--width", type=int, default=LLADA_8B["d_model"], help=f"a multiple of {HEAD_DIM}")
-    parser.add_argument("--vocab", type=int, default=LLADA_8B["vocab_size"], help="at least 1024")
-    parser.add_argument("--shards", type=int, default=6)
+    parser.add_argument("--layers", type=COUNT, default=LLADA_8B["n_layers"])
+    parser.add_argument("--width", type=COUNT, default=LLADA_8B["d_model"], help=f"a multiple of {HEAD_DIM}")
+    parser.add_argument("--vocab", type=COUNT, default=LLADA_8B["vocab_size"], help="at least 1024")
+    parser.add_argument("--shards", type=COUNT, default=6)
     parser.add_argument("--folder", help="where the temporary folder is made")
     args = parser.parse_args(arguments)
 
@@ -183,7 +184,9 @@ def main(arguments: list[str] | None = None) -> None:
         middle = f"model.transformer.blocks.{args.layers // 2}."
         checked += [middle + f"{part}.weight" for part in ("q_proj", "k_proj", "v_proj", "ff_proj", "up_proj", "ff_norm")]
         report["write_seconds"] = time.perf_counter() - began
-        report["bytes"] = json.loads((folder / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
+        report["bytes"] = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["metadata"][
+            "total_size"
+        ]
         report["largest_tensor"] = args.vocab * args.width * torch.bfloat16.itemsize
         size = report["bytes"]
         print(f"{size / 1e9:.2f} GB in {args.shards} shards written, largest tensor {report['largest_tensor'] / 1e9:.2f} GB")

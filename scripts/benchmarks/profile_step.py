@@ -29,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import fastdllm
 from fastdllm import kernels
+from fastdllm.arguments import COUNT, Parser
 from fastdllm.cli import one_line
 from fastdllm.models.quantize import KINDS
 from scripts.benchmarks.decode import (
@@ -143,12 +144,12 @@ def table(found: dict[str, dict[str, tuple[int, float]]], nbytes: dict[str, int]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llada", choices=list(SHAPES))
     parser.add_argument("--quantize", choices=KINDS)
-    parser.add_argument("--width", type=int, default=32, help="positions of the pass")
-    parser.add_argument("--keys", type=int, default=1256, help="positions it sees")
-    parser.add_argument("--rows", type=int, default=1, help="sequences in the batch")
+    parser.add_argument("--width", type=COUNT, default=32, help="positions of the pass")
+    parser.add_argument("--keys", type=COUNT, default=1256, help="positions it sees")
+    parser.add_argument("--rows", type=COUNT, default=1, help="sequences in the batch")
     parser.add_argument("--cpu", action="store_true", help="the shipped tiny model on the CPU")
     parser.add_argument("--out", type=Path, default=Path("results/profile"))
     args = parser.parse_args(arguments)
@@ -175,7 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
             synchronise(device)
     args.out.mkdir(parents=True, exist_ok=True)
     seen.export_chrome_trace(str(args.out / "trace.json"))
-    found = attribute(json.loads((args.out / "trace.json").read_text())["traceEvents"], not args.cpu)
+    found = attribute(json.loads((args.out / "trace.json").read_text(encoding="utf-8"))["traceEvents"], not args.cpu)
 
     name = "CPU" if args.cpu else torch.cuda.get_device_name(device)
     print(

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from fastdllm.arguments import COUNT, Parser
 from fastdllm.cli import one_line
 from scripts.benchmarks import decode
 
@@ -126,13 +127,13 @@ def measured(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkout", type=Path, required=True, help="a checkout of NVlabs/Fast-dLLM")
     parser.add_argument("--output", type=Path, help="a JSON file whose figures are replaced; default: print only")
-    parser.add_argument("--prompts", nargs="+", type=int, default=[1000, 128], help="lengths; the first is that of forwards")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32], help="of this code; default: %(default)s")
-    parser.add_argument("--gen", type=int, default=256, help="new tokens, whole blocks of 32; default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=40, help="of which the median is taken; default: %(default)s")
+    parser.add_argument("--prompts", nargs="+", type=COUNT, default=[1000, 128], help="lengths; forwards have the first")
+    parser.add_argument("--batches", nargs="+", type=COUNT, default=[1, 32], help="of this code; default: %(default)s")
+    parser.add_argument("--gen", type=COUNT, default=256, help="new tokens, whole blocks of 32; default: %(default)s")
+    parser.add_argument("--repeats", type=COUNT, default=40, help="of which the median is taken; default: %(default)s")
     args = parser.parse_args(arguments)
     if args.gen < BLOCK or args.gen % BLOCK:
         parser.error(f"--gen {args.gen} must be a multiple of {BLOCK}")

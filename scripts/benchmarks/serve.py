@@ -31,12 +31,15 @@ import torch
 
 import fastdllm
 from fastdllm import DecodeConfig
+from fastdllm.arguments import COUNT, SIZE, Parser, number
 from fastdllm.build import assemble, runner
 from fastdllm.cli import one_line
 from fastdllm.engine import Request, decode
 from fastdllm.models import Model
 from fastdllm.models.quantize import KINDS
 from fastdllm.tasks import TASKS_DIR
+
+RATE = number(float, 1e-3, 1e6)
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,9 @@ def offline(model: Model, config: DecodeConfig, load: Load, rows: int) -> dict[s
     for _ in range(2):  # the first time compiles and captures
         started, forwards, tokens = time.perf_counter(), 0, 0
         for step in decode(model, requests, run, executor, rows=rows):
-            for number, result in step.done.items():
+            for at, result in step.done.items():
                 forwards += result.forwards
-                tokens += written(result.ids[len(requests[number].prompt) :].tolist(), run.stop_ids)
+                tokens += written(result.ids[len(requests[at].prompt) :].tolist(), run.stop_ids)
         seconds = time.perf_counter() - started
     return {"setting": f"offline batch of {rows}", "tokens_per_second": tokens / seconds, "seconds": seconds,
             "tokens": tokens, "tokens_per_forward": tokens / forwards}  # fmt: skip
@@ -200,19 +203,21 @@ def load_model(args: argparse.Namespace, length: int) -> tuple[Model, DecodeConf
 
 
 def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     out.add_argument("--model", default="tiny-llada", help="shipped name, folder or hub id (default tiny-llada)")
     out.add_argument("--shape", choices=("llada", "dream", "v2"), help="instead: a published shape with random weights")
     out.add_argument("--quantize", choices=KINDS, help="weights of a shape in 8 or 4 bits")
-    out.add_argument("--per-step", type=int, default=4, help="tokens a forward of a shape (default 4)")
+    out.add_argument("--per-step", type=COUNT, default=4, help="tokens a forward of a shape (default 4)")
     out.add_argument("--device", help="cpu, cuda, ...")
     out.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="an option of DecodeConfig")
     out.add_argument("--url", help="a running server instead of one in this process; no offline batch then")
-    out.add_argument("--requests", type=int, default=64, help="requests of each setting (default 64)")
-    out.add_argument("--length", type=int, default=128, help="new tokens of each (default 128)")
-    out.add_argument("--shots", type=int, default=0, help="worked examples before each problem (5 make about 1000 tokens)")
-    out.add_argument("--batch", type=int, default=32, help="requests at a time, offline and in the closed loop (default 32)")
-    out.add_argument("--rates", type=float, nargs="*", default=[1, 2, 4], help="requests a second (default 1 2 4)")
+    out.add_argument("--requests", type=COUNT, default=64, help="requests of each setting (default 64)")
+    out.add_argument("--length", type=COUNT, default=128, help="new tokens of each (default 128)")
+    out.add_argument("--shots", type=SIZE, default=0, help="worked examples before each problem (5 make about 1000 tokens)")
+    out.add_argument("--batch", type=COUNT, default=32, help="requests at a time, offline and closed loop (default 32)")
+    out.add_argument(
+        "--rates", type=number(float, 1e-3, 1e6), nargs="*", default=[1, 2, 4], help="requests a second (default 1 2 4)"
+    )
     out.add_argument("--send", action="store_true", help=argparse.SUPPRESS)
     return out
 

@@ -33,6 +33,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
+from fastdllm.arguments import COUNT, SIZE, Parser
 from fastdllm.cli import one_line
 from fastdllm.training.model import Fast_dLLM_QwenConfig, Fast_dLLM_QwenForCausalLM
 from fastdllm.training.objective import choose_masked, draw_noise
@@ -170,7 +171,7 @@ def one_device(rank: int, world: int, port: int, shape: Shape, objective: str, a
     seconds = timed(step, device, args.steps, args.warm_up)
     if rank == 0:
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-        out.write_text(f"{seconds} {rate} {peak}")
+        out.write_text(f"{seconds} {rate} {peak}", encoding="utf-8")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -187,19 +188,19 @@ def run(shape: Shape, objective: str, world: int, args: argparse.Namespace) -> t
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result"
         spawn(one_device, (world, free_port(), shape, objective, args, out), nprocs=world)
-        seconds, rate, peak = map(float, out.read_text().split())
+        seconds, rate, peak = map(float, out.read_text(encoding="utf-8").split())
     return seconds, rate, peak
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--devices", type=int, nargs="+", help="how many to use; default: 1, and 2 where there are two")
-    parser.add_argument("--rows", type=int, help="rows a step on each device")
-    parser.add_argument("--tokens", type=int, help="tokens a row, a multiple of 32")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--warm_up", type=int, default=3)
+    parser.add_argument("--devices", type=COUNT, nargs="+", help="how many to use; default: 1, and 2 where there are two")
+    parser.add_argument("--rows", type=COUNT, help="rows a step on each device")
+    parser.add_argument("--tokens", type=COUNT, help="tokens a row, a multiple of 32")
+    parser.add_argument("--steps", type=COUNT, default=8)
+    parser.add_argument("--warm_up", type=SIZE, default=3)
     parser.add_argument("--tiny", action="store_true", help="a network of no use, to see that everything runs")
     args = parser.parse_args(argv)
     present = torch.cuda.device_count() if args.device == "cuda" else os.cpu_count() or 1

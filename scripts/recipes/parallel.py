@@ -13,6 +13,7 @@ the same command again goes on, until `--seconds` are spent. `--data` is any fil
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -31,6 +32,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArgum
 from transformers.trainer_callback import PrinterCallback
 
 import fastdllm
+from fastdllm.arguments import AMOUNT, COUNT, SEED, SHARE, SIZE, Parser, number
 from fastdllm.cli import one_line
 from fastdllm.models import Model
 from fastdllm.training.checkpoint import checkpoint_to_resume
@@ -39,6 +41,7 @@ from fastdllm.training.objective import IGNORE
 from fastdllm.training.parallel import Clock, Collator, Curriculum, Example, ParallelTrainer
 from fastdllm.training.records import BadRecord, Conversation, is_target, keep_good, read_records, to_conversation
 from fastdllm.training.samples import encode
+from scripts.results import read_json
 
 REFERENCE = "one token a step"
 DRAWS = 50  # tries to find an example that fits
@@ -132,6 +135,25 @@ def prompt_of(conversation: Conversation, model: Model) -> Tensor:
     return torch.tensor(to_example(conversation, model.tokenizer, model.spec.stop_ids).prompt)
 
 
+def askable(found: list[Conversation], count: int, network: Network, tokenizer: Any, length: int) -> list[Conversation]:
+    """The first `count` conversations that can be put to the model: its template takes them, and an answer of `length`
+    tokens has room."""
+    out: list[Conversation] = []
+    for conversation in found:
+        if len(out) == count:
+            break
+        try:
+            prompt = to_example(conversation, tokenizer, network.spec.stop_ids).prompt
+        except BadRecord as error:
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        if len(prompt) + length > network.spec.max_length:
+            print(f"left out: {conversation.where}: a prompt of {len(prompt)} tokens leaves no room", file=sys.stderr)
+        else:
+            out.append(conversation)
+    return out
+
+
 def reference_of(conversation: Conversation) -> str:
     return next(m["content"] for m in reversed(conversation.messages) if is_target(m))
 
@@ -168,21 +190,36 @@ def trajectories(model: Model, conversations: list[Conversation], args: argparse
             yield line | {"right": agrees(texts[row], reference_of(conversations[row]))}
 
 
+def trajectory(text: str, vocab: int) -> dict[str, Any] | None:
+    """A line of trajectories; None for what is none, such as the part of a line that an interrupted run wrote."""
+    try:
+        line = json.loads(text)
+        prompt, answer, order = (line[name] for name in ("prompt", "answer", "order"))
+        ids = all(type(token) is int and 0 <= token < vocab for token in (*prompt, *answer))
+        places = len(order) == len(answer) > 0 and all(type(at) is int and at >= 1 for at in order)
+        return line if ids and places and type(line["number"]) is int and type(line["right"]) is bool else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
 def collect(model: Model, conversations: list[Conversation], path: Path, args: argparse.Namespace) -> list[Example]:
     """Trajectories of `path`, which is filled up to `args.trajectories`; those with another answer than the file's are left
     out, since a wrong answer given sooner is no gain."""
     lines: list[dict[str, Any]] = []
-    if path.exists():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                print(f"{path}: a torn line is left out", file=sys.stderr)
+    for at, text in enumerate(
+        path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else (), start=1
+    ):
+        if (line := trajectory(text, model.spec.vocab)) is not None:
+            lines.append(line)
+        elif text:
+            print(f"{path}:{at}: a damaged line is left out", file=sys.stderr)
     known = {line["number"] for line in lines}
     wanted = [number for number in range(min(args.trajectories, len(conversations))) if number not in known]
     with path.open("a", encoding="utf-8") as file, tqdm(total=len(wanted), desc="trajectories", file=sys.stderr) as bar:
         for at in range(0, len(wanted), args.chunk):
             numbers = wanted[at : at + args.chunk]
+            if path.stat().st_size:
+                file.write("\n" * (path.read_bytes()[-1:] != b"\n"))  # after a line without its end
             for line in trajectories(model, [conversations[number] for number in numbers], args):
                 line["number"] = numbers[line.pop("row")]
                 lines.append(line)
@@ -203,15 +240,19 @@ class Lines(TrainerCallback):
             print(f"step {state.global_step}", *(f"{n} {float(logs[n]):.3g}" for n in names if n in logs), flush=True)
 
 
-def train(examples: Examples, collator: Collator, network: Network, folder: Path, args: argparse.Namespace) -> float:
-    """Train until the session or the run is over; writes OUT/model. Returns the share of the run that is done."""
+def seconds_spent(checkpoint: Path) -> float:
+    """What training took up to a checkpoint."""
+    spent = read_json(checkpoint / "spent.json", float)
+    if not 0 <= spent < math.inf:
+        raise ValueError(f"{checkpoint / 'spent.json'} holds {spent}, which is no time")
+    return spent
+
+
+def prepare(
+    examples: Examples, collator: Collator, network: Network, args: argparse.Namespace
+) -> tuple[ParallelTrainer, Clock, Path | None]:
+    """The trainer, its clock, and the checkpoint to go on from. Raises ValueError for what the user should mend."""
     spec, out = network.spec, args.out / "checkpoints"
-    resume = None
-    if list(out.glob("checkpoint-*")):
-        resume, passed_over = checkpoint_to_resume("latest", out)
-        print(*passed_over, f"resuming from {resume}", sep="\n", file=sys.stderr)
-    before = float((resume / "spent.json").read_text()) if resume else args.start_at * (args.seconds or 0.0)
-    clock = Clock(args.seconds, args.session, before)
     network.checkpointing = args.gradient_checkpointing
     model: torch.nn.Module = network
     if args.lora:
@@ -220,6 +261,11 @@ def train(examples: Examples, collator: Collator, network: Network, folder: Path
         model = get_peft_model(
             network, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules=network.projections)
         )
+    resume = None
+    if list(out.glob("checkpoint-*")):
+        resume, passed_over = checkpoint_to_resume("latest", out, model, needed=("spent.json",))
+        print(*passed_over, f"resuming from {resume}", sep="\n", file=sys.stderr)
+    clock = Clock(args.seconds, args.session, seconds_spent(resume) if resume else args.start_at * (args.seconds or 0.0))
     if args.compile:
         network.compile(dynamic=True)
     cuda = torch.cuda.is_available() and not args.cpu
@@ -244,22 +290,29 @@ def train(examples: Examples, collator: Collator, network: Network, folder: Path
         disable_tqdm=True,
         seed=args.seed,
     )
-    curriculum = Curriculum(
-        tuple(args.blocks), args.share, args.ramp, args.own, args.recorded, args.forwards, args.fill_threshold
-    )
     trainer = ParallelTrainer(
         model=model,
         args=training,
         train_dataset=examples,
         data_collator=collator,
         spec=spec,
-        curriculum=curriculum,
+        curriculum=curriculum_of(args),
         clock=clock,
         certainty=args.certainty,
         temperature=args.temperature,
         callbacks=[Lines()],
     )
     trainer.remove_callback(PrinterCallback)
+    return trainer, clock, resume
+
+
+def curriculum_of(args: argparse.Namespace) -> Curriculum:
+    return Curriculum(tuple(args.blocks), args.share, args.ramp, args.own, args.recorded, args.forwards, args.fill_threshold)
+
+
+def train(trainer: ParallelTrainer, clock: Clock, resume: Path | None, folder: Path, args: argparse.Namespace) -> float:
+    """Train until the session or the run is over; writes OUT/model. Returns the share of the run that is done."""
+    training = trainer.args
     trainer.train(resume_from_checkpoint=resume and str(resume))
     trained = trainer.accelerator.get_state_dict(trainer.model)  # on every process: a sharded model is gathered
     trainer.accelerator.wait_for_everyone()
@@ -326,10 +379,43 @@ def draw(before: list[dict], after: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+def results_of(path: Path, problems: int) -> list[dict]:
+    """The results that an earlier session wrote. Raises ValueError for others."""
+    found = read_json(path, list)
+    kinds: dict[str, Any] = {"setting": str, "block": int, "threshold": (int, float), "right": list, "forwards": list}
+    for line in found:
+        if not isinstance(line, dict) or not all(isinstance(line.get(name), kind) for name, kind in kinds.items()):
+            raise ValueError(f"{path} holds no results of this recipe; without it they are measured anew")
+        if len(line["right"]) != problems or len(line["forwards"]) != problems:
+            raise ValueError(f"{path} is about {len(line['right'])} problems, not {problems}; give another --out")
+    if REFERENCE not in [line["setting"] for line in found]:
+        raise ValueError(f"{path} has no line of {REFERENCE!r}, which the others are compared with")
+    return found
+
+
+# What the files of an earlier session depend on: with other values they would be another run's.
+SAME = ["model", "data", "held_out", "problems", "limit", "gen_length", "blocks", "decode_blocks", "thresholds"]
+SAME += ["teacher_threshold", "lora", "lora_rank"]
+
+
+def check_same_run(args: argparse.Namespace, held_out: list[Conversation]) -> None:
+    """Raise ValueError where OUT holds another run; else remember in OUT/run.json which one it is."""
+    texts = json.dumps([conversation.messages for conversation in held_out])
+    own = {name: getattr(args, name) for name in SAME} | {"asked": hashlib.sha256(texts.encode()).hexdigest()[:16]}
+    own = {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in own.items()}
+    path = args.out / "run.json"
+    if not path.exists():
+        path.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
+        return
+    for name, before in read_json(path).items():
+        if own.get(name) != before:
+            raise ValueError(f"{args.out} holds a run with {name}={before!r}, not {own.get(name)!r}; give another --out")
+
+
 def evaluated(path: Path, name: str, held_out: list[Conversation], args: argparse.Namespace) -> list[dict]:
     """The results in `path`, measured unless they are there."""
     if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+        return results_of(path, len(held_out))
     model = fastdllm.load(name, device="cpu" if args.cpu else None, dtype="float32")
     blocks = [model.spec.block_causal] if model.spec.block_causal else args.decode_blocks
     settings = [Setting(blocks[0], 1.0)]
@@ -351,50 +437,50 @@ def read(path: Path, limit: int | None) -> list[Conversation]:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--model", required=True, help="a shipped name, a folder or a hub id")
     add("--data", type=Path, required=True, help="training prompts with answers")
     add("--out", type=Path, required=True)
     add("--held_out", type=Path, help="problems to measure on; default: the first --problems of --data, kept from training")
-    add("--problems", type=int, default=500)
-    add("--limit", type=int, help="use only this many records of --data")
-    add("--trajectories", type=int, default=2000, help="prompts that the model answers itself before training")
-    add("--teacher_threshold", type=float, default=1.0, help="how it decodes them; 1: one token a step")
-    add("--data_share", type=float, default=0.0, help="of the rows that show the file's own answers instead")
-    add("--plain_share", type=float, default=0.0, help="of those, the share without the chat template, as in lm-eval")
-    add("--gen_length", type=int, default=256)
-    add("--context", type=int, help="tokens of a row at most; default: the model's")
-    add("--seconds", type=float, help="training time of the whole run; or --max_steps")
-    add("--session", type=float, help="stop and save after so many seconds of it")
-    add("--start_at", type=float, default=0.0, help="share of the run that --model has had already")
-    add("--max_steps", type=int)
-    add("--batch", type=int, default=64)
-    add("--accumulate", type=int, default=1)
-    add("--learning_rate", type=float, default=5e-4)
-    add("--weight_decay", type=float, default=0.01)
-    add("--certainty", type=float, default=1.0, help="weight of the entropy where the model is right")
-    add("--temperature", type=float, default=0.5, help="of that entropy")
+    add("--problems", type=COUNT, default=500)
+    add("--limit", type=COUNT, help="use only this many records of --data")
+    add("--trajectories", type=SIZE, default=2000, help="prompts that the model answers itself before training")
+    add("--teacher_threshold", type=SHARE, default=1.0, help="how it decodes them; 1: one token a step")
+    add("--data_share", type=SHARE, default=0.0, help="of the rows that show the file's own answers instead")
+    add("--plain_share", type=SHARE, default=0.0, help="of those, the share without the chat template, as in lm-eval")
+    add("--gen_length", type=COUNT, default=256)
+    add("--context", type=COUNT, help="tokens of a row at most; default: the model's")
+    add("--seconds", type=AMOUNT, help="training time of the whole run; or --max_steps")
+    add("--session", type=AMOUNT, help="stop and save after so many seconds of it")
+    add("--start_at", type=SHARE, default=0.0, help="share of the run that --model has had already")
+    add("--max_steps", type=COUNT)
+    add("--batch", type=COUNT, default=64)
+    add("--accumulate", type=COUNT, default=1)
+    add("--learning_rate", type=AMOUNT, default=5e-4)
+    add("--weight_decay", type=AMOUNT, default=0.01)
+    add("--certainty", type=AMOUNT, default=1.0, help="weight of the entropy where the model is right")
+    add("--temperature", type=number(float, 1e-6, 1e3), default=0.5, help="of that entropy")
     defaults = Curriculum()
-    add("--blocks", type=int, nargs="+", default=list(defaults.blocks), help="block lengths to learn, short ones first")
-    add("--share", type=float, default=defaults.share, help="largest mask share at the start")
-    add("--ramp", type=float, default=defaults.ramp, help="share of the run over which block length and mask share grow")
-    add("--own", type=float, default=defaults.own, help="rows filled by the present weights")
-    add("--recorded", type=float, default=defaults.recorded, help="rows masked in a recorded order")
-    add("--forwards", type=int, default=defaults.forwards, help="forwards at most that fill a row of the first kind")
-    add("--fill_threshold", type=float, default=defaults.threshold)
+    add("--blocks", type=COUNT, nargs="+", default=list(defaults.blocks), help="block lengths to learn, short ones first")
+    add("--share", type=SHARE, default=defaults.share, help="largest mask share at the start")
+    add("--ramp", type=SHARE, default=defaults.ramp, help="share of the run over which block length and mask share grow")
+    add("--own", type=SHARE, default=defaults.own, help="rows filled by the present weights")
+    add("--recorded", type=SHARE, default=defaults.recorded, help="rows masked in a recorded order")
+    add("--forwards", type=SIZE, default=defaults.forwards, help="forwards at most that fill a row of the first kind")
+    add("--fill_threshold", type=SHARE, default=defaults.threshold)
     add("--lora", action="store_true", help="train low-rank adapters; OUT/model has them merged")
-    add("--lora_rank", type=int, default=16)
+    add("--lora_rank", type=COUNT, default=16)
     add("--gradient_checkpointing", action="store_true")
     add("--compile", action="store_true", help="torch.compile the network")
-    add("--decode_blocks", type=int, nargs="+", default=[32, 64, 128, 256], help="block lengths to measure")
-    add("--thresholds", type=float, nargs="+", default=[0.5, 0.7, 0.8, 0.9, 0.95, 0.98], help="thresholds to measure")
-    add("--decode_batch", type=int, default=250)
-    add("--chunk", type=int, default=1000, help="trajectories between two writes")
-    add("--workers", type=int, default=4, help="processes that tokenise")
-    add("--log_every", type=int, default=100)
-    add("--save_every", type=int, default=2000)
-    add("--seed", type=int, default=0)
+    add("--decode_blocks", type=COUNT, nargs="+", default=[32, 64, 128, 256], help="block lengths to measure")
+    add("--thresholds", type=SHARE, nargs="+", default=[0.5, 0.7, 0.8, 0.9, 0.95, 0.98], help="thresholds to measure")
+    add("--decode_batch", type=COUNT, default=250)
+    add("--chunk", type=COUNT, default=1000, help="trajectories between two writes")
+    add("--workers", type=SIZE, default=4, help="processes that tokenise")
+    add("--log_every", type=COUNT, default=100)
+    add("--save_every", type=COUNT, default=2000)
+    add("--seed", type=SEED, default=0)
     add("--cpu", action="store_true")
     args = parser.parse_args(argv)
     if (args.seconds is None) == (args.max_steps is None):
@@ -408,23 +494,34 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     set_seed(args.seed)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes that tokenise are forked
-    args.out.mkdir(parents=True, exist_ok=True)
     with one_line("parallel"):
+        curriculum_of(args)
+        args.out.mkdir(parents=True, exist_ok=True)
         conversations = read(args.data, args.limit)
-        held_out = read(args.held_out, args.problems) if args.held_out else conversations[: args.problems]
         network, tokenizer, folder = load_network(args.model)
-    questions = {json.dumps(c.messages[:-1]) for c in held_out}
-    conversations = [c for c in conversations if json.dumps(c.messages[:-1]) not in questions]
-    before = evaluated(args.out / "before.json", args.model, held_out, args)
-    teacher = fastdllm.load(args.model, device="cpu" if args.cpu else None, dtype="float32")
-    kept = collect(teacher, conversations, args.out / "trajectories.jsonl", args)
-    stops = teacher.spec.stop_ids
-    del teacher
-    spec = network.spec
-    context = min(spec.max_length, args.context or spec.max_length)
-    collator = Collator(tokenizer.eos_token_id, args.gen_length, context, spec.block_causal)
-    examples = Examples(kept, conversations, tokenizer, stops, args.data_share, args.plain_share, collator.fits)
-    done = train(examples, collator, network, folder, args)
+        found = read(args.held_out, None) if args.held_out else conversations
+        held_out = askable(found, args.problems, network, tokenizer, args.gen_length)
+        if not held_out:
+            raise ValueError(f"no record of {args.held_out or args.data} can be put to the model with room for an answer")
+        check_same_run(args, held_out)
+        questions = {json.dumps(c.messages[:-1]) for c in held_out}
+        conversations = [c for c in conversations if json.dumps(c.messages[:-1]) not in questions]
+        if not conversations:
+            raise ValueError(f"--problems {args.problems} leave no record of {args.data} to train on")
+        before = evaluated(args.out / "before.json", args.model, held_out, args)
+        teacher = fastdllm.load(args.model, device="cpu" if args.cpu else None, dtype="float32")
+        asked = askable(conversations, args.trajectories, network, tokenizer, args.gen_length)
+        kept = collect(teacher, asked, args.out / "trajectories.jsonl", args)
+        stops = teacher.spec.stop_ids
+        del teacher
+        spec = network.spec
+        context = min(spec.max_length, args.context or spec.max_length)
+        collator = Collator(tokenizer.eos_token_id, args.gen_length, context, spec.block_causal)
+        examples = Examples(kept, conversations, tokenizer, stops, args.data_share, args.plain_share, collator.fits)
+        if all(examples[i] is None for i in range(min(10, len(examples)))):
+            raise ValueError(f"no example fits into rows of {context} tokens with {args.gen_length} for the answer")
+        trainer, clock, resume = prepare(examples, collator, network, args)
+    done = train(trainer, clock, resume, folder, args)
     print(f"{100 * done:.0f} % of the run is done", file=sys.stderr)
     (args.out / "after.json").unlink(missing_ok=True)
     after = evaluated(args.out / "after.json", str(args.out / "model"), held_out, args)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 import fastdllm
+from fastdllm.arguments import COUNT, Parser
 from fastdllm.build import assemble, device_name
 from fastdllm.cli import one_line
 from fastdllm.decoders.base import DecoderRule
@@ -36,6 +37,7 @@ from fastdllm.forward import Window
 from fastdllm.models import Model, find_folder
 from fastdllm.tasks import TASKS_DIR
 from fastdllm.view import View
+from scripts.results import read_json
 from scripts.studies.pareto import parse
 
 ROWS = (1, 2, 4, 8, 16)  # of one forward, whose time is measured
@@ -163,13 +165,13 @@ def measure(model: Model, setting: str, questions: list[Any], args: argparse.Nam
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny-llada")
     parser.add_argument("--settings", nargs="+", default=["quota", "threshold=0.95"])
-    parser.add_argument("--limit", type=int, default=50, help="validation problems of gsm_symbolic")
-    parser.add_argument("--branches", type=int, default=16)
-    parser.add_argument("--gen_length", type=int, default=256)
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--limit", type=COUNT, default=50, help="validation problems of gsm_symbolic")
+    parser.add_argument("--branches", type=COUNT, default=16)
+    parser.add_argument("--gen_length", type=COUNT, default=256)
+    parser.add_argument("--batch_size", type=COUNT, default=16)
     parser.add_argument("--costs", action="store_true", help="time a forward on this device too")
     parser.add_argument("--device")
     parser.add_argument("--dtype")
@@ -177,7 +179,7 @@ def main() -> None:
     args = parser.parse_args()
     model = fastdllm.load(args.model, device=args.device, dtype=args.dtype)
     out = args.out or find_folder(args.model) / FILE
-    file = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
+    file = read_json(out) if out.is_file() else {}
     lines = (TASKS_DIR / "gsm_symbolic" / "validation.jsonl").read_text(encoding="utf-8").splitlines()[: args.limit]
     questions = [[{"role": "user", "content": json.loads(line)["question"]}] for line in lines]
     for setting in args.settings:

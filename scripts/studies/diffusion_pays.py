@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 import fastdllm
+from fastdllm.arguments import AMOUNT, COUNT, Parser
 from fastdllm.build import assemble
 from fastdllm.cli import one_line
 from fastdllm.engine import Request, decode
@@ -286,13 +287,13 @@ def merged(report: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quantize", choices=KINDS, help="weights in 8 or 4 bits")
-    parser.add_argument("--batches", nargs="+", type=int, help=f"{GPU_RUN['batches']}, on a CPU {CPU_RUN['batches']}")
-    parser.add_argument("--prompt", type=int, help="length of the longest prompt; others are up to a quarter shorter")
-    parser.add_argument("--gen", type=int, help=f"new tokens: {GPU_RUN['gen']}, on a CPU {CPU_RUN['gen']}")
+    parser.add_argument("--batches", nargs="+", type=COUNT, help=f"{GPU_RUN['batches']}, on a CPU {CPU_RUN['batches']}")
+    parser.add_argument("--prompt", type=COUNT, help="length of the longest prompt; others are up to a quarter shorter")
+    parser.add_argument("--gen", type=COUNT, help=f"new tokens: {GPU_RUN['gen']}, on a CPU {CPU_RUN['gen']}")
     parser.add_argument(
-        "--budget", type=float, help="seconds in all, after which no point begins that would not end in them"
+        "--budget", type=AMOUNT, help="seconds in all, after which no point begins that would not end in them"
     )
     parser.add_argument("--cpu", action="store_true", help="the shipped tiny model on the CPU")
     parser.add_argument("--output", type=Path, help="JSON file; rows of other weights that it holds are kept")

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdllm.arguments import Parser
 from fastdllm.cli import one_line
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ PARTS: dict[str, Callable[[], None]] = {f.__name__: f for f in (speed, frontier,
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; default: all")
     parts = parser.parse_args(arguments).parts or list(PARTS)
     if unknown := [name for name in parts if name not in PARTS]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,13 @@ from typing import Any
 import torch
 
 import fastdllm
+from fastdllm.arguments import COUNT, Parser
 from fastdllm.cli import one_line
 from fastdllm.drafts import milliseconds
 from fastdllm.generation import Output
 from fastdllm.models import Model
 from fastdllm.tasks import TASKS_DIR
+from scripts.results import read_lines
 from scripts.studies.pareto import parse
 
 H100 = {1: 6.33, 2: 6.85, 4: 7.56, 8: 9.88}
@@ -44,6 +46,22 @@ class Line:
     positions: float
     seconds: float
     measured: str
+
+
+NAMES: dict[str, Any] = dict.fromkeys(("forwards", "positions", "seconds"), (int, float))
+NAMES |= dict.fromkeys(("model", "setting", "measured"), str) | dict.fromkeys(("branches", "answers", "identical"), int)
+FIELDS = {field.name: NAMES[field.name] for field in fields(Line)}
+
+
+def by_rows(text: str) -> dict[int, float]:
+    """Milliseconds of a forward by its rows, as JSON."""
+    try:
+        cost = {int(rows): float(ms) for rows, ms in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError):
+        cost = {}
+    if not cost or min(cost) < 1 or not all(0 < ms < 1e9 for ms in cost.values()):
+        raise argparse.ArgumentTypeError(f'must be milliseconds by rows such as {{"1": 6.3, "2": 6.9}}, not {text[:60]!r}')
+    return cost
 
 
 def questions(limit: int) -> list[Any]:
@@ -96,18 +114,19 @@ def table(lines: list[Line], cost: dict[int, float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["tiny-llada"])
     parser.add_argument("--settings", nargs="+", default=["quota", "threshold=0.95"])
-    parser.add_argument("--branches", nargs="+", type=int, default=[4, 8, 16])
-    parser.add_argument("--limit", type=int, default=100, help="validation problems of gsm_symbolic")
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--branches", nargs="+", type=COUNT, default=[4, 8, 16])
+    parser.add_argument("--limit", type=COUNT, default=100, help="validation problems of gsm_symbolic")
+    parser.add_argument("--batch_size", type=COUNT, default=16)
     parser.add_argument("--device")
-    parser.add_argument("--milliseconds", type=json.loads, help='of a forward by rows, such as {"1": 6.3, "2": 6.9}')
+    parser.add_argument("--milliseconds", type=by_rows, default=H100, help='of a forward by rows: {"1": 6.3, "2": 6.9}')
     parser.add_argument("--out", type=Path, default=Path("results/lossless.jsonl"))
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    lines = [Line(**json.loads(x)) for x in args.out.read_text().splitlines()] if args.out.is_file() else []
+    lines = [Line(**line) for line in read_lines(args.out, FIELDS)]
+    args.out.open("a").close()  # a place that cannot be written to shows before anything is computed
     done = {(line.model, line.setting) for line in lines}
     for model in args.models:
         for setting in args.settings:
@@ -116,8 +135,7 @@ def main() -> None:
                 lines += new
                 with args.out.open("a", encoding="utf-8") as file:
                     file.writelines(json.dumps(asdict(line)) + "\n" for line in new)
-    cost = {int(n): float(ms) for n, ms in args.milliseconds.items()} if args.milliseconds else H100
-    print(table(lines, cost))
+    print(table(lines, args.milliseconds))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from fastdllm.arguments import Parser
 from fastdllm.cli import one_line
 from fastdllm.models.spec import ModelSpec
 from fastdllm.models.transformer import Transformer
@@ -139,7 +140,7 @@ it recomputes.
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is out of date")
     args = parser.parse_args(arguments)
     if args.check:

@@ -9,7 +9,6 @@ frame shows a moment that happened. Needs the extras ui and dev, and Chromium.
 
 from __future__ import annotations
 
-import argparse
 import io
 import shutil
 import socket
@@ -22,6 +21,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from fastdllm.arguments import Parser
 from fastdllm.cli import one_line
 from fastdllm.ui.options import SAMPLE_QUESTION
 
@@ -94,7 +94,7 @@ def save_moving(pictures: list[Any], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--question", default=SAMPLE_QUESTION, help="what the two settings are asked")
     parser.add_argument("-o", "--output", type=Path, default=DOCS, metavar="FOLDER", help="where (default: docs/)")
     args = parser.parse_args(arguments)

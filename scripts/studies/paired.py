@@ -43,7 +43,7 @@ def by_setting(lines: list[dict[str, Any]], reference: str) -> dict[str, list[di
     for line in lines:
         found.setdefault(line["setting"], {})[line["problem"]] = line  # a timed line comes after the untimed one
     if reference not in found:
-        raise SystemExit(f"no lines of {reference}, which the others are paired with")
+        raise ValueError(f"no lines of {reference}, which the others are paired with")
     keys = sorted(found[reference])
     for setting, answers in found.items():
         if not answers.keys() >= found[reference].keys():

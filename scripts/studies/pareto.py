@@ -52,11 +52,13 @@ from tqdm import tqdm
 
 import fastdllm
 from fastdllm import registry
+from fastdllm.arguments import COUNT, Parser
 from fastdllm.cli import one_line
 from fastdllm.config import merge
 from fastdllm.models import FAMILIES, Model, find_folder
 from fastdllm.presets import PRESETS, for_family
 from fastdllm.tasks import TASKS_DIR
+from scripts.results import read_lines
 from scripts.studies.paired import by_setting, compare, markdown, plot, summarise
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "pareto"
@@ -114,6 +116,11 @@ def family(model: str) -> str:
     return FAMILIES[config["model_type"]]
 
 
+def own_options(kind: str, name: str) -> dict[str, Any]:
+    """Options of a decoder or cache with their default values."""
+    return {option.name: option.default for option in registry.settable(kind, name).values()}
+
+
 def parse(setting: str) -> dict[str, Any]:
     """A setting's text as options of `DecodeConfig`."""
     if setting.count("+") != 1:
@@ -124,14 +131,16 @@ def parse(setting: str) -> dict[str, Any]:
         name, _, level = name.partition("=")
         options[kind] = name
         if level:
-            options[next(iter(registry.options(kind, name)))] = level
-        options |= dict(item.split("=", 1) for item in more)
+            own = list(own_options(kind, name))
+            if not own:
+                raise ValueError(f"setting {setting!r}: {kind} {name!r} has no option that {level!r} could be")
+            options[own[0]] = level
+        for item in more:
+            option, given, value = item.partition("=")
+            if not given:
+                raise ValueError(f"setting {setting!r}: {item!r} must read option=value")
+            options[option] = value
     return options
-
-
-def own_options(kind: str, name: str) -> dict[str, Any]:
-    """Options of a decoder or cache with their default values."""
-    return {option.name: option.default for option in registry.settable(kind, name).values()}
 
 
 def all_decoders(with_cache: str) -> list[str]:
@@ -185,8 +194,18 @@ def prompt(question: str, template: str) -> Any:
     return f"Question: {question}\nAnswer:" if template == "plain" else [{"role": "user", "content": question}]
 
 
+FIELDS: dict[str, Any] = {
+    "setting": str,
+    "problem": int,
+    "correct": int,
+    "forwards": (int, float),
+    "positions": (int, float),
+}
+FIELDS |= {"tokens": int, "seconds": (int, float, type(None)), "machine": str, "ids": list}
+
+
 def lines_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return read_lines(path, FIELDS)
 
 
 @dataclass(frozen=True)
@@ -282,6 +301,8 @@ def run(args: argparse.Namespace, studies: list[Study]) -> None:
     for job in jobs:
         fastdllm.DecodeConfig(**options_of(job.setting, args))
     RESULTS.mkdir(parents=True, exist_ok=True)
+    for study in studies:
+        study.path.open("a").close()  # a folder that is closed shows before anything is computed
     failed = []
     with tqdm(total=sum(len(job.chosen) for job in jobs), unit="problem") as bar:
         for job, found, error in answers(jobs, args.workers):
@@ -335,9 +356,9 @@ def report(args: argparse.Namespace, studies: list[Study]) -> None:
         found.append({**dataclasses.asdict(study), "machines": machines, "reference": reference, "settings": rows})
         panels.append((study.title, rows))
         plot(panels[-1:], 1, study.path.with_suffix(".png"))
-        study.path.with_suffix(".json").write_text(json.dumps(found[-1], indent=1) + "\n")
-        study.path.with_suffix(".md").write_text(markdown(rows))
-        with study.path.with_suffix(".csv").open("w", newline="") as file:
+        study.path.with_suffix(".json").write_text(json.dumps(found[-1], indent=1) + "\n", encoding="utf-8")
+        study.path.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
+        with study.path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
@@ -351,11 +372,11 @@ def report(args: argparse.Namespace, studies: list[Study]) -> None:
     if args.summary:
         args.summary.parent.mkdir(parents=True, exist_ok=True)
         whole = {"studies": found, "templates": templates}
-        args.summary.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
+        args.summary.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
 def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     out.add_argument("action", choices=("run", "report"))
     out.add_argument("--task", choices=tuple(TASKS), default="gsm_symbolic")
     out.add_argument("--models", nargs="+", help="default: tiny-llada, or tiny-sudoku for sudoku")
@@ -365,11 +386,11 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--settings", nargs="+", help="instead of the list that fits the model")
     out.add_argument("--more", nargs="+", default=[], help="settings besides those")
     out.add_argument("--reference", help="what `report` pairs the others with, default one token per step")
-    out.add_argument("--limit", type=int, default=500)
-    out.add_argument("--gen_length", type=int)
-    out.add_argument("--block_length", type=int)
-    out.add_argument("--batch_size", type=int, default=16)
-    out.add_argument("--workers", type=int, default=1, help="processes that share the device")
+    out.add_argument("--limit", type=COUNT, default=500)
+    out.add_argument("--gen_length", type=COUNT)
+    out.add_argument("--block_length", type=COUNT)
+    out.add_argument("--batch_size", type=COUNT, default=16)
+    out.add_argument("--workers", type=COUNT, default=1, help="processes that share the device")
     out.add_argument("--runner", choices=registry.names("runners"))
     out.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     out.add_argument("--device")

@@ -10,7 +10,6 @@ A trace is what `fastdllm.watch` yields; `trace.save("trace.json")` and the chat
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdllm import registry
+from fastdllm.arguments import Parser
 from fastdllm.cli import one_line
 from fastdllm.trace import Trace, watch
 from fastdllm.ui.options import about
@@ -105,7 +105,7 @@ def record(model: str, prompt: str, options: Sequence[str]) -> Trace:
 
 
 def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    out = Parser(description=(__doc__ or "").partition("\n")[0])
     out.add_argument("trace", nargs="?", type=Path, help="JSON file that Trace.save wrote")
     out.add_argument("--prompt", help="record the answer to this question (default without a file: one the model knows)")
     out.add_argument("--model", default="tiny-llada", help="that answers (default tiny-llada)")

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastdllm
+from fastdllm.arguments import COUNT, Parser
 from fastdllm.cli import one_line
 from fastdllm.conversations import encode_text
 from fastdllm.forward import Window
@@ -122,15 +123,15 @@ def markdown(found: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["tiny-llada", "tiny-dream", "tiny-fast-dllm-v2"])
     parser.add_argument("--settings", nargs="*", default=["threshold=0.9", "quota"])
     parser.add_argument("--split", choices=("validation", "test"), default="test")
-    parser.add_argument("--limit", type=int, default=500, help="problems decoded")
-    parser.add_argument("--logit_limit", type=int, default=100)
-    parser.add_argument("--gen_length", type=int, default=256)
-    parser.add_argument("--block_length", type=int, default=32)
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--limit", type=COUNT, default=500, help="problems decoded")
+    parser.add_argument("--logit_limit", type=COUNT, default=100)
+    parser.add_argument("--gen_length", type=COUNT, default=256)
+    parser.add_argument("--block_length", type=COUNT, default=32)
+    parser.add_argument("--batch_size", type=COUNT, default=16)
     parser.add_argument("--device")
     parser.set_defaults(task=TASK, runner=None)
     args = parser.parse_args()

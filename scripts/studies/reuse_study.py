@@ -20,8 +20,10 @@ import numpy as np
 from tqdm import tqdm
 
 import fastdllm
+from fastdllm.arguments import COUNT, SHARE, Parser
 from fastdllm.cli import one_line
 from fastdllm.tasks import TASKS_DIR
+from scripts.results import read_json
 from scripts.studies.paired import interval
 
 PLAIN: dict[str, Any] = {}
@@ -89,13 +91,13 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny-fast-dllm-v2")
     parser.add_argument("--split", default="test", choices=["test", "validation"])
-    parser.add_argument("--limit", type=int, default=500)
-    parser.add_argument("--threshold", type=float, default=0.9)
+    parser.add_argument("--limit", type=COUNT, default=500)
+    parser.add_argument("--threshold", type=SHARE, default=0.9)
     parser.add_argument("--caches", nargs="+", default=["block", "sub_block"])
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=COUNT, default=16)
     parser.add_argument("--out", type=Path, default=Path("results/reuse"))
     args = parser.parse_args()
 
@@ -104,7 +106,7 @@ def main() -> None:
     problems = [json.loads(line) for line in lines]
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "study.json"
-    done = json.loads(path.read_text()) if path.exists() else {}
+    done = read_json(path) if path.exists() else {}
     plan = [(cache, setting) for cache in args.caches for setting in settings(model.spec.layers)]
     for cache, setting in tqdm(plan, desc="settings"):
         key = f"{args.model} {args.split} {len(problems)} {args.threshold} {cache} {name(setting)}"
@@ -112,7 +114,7 @@ def main() -> None:
             options = {"gen_length": 256, "cache": cache, "threshold": args.threshold, **setting}
             done[key] = {"cache": cache, "name": name(setting), "mode": setting.get("reuse_mode", "delta")}
             done[key] |= measure(model, problems, options, args.batch_size)
-            path.write_text(json.dumps(done))
+            path.write_text(json.dumps(done), encoding="utf-8")
     rows = [done[f"{args.model} {args.split} {len(problems)} {args.threshold} {c} {name(s)}"] for c, s in plan]
     table = [
         "| cache | setting | accuracy | vs k=1, points | layer-token products | forwards | tokens/s |",
@@ -127,7 +129,7 @@ def main() -> None:
             f"| {row['cache']} | {row['name']} | {100 * row['accuracy']:.1f} % | {change:+.1f} [{low:+.1f}, {high:+.1f}] | "
             f"{100 * row['share']:.1f} % | {row['nfe']:.1f} | {row['tokens_per_second']:.0f} |"
         )
-    (args.out / "study.md").write_text("\n".join(table) + "\n")
+    (args.out / "study.md").write_text("\n".join(table) + "\n", encoding="utf-8")
     plot(rows, args.out / "study.png")
     print("\n".join(table))
 

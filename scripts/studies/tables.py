@@ -23,6 +23,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 
+from fastdllm.arguments import Parser
 from fastdllm.cli import one_line
 from fastdllm.models import find_folder
 from scripts.quickstart import table as quickstart_table
@@ -418,7 +419,7 @@ def pages() -> dict[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page is out of date")
     args = parser.parse_args(arguments)
     old = [page for page, text in pages().items() if (ROOT / page).read_text(encoding="utf-8") != text]

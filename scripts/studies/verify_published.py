@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 import fastdllm
+from fastdllm.arguments import COUNT, Parser
 from fastdllm.cli import one_line
 from fastdllm.loading import add_place_options, add_weight_options, load_options
 from fastdllm.models import Model, find_folder
@@ -241,13 +242,11 @@ def report(measured: list[Measured], notes: list[str], args: argparse.Namespace)
 
 
 def arguments(given: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="verify_published", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="verify_published", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = ", ".join(DEFAULT)
     parser.add_argument("--model", nargs="+", default=DEFAULT, metavar="ID", help=f"hub ids or folders (default: {known})")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N problems of each task")
-    parser.add_argument("--batch_size", type=int, default=1, metavar="N", help="problems decoded together (default 1)")
+    parser.add_argument("--limit", type=COUNT, metavar="N", help="only the first N problems of each task")
+    parser.add_argument("--batch_size", type=COUNT, default=1, metavar="N", help="problems decoded together (default 1)")
     parser.add_argument("--allow-code-execution", action="store_true", help=f"run {HUMANEVAL}'s programs, confined")
     parser.add_argument("--gsm8k", metavar="FILE", help="problems in GSM8K's format (default: from the hub)")
     parser.add_argument("--gsm8k_examples", metavar="FILE", help="where the examples come from (default: the same file)")

@@ -31,6 +31,7 @@ from fastdllm.training.parallel import (
     fill,
     parallel_loss,
 )
+from fastdllm.training.records import read_records, to_conversation
 from scripts.recipes import parallel as recipe
 
 FAMILIES = ("tiny-llada", "tiny-dream", "tiny-fast-dllm-v2")
@@ -334,6 +335,119 @@ def test_a_torn_line_of_trajectories_is_made_again(tmp_path: Path) -> None:
             assert len(value["order"]) == len(value["answer"])
             assert min(value["order"]) >= 1
             assert value["answer"][-1] in model.spec.stop_ids
+
+
+LINE = {"prompt": [5, 6], "answer": [7, 8], "order": [1, 2], "right": True, "number": 0}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": None},
+        {"prompt": ["5"]},
+        {"prompt": [10**9]},
+        {"prompt": [-1]},
+        {"answer": []},
+        {"answer": [7]},
+        {"answer": [7.0, 8.0]},
+        {"order": [1]},
+        {"order": [0, 1]},
+        {"order": "12"},
+        {"right": 1},
+        {"number": "0"},
+        {"number": None},
+    ],
+)
+def test_a_line_that_is_no_trajectory_is_left_out(change: dict[str, object]) -> None:
+    assert recipe.trajectory(json.dumps(LINE), 100) == LINE
+    assert recipe.trajectory(json.dumps(LINE | change), 100) is None
+    for name in change:
+        assert recipe.trajectory(json.dumps({key: value for key, value in LINE.items() if key != name}), 100) is None
+
+
+@pytest.mark.parametrize("text", ["", "null", "3", "[]", "{", "[" * 100_000, '"prompt"'])
+def test_a_text_that_is_no_trajectory_is_left_out(text: str) -> None:
+    assert recipe.trajectory(text, 100) is None
+
+
+RESULT = {"setting": recipe.REFERENCE, "block": 32, "threshold": 1.0, "right": [True, False], "forwards": [3, 4]}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({}, "of type dict where list is expected"),
+        ([1], "holds no results"),
+        ([{**RESULT, "forwards": None}], "holds no results"),
+        ([RESULT, {}], "holds no results"),
+        ([{**RESULT, "right": [True]}], "is about 1 problems, not 2; give another --out"),
+        ([{**RESULT, "setting": "another"}], "has no line of"),
+        ([], "has no line of"),
+    ],
+)
+def test_results_of_another_run_are_refused(tmp_path: Path, value: object, message: str) -> None:
+    path = tmp_path / "before.json"
+    path.write_text(json.dumps([RESULT]))
+    assert recipe.results_of(path, 2) == [RESULT]
+    path.write_text(json.dumps(value))
+    with pytest.raises(ValueError, match=message):
+        recipe.results_of(path, 2)
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    """What is found there would be taken for this run's: answers of another model, trajectories of other problems."""
+    data, out = problems(tmp_path / "problems.jsonl"), tmp_path / "out"
+    out.mkdir()
+    first, second = recipe.read(data, None)[:2], recipe.read(data, None)[2:4]
+    args = recipe.parse(options("tiny-llada", data, out))
+    for _ in range(2):
+        recipe.check_same_run(args, first)
+    recipe.check_same_run(recipe.parse(options("tiny-llada", data, out, "--batch", "4", "--session", "3")), first)
+    with pytest.raises(ValueError, match="asked="):
+        recipe.check_same_run(args, second)
+    for more in (["--gen_length", "64"], ["--thresholds", "0.5"], ["--lora"], ["--limit", "9"], ["--model", "tiny-dream"]):
+        with pytest.raises(ValueError, match=f"holds a run with {more[0][2:]}=.*give another --out"):
+            recipe.check_same_run(recipe.parse(options("tiny-llada", data, out, *more)), first)
+    (out / "run.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"run\.json"):
+        recipe.check_same_run(args, first)
+
+
+@pytest.mark.parametrize("text", ["", "x", "{}", "NaN", "-1.0", "Infinity", "null"])
+def test_a_damaged_time_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "spent.json").write_text("12.5\n")
+    assert recipe.seconds_spent(tmp_path) == 12.5
+    (tmp_path / "spent.json").write_text(text)
+    with pytest.raises(ValueError, match=r"spent\.json"):
+        recipe.seconds_spent(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--own", "0.8", "--recorded", "0.4"], "own=0.8 and recorded=0.4"),
+        (["--problems", "500"], "leave no record"),
+        (["--gen_length", "100000"], "can be put to the model"),
+        (["--held_out", "nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_what_cannot_work_is_one_line_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        recipe.main(options("tiny-llada", problems(tmp_path / "problems.jsonl"), tmp_path / "out", *more))
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2 and last.startswith("parallel: ") and message in last
+    assert not (tmp_path / "out" / "before.json").exists()
+
+
+def test_a_record_that_the_model_cannot_be_asked_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network, tokenizer, _ = load_network("tiny-llada")
+    long = {"messages": [{"role": "user", "content": "1 " * 5000}, {"role": "assistant", "content": "4"}]}
+    (tmp_path / "data.jsonl").write_text("\n".join([json.dumps(long), json.dumps({"prompt": "2+2?", "completion": "4"})]))
+    found = [to_conversation(record) for record in read_records(tmp_path / "data.jsonl")]
+    assert recipe.askable(found, 5, network, tokenizer, 64) == found[1:]
+    assert "data.jsonl:1: a prompt of" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

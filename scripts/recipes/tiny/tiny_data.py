@@ -11,13 +11,14 @@ that the few-shot examples come from stage 0.
 
 from __future__ import annotations
 
-import argparse
 import json
 import lzma
 import random
 import re
 from multiprocessing import Pool
 from pathlib import Path
+
+from fastdllm.arguments import COUNT, SIZE, Parser
 
 TRAIN_SEED, TEST_SEED = 20251, 977
 STAGE_PROBLEMS = 600_000
@@ -172,11 +173,11 @@ def drills(problems: list[Problem], count: int, rng: random.Random) -> list[str]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--tasks", type=Path, help="write the test, validation and few-shot files here")
     parser.add_argument("--train", type=Path, help="write the training text here")
-    parser.add_argument("--stages", type=int, nargs="+", default=[0])
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--stages", type=SIZE, nargs="+", default=[0])
+    parser.add_argument("--workers", type=COUNT, default=2)
     args = parser.parse_args()
     if args.tasks:
         write_tasks(args.tasks, args.workers)

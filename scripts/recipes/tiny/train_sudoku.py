@@ -22,6 +22,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from fastdllm.arguments import AMOUNT, COUNT, SEED, Parser
 from scripts.recipes.tiny.tiny_corpus import Sampler, chat_prompt
 from scripts.recipes.tiny.tiny_data import Problem, unique, write_jsonl
 from scripts.recipes.tiny.tiny_formats import END_OF_TURN, read, save, write_json
@@ -104,16 +105,16 @@ def masked_batch(documents: Tensor, prompt: int, mask_token: int, chosen: Tensor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--tasks", type=Path, help="write the test and validation files here")
     parser.add_argument("--out", type=Path, help="train, and write the checkpoint to this folder")
     parser.add_argument("--tiny-llada", type=Path, default=Path("fastdllm/tiny/tiny-llada"), help="whose config is followed")
-    parser.add_argument("--puzzles", type=int, default=TRAIN_PUZZLES)
-    parser.add_argument("--documents", type=int, default=128, help="of one step")
-    parser.add_argument("--seconds", type=float, default=300.0, help="training time, set-up excluded")
-    parser.add_argument("--steps", type=int, help="stop after this many steps, if --seconds are not over before")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2, help="processes that make puzzles")
+    parser.add_argument("--puzzles", type=COUNT, default=TRAIN_PUZZLES)
+    parser.add_argument("--documents", type=COUNT, default=128, help="of one step")
+    parser.add_argument("--seconds", type=AMOUNT, default=300.0, help="training time, set-up excluded")
+    parser.add_argument("--steps", type=COUNT, help="stop after this many steps, if --seconds are not over before")
+    parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument("--workers", type=COUNT, default=2, help="processes that make puzzles")
     args = parser.parse_args()
     if args.tasks:
         args.tasks.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdllm.arguments import AMOUNT, COUNT, SEED, Parser
 from fastdllm.models.spec import ModelSpec
 from fastdllm.training.masks import dense_mask
 from fastdllm.training.objective import IGNORE, Noise, choose_masked, complementary_views, noisy_and_clean
@@ -398,17 +399,17 @@ def train(trainer: Trainer, sampler: Sampler, args: argparse.Namespace, checkpoi
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--family", choices=("llada", "dream", "qwen", "v2"), required=True)
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="files that tiny_data --train wrote")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder, in the published format")
     parser.add_argument("--init", type=Path, help="checkpoint folder to start from, of this or another family")
     parser.add_argument("--tiny-llada", type=Path, default=Path("fastdllm/tiny/tiny-llada"), help="whose tokens all use")
-    parser.add_argument("--seconds", type=float, default=440.0, help="training time, set-up excluded")
-    parser.add_argument("--steps", type=int, help="stop after this many steps, if --seconds are not over before")
-    parser.add_argument("--tokens", type=int, default=32_768, help="packed tokens a step")
-    parser.add_argument("--limit", type=int, help="use only this many problems")
-    parser.add_argument("--seed", type=int, default=2)
+    parser.add_argument("--seconds", type=AMOUNT, default=440.0, help="training time, set-up excluded")
+    parser.add_argument("--steps", type=COUNT, help="stop after this many steps, if --seconds are not over before")
+    parser.add_argument("--tokens", type=COUNT, default=32_768, help="packed tokens a step")
+    parser.add_argument("--limit", type=COUNT, help="use only this many problems")
+    parser.add_argument("--seed", type=SEED, default=2)
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--no-graph", action="store_true")
     return parser.parse_args()

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Command lines of the scripts: a wrong value of any option is one line on stderr and exit code 2, before any work."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastdllm
+from fastdllm.arguments import AMOUNT, COUNT, SEED, SHARE, SIZE, Parser, number
+from scripts.results import read_json, read_lines
+from scripts.studies import pareto
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAMS = [path for path in (ROOT / "scripts").rglob("*.py") if '"__main__"' in path.read_text(encoding="utf-8")]
+SCRIPTS = sorted(path for path in PROGRAMS if path.stem != "kernels")  # which needs triton
+NEEDED = {  # options without which a script does not begin
+    "parallel": ["--model", "tiny-llada", "--data", "nowhere.jsonl", "--out", "out", "--max_steps", "1"],
+    "published": ["--checkout", "nowhere"],
+    "train_tiny": ["--family", "llada", "--text", "nowhere", "--out", "out"],
+    "pareto": ["run"],
+}
+
+
+class Began(BaseException):
+    """The command line was accepted."""
+
+
+@pytest.fixture
+def parsers(monkeypatch: pytest.MonkeyPatch) -> list[argparse.ArgumentParser]:
+    """The parsers that a script makes; it ends with `Began` once it has read its arguments."""
+    made: list[argparse.ArgumentParser] = []
+    parse = argparse.ArgumentParser.parse_args
+
+    def read(self: argparse.ArgumentParser, *given: Any) -> argparse.Namespace:
+        made.append(self)
+        parse(self, *given)
+        raise Began
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", read)
+    return made
+
+
+def run(path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [path.name, *NEEDED.get(path.stem, []), *arguments])
+    runpy.run_module(".".join(path.relative_to(ROOT).with_suffix("").parts), run_name="__main__")
+
+
+BAD = ["-1", "0", "nan", "inf", "1e400", "x", "", "1.5", "9" * 30, "none"]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_numbers_out_of_range_are_refused(
+    path: Path, parsers: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every option that takes a number, with values that no count, share or amount has."""
+    with pytest.raises(Began):
+        run(path, [], monkeypatch)
+    (parser,) = parsers
+    assert isinstance(parser, Parser)
+    numbers = [action for action in parser._actions if action.type not in (None, Path, str)]
+    assert not [action.dest for action in numbers if action.type in (int, float)], "a number without a range"
+    for action in numbers:
+        for text in BAD:
+            try:
+                value = action.type(text)
+            except argparse.ArgumentTypeError:
+                with pytest.raises(SystemExit) as stopped:
+                    parser.parse_known_args([f"{action.option_strings[0]}={text}"])
+                said = capsys.readouterr().err
+                assert stopped.value.code == 2 and len(said.splitlines()) == 1 and action.option_strings[0] in said
+            else:
+                assert text in ("0", "1.5") and float(text) == value
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("arguments", [["--wibble"], ["--wibble=3", "x y\nz"]])
+def test_an_unknown_option_is_one_line(
+    path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(path, arguments, monkeypatch)
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and len(said.err.splitlines()) == 1 and "wibble" in said.err and not said.out
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        (COUNT, ["1", "500"], ["0", "-1", "1.0", "nan", "x"]),
+        (SIZE, ["0", "7"], ["-1", "0.5"]),
+        (SEED, ["0", str(2**32 - 1)], ["-1", str(2**32)]),
+        (SHARE, ["0", "1", "0.5", "1e-3"], ["-0.1", "1.1", "nan", "inf"]),
+        (AMOUNT, ["0", "3.5"], ["-1", "inf", "nan", "1e400"]),
+        (number(float, 1), ["1"], ["inf", "0.99"]),
+    ],
+)
+def test_a_number_lies_in_its_range(kind: Callable[[str], Any], good: list[str], bad: list[str]) -> None:
+    assert [float(kind(text)) for text in good] == [float(text) for text in good]
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match=f"must be an? .*, not '{text}'"):
+            kind(text)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("quota", "must read decoder"),
+        ("quota+dual+none", "must read decoder"),
+        ("quota=3+dual:x", "'x' must read option=value"),
+        ("threshold=0.9:+dual", "'' must read option=value"),
+        ("quota+dual=1", None),
+        ("nothing+dual", "nothing"),
+        ("quota+nothing", "nothing"),
+        ("threshold=x+dual", "threshold='x'"),
+        ("threshold=0.9:wibble=1+dual", "wibble"),
+    ],
+)
+def test_settings_that_are_none_are_named(setting: str, message: str | None) -> None:
+    with pytest.raises(ValueError, match=message or "") as raised:
+        fastdllm.DecodeConfig(**pareto.parse(setting))
+    assert len(str(raised.value).splitlines()) == 1
+
+
+LINE = {"setting": "quota+dual", "problem": 3, "correct": 1}
+KINDS = {"setting": str, "problem": int, "correct": int}
+
+
+def damaged() -> Iterator[tuple[bytes, str | None]]:
+    """What a file of lines may hold, and what is said of it: None where it is read."""
+    good = json.dumps(LINE).encode()
+    yield b"", None
+    yield good + b"\n", None
+    yield good, None  # somebody's editor left out the last line's end
+    yield from ((good + b"\n" + good[:length], None) for length in range(1, len(good)))
+    yield good + b"\n\n" + good + b"\n", ":2 is not JSON"
+    yield good[:-3] + b"\n" + good + b"\n", ":1 is not JSON"
+    yield b"[1]\n", ":1 is no JSON object"
+    yield good + b"\n" + b"a text of somebody's", ":2 is not JSON"
+    yield b"\xff\xfe\n", ":1 is not JSON"
+    yield b"[" * 100_000 + b"\n", ":1 is not JSON"
+    yield from ((json.dumps({**LINE, name: None}).encode() + b"\n", f":1: {name} missing") for name in LINE)
+    yield json.dumps({**LINE, "problem": "3"}).encode() + b"\n", ":1: problem missing, or of another type"
+
+
+@pytest.mark.parametrize(("data", "message"), list(damaged()), ids=lambda x: None)
+def test_lines_of_an_earlier_run_are_read_mended_or_named(tmp_path: Path, data: bytes, message: str | None) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(data)
+    if message:
+        with pytest.raises(ValueError, match=message):
+            read_lines(path, KINDS)
+        assert path.read_bytes() == data
+        return
+    found = read_lines(path, KINDS)
+    assert found == [LINE] * len(found) and len(found) >= data.count(b"\n")
+    with path.open("a") as file:  # the next run appends
+        file.write(json.dumps(LINE) + "\n")
+    assert read_lines(path, KINDS) == [LINE] * (len(found) + 1)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "[" * 100_000, "\x00"])
+def test_a_damaged_file_of_an_earlier_run_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "earlier.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"earlier\.json"):
+        read_json(path)
+
+
+def test_no_text_is_read_or_written_in_the_machines_own_encoding() -> None:
+    """Else a file that was written in one place is another text in the next."""
+    for path in [path for name in ("fastdllm", "scripts", "llada", "dream", "v2") for path in (ROOT / name).rglob("*.py")]:
+        calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        for call in calls:
+            if isinstance(call.func, ast.Attribute) and call.func.attr in ("read_text", "write_text"):
+                assert any(keyword.arg == "encoding" for keyword in call.keywords), f"{path}:{call.lineno}"

@@ -104,7 +104,7 @@ def record(model: str, prompt: str, options: Sequence[str]) -> Trace:
     return trace
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     out = Parser(description=(__doc__ or "").partition("\n")[0])
     out.add_argument("trace", nargs="?", type=Path, help="JSON file that Trace.save wrote")
     out.add_argument("--prompt", help="record the answer to this question (default without a file: one the model knows)")

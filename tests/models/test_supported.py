@@ -55,7 +55,8 @@ LLADA = {
     **{"rms_norm_eps": 1e-05, "rope": True, "rope_full_precision": True, "rope_theta": 500000.0, "scale_logits": False},
     **{"transformers_version": "4.46.3", "use_cache": False, "vocab_size": 126464, "weight_tying": False},
 }
-# Shapes: Qwen/Qwen2.5-7B's config.json; 131,072 positions, `use_mrope` and the ids: tests of Dream in public engines.
+# https://huggingface.co/apple/DiffuCoder-7B-Instruct/blob/69c039ac2cee/config.json, with the ids of DREAM below.
+# Of Dream and Dream-Coder: not seen; the shapes are Qwen/Qwen2.5-7B's, the ids those of tests in public engines.
 QWEN2_5_7B = {
     **{"attention_dropout": 0.0, "hidden_act": "silu", "hidden_size": 3584, "initializer_range": 0.02},
     **{"intermediate_size": 18944, "max_position_embeddings": 131072, "max_window_layers": 28},

@@ -3,7 +3,9 @@
 
 import sys
 
+from fastdllm.cli import shell
 from fastdllm.ui.app import main
 
 if __name__ == "__main__":
-    sys.exit(main(default_model="tiny-dream"))
+    with shell("app.py"):
+        sys.exit(main(default_model="tiny-dream"))

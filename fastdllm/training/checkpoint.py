@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
@@ -234,13 +233,13 @@ def _of_another_model(checkpoint: Path, model: torch.nn.Module) -> str | None:
     """Where weights or optimizer are not those of `model`, or no numbers to go on with."""
     if any(hasattr(parameter, "ds_shape") for parameter in model.parameters()):
         return None  # ZeRO-3 spreads the model: its parameters have no shape by themselves
-    adapter = isinstance(model, PeftModel)
+    adapter = hasattr(model, "peft_config")
     weights = "adapter_model.safetensors" if adapter else WEIGHTS
     if not list(checkpoint.glob(weights.replace(".", "*."))):
         return (
             None if list(checkpoint.glob("*_fsdp*")) or list(checkpoint.glob("global_step*")) else f"there is no {weights}"
         )
-    tensors = get_peft_model_state_dict(model) if adapter else model.state_dict()
+    tensors = _adapter_tensors(model) if adapter else model.state_dict()
     seen: set[int] = set()
     tied = [name for name, t in tensors.items() if t.data_ptr() in seen or seen.add(t.data_ptr())]
     try:
@@ -253,6 +252,12 @@ def _of_another_model(checkpoint: Path, model: torch.nn.Module) -> str | None:
         if names:
             return f"{path.name} has NaN or infinite weights in {quote(names)}"
     return _other_optimizer(checkpoint / "optimizer.pt", model)
+
+
+def _adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(model)
 
 
 def _other_optimizer(path: Path, model: torch.nn.Module) -> str | None:

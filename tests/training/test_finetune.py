@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import fastdllm
@@ -330,7 +330,7 @@ def models(qwen2: Path) -> dict[bool, torch.nn.Module]:
     full, _ = load_for_training(str(qwen2), 8)
     base, _ = load_for_training(str(qwen2), 8)
     arguments = finetune.ModelArguments(str(qwen2), lora=True, lora_rank=4)
-    return {False: full, True: finetune.get_peft_model(base, finetune.lora_config(arguments))}
+    return {False: full, True: get_peft_model(base, finetune.lora_config(arguments))}
 
 
 def change_json(name: str, **fields: object) -> Callable[[Path], None]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from fastdllm.cli import COMMANDS
 from fastdllm.models.supported import SUPPORTED
 from scripts import quickstart
 from scripts.studies import figures, memory, tables
+from scripts.studies.diffusion_pays import AR, STEPS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -89,12 +91,36 @@ def test_the_page_on_memory_is_up_to_date() -> None:
     assert memory.main(["--check"]) == 0, "run: python -m scripts.studies.memory"
 
 
-@pytest.mark.parametrize("part", ["speed", "frontier", "sudoku", "reuse"])
-def test_a_picture_is_drawn(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_point_of_when_diffusion_pays_is_measured_or_missing() -> None:
+    report = figures.data("when_diffusion_pays")
+    listed = [(row["weights"], row["way"], row["per_step"], row["batch"]) for row in report["rows"] + report["missing"]]
+    batches, weights = {row["batch"] for row in report["rows"]}, {row["weights"] for row in report["rows"]}
+    paces = [(AR, 1.0), *((way, round(pace, 3)) for way, paces in STEPS.items() for pace in paces)]
+    assert sorted(listed) == sorted((kind, *pace, batch) for kind in weights for pace in paces for batch in batches)
+
+
+@pytest.mark.parametrize(
+    "part, picture", [*((part, part) for part in ("speed", "frontier", "sudoku", "reuse")), ("pays", "when_diffusion_pays")]
+)
+def test_a_picture_is_drawn(part: str, picture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="figures need matplotlib")
     monkeypatch.setattr(figures, "save", lambda figure, name: figure.savefig(tmp_path / f"{name}.png", dpi=40))
     figures.main([part])
-    assert (tmp_path / f"{part}.png").stat().st_size > 1000
+    assert (tmp_path / f"{picture}.png").stat().st_size > 1000
+
+
+def test_no_line_is_drawn_over_a_batch_that_was_not_measured() -> None:
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    _, (rates, ratios) = figures.new(6, 3, 2)
+    found = {batch: {"tokens_per_second": 300.0 * batch, "tokens_per_forward": 3.0} for batch in (1, 32)}
+    baseline = {1: 100.0, 8: 700.0, 32: 10000.0}
+    figures.rates_of(rates, [1, 8, 32], baseline, [found])
+    assert [list(line.get_ydata()) for line in rates.lines] == [
+        pytest.approx([300.0, math.nan, 9600.0], nan_ok=True),
+        [100.0, 700.0, 10000.0],
+    ]
+    figures.ratios_of(ratios, [1, 8, 32], baseline, [found])
+    assert [text.get_text() for text in ratios.texts] == ["3.0 x", "not\nmeasured", "0.96 x"]
 
 
 def test_the_page_on_models_lists_the_supported_ones() -> None:

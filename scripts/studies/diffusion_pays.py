@@ -4,12 +4,13 @@
     python -m scripts.studies.diffusion_pays --output docs/when_diffusion_pays.json     # v2-7B's shape, bf16, on a GPU
     python -m scripts.studies.diffusion_pays --quantize fp8 --output ...                # adds the rows of other weights
     python -m scripts.studies.diffusion_pays --cpu                                      # the shipped tiny model
-    python -m scripts.studies.figures pays                                              # the picture and the tables
+    python -m scripts.studies.figures pays
 
 Both ways have the same weights, kernels, KV store, captured graphs and prompts. Diffusion commits a fixed number of tokens a
 step, in sub-blocks of 8 or in whole blocks of 32. Whole answers are timed. The time to capture graphs is left out, because a
 process captures once and then answers for hours. Short runs on a GPU are done twice, and the second counts. A point that
-fails, or for which `--budget` leaves no time, is named, and the others go on.
+fails, or for which `--budget` leaves no time, is named, and the others go on. `--output` is written after every point, so
+that a run that is stopped keeps what it measured.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import sys
 import time
@@ -54,6 +56,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 STEPS: dict[str, tuple[float, ...]] = {SUB: (8 / 3, 8, 4, 1.5), WHOLE: (8 / 3, 8, 32, 4, 16, 32 / 3, 1.5)}
 GPU_RUN = {"batches": [1, 8, 32, 64, 128], "prompt": 128, "gen": 256, "budget": 130.0}
 CPU_RUN = {"batches": [1, 4], "prompt": 32, "gen": 32, "budget": 45.0}
+NOT_REACHED = "not reached before the run was stopped"
 SHORT = 1.0  # seconds: runs below it are repeated on a GPU
 
 
@@ -141,6 +144,7 @@ class Study:
         self.took: dict[tuple[str, float], tuple[int, float]] = {}  # batch and seconds of the last point of a setting
         self.rows: list[Row] = []
         self.missing: list[dict[str, Any]] = []
+        self.ahead = list(self.points())
 
     def points(self) -> Iterator[tuple[str, float, int]]:
         """In the order in which they are measured. The largest batch first: its canvas holds the others too."""
@@ -151,8 +155,10 @@ class Study:
             for batch in batches:
                 yield from ((way, steps[rank], batch) for way, steps in STEPS.items() if rank < len(steps))
 
-    def run(self) -> None:
-        for way, per_step, batch in self.points():
+    def run(self, after: Callable[[], None]) -> None:
+        """Measure every point. after: called when a point is done."""
+        while self.ahead:
+            way, per_step, batch = self.ahead.pop(0)
             why = ""
             if not self.fits(way, per_step, batch):
                 why = "no time left"
@@ -166,9 +172,21 @@ class Study:
                     why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             if why:
                 print(f"{self.weights:5s} batch {batch:4d}  {way:16s} {per_step:5.2f} a step: {why}", flush=True)
-                self.missing.append(
-                    {"weights": self.weights, "way": way, "per_step": round(per_step, 3), "batch": batch, "why": why}
-                )
+                self.missing.append(self.absent(way, per_step, batch, why))
+            after()
+
+    def absent(self, way: str, per_step: float, batch: int, why: str) -> dict[str, Any]:
+        return {"weights": self.weights, "way": way, "per_step": round(per_step, 3), "batch": batch, "why": why}
+
+    def found(self) -> dict[str, Any]:
+        """What is known so far: the part of the report that grows."""
+        done, ahead = len(self.rows) + len(self.missing), [self.absent(*point, NOT_REACHED) for point in self.ahead]
+        note = f"The run was stopped after {done} of its {done + len(ahead)} points." if ahead else ""
+        return {
+            "notes": {self.weights: note} if note else {},
+            "rows": [asdict(row) for row in self.rows],
+            "missing": self.missing + ahead,
+        }
 
     def fits(self, way: str, per_step: float, batch: int) -> bool:
         """Whether a point may be expected to end within the budget: in a large batch seconds grow with its rows."""
@@ -221,58 +239,6 @@ def crossing(rows: Sequence[dict[str, Any]], weights: str, way: str, batch: int)
     return found[-1][0], ">"
 
 
-def best(rows: Sequence[dict[str, Any]], weights: str, batch: int) -> tuple[float, str] | None:
-    """The crossing of the way of diffusion that reaches it with fewer tokens per forward."""
-    every = [found for way in OPTIONS if (found := crossing(rows, weights, way, batch))]
-    return min(every, key=lambda found: (found[1] == ">", found[0] if found[1] != ">" else -found[0]), default=None)
-
-
-def in_words(found: tuple[float, str] | None) -> str:
-    if found is None:
-        return ""
-    return {"=": "", "<": "below ", ">": "above "}[found[1]] + f"{found[0]:.1f}"
-
-
-def heading(report: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {report[name]}" for name in ("torch", "triton", "python") if report[name])
-    text = f"{report['model']}, prompts of up to {report['prompt']} tokens, {report['gen']} new ones. Measured on "
-    text += f"{report['device']}, {report['measured']}, {versions}, commit {report['commit']}."
-    if report["device"].startswith("CPU"):
-        text += " **A small model on a CPU says nothing about a large one on a GPU, which has not been measured yet.**"
-    return text
-
-
-def tables(report: dict[str, Any]) -> str:
-    """Markdown: for each kind of weights tokens/s with positions per token, then the crossings."""
-    rows, out = report["rows"], [heading(report)]
-    batches = sorted({row["batch"] for row in rows})
-    kinds = list(dict.fromkeys(row["weights"] for row in rows))
-    for weights in kinds:
-        cells = {(r["way"], r["per_step"], r["batch"]): r for r in rows if r["weights"] == weights}
-        paces = sorted({key[:2] for key in cells}, key=lambda key: (key[0] != AR, key[0] != SUB, key[1]))
-        lines = [["tokens per forward", "way", *(f"batch {batch}" for batch in batches)], ["---"] * (2 + len(batches))]
-        for way, per_step in paces:
-            found = [cells.get((way, per_step, batch)) for batch in batches]
-            pace = [row["tokens_per_forward"] for row in found if row]
-            line = [f"{sum(pace) / len(pace):.1f}", way]
-            for row, batch in zip(found, batches, strict=True):
-                text = f"{row['tokens_per_second']:,.0f}" if row else ""
-                aim = cells.get((AR, 1.0, batch))
-                if row and aim and row["tokens_per_second"] > aim["tokens_per_second"]:
-                    text = f"**{text}**"
-                line.append(f"{text} ({row['positions_per_token']:.1f})" if row else "")
-            lines.append(line)
-        out.append(f"### Tokens per second, {weights}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
-    lines = [["weights", "way", *(f"batch {batch}" for batch in batches)], ["---"] * (2 + len(batches))]
-    lines += [
-        [weights, way, *(in_words(crossing(rows, weights, way, batch)) for batch in batches)]
-        for weights in kinds
-        for way in OPTIONS
-    ]
-    out.append("### Least tokens per forward\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
-    return "\n\n".join(out)
-
-
 def merged(report: dict[str, Any], path: Path) -> dict[str, Any]:
     """The report with what an earlier run on the same machine and of the same model found for other weights."""
     if not path.is_file():
@@ -281,9 +247,17 @@ def merged(report: dict[str, Any], path: Path) -> dict[str, Any]:
     if any(before.get(key) != report[key] for key in ("device", "model", "prompt", "gen", "torch")):
         return report
     mine = {row["weights"] for row in [*report["rows"], *report["missing"]]}
-    for name in ("rows", "missing"):
-        report[name] = [row for row in before[name] if row["weights"] not in mine] + report[name]
-    return report
+    kept = {name: [row for row in before[name] if row["weights"] not in mine] for name in ("rows", "missing")}
+    notes = {weights: note for weights, note in before["notes"].items() if weights not in mine}
+    return report | {name: kept[name] + report[name] for name in kept} | {"notes": notes | report["notes"]}
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    """Put the report in the place of the file, at once, so that a run that is stopped leaves a whole one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(merged(report, path), indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -296,7 +270,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--budget", type=AMOUNT, help="seconds in all, after which no point begins that would not end in them"
     )
     parser.add_argument("--cpu", action="store_true", help="the shipped tiny model on the CPU")
-    parser.add_argument("--output", type=Path, help="JSON file; rows of other weights that it holds are kept")
+    parser.add_argument("--output", type=Path, help="JSON file, written after every point; rows of other weights are kept")
     args = parser.parse_args(arguments)
     for name, value in (CPU_RUN if args.cpu else GPU_RUN).items():
         if getattr(args, name) is None:
@@ -325,15 +299,12 @@ def main(arguments: list[str] | None = None) -> int:
         f"{report['device']}, torch {report['torch']}, commit {report['commit']}: {report['model']}, {weights}", flush=True
     )
     study = Study(model, weights, args, began)
-    study.run()
-    report |= {"rows": [asdict(row) for row in study.rows], "missing": study.missing}
+    study.run(lambda: write(report | study.found(), args.output) if args.output else None)
+    report |= study.found()
     for batch in sorted(args.batches):
         for way in OPTIONS:
             if found := crossing(report["rows"], weights, way, batch):
                 print(f"batch {batch:4d}: {way} as fast from {found[1]} {found[0]:.2f} tokens per forward on")
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(merged(report, args.output), indent=1) + "\n", encoding="utf-8")
     print(f"{time.perf_counter() - began:.0f} s in all")
     print(json.dumps(report))
     return 0 if study.rows else 1

@@ -2,7 +2,7 @@
 """Draw the pictures of the documentation from the data next to them. `scripts.studies.tables` writes the tables.
 
     python -m scripts.studies.figures                        # everything
-    python -m scripts.studies.figures speed reuse            # some of speed, frontier, sudoku, reuse
+    python -m scripts.studies.figures speed reuse            # some of speed, frontier, sudoku, reuse, pays
 
 Every picture has one message. It is drawn for 800 pixels of width on a white ground, so that it can be read in a README, in
 light and in dark mode.
@@ -183,7 +183,84 @@ def reuse() -> None:
     save(figure, "reuse")
 
 
-PARTS: dict[str, Callable[[], None]] = {f.__name__: f for f in (speed, frontier, sudoku, reuse)}
+def pays() -> None:
+    """Diffusion wins in small batches and autoregression in large ones."""
+    from scripts.studies.diffusion_pays import AR
+
+    report = data("when_diffusion_pays")
+    rows = [row for row in report["rows"] if row["weights"] == report["rows"][0]["weights"]]
+    batches = sorted({row["batch"] for row in rows})
+    baseline = {row["batch"]: row["tokens_per_second"] for row in rows if row["way"] == AR}
+    fastest: dict[float, dict[int, Row]] = {}  # tokens a step -> batch -> the faster way's row
+    for row in sorted(rows, key=lambda row: (row["per_step"], row["tokens_per_second"])):
+        if row["way"] != AR:
+            fastest.setdefault(row["per_step"], {})[row["batch"]] = row
+    figure, (rates, ratios) = new(8.6, 4.1, 2)
+    rates_of(rates, batches, baseline, list(fastest.values()))
+    ratios_of(ratios, batches, baseline, list(fastest.values()))
+    save(figure, "when_diffusion_pays")
+
+
+def pace_of(found: dict[int, Row]) -> str:
+    return f"{sum(row['tokens_per_forward'] for row in found.values()) / len(found):.1f}"
+
+
+def rates_of(axis: Axes, batches: list[int], baseline: dict[int, float], fastest: list[dict[int, Row]]) -> None:
+    """Tokens per second against the batch. A line breaks and ends where a batch was not measured."""
+    from matplotlib import ticker
+
+    nothing, ends = float("nan"), []
+    for found in fastest:
+        ys = [found[batch]["tokens_per_second"] if batch in found else nothing for batch in batches]
+        axis.plot(batches, ys, "o-", color=BLUE, lw=1.2, ms=4)
+        ends.append((found[max(found)]["tokens_per_second"], pace_of(found), BLUE, max(found)))
+    axis.plot(batches, [baseline.get(b, nothing) for b in batches], "o-", color=ORANGE, lw=2.5, ms=5, zorder=3)
+    ends.append((baseline[max(baseline)], "1", ORANGE, max(baseline)))
+    axis.set(xscale="log", xlabel="batch", xlim=(batches[0] * 0.8, batches[-1] * 2.2), yscale="log")
+    axis.xaxis.set_major_locator(ticker.FixedLocator(batches))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_locator(ticker.NullLocator())
+    axis.yaxis.set_major_formatter("{x:,.0f}")
+    axis.grid(alpha=0.25)
+    axis.set_title("tokens per second", loc="left", fontsize=12)
+    axis.text(0.97, 0.10, "diffusion,\nby tokens per forward", transform=axis.transAxes, color=BLUE, ha="right")
+    axis.text(0.97, 0.03, "autoregression", transform=axis.transAxes, color=ORANGE, ha="right")
+    apart(axis, ends)
+
+
+def apart(axis: Axes, ends: list[tuple[float, str, str, int]]) -> None:
+    """Name lines (y, words, colour, x) at their ends, each at least a line of text above the one below it at the same x."""
+    axis.figure.canvas.draw()
+    above: dict[int, float] = {}
+    for y, words, colour, x in sorted(ends):
+        at = 72 * axis.transData.transform((x, y))[1] / axis.figure.dpi  # points from the figure's lower edge
+        above[x] = max(at, above.get(x, at - 12) + 12)
+        label(axis, words, (x, y), (7, above[x] - at), "left", colour)
+
+
+def ratios_of(axis: Axes, batches: list[int], baseline: dict[int, float], fastest: list[dict[int, Row]]) -> None:
+    """A field for each batch and pace: how many times as fast as autoregression; grey where it was not measured."""
+    from matplotlib.patches import Rectangle
+
+    for y, found in enumerate(fastest):
+        for x, batch in enumerate(batches):
+            known = batch in found and batch in baseline
+            ratio = found[batch]["tokens_per_second"] / baseline[batch] if known else 1.0
+            colour = GREY if not known else BLUE if ratio > 1 else ORANGE
+            axis.add_patch(Rectangle((x - 0.47, y - 0.45), 0.94, 0.9, color=colour, alpha=0.15, lw=0))
+            words = (f"{ratio:.1f} x" if ratio >= 2 else f"{ratio:.2f} x") if known else "not\nmeasured"
+            weight, size = ("bold", 11) if known else ("normal", 8)
+            text = colour if known else DARK
+            axis.text(x, y, words, ha="center", va="center", color=text, fontweight=weight, fontsize=size)
+    axis.set(xlim=(-0.5, len(batches) - 0.5), ylim=(-0.5, len(fastest) - 0.5), xlabel="batch", ylabel="tokens per forward")
+    axis.set_xticks(range(len(batches)), map(str, batches))
+    axis.set_yticks(range(len(fastest)), map(pace_of, fastest))
+    axis.spines[["left", "bottom"]].set_visible(False)
+    axis.tick_params(left=False, bottom=False)
+    axis.set_title("diffusion's speed over autoregression's", loc="left", fontsize=12)
+
+
+PARTS: dict[str, Callable[[], None]] = {f.__name__: f for f in (speed, frontier, sudoku, reuse, pays)}
 
 
 def main(arguments: list[str] | None = None) -> int:

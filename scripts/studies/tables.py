@@ -10,6 +10,7 @@ What writes the data:
 
 * frontier.json, self_verify.json, sudoku.json: `python -m scripts.studies.pareto report --summary`
 * speed.json: `python -m scripts.benchmarks.published --output`; decode.json: `python -m scripts.benchmarks.decode --output`
+* when_diffusion_pays.json: `python -m scripts.studies.diffusion_pays --output`
 * quickstart.json: `bash scripts/quickstart.sh`, as results/quickstart.json
 * drafts.json of the shipped models: `python -m scripts.studies.calibrate`
 * measured.json, reuse.json: what other commands printed; each part names its command
@@ -27,12 +28,13 @@ from fastdllm.arguments import Parser
 from fastdllm.cli import one_line
 from fastdllm.models import find_folder
 from scripts.quickstart import table as quickstart_table
+from scripts.studies.diffusion_pays import AR, OPTIONS, SUB, crossing
 from scripts.studies.figures import DOCS, NEAR, Row, data
 
 ROOT = DOCS.parent
 PAGES = (
     "docs/choosing.md", "docs/frontier.md", "docs/log.md", "docs/lossless.md", "docs/performance.md", "docs/quickstart.md",
-    "dream/README.md", "llada/README.md", "v2/README.md",
+    "docs/when_diffusion_pays.md", "dream/README.md", "llada/README.md", "v2/README.md",
 )  # fmt: skip
 BLOCK = re.compile(r"(?P<head><!-- table (?P<name>\w+): [^\n]* -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)
 MODELS = "tiny-llada", "tiny-dream", "tiny-fast-dllm-v2"
@@ -336,6 +338,76 @@ def quickstart() -> str:
     return f"\n{found['where']}:\n\n{quickstart_table(found['settings'])}\n"
 
 
+# docs/when_diffusion_pays.md
+
+# Right answers and tokens per forward on GSM8K (chain of thought, no examples), as d3LLM's authors measured them:
+# arXiv 2601.07568 and its leaderboard. Their tokens end with the answer, as ours do.
+PUBLISHED_PACES = (
+    ("Dream-7B, Fast-dLLM", "79.0 %", 1.44),
+    ("Fast-dLLM-v2-7B", "81.5 %", 2.21),
+    ("LLaDA-8B, Fast-dLLM", "74.7 %", 2.77),
+    ("d3LLM-Dream-7B, trained for fewer forwards", "81.4 %", 4.94),
+    ("dParallel-LLaDA-8B, trained for fewer forwards", "72.6 %", 5.14),
+    ("d3LLM-LLaDA-8B, trained for fewer forwards", "73.1 %", 9.11),
+)
+
+
+def pays_speed() -> str:
+    """Tokens per second at each pace, and in brackets the positions computed per token."""
+    report = data("when_diffusion_pays")
+    cells = {(row["weights"], row["way"], row["per_step"], row["batch"]): row for row in report["rows"]}
+    batches = sorted({row["batch"] for row in report["rows"]})
+    paces = sorted({key[:3] for key in cells}, key=lambda key: (key[0], key[1] != AR, key[1] != SUB, key[2]))
+    rows = []
+    for weights, way, per_step in paces:
+        found = [cells.get((weights, way, per_step, batch)) for batch in batches]
+        forward = [row["tokens_per_forward"] for row in found if row]
+        line = [weights, way, f"{sum(forward) / len(forward):.1f}"]
+        for row, batch in zip(found, batches, strict=True):
+            aim = cells.get((weights, AR, 1.0, batch))
+            text = f"{row['tokens_per_second']:,.0f}" if row else ""
+            if row and aim and row["tokens_per_second"] > aim["tokens_per_second"]:
+                text = f"**{text}**"
+            line.append(f"{text} ({row['positions_per_token']:.1f})" if row else "")
+        rows.append(line)
+    return grid(("weights", "way", "tokens per forward", *(f"batch {batch}" for batch in batches)), rows)
+
+
+def pays_crossings() -> str:
+    """The least tokens per forward at which diffusion is as fast as autoregression."""
+    rows = data("when_diffusion_pays")["rows"]
+    batches, kinds = sorted({row["batch"] for row in rows}), sorted({row["weights"] for row in rows})
+
+    def cell(weights: str, way: str, batch: int) -> str:
+        found = crossing(rows, weights, way, batch)
+        return {"=": "", "<": "below ", ">": "above "}[found[1]] + f"{found[0]:.1f}" if found else ""
+
+    lines = [(weights, way, *(cell(weights, way, batch) for batch in batches)) for weights in kinds for way in OPTIONS]
+    return grid(("weights", "way", *(f"batch {batch}" for batch in batches)), lines)
+
+
+def pays_missing() -> str:
+    """The points without a figure, and why."""
+    batches: dict[tuple[str, ...], list[int]] = {}
+    for point in data("when_diffusion_pays")["missing"]:
+        key = point["weights"], point["way"], f"{point['per_step']:.3g}", point["why"]
+        batches.setdefault(key, []).append(point["batch"])
+    rows = [(*key[:3], ", ".join(map(str, sorted(found))), key[3]) for key, found in batches.items()]
+    return grid(("weights", "way", "tokens a step", "batches", "why"), rows)
+
+
+def paces_reached() -> str:
+    """Tokens per forward that trained models reach: the shipped ones, and published figures."""
+    rows = []
+    for model in MODELS:
+        found, cache = study("frontier", model), reference(model).partition("+")[2]
+        for level in ("0.99", "0.9"):
+            row = found[f"threshold={level}+{cache}"]
+            rows.append((f"{model}, threshold {level}", percent(row["accuracy"]), f"{row['tokens_per_forward']:.1f}"))
+    rows += [(name, right, f"{pace:.1f}") for name, right, pace in PUBLISHED_PACES]
+    return grid(("model", "right", "tokens per forward"), rows)
+
+
 # docs/frontier_tables.md
 
 
@@ -395,6 +467,7 @@ TABLES: dict[str, Callable[[], str]] = {
         presets, thresholds, remasking, not_paying, lossless, self_verify, sudoku,
         which_threshold, which_cache, published, by_batch, by_batch_few_bits, against_limit, against_limit_few_bits,
         full_forwards, step_in_loop, measured_llada, measured_dream, layer_reuse, quickstart,
+        pays_speed, pays_crossings, pays_missing, paces_reached,
     )
 } | {name: printed(name) for name in data("measured")["sections"]}  # fmt: skip
 

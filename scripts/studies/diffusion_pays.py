@@ -4,7 +4,8 @@
     python -m scripts.studies.diffusion_pays --output docs/when_diffusion_pays.json     # v2-7B's shape, bf16, on a GPU
     python -m scripts.studies.diffusion_pays --quantize fp8 --output ...                # adds the rows of other weights
     python -m scripts.studies.diffusion_pays --cpu                                      # the shipped tiny model
-    python -m scripts.studies.figures pays
+    python -m scripts.studies.figures pays                                              # the picture
+    python -m scripts.studies.tables                                                    # the tables
 
 Both ways have the same weights, kernels, KV store, captured graphs and prompts. Diffusion commits a fixed number of tokens a
 step, in sub-blocks of 8 or in whole blocks of 32. Whole answers are timed. The time to capture graphs is left out, because a

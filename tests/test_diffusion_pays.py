@@ -94,13 +94,17 @@ def test_the_study_measures_every_point_and_counts_positions(
     assert capsys.readouterr().out.count("positions per token") == len(rows)
 
 
+class Stopped(BaseException):
+    """What ends a process, and no point may catch."""
+
+
 def counted(monkeypatch: pytest.MonkeyPatch, stop_after: int) -> None:
     """Points cost nothing, and the run is stopped at the next one after so many."""
     done: list[str] = []
 
     def measure(study: diffusion_pays.Study, way: str, per_step: float, batch: int) -> diffusion_pays.Row:
         if len(done) == stop_after:
-            raise KeyboardInterrupt
+            raise Stopped
         done.append(way)
         return diffusion_pays.Row(study.weights, way, round(per_step, 3), batch, 9.0, 2.0, 4.0, 16, 0.5)
 
@@ -113,7 +117,7 @@ def test_a_run_that_is_stopped_keeps_what_it_measured(small: list[str], monkeypa
     whole = written(small)
     for stop_after in (1, 4):
         counted(monkeypatch, stop_after)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Stopped):
             diffusion_pays.main(["--quantize", "int8", *small])
         report = written(small)
         mine = {name: [row for row in report[name] if row["weights"] == "int8"] for name in ("rows", "missing")}
@@ -123,9 +127,9 @@ def test_a_run_that_is_stopped_keeps_what_it_measured(small: list[str], monkeypa
         assert {row["why"] for row in mine["missing"]} == {diffusion_pays.NOT_REACHED}
         assert report["notes"] == {"int8": f"The run was stopped after {stop_after} of its 10 points."}
         assert [row for row in report["rows"] if row["weights"] == "fp32"] == whole["rows"], "other weights' rows are kept"
+    counted(monkeypatch, stop_after=99)
     diffusion_pays.main(small)  # of other weights: the note of the stopped ones stays
     assert list(written(small)["notes"]) == ["int8"]
-    counted(monkeypatch, stop_after=99)
     diffusion_pays.main(["--quantize", "int8", *small])
     assert not written(small)["notes"] and not written(small)["missing"]
     assert [path.name for path in Path(small[-1]).parent.iterdir()] == ["pays.json"]

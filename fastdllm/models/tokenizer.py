@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
 from fastdllm.models.files import TOKENIZER_FILES, Fields, present, read_object, read_text
 from fastdllm.models.spec import MASK_ROLE
+
+with warnings.catch_warnings():
+    # In a notebook without ipywidgets, tqdm complains when transformers imports it, of a bar that nobody asked for.
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
 
 # Qwen2's split (its tokenizer.json, and `tokenization_qwen2.py` in transformers): contractions, words, single digits,
 # punctuation, line breaks, spaces.

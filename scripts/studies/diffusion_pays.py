@@ -44,7 +44,7 @@ from fastdllm.models import Model
 from fastdllm.models.quantize import KINDS
 from fastdllm.runners import cuda_graph, eager
 from fastdllm.stats import Stats
-from scripts.benchmarks.decode import commit, random_model, random_prompts, synchronise
+from scripts.benchmarks.decode import commit, random_model, random_prompts, synchronise, usable
 from scripts.studies.autoregression import autoregress
 
 AR, SUB, WHOLE = "autoregression", "sub-blocks of 8", "blocks of 32"
@@ -283,7 +283,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     began, args = time.perf_counter(), parse(arguments)
-    device = torch.device("cpu" if args.cpu else "cuda")
+    device = usable("cpu" if args.cpu else "cuda")
     if args.cpu:
         model = fastdllm.load("tiny-fast-dllm-v2", device=device, quantize=args.quantize)
     else:

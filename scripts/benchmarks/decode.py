@@ -387,7 +387,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     device = usable("cpu" if args.cpu else "cuda")
-    before = flatten(json.loads(Path(args.compare).read_text().strip().splitlines()[-1])) if args.compare else {}
+    before = (
+        flatten(json.loads(Path(args.compare).read_text(encoding="utf-8").strip().splitlines()[-1])) if args.compare else {}
+    )
     if device.type == "cuda" and not args.skip_checks:
         check_kernels()
     peak = ceilings(device, torch.bfloat16 if device.type == "cuda" else torch.float32)

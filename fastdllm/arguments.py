@@ -26,7 +26,7 @@ def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], 
             value = math.nan
         if not least <= value <= most or math.isinf(value):
             name = "an integer" if kind is int else "a number"
-            allowed = f"from {least:g} to {most:g}" if math.isfinite(most) else f"of at least {least:g}"
+            allowed = f"from {least:.12g} to {most:.12g}" if math.isfinite(most) else f"of at least {least:g}"
             raise argparse.ArgumentTypeError(f"must be {name} {allowed}, not {text[:60]!r}")
         return value
 

@@ -77,7 +77,7 @@ def test_every_model_with_figures_is_a_supported_one_and_has_both_tasks() -> Non
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--limit", "0"], "--limit 0 must be at least 1"),
+        (["--limit", "0"], "--limit: must be an integer from 1"),
         (["--adapter", "x"], "--adapter x is for one model; --model names 4"),
         (["--quantize", "int3"], "invalid choice: 'int3'"),
     ],

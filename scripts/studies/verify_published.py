@@ -254,9 +254,6 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     add_place_options(parser)
     add_weight_options(parser)
     args = parser.parse_args(given)
-    for name in ("limit", "batch_size"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            parser.error(f"--{name} {value} must be at least 1")
     for name in ("revision", "adapter"):
         if getattr(args, name) and len(args.model) > 1:
             parser.error(f"--{name} {getattr(args, name)} is for one model; --model names {len(args.model)}")

@@ -105,7 +105,8 @@ def measured(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     for kind in ("bf16", "fp8"):
         model = decode.random_model("llada", device, None if kind == "bf16" else kind)
         if kind == "bf16":
-            found = decode.forwards(model, decode.ceilings(device, torch.bfloat16), args.prompts[0], args.gen, args.repeats)
+            peak = decode.ceilings(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+            found = decode.forwards(model, peak, args.prompts[0], args.gen, args.repeats)
             forward_ms[kind] = {
                 f"block of {BLOCK}": found["block_forward_ms"],
                 f"{total} positions": found["full_forward_ms"],

@@ -93,6 +93,6 @@ def test_each_of_two_thousand_requests_comes_to_an_end(monkeypatch: pytest.Monke
     assert not stuck, [(w.job, w.forwards) for w in stuck]
     assert len(everyone) > THREADS * EACH / 4 and not any(thread.is_alive() for thread in threads)
     ended = [w.last for w in everyone if w.last is not None]
-    assert sum(isinstance(event, Finished) for event in ended) > len(ended) / 3
+    assert sum(isinstance(event, Finished) for event in ended) > len(ended) / 10
     assert all(isinstance(event, Finished | Failed) for event in ended)
     assert scheduler.close(60) and not scheduler._active and not scheduler._waiting and not scheduler._suspects

@@ -34,6 +34,7 @@ from scripts.studies.figures import DOCS, NEAR, Row, data
 ROOT = DOCS.parent
 PAGES = (
     "docs/choosing.md", "docs/frontier.md", "docs/log.md", "docs/lossless.md", "docs/performance.md", "docs/quickstart.md",
+    "docs/serving.md",
     "docs/when_diffusion_pays.md", "dream/README.md", "llada/README.md", "v2/README.md",
 )  # fmt: skip
 BLOCK = re.compile(r"(?P<head><!-- table (?P<name>\w+): [^\n]* -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)

@@ -73,6 +73,8 @@ CASES = [
     ("nemotron", {"decoder": "self_speculate"}),
     ("nemotron", {"decoder": "self_speculate", "cache": "none", "temperature": 0.7}),
     ("v2", {"cache": "block", "reuse_k": 4, "layer_subset": "1+2", "trim_ratio": 0.4}),
+    ("v2", {"decoder": "self_verify"}),
+    ("llada", {"decoder": "threshold", "threshold": 0.6, "attention_discount": 5.0}),
 ]
 
 

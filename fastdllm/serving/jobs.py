@@ -52,8 +52,8 @@ class Failed:
 
 def ending(result: Result, prompt: int) -> Finished | Failed:
     """What becomes of a result after a prompt of that length, without tensors: nothing of the device leaves the decoding
-    thread. One read brings everything."""
-    columns = torch.stack([result.ids[prompt:].double(), result.logprobs.double(), result.committed_at.double()]).tolist()
+    thread. One read brings everything, in fp32, where ids and numbers of forwards are exact."""
+    columns = torch.stack([result.ids[prompt:].float(), result.logprobs, result.committed_at.float()]).tolist()
     ids, logprobs, committed_at = columns
     if any(isnan(logprob) and at > 0 for logprob, at in zip(logprobs, committed_at, strict=True)):
         return Failed(NotANumber("the model's output for this request was not a number (NaN)"))

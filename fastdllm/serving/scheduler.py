@@ -337,9 +337,9 @@ class Scheduler:
         if any(job is not None and job.watched and not job.withdrawn for job in jobs):
             assert step.ids is not None and step.confidence is not None
             assert step.committed is not None and step.logprobs is not None
-            # One read for all: at each the thread may lose the interpreter to the callers' threads.
+            # One read for all: at each the thread may lose the interpreter to the callers' threads. Ids are exact in fp32.
             of_block = (step.ids, step.confidence, step.committed, step.logprobs)
-            ids, confidence, committed, logprobs = torch.stack([part.double() for part in of_block]).tolist()
+            ids, confidence, committed, logprobs = torch.stack([part.float() for part in of_block]).tolist()
             likeliest = step.likeliest and [part.tolist() for part in step.likeliest]
             for i, job in enumerate(jobs):
                 if job is None or not job.watched or job.withdrawn:

@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 
 from fastdllm.kernels.dot import dot
+from fastdllm.kernels.linear.int4 import HALF
 
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+_HALF = tl.constexpr(HALF)
 
 
 def _of_word(part: int) -> tl.constexpr:
@@ -44,7 +46,7 @@ def _half(scale, sums, o_n, o_m, N, M, c, C, GROUP: tl.constexpr, stride_n, stri
     p_step = scale + o_n.to(tl.int64) * stride_n + c // GROUP * stride_g
     b_step = tl.load(p_step, mask=(o_n < N) & here, other=0.0).to(tl.float32)
     b_zero = tl.load(p_step + stride_z, mask=(o_n < N) & here, other=0.0).to(tl.float32)
-    return b_step, b_zero, tl.load(sums + c // 128 * M + tl.minimum(o_m, M - 1), mask=here, other=0.0)
+    return b_step, b_zero, tl.load(sums + c // _HALF * M + tl.minimum(o_m, M - 1), mask=here, other=0.0)
 
 
 @triton.jit
@@ -64,7 +66,7 @@ def unit_product(
     b_p = dot(_levels(b_w, _FIRST, 0, PLUS, dtype), x_0, b_p)
     b_p = dot(_levels(b_w, _SECOND, 4, PLUS, dtype), x_1, b_p)
     b_y += b_s[:, None] * (b_p - (b_z + MORE)[:, None] * b_t[None, :])
-    b_s, b_z, b_t = _half(scale, sums, o_n, o_m, N, M, c + 128, C, GROUP, stride_n, stride_g, stride_z)
+    b_s, b_z, b_t = _half(scale, sums, o_n, o_m, N, M, c + _HALF, C, GROUP, stride_n, stride_g, stride_z)
     b_p = tl.zeros(b_y.shape, dtype=tl.float32)
     b_p = dot(_levels(b_w, _THIRD, 8, PLUS, dtype), x_2, b_p)
     b_p = dot(_levels(b_w, _FOURTH, 12, PLUS, dtype), x_3, b_p)

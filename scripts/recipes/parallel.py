@@ -42,6 +42,7 @@ from fastdllm.training.parallel import Clock, Collator, Curriculum, Example, Par
 from fastdllm.training.records import BadRecord, Conversation, is_target, keep_good, read_records, to_conversation
 from fastdllm.training.samples import encode
 from scripts.results import read_json
+from scripts.studies.paired import mcnemar
 
 REFERENCE = "one token a step"
 DRAWS = 50  # tries to find an example that fits
@@ -325,12 +326,11 @@ def train(trainer: ParallelTrainer, clock: Clock, resume: Path | None, folder: P
     return 1.0 if args.max_steps and trainer.state.global_step >= args.max_steps else clock.progress
 
 
-def mcnemar(first: list[bool], second: list[bool]) -> float:
-    """Two-sided exact p-value of the problems that only one of two solves."""
+def sign_test(first: list[bool], second: list[bool]) -> float:
+    """`paired.mcnemar` of the problems that only one of two solves."""
     only_first = sum(a and not b for a, b in zip(first, second, strict=True))
     only_second = sum(b and not a for a, b in zip(first, second, strict=True))
-    n, k = only_first + only_second, min(only_first, only_second)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n) if n else 1.0
+    return mcnemar(only_first, only_second)
 
 
 def report(before: list[dict], after: list[dict], out: Path) -> str:
@@ -344,7 +344,7 @@ def report(before: list[dict], after: list[dict], out: Path) -> str:
     ]
     for model, results in (("before", before), ("after", after)):
         for line in sorted(results, key=lambda line: -mean(line["forwards"])):
-            p = mcnemar(reference["right"], line["right"])
+            p = sign_test(reference["right"], line["right"])
             figures = f"{100 * mean(line['right']):.1f} | {mean(line['forwards']):.2f} | {p:.2g}"
             lines.append(f"| {model} | {line['setting']} | {figures} |")
     table = "\n".join(lines) + "\n"

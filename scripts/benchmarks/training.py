@@ -212,29 +212,24 @@ def main(argv: list[str] | None = None) -> None:
     shapes = {"tiny": TINY} if args.tiny else {name: SHAPES[name] for name in args.shapes}
     changes = {name: value for name in ("rows", "tokens") if (value := getattr(args, name)) is not None}
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    lines = [
-        f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, median of {args.steps} steps",
-        "",
-        "| shape | objective | devices | rows x tokens a device | ms a step | tokens/s | matrix rate, % | peak GiB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, median of {args.steps} steps\n")
+    print("| shape | objective | devices | rows x tokens a device | ms a step | tokens/s | matrix rate, % | peak GiB |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
     for label, given in shapes.items():
         shape = replace(given, **changes)
         for world in devices:
             for objective in OBJECTIVES:
-                print(f"{label}, {objective}, {world} ...", flush=True)
+                case = f"| {label} | {objective} | {world} | {shape.rows} x {shape.tokens} |"
                 try:
                     seconds, rate, peak = run(shape, objective, world, args)
                 except ProcessRaisedException as error:
                     reason = "out of memory" if "OutOfMemoryError" in str(error) else str(error).strip().splitlines()[-1]
-                    lines.append(f"| {label} | {objective} | {world} | {shape.rows} x {shape.tokens} | {reason} | | | |")
+                    print(f"{case} {reason} | | | |", flush=True)
                     continue
                 tokens = world * shape.rows * shape.tokens / seconds
                 share = 100 * shape.flops(objective) / (seconds * rate)
                 memory = f"{peak / 2**30:.1f}" if math.isfinite(peak) and peak else ""
-                figures = f"{1e3 * seconds:.0f} | {tokens:.0f} | {share:.1f} | {memory}"
-                lines.append(f"| {label} | {objective} | {world} | {shape.rows} x {shape.tokens} | {figures} |")
-    print("\n".join(lines), flush=True)
+                print(f"{case} {1e3 * seconds:.0f} | {tokens:.0f} | {share:.1f} | {memory} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ whoever holds a row keeps to its own slots (`Places`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -137,6 +138,7 @@ class Canvas:
     stops: [S, n] int64, the stop tokens of each request.
     numbers: [S, NUMBERS] fp32, what each request sets for itself.
     graphs: what a runner has captured on these tensors.
+    met: how often a runner has met what it may capture.
     """
 
     x: Tensor
@@ -149,6 +151,7 @@ class Canvas:
     store: KVStore
     idle: int = 0
     graphs: dict[Hashable, Any] = field(default_factory=dict)
+    met: Counter[Hashable] = field(default_factory=Counter)
     _states: dict[Hashable, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

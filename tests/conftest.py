@@ -72,6 +72,12 @@ def pairwise(rows: Sequence[Sequence[str]]) -> set[int]:
 
 
 @pytest.fixture(autouse=True)
+def captured_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests are short: a shape's first pass is captured already."""
+    monkeypatch.setattr("fastdllm.runners.cuda_graph.EAGER_FIRST", 0)
+
+
+@pytest.fixture(autouse=True)
 def seeds() -> None:
     random.seed(0)
     np.random.seed(0)

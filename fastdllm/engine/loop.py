@@ -94,6 +94,7 @@ def decode(
                 started = time.perf_counter()
                 blocks = [row.block for row in batch.rows]
                 out = execute(batch.plans(spec.shift - run.lookback), batch.noise(run, spec.vocab), batch.shape)
+                source.meanwhile()
                 status = out.status.tolist()  # sync: masks left, stopped, first masked, drift decide the next forward
                 batch.advance(run, status, spec.layers)
                 ask_for_more(canvas, batch)

@@ -29,6 +29,9 @@ class Source(Protocol):
     def withdrawn(self) -> Collection[int]:
         """Numbers of requests to drop, those that ended meanwhile included; each is told once."""
 
+    def meanwhile(self) -> None:
+        """Called after each launch of a forward, while the device computes: time for the source's other work."""
+
 
 class Listed:
     """All requests at once."""
@@ -46,6 +49,9 @@ class Listed:
 
     def withdrawn(self) -> Collection[int]:
         return ()
+
+    def meanwhile(self) -> None:
+        pass
 
 
 class Live:
@@ -104,3 +110,6 @@ class Live:
         with self._changed:
             numbers, self._withdrawn = self._withdrawn, set()
             return numbers
+
+    def meanwhile(self) -> None:
+        pass

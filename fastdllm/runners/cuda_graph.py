@@ -5,7 +5,8 @@ A step of an 8B model is some three hundred kernel launches, which take the host
 up to a thousand positions. Captured, they are one launch. A graph belongs to the canvas on which it was captured, and is
 keyed by the run's choices and by what shapes it: rows, width, key bucket and the step's other choices. Prompts of different
 lengths share it, because starts and lengths are tensors. Larger passes run eagerly: they take the device so long that their
-launches are hidden.
+launches are hidden. So do the first passes of any shape: to capture one takes as long as to run it several times, and among
+callers who come and go many shapes never return.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from fastdllm.models import Model
 
 CAPTURED_POSITIONS = 2048  # of all rows together; larger passes run eagerly
+EAGER_FIRST = 2  # of a runner that is not told otherwise
 WIDTH_BUCKET, WIDE_BUCKET = 8, 64  # positions of a pass, rounded up to a multiple of this; of the second above it
 KEY_BUCKET = 256  # keys a graph looks at, rounded up: attention skips what lies beyond a row's own length
 LENGTH_BUCKET = 512  # slots: canvases are rounded up to this, so that later prompts find room and keep the graphs
@@ -66,11 +68,13 @@ class Graph:
 
 
 class Runner:
-    """Lends canvases and keeps those that come back, with their graphs, for later runs."""
+    """Lends canvases and keeps those that come back, with their graphs, for later runs. eager_first: passes of a shape that
+    run eagerly before it is captured."""
 
     packs: ClassVar[bool] = True
 
-    def __init__(self) -> None:
+    def __init__(self, eager_first: int | None = None) -> None:
+        self.eager_first = EAGER_FIRST if eager_first is None else eager_first
         self.free: list[Canvas] = []
         self._lock = threading.Lock()
 
@@ -113,11 +117,18 @@ class Runner:
             return step(torch.tensor(plans, dtype=torch.long, device=canvas.x.device), noise, shape)
         idle = Plan.idle(len(canvas.numbers) - 1, IDLE * UNIT - 1, graphed.width)
         name = (key, rows, graphed, None if noise is None else noise.shape[1:])
+        padded = plans + [idle] * (rows - len(plans))
         if name not in canvas.graphs:
+            canvas.met[name] += 1
+            if canvas.met[name] <= self.eager_first:
+                if noise is not None and rows > len(plans):
+                    noise = torch.cat([noise, noise.new_full((rows - len(plans), *noise.shape[1:]), 0.5)])
+                table = torch.tensor(padded, dtype=torch.long, device=canvas.x.device)
+                return step(table, noise, graphed).head(len(plans))
             canvas.graphs[name] = self._capture(canvas, step, name, idle, noise)
         graph = canvas.graphs[name]
         # The graph's last fetch from this memory is over: the host has read its result since.
-        graph.host.numpy()[:] = plans + [idle] * (rows - len(plans))
+        graph.host.numpy()[:] = padded
         if noise is not None:
             graph.noise[: len(plans)].copy_(noise)
         graph.graph.replay()

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from math import isnan
 
 import torch
+from torch import Tensor
 
-from fastdllm.engine import Request, Result
+from fastdllm.engine import Request, Result, Step
 from fastdllm.serving.errors import NotANumber
 
 
@@ -86,3 +87,37 @@ class Job:
         if not self.forwards:
             return f"the answer was not begun {waited}: other requests, or one long forward, were before it"
         return f"the answer was not finished {waited}, by {self.forwards} forwards"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a traced step says, on the host.
+
+    step: the step.
+    columns: [4, R, Q] fp32, ids, confidence, committed and logprobs of its blocks.
+    likeliest: as that of the step.
+    """
+
+    step: Step
+    columns: Tensor
+    likeliest: tuple[Tensor, Tensor] | None
+
+    def progress(self, row: int, job: Job) -> Progress:
+        """What the request of a row is told."""
+        step, prompt = self.step, len(job.request.prompt)
+        start = max(step.starts[row] - prompt, 0)
+        size = step.stops[row] - prompt - start
+        ids, confidence, committed, logprobs = self.columns[:, row, :size].tolist()
+        top = None
+        if self.likeliest is not None and job.request.alternatives:
+            tokens, chances = (part[row].tolist() for part in self.likeliest)
+            top = [list(zip(*pair, strict=True)) for pair in zip(tokens, chances, strict=True)]
+        of_row = (list(map(int, ids)), confidence, list(map(bool, committed)), logprobs)
+        return Progress(job.forwards, start, *of_row, top, step.seconds, len(step.rows))
+
+
+def read(step: Step) -> Reading:
+    """One read for all rows: at each the thread may lose the interpreter to the callers' threads. Ids are exact in fp32."""
+    of_block = (step.ids, step.confidence, step.committed, step.logprobs)
+    columns = torch.stack([part.float() for part in of_block if part is not None]).cpu()
+    return Reading(step, columns, step.likeliest and (step.likeliest[0].cpu(), step.likeliest[1].cpu()))

@@ -5,6 +5,9 @@ A single thread runs `engine.decode` on a live source, so that nothing else ever
 thread, submit a request with a function that takes its events. Other work on the model (scores, typed answers) is handed
 over as a call and runs between two rounds.
 
+What a forward did is read at once, and told to the callers while the device computes the next one: to tell dozens of them
+takes as long as a part of a forward.
+
 A second thread watches the deadlines, so that a request ends in time even when a round does not come back.
 
 When a round raises, nothing says whose fault it was. So each request that was running is tried again by itself: the one
@@ -22,17 +25,18 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from contextlib import closing, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from fastdllm.build import assemble, resolve, runner
 from fastdllm.config import DecodeConfig
-from fastdllm.engine import Request, Result, Step, check, decode
+from fastdllm.engine import Request, Step, check, decode
 from fastdllm.engine.admission import ROWS, size_of
 from fastdllm.forward import ALTERNATIVES
 from fastdllm.serving.errors import Closed, Expired, Overloaded, TooLong
-from fastdllm.serving.jobs import Event, Failed, Job, Progress, ending
+from fastdllm.serving.jobs import Event, Failed, Finished, Job, Reading, ending, read
 from fastdllm.serving.turns import Turns
 from fastdllm.store import UNIT
 
@@ -47,17 +51,26 @@ SILENT = 60.0  # seconds of one round or call after which the log says where it 
 
 
 class Feed:
-    """The source of one run of the loop: hands over what waits, and says what is no longer wanted."""
+    """The source of one run of the loop: hands over what waits, and says what is no longer wanted. news: what callers have
+    not been told yet, as calls that tell them."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._handed = 0
         self.jobs: dict[int, Job] = {}  # by number, those that the loop still holds
+        self.news: list[Callable[[], None]] = []
 
     def known(self) -> None:
         return None
 
+    def meanwhile(self) -> None:
+        news, self.news = self.news, []
+        for tell in news:
+            tell()
+
     def take(self, idle: bool) -> list[Request] | None:
+        if idle or self._scheduler._calls:  # what comes first may take long
+            self.meanwhile()
         jobs = self._scheduler._next(idle, self.jobs.values())
         if jobs is None:
             return None
@@ -264,6 +277,7 @@ class Scheduler:
                 return
             except Exception as error:
                 log.exception("a round of the decoding loop failed")
+                feed.meanwhile()
                 self._recover(error, list(feed.jobs.values()))
 
     def _round(self, steps: Iterator[Step]) -> Step | None:
@@ -328,41 +342,32 @@ class Scheduler:
             self._last_round = time.monotonic()
 
     def _take_in(self, step: Step, feed: Feed) -> None:
-        """Tell each request of a step how far it is."""
+        """Read what a step did; `feed` holds it as news for the callers."""
         jobs = [feed.jobs.get(number) for number in step.rows]
         for job in jobs:
             if job is not None:
                 job.started, job.forwards = True, job.forwards + 1
         self.forwards += 1
         if any(job is not None and job.watched and not job.withdrawn for job in jobs):
-            assert step.ids is not None and step.confidence is not None
-            assert step.committed is not None and step.logprobs is not None
-            # One read for all: at each the thread may lose the interpreter to the callers' threads. Ids are exact in fp32.
-            of_block = (step.ids, step.confidence, step.committed, step.logprobs)
-            ids, confidence, committed, logprobs = torch.stack([part.float() for part in of_block]).tolist()
-            likeliest = step.likeliest and [part.tolist() for part in step.likeliest]
-            for i, job in enumerate(jobs):
-                if job is None or not job.watched or job.withdrawn:
-                    continue
-                prompt = len(job.request.prompt)
-                start = max(step.starts[i] - prompt, 0)
-                size = step.stops[i] - prompt - start
-                top = None
-                if likeliest and job.request.alternatives:
-                    top = [list(zip(*pair, strict=True)) for pair in zip(likeliest[0][i], likeliest[1][i], strict=True)]
-                tokens, gained = list(map(int, ids[i][:size])), list(map(bool, committed[i][:size]))
-                of_row = (tokens, confidence[i][:size], gained, logprobs[i][:size])
-                with self._lock:
-                    if not job.over:
-                        self._tell(job, Progress(job.forwards, start, *of_row, top, step.seconds, len(step.rows)))
+            feed.news.append(partial(self._report, jobs, read(step)))
         for number, result in step.done.items():
             job = feed.jobs.pop(number, None)
             if job is not None:
-                self._finish(job, result, len(step.rows))
+                answer = ending(result, len(job.request.prompt))
+                feed.news.append(partial(self._finish, job, answer, len(step.rows)))
 
-    def _finish(self, job: Job, result: Result, rows: int) -> None:
+    def _report(self, jobs: list[Job | None], reading: Reading) -> None:
+        """Tell each request of a step how far it is."""
+        for i, job in enumerate(jobs):
+            if job is None or not job.watched or job.withdrawn:
+                continue
+            progress = reading.progress(i, job)
+            with self._lock:
+                if not job.over:
+                    self._tell(job, progress)
+
+    def _finish(self, job: Job, answer: Finished | Failed, rows: int) -> None:
         """Hand out the answer of a job that was one of `rows`."""
-        answer = ending(result, len(job.request.prompt))
         with self._lock:
             if job.over:  # withdrawn or late, meanwhile
                 return

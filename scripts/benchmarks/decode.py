@@ -262,7 +262,7 @@ def step_times(model: Model, prompt: int, gen: int, options: dict[str, Any]) -> 
     """
     request = Request(torch.randint(0, model.spec.vocab - 600, (prompt,), device=model.device), gen)
     config = fastdllm.DecodeConfig(decoder="quota", gen_length=gen, steps=gen // 4, stop_ids=(), **options)
-    runner: Runner = cuda_graph.Runner() if model.device.type == "cuda" else eager.Runner()
+    runner: Runner = cuda_graph.Runner(eager_first=0) if model.device.type == "cuda" else eager.Runner()
 
     def walls() -> list[float]:
         found, began = [], time.perf_counter()

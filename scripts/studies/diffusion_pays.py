@@ -88,7 +88,7 @@ class Captured(cuda_graph.Runner):
     """The runner of captured graphs, which says how long it captured."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(eager_first=0)
         self.capturing = 0.0
 
     def _capture(self, canvas: Any, *given: Any) -> Any:

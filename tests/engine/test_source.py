@@ -42,6 +42,9 @@ class Scripted:
     def withdrawn(self) -> Collection[int]:
         return self.withdrawals.get(self.round, [])
 
+    def meanwhile(self) -> None:
+        pass
+
 
 def request(rng: random.Random, run: fastdllm.decoding.Decoding) -> Request:
     """A request with numbers of its own."""

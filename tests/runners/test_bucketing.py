@@ -68,6 +68,20 @@ def test_padding_changes_nothing(monkeypatch: pytest.MonkeyPatch, family: str, o
     assert graphs(model)
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}], ids=str)
+def test_the_first_passes_of_a_shape_run_eagerly(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    """On the padded shape, so that a step gives the same whether it is captured yet or not; the third is captured."""
+    monkeypatch.setattr(cuda_graph.Runner, "_capture", emulated)
+    monkeypatch.setattr(cuda_graph, "EAGER_FIRST", 2)
+    model, options = random_model(), {"gen_length": 9, "block_length": 9, "steps": 1, "decoder": "quota", **options}
+    batch = prompts(9, 40, 3)
+    eager = fastdllm.generate(model, batch, runner="eager", stop_ids=(), **options)
+    for times in range(1, 5):
+        answers = fastdllm.generate(model, batch, runner="cuda_graph", stop_ids=(), **options)
+        assert [s.tolist() for s in answers.sequences] == [s.tolist() for s in eager.sequences]
+        assert bool(graphs(model)) == (times > 2)
+
+
 def test_large_passes_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graph.Runner, "_capture", emulated)
     monkeypatch.setattr(cuda_graph, "CAPTURED_POSITIONS", 128)

@@ -26,7 +26,7 @@ class Block:
     index: counts the outer blocks of the row, from 0.
     opens: whether this is the first (sub-)block of its outer block.
     prompt, total: of the row, whose answer is [prompt, total).
-    grid: the size of grid-aligned blocks, 0 for prompt-aligned ones.
+    grid, sub: the sizes of grid-aligned blocks and of their sub-blocks, 0 for prompt-aligned ones.
     reread: in a family that reads its context causally, the first position that was not read in that way yet when the block
         opens; None in other families.
     """
@@ -41,6 +41,7 @@ class Block:
     prompt: int
     total: int
     grid: int = 0
+    sub: int = 0
     reread: int | None = None
 
     @property
@@ -159,7 +160,7 @@ def grid_aligned(size: int, sub: int, at_prompt: bool = False) -> Geometry:
                 out.append(
                     Block(
                         start=start, stop=stop, outer_start=outer, outer_stop=end, visible_end=end,
-                        index=index, opens=opens, prompt=prompt, total=total, grid=size,
+                        index=index, opens=opens, prompt=prompt, total=total, grid=size, sub=sub,
                     )
                 )  # fmt: skip
                 opens = False

@@ -12,7 +12,9 @@ from torch import Tensor
 
 import fastdllm
 from fastdllm import registry, testing
+from fastdllm.blocks import Block, Pass
 from fastdllm.build import assemble, runner
+from fastdllm.caches import none
 from fastdllm.engine import Request, decode
 from fastdllm.models.transformer import Layer
 from fastdllm.prompts import encode
@@ -132,6 +134,37 @@ def test_v2_sub_block_cache_recomputes_the_sub_block_alone() -> None:
     narrow = out.stats.row_forwards[0] * 8 - out.stats.row_positions[0]
     assert out.stats.row_forwards[0] == 8
     assert narrow % 4 == 0 and narrow >= 8
+
+
+class Everything(none.Cache):
+    """Recomputes all that a block may see in every forward, its first one too."""
+
+    def open(self, block: Block) -> Pass | None:
+        return None
+
+
+@pytest.mark.parametrize("decoder", [{"threshold": 0.2}, {"decoder": "quota", "steps": 10}], ids=str)
+def test_v2_fused_commit_gives_what_recomputing_everything_gives(decoder: dict[str, Any]) -> None:
+    """Sub-blocks as wide as blocks: to fuse a block's commit with the next one's first step leaves nothing stale."""
+    given, options = prompts(3, 6), {"block_length": 8, "small_block_size": 8, "gen_length": 30, "stop_ids": (), **decoder}
+    model = random_model("v2")
+    fused = fastdllm.generate(model, given, cache="fused", **options)
+    whole = fastdllm.generate(model, given, cache=Everything(), **options)
+    assert [s.tolist() for s in fused.sequences] == [s.tolist() for s in whole.sequences]
+    assert fused.stats.row_forwards == whole.stats.row_forwards
+    assert sum(fused.stats.row_positions) < sum(whole.stats.row_positions)
+
+
+@pytest.mark.parametrize("steps", [8, 16])
+def test_v2_fused_needs_fewer_forwards_and_positions_than_sub_blocks(steps: int) -> None:
+    """Two whole blocks of 16 after a prompt of one, in sub-blocks of 4: no forward of its own for the commit."""
+    model, costs = random_model("v2"), {}
+    for cache in ("fused", "sub_block"):
+        options = {"block_length": 16, "small_block_size": 4, "decoder": "quota", "steps": steps, "gen_length": 32}
+        out = fastdllm.generate(model, prompts(16), cache=cache, stop_ids=(), **options)
+        costs[cache] = (out.stats.row_forwards[0], out.stats.row_positions[0])
+    assert costs["fused"][0] < costs["sub_block"][0]
+    assert costs["fused"][1] < costs["sub_block"][1]
 
 
 def counted_forwards(model: fastdllm.Model, monkeypatch: pytest.MonkeyPatch) -> Counter:

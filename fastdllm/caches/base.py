@@ -20,17 +20,19 @@ class CachePlan(ABC):
     """Which positions each forward recomputes, and what they see.
 
     `open` refreshes the store when a block opens. Its logits are the decoder's first step; a shifted model learns only the
-    block's first token from it. `step` says what a denoising forward recomputes.
+    block's first token from it, unless the plan `begins` the block. `step` says what a denoising forward recomputes.
 
     block_causal: the plan needs a model whose finished blocks never change (True), needs one that reads both ways (False),
         or takes any (None).
     causal: whether the plan needs a model that reads its context causally.
     pure: whether a forward depends on the block's content only, not on the steps that led to it.
+    begins: whether the pass that opens a block is its first denoising pass in shifted models too.
     """
 
     block_causal: ClassVar[bool | None] = False
     causal: ClassVar[bool] = False
     pure: ClassVar[bool] = True
+    begins: ClassVar[bool] = False
 
     @classmethod
     def fits(cls, block_causal: bool, causal: bool) -> bool:

@@ -88,12 +88,13 @@ def decode(
     use_threads(model)
     with runner.canvas(model, room(model, source, run, rows, positions)) as canvas:
         desk = Desk(model, run, canvas, source)
+        shift = 0 if run.cache.begins else spec.shift - run.lookback
         execute = partial(runner, canvas, partial(denoise, model, canvas, run), run.key)
         while desk.open():
             for batch in batches(desk.live, run, spec.shift, runner.packs):
                 started = time.perf_counter()
                 blocks = [row.block for row in batch.rows]
-                out = execute(batch.plans(spec.shift - run.lookback), batch.noise(run, spec.vocab), batch.shape)
+                out = execute(batch.plans(shift), batch.noise(run, spec.vocab), batch.shape)
                 source.meanwhile()
                 status = out.status.tolist()  # sync: masks left, stopped, first masked, drift decide the next forward
                 batch.advance(run, status, spec.layers)

@@ -32,6 +32,7 @@ CASES = [
     ("dream", {"cache": "prefix", "first_token": "rule"}),
     ("v2", {"cache": "block", "reuse_k": 3, "layer_subset": "1", "trim_ratio": 0.4}),
     ("v2", {"cache": "sub_block", "small_block_size": 4}),
+    ("v2", {"cache": "fused", "small_block_size": 4}),
     ("v2", {"cache": "block", "threshold": 0.3, "attention_discount": 20, "lossless": 3}),
 ]
 

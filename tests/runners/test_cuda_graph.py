@@ -65,6 +65,7 @@ CASES = [
     ("dream", {"cache": "dual", "decoder": "quota", "confidence": "entropy"}),
     ("v2", {"cache": "block"}),
     ("v2", {"cache": "sub_block"}),
+    ("v2", {"cache": "fused", "small_block_size": 4}),
     ("v2", {"cache": "block", "reuse_k": 2, "layer_subset": "middle"}),
     ("nemotron", {"cache": "causal"}),
     ("nemotron", {"cache": "none", "decoder": "quota", "temperature": 0.7}),

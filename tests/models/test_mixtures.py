@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +190,24 @@ def test_an_adapter_is_merged_into_the_expert_it_names(tmp_path: Path, kind: str
     expected = dict(fastdllm.load(str(tmp_path / "base"), device="cpu").network.named_parameters())
     for name, value in merged.network.named_parameters():
         torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_lm_eval_and_the_chat_take_the_folder(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    pytest.importorskip("lm_eval")
+    from fastdllm.evaluation.harness import DiffusionLM
+    from fastdllm.ui import terminal
+    from tests.evaluation.test_harness import evaluate
+
+    write_checkpoint(tmp_path, kind, shards=2, max_position_embeddings=2048)
+    adapter = DiffusionLM(pretrained=str(tmp_path), device="cpu", batch_size=2, gen_length=16, show_speed=True)
+    speed = evaluate(adapter, "gsm_symbolic", limit=2, num_fewshot=0, apply_chat_template=True)["config"]["speed"]
+    assert speed["samples"] == 2 and speed["nfe"] > 0
+    scored = evaluate(adapter, "gsm_symbolic_mc", limit=2, num_fewshot=0)["results"]["gsm_symbolic_mc"]
+    assert 0 <= scored["acc,none"] <= 1
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Tom has 5 apples.\nAnd now?")))
+    assert terminal.main(["--model", str(tmp_path), "--max-new-tokens", "24", "--stop-ids", "()"]) == 0
+    assert capsys.readouterr().out.count("tokens/forward") == 2
 
 
 def deep(layers: int) -> Model:

@@ -21,7 +21,7 @@ from fastdllm.kernels.silu_mul.reference import linear_silu_mul, silu_mul
 
 FEW = 64  # positions for which all experts compute; it is also up to where the products are bound by reading weights
 CHUNK, SORTED_CHUNK = 1024, 8192  # positions at a time, which bounds the memory of what lies between the products
-GROUPED = getattr(F, "grouped_mm", None)  # torch 2.10 and later
+GROUPED = getattr(F, "grouped_mm", None)  # older versions of torch have none
 
 
 def experts_rmsnorm(
@@ -91,7 +91,7 @@ def is_sorted(rows: Tensor, gate_up: Tensor, scale: Tensor | None, inner: int) -
     if not rows.is_cuda:
         return rows.dtype in (torch.float32, torch.bfloat16)
     # Other cards and numbers take a path of the library that reads the groups on the host.
-    fits = rows.dtype == torch.bfloat16 and inner % 8 == 0 and rows.shape[1] % 8 == 0
+    fits = rows.dtype == torch.bfloat16 and not any(n % 8 for n in (inner, rows.shape[1], len(gate_up) // 2))
     return fits and torch.cuda.get_device_capability(rows.device)[0] in (9, 10)
 
 

@@ -27,12 +27,16 @@ from fastdllm.config import DecodeConfig
 from fastdllm.decoders.base import DecoderRule
 from fastdllm.generation import Output, generate
 from fastdllm.models import Model
-from fastdllm.models.spec import ModelSpec
+from fastdllm.models.spec import Experts, ModelSpec
 from fastdllm.models.transformer import Transformer
 from fastdllm.registry import Kind
 from fastdllm.view import View
 
 FAMILIES = ("llada", "dream", "v2", "nemotron")
+MIXTURES = {  # families of experts, like "llada" and, in blocks, without a shift
+    "llada_moe": Experts(count=6, active=2, inner=12),
+    "llada2_moe": Experts(8, 3, inner=12, shared=12, dense=1, score="sigmoid", groups=4, active_groups=2, scale=2.5),
+}
 VOCAB, MASK, STOP = 40, 38, 37
 KINDS = ("spread", "sure", "hopeless", "equal", "certain")  # how confidences are distributed
 WIDTHS = (1, 2, 8, 32)
@@ -81,9 +85,10 @@ def random_model(family: str = "llada", seed: int = 0) -> Model:
     """A small random model whose confidences spread over all of (0, 1).
 
     family: "llada" (no shift), "dream" (shift 1), "v2" (shift 1 and block-causal, with blocks of 8), "nemotron" (no shift, a
-        causal context).
+        causal context), "llada_moe" and "llada2_moe" (mixtures of experts; the second in blocks of 8).
     """
-    shift, block, causal = int(family in ("dream", "v2")), 8 if family == "v2" else 0, family == "nemotron"
+    shift, causal = int(family in ("dream", "v2")), family == "nemotron"
+    block = 8 if family in ("v2", "llada2_moe") else 0
     spec = ModelSpec(
         family=family,
         layers=2,
@@ -105,12 +110,14 @@ def random_model(family: str = "llada", seed: int = 0) -> Model:
         pad_id=0,
         defaults={"cache": "block" if block else "causal" if causal else "dual", "schedule": "even", "block_length": 8},
         causal_context=causal,
+        experts=MIXTURES.get(family),
+        rotary=4 if family == "llada2_moe" else 0,
     )
     torch.manual_seed(seed)
     network = Transformer(spec)
     with torch.no_grad():
         for name, weight in network.named_parameters():
-            if weight.ndim == 2:
+            if weight.ndim == 2 or name.endswith("router_bias"):
                 weight.normal_(0, 0.3 if "head" not in name else 0.5)
     return Model(network, spec, None, f"random-{family}-{seed}")
 

@@ -29,6 +29,18 @@ LLADA_TEMPLATE = (
     "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
+# LLaDA-MoE and LLaDA2.x write roles in capitals; LLaDA2.x always begins with what the system says of thinking
+# (https://huggingface.co/inclusionAI/LLaDA2.1-flash/blob/main/tokenizer_config.json, without its part about tools).
+ROLES_TEMPLATE = (
+    "{% for m in messages %}<role>{{ {'system': 'SYSTEM', 'user': 'HUMAN'}.get(m['role'], 'ASSISTANT') }}</role>"
+    "{{ m['content'] }}<|role_end|>{% endfor %}{% if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}"
+)
+THINKING_TEMPLATE = (
+    "<role>SYSTEM</role>{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\\n' }}{% endif %}"
+    "detailed thinking off<|role_end|>"
+    + ROLES_TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
+)
+TEMPLATES = {"llada": LLADA_TEMPLATE, "llada_moe": ROLES_TEMPLATE, "llada2_moe": THINKING_TEMPLATE}
 # Added tokens as published, in the order of their ids; True is "special" in tokenizer_config.json.
 # Qwen2.5's 22, ids 151643 to 151664: https://huggingface.co/Qwen/Qwen2.5-7B-Instruct/blob/main/tokenizer_config.json
 QWEN2_5 = {
@@ -82,7 +94,9 @@ ADDED["llada_moe"] = dict.fromkeys(
     ],
     True,
 )
+ADDED["llada2_moe"] = ADDED["llada_moe"]  # the mask and the ends have the same ids (SGLang's srt/dllm/config.py, model card)
 EXPERTS, ACTIVE, INNER = 6, 2, 16  # of a layer, of a token, channels of one
+GROUPED = 8  # experts of a layer of LLaDA2.x, in groups of two
 FIRST = ("stable_diffcoder", "nemotron")  # their control tokens come before the words
 VOCAB = 640  # embedding rows: the byte pairs, LLaDA's added tokens and some that no token uses
 
@@ -119,7 +133,7 @@ def write_tokenizer(folder: Path, family: str) -> None:
     config = {
         "added_tokens_decoder": {str(i): {"content": t, **flags, "special": ADDED[family][t]} for t, i in ids.items()},
         "bos_token": "<|startoftext|>" if family == "llada" else None,
-        "chat_template": LLADA_TEMPLATE if family == "llada" else CHATML,
+        "chat_template": TEMPLATES.get(family, CHATML),
         "eos_token": end_of(family),
         "pad_token": end_of(family),
     }
@@ -211,6 +225,12 @@ def own_fields(family: str, ids: dict[str, int]) -> dict[str, Any]:
             "routed_scaling_factor": 1,
         }
         return own | {"partial_rotary_factor": 1.0, "router_aux_loss_coef": 0.01, "output_router_logits": False}
+    if family == "llada2_moe":
+        own = {"architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe", "num_shared_experts": 1, "head_dim": 16}
+        own |= {"num_experts": GROUPED, "num_experts_per_tok": 3, "moe_intermediate_size": INNER, "n_group": 4}
+        own |= {"topk_group": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "partial_rotary_factor": 0.5}
+        own |= {"moe_router_enable_expert_bias": True, "score_function": "sigmoid", "norm_topk_prob": True}
+        return own | {"use_bias": False, "use_qkv_bias": False, "num_hidden_layers": LAYERS + 1, "eos_token_id": None}
     if family == "nemotron":  # the defaults of configuration_nemotron_labs_diffusion.py
         rope = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 128, "beta_fast": 32.0}
         rope |= {"beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1, "rope_theta": 10000.0}
@@ -286,6 +306,36 @@ def qwen2_tensors(config: dict[str, Any]) -> dict[str, Tensor]:
     return _random(shapes)
 
 
+def llada2_tensors(config: dict[str, Any]) -> dict[str, Tensor]:
+    """Names and shapes of modeling_llada2_moe.py; the biases that choose experts are of some size, so that they matter."""
+    c, v, d = config["hidden_size"], config["vocab_size"], config["head_dim"]
+    qkv, inner = d * (config["num_attention_heads"] + 2 * config["num_key_value_heads"]), config["moe_intermediate_size"]
+    shapes: dict[str, tuple[int, ...]] = {"model.word_embeddings.weight": (v, c), "model.norm.weight": (c,)}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (v, c)
+    for i in range(config["num_hidden_layers"]):
+        p = f"model.layers.{i}."
+        shapes |= {p + "input_layernorm.weight": (c,), p + "post_attention_layernorm.weight": (c,)}
+        shapes |= {p + f"attention.{n}_layernorm.weight": (d,) for n in ("query", "key")}
+        shapes[p + "attention.query_key_value.weight"] = (qkv, c)
+        if config["use_qkv_bias"]:
+            shapes[p + "attention.query_key_value.bias"] = (qkv,)
+        shapes[p + "attention.dense.weight"] = (c, d * config["num_attention_heads"])
+        parts = {"mlp.": config["intermediate_size"]}
+        if i >= config["first_k_dense_replace"]:
+            parts = {f"mlp.experts.{e}.": inner for e in range(config["num_experts"])}
+            if shared := config["num_shared_experts"]:
+                parts["mlp.shared_experts."] = inner * shared
+            shapes |= {
+                p + "mlp.gate.weight": (config["num_experts"], c),
+                p + "mlp.gate.expert_bias": (config["num_experts"],),
+            }
+        for part, width in parts.items():
+            shapes |= {p + part + f"{n}_proj.weight": (width, c) for n in ("gate", "up")}
+            shapes[p + part + "down_proj.weight"] = (c, width)
+    return _random(shapes)
+
+
 def llada_tensors(config: dict[str, Any]) -> dict[str, Tensor]:
     c, f, v = config["d_model"], config["mlp_hidden_size"], config["embedding_size"]
     kv = c // config["n_heads"] * config["n_kv_heads"]
@@ -326,7 +376,7 @@ def write_checkpoint(
     write_json(folder / "config.json", config)
     if tokenizer:
         write_tokenizer(folder, family)
-    tensors = llada_tensors(config) if family == "llada" else qwen2_tensors(config)
+    tensors = {"llada": llada_tensors, "llada2_moe": llada2_tensors}.get(family, qwen2_tensors)(config)
     stored = {n: t.to(dtype) for n, t in tensors.items()}
     if shards == 1:
         save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})

@@ -24,6 +24,7 @@ from fastdllm.kernels.block_attention import reference as _block_attention
 from fastdllm.kernels.confidence import reference as _confidence
 from fastdllm.kernels.confidence.reference import Confidence
 from fastdllm.kernels.discount import reference as _discount
+from fastdllm.kernels.experts import reference as _experts
 from fastdllm.kernels.linear import reference as _linear
 from fastdllm.kernels.linear.reference import quantize_weight
 from fastdllm.kernels.partial import reference as _partial
@@ -71,6 +72,7 @@ rmsnorm = dispatch(_rmsnorm.rmsnorm)
 linear = dispatch(_linear.linear)
 linear_rmsnorm = dispatch(_rmsnorm.linear_rmsnorm)
 linear_silu_mul = dispatch(_silu_mul.linear_silu_mul)
+experts_rmsnorm = dispatch(_experts.experts_rmsnorm)
 linear_rope_store = dispatch(_rope_store.linear_rope_store)
 # Triton multiplies fp32 outside the matrix unit and takes half a minute to compile it; the library has both.
 attention = dispatch(_attention.attention, library=torch.float32)
@@ -92,6 +94,7 @@ __all__ = [
     "confidence",
     "discount",
     "drift",
+    "experts_rmsnorm",
     "head_confidence",
     "linear",
     "linear_rmsnorm",

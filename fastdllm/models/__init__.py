@@ -44,6 +44,7 @@ FAMILIES = {
     "a2d-llama": "a2d",
     "LLaDAMoEModelLM": "llada_moe",
     "LLaDAMoEModel": "llada_moe",
+    "llada2_moe": "llada2_moe",
     "StableDiffcoderForCausalLM": "stable_diffcoder",
     "nemotron_labs_diffusion": "nemotron",
 }

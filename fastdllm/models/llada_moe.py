@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from fastdllm.models import qwen2
 from fastdllm.models.files import Fields
-from fastdllm.models.spec import EXPERTS, Family, ModelSpec, mask_id, pad_id, stop_ids
+from fastdllm.models.spec import EXPERTS, Experts, Family, ModelSpec, mask_id, pad_id, stop_ids
 
 # What the layers compute where config.json says nothing, and all that is read here.
 PLAIN = {
@@ -28,7 +28,7 @@ def read(config: Fields, ids: Mapping[str, int]) -> ModelSpec:
     """`ids` maps the tokenizer's added tokens to ids; `<|role_end|>` ends an answer of the Instruct model."""
     norms = config.flag("qk_layernorm")
     shapes = qwen2.shapes(config, qkv_bias=False, qk_norm=norms, ffn="expert_intermediate_size")
-    experts = config.integer("num_experts", 1, EXPERTS)
+    count = config.integer("num_experts", 1, EXPERTS)
     for name, usual in PLAIN.items():
         if config.get(name, usual[0]) not in usual:
             raise config.wrong(name, f"only {' or '.join(map(repr, usual))} is supported")
@@ -37,31 +37,24 @@ def read(config: Fields, ids: Mapping[str, int]) -> ModelSpec:
     stops = stop_ids(config, ids, "<|endoftext|>", "<|role_end|>")
     return ModelSpec(
         family="llada_moe",
-        **{**shapes, "ffn": experts * shapes["ffn"]},
+        **shapes,
         shift=0,
         block_causal=0,
         mask_id=mask_id(config, ids, "<|mask|>", 156895),
         stop_ids=stops,
         pad_id=pad_id(config, stops, 0),
         defaults={"cache": "dual", "schedule": "even"},
-        experts=experts,
-        active_experts=config.integer("num_experts_per_tok", 1, experts),
+        experts=Experts(count, config.integer("num_experts_per_tok", 1, count), shapes["ffn"]),
     )
 
 
 def names(spec: ModelSpec) -> dict[str, tuple[str, int]]:
     """Published tensor name -> (parameter of the network, first row)."""
     table = {name: place for name, place in qwen2.names(spec).items() if ".mlp." not in name}
-    inner = spec.ffn // spec.experts
+    starts = spec.experts.starts() if spec.experts else {}
     for i in range(spec.layers):
         old, new = f"model.layers.{i}.mlp.", f"layers.{i}."
-        table[old + "gate.weight"] = (new + "router", 0)
-        for e in range(spec.experts):
-            table |= {
-                f"{old}experts.{e}.gate_proj.weight": (new + "gate_up.weight", e * inner),
-                f"{old}experts.{e}.up_proj.weight": (new + "gate_up.weight", spec.ffn + e * inner),
-                f"{old}experts.{e}.down_proj.weight": (new + "down.weight", e * spec.width),
-            }
+        table |= {old + "gate.weight": (new + "router", 0), **qwen2.ffn_names(old, new, starts, spec.inner(i))}
     return table
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastdllm.models.files import Fields
@@ -18,13 +19,14 @@ def shapes(
     qk_norm: bool = False,
     rope_kinds: tuple[str, ...] = ("default",),
     ffn: str = "intermediate_size",
+    partial: bool = False,
 ) -> dict[str, Any]:
     """The fields of `ModelSpec` that every config.json in this layout gives (transformers 4 and 5 style).
 
     qkv_bias: whether the architecture (Qwen2) has biases on queries, keys and values where config.json does not say
     otherwise; in those that have none by default (Qwen3, Llama) `attention_bias` would add one to the output as well.
     qk_norm: whether it normalises query and key heads. rope_kinds: the rotations it may have.
-    ffn: the field of the inner width.
+    ffn: the field of the inner width. partial: whether `partial_rotary_factor` may leave channels of a head unrotated.
     """
     heads, width = config.integer("num_attention_heads", 1, HEADS), config.integer("hidden_size", 1, WIDTH)
     if "head_dim" not in config and width % heads:
@@ -32,13 +34,15 @@ def shapes(
     if not qkv_bias and config.flag("attention_bias"):
         raise config.wrong("attention_bias", "only False is supported for this architecture")
     check_layer_types(config)
-    rope = read_rope(config, rope_kinds)
+    rope = read_rope(config, rope_kinds, partial)
+    head_dim = config.integer("head_dim", 2, HEAD_DIM, width // heads)
     return {
         "layers": config.integer("num_hidden_layers", 1, LAYERS),
         "width": width,
         "heads": heads,
         "kv_heads": config.integer("num_key_value_heads", 1, HEADS, heads),
-        "head_dim": config.integer("head_dim", 2, HEAD_DIM, width // heads),
+        "head_dim": head_dim,
+        "rotary": 0 if rope.share == 1 else int(head_dim * rope.share),
         "ffn": config.integer(ffn, 1, WIDTH * 8),
         "vocab": config.integer("vocab_size", 1, VOCAB),
         "max_length": rope.max_length,
@@ -62,14 +66,10 @@ def check_layer_types(config: Fields) -> None:
 def names(spec: ModelSpec, body: str = "model.", head: str = TIED) -> dict[str, tuple[str, int]]:
     """Published tensor name -> (parameter of the network, first row). body: the prefix of all but the head."""
     q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    table = {f"{body}embed_tokens.weight": ("embed.weight", 0), f"{body}norm.weight": ("norm", 0)}
-    if not spec.tied_head:
-        table[head] = ("head.weight", 0)
+    table = outer_names(spec, body, head)
     for i in range(spec.layers):
         old, new = f"{body}layers.{i}.", f"layers.{i}."
         table |= {
-            old + "input_layernorm.weight": (new + "attn_norm", 0),
-            old + "post_attention_layernorm.weight": (new + "ffn_norm", 0),
             old + "self_attn.o_proj.weight": (new + "out.weight", 0),
             old + "mlp.gate_proj.weight": (new + "gate_up.weight", 0),
             old + "mlp.up_proj.weight": (new + "gate_up.weight", spec.ffn),
@@ -80,6 +80,35 @@ def names(spec: ModelSpec, body: str = "model.", head: str = TIED) -> dict[str, 
                 table[f"{old}self_attn.{part}_proj.{kind}"] = (f"{new}qkv.{kind}", row)
         if spec.qk_norm:
             table |= {f"{old}self_attn.{part}_norm.weight": (f"{new}{part}_norm", 0) for part in ("q", "k")}
+    return table
+
+
+def outer_names(
+    spec: ModelSpec, body: str = "model.", head: str = TIED, embed: str = "embed_tokens"
+) -> dict[str, tuple[str, int]]:
+    """`names` of the embedding, the norms of all layers and the head."""
+    table = {f"{body}{embed}.weight": ("embed.weight", 0), f"{body}norm.weight": ("norm", 0)}
+    if not spec.tied_head:
+        table[head] = ("head.weight", 0)
+    for i in range(spec.layers):
+        table[f"{body}layers.{i}.input_layernorm.weight"] = (f"layers.{i}.attn_norm", 0)
+        table[f"{body}layers.{i}.post_attention_layernorm.weight"] = (f"layers.{i}.ffn_norm", 0)
+    return table
+
+
+def ffn_names(old: str, new: str, starts: Mapping[str, int], whole: int) -> dict[str, tuple[str, int]]:
+    """`names` of a layer's feed-forward whose parts stand one after the other: by rows in the first matrix of our layer
+    `new`, by columns in the second.
+
+    old: how the published names begin. starts: how those of a part go on -> its first channel. whole: all inner channels.
+    """
+    table = {}
+    for part, start in starts.items():
+        table |= {
+            f"{old}{part}gate_proj.weight": (new + "gate_up.weight", start),
+            f"{old}{part}up_proj.weight": (new + "gate_up.weight", whole + start),
+            f"{old}{part}down_proj.weight": (new + "down.weight.T", start),
+        }
     return table
 
 

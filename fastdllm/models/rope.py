@@ -22,11 +22,13 @@ IGNORED = {"rope_type", "type", "rope_theta", "max_position_embeddings", "finetu
 
 @dataclass(frozen=True)
 class Rope:
-    """What a config.json says about the rotation: the base, how it is stretched (None: not), and the longest context."""
+    """What a config.json says about the rotation: the base, how it is stretched (None: not), the longest context, and which
+    share of a head's channels turns."""
 
     theta: float
     stretch: Stretch | None
     max_length: int
+    share: float = 1.0
 
 
 def frequencies(dim: int, theta: float, stretch: Stretch | None) -> tuple[Tensor, float]:
@@ -63,26 +65,29 @@ def _yarn(inverse: Tensor, dim: int, theta: float, s: Stretch) -> Tensor:
     return inverse / s.factor * (1 - kept) + inverse * kept
 
 
-def read_rope(config: Fields, kinds: tuple[str, ...] = ("default",)) -> Rope:
+def read_rope(config: Fields, kinds: tuple[str, ...] = ("default",), partial: bool = False) -> Rope:
     """The rotation of a config.json in transformers' layout, version 4 (`rope_scaling`) or 5 (`rope_parameters`).
 
+    partial: whether a part of each head may stay unrotated.
     Raises ValueError naming the field for a kind that is not in `kinds`, and for a field that no kind here reads.
     """
     length = config.integer("max_position_embeddings", 1, POSITIONS)
     parameters, scaling = config.inner("rope_parameters"), config.inner("rope_scaling")
     rope = parameters or scaling
     theta = rope.number("rope_theta", 2, 1e12, None) or config.number("rope_theta", 2, 1e12)
-    if (outer := config.number("rope_theta", 2, 1e12, theta)) != theta:
-        raise config.wrong("rope_theta", f"{rope.where} says {theta:g}, config.json {outer:g}")
-    if rope.number("partial_rotary_factor", 0, 1, 1.0) != 1:
-        raise rope.wrong("partial_rotary_factor", "only 1 is supported")
+    if (other := config.number("rope_theta", 2, 1e12, theta)) != theta:
+        raise config.wrong("rope_theta", f"{rope.where} says {theta:g}, config.json {other:g}")
+    outer = config.number("partial_rotary_factor", 1e-3, 1, 1.0) if partial else 1.0
+    share = rope.number("partial_rotary_factor", 0, 1, outer)
+    if share != outer:
+        raise rope.wrong("partial_rotary_factor", f"only {outer:g} is supported")
     kind = rope.text("rope_type", rope.text("type", "default"))
     if kind not in kinds:
         raise rope.wrong("rope_type" if "rope_type" in rope else "type", f"supported are {', '.join(kinds)}")
     stretch, length = _read_stretch(rope, kind, length)
     if rest := sorted(rope.rest() - IGNORED):
         raise rope.wrong(rest[0], f"it is not supported for the rotation {kind!r}")
-    return Rope(theta, stretch, length)
+    return Rope(theta, stretch, length, share)
 
 
 def _read_stretch(rope: Fields, kind: str, length: int) -> tuple[Stretch | None, int]:

@@ -34,6 +34,46 @@ class Stretch:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The feed-forward of layers in which some of many experts work for a token.
+
+    count, active: how many a layer has, and how many of them work for a token. inner: channels of one.
+    shared: channels that work for every token besides.
+    dense: so many layers, the first ones, have one feed-forward of `ModelSpec.ffn` channels instead.
+    score: "softmax" (OLMoE, arXiv 2409.02060): the most probable ones, by their probabilities as they are. "sigmoid"
+        (DeepSeek-V3, arXiv 2412.19437): each expert has a score and a bias, which only chooses; the scores of the chosen
+        ones are made to add up to `scale`.
+    groups, active_groups: with "sigmoid", only experts of the best groups are chosen, by the sum of a group's best two.
+    """
+
+    count: int
+    active: int
+    inner: int
+    shared: int = 0
+    dense: int = 0
+    score: str = "softmax"
+    groups: int = 1
+    active_groups: int = 1
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("count", 1, EXPERTS),
+            ("groups", 1, self.count),
+            ("active_groups", 1, self.groups),
+            ("active", 1, self.count // self.groups * self.active_groups),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"experts: {name}={getattr(self, name)} is outside of {low} to {high}")
+        if self.count % self.groups or (self.groups > 1 and self.count // self.groups < 2):
+            raise ValueError(f"experts: {self.count} cannot be divided into {self.groups} groups of two or more")
+
+    def starts(self) -> dict[str, int]:
+        """The published name of each expert -> its first channel."""
+        return {f"experts.{e}.": e * self.inner for e in range(self.count)}
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """Shapes, conventions and special ids of one checkpoint.
 
@@ -48,8 +88,9 @@ class ModelSpec:
     stretch: how the rotation reaches a longer context than it was trained for.
     mask_id, stop_ids: token ids.
     defaults: the family's decoding defaults.
-    experts, active_experts: how many a layer has, 0 for a dense one, and how many of them work for a token.
-    ffn: inner channels of the feed-forward, of all experts together.
+    experts: of the feed-forward, None for a dense one.
+    ffn: inner channels of a dense feed-forward; where all layers have experts, of one expert.
+    rotary: so many channels of each head are rotated, the first ones; 0 for all.
     """
 
     family: str
@@ -75,8 +116,18 @@ class ModelSpec:
     stretch: Stretch | None = None
     causal_context: bool = False
     grid_at_prompt: bool = False
-    experts: int = 0
-    active_experts: int = 0
+    experts: Experts | None = None
+    rotary: int = 0
+
+    def inner(self, layer: int) -> int:
+        """Inner channels of a layer's feed-forward, of all experts together."""
+        e = self.experts
+        return self.ffn if e is None or layer < e.dense else e.count * e.inner + e.shared
+
+    def working(self, layer: int) -> int:
+        """Those of them that work for a token."""
+        e = self.experts
+        return self.ffn if e is None or layer < e.dense else e.active * e.inner + e.shared
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -85,9 +136,8 @@ class ModelSpec:
             ("heads", 1, HEADS),
             ("kv_heads", 1, HEADS),
             ("head_dim", 2, HEAD_DIM),
-            ("ffn", 1, WIDTH * 8 * max(1, self.experts)),
-            ("experts", 0, EXPERTS),
-            ("active_experts", 1 if self.experts else 0, self.experts),
+            ("ffn", 1, WIDTH * 8),
+            ("rotary", 0, self.head_dim),
             ("vocab", 2, VOCAB),
             ("max_length", 1, POSITIONS),
             ("block_causal", 0, POSITIONS),
@@ -96,8 +146,9 @@ class ModelSpec:
                 raise ValueError(f"{self.family}: {name}={getattr(self, name)} is outside of {low} to {high}")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.family}: {self.heads} heads are no multiple of {self.kv_heads} key-value heads")
-        if self.head_dim % 2:
-            raise ValueError(f"{self.family}: head_dim={self.head_dim} is odd; the rotation needs pairs")
+        for name in ("head_dim", "rotary"):
+            if getattr(self, name) % 2:
+                raise ValueError(f"{self.family}: {name}={getattr(self, name)} is odd; the rotation needs pairs")
         for name, low, high in (("rms_eps", 0.0, 1.0), ("rope_theta", 1.0, math.inf)):
             if not low < getattr(self, name) < high:
                 raise ValueError(f"{self.family}: {name}={getattr(self, name)} must be above {low:g} and below {high:g}")
@@ -113,7 +164,8 @@ class Family:
     """How a family's published files become a model.
 
     read: (config, ids) -> `ModelSpec`, from config.json and the tokenizer's added tokens (text -> id).
-    names: spec -> {published tensor name: (our parameter, first row that it fills)}.
+    names: spec -> {published tensor name: (our parameter, first row that it fills)}; after a parameter's name and ".T" the
+        number is of its first column.
     optional: spec -> names of tensors that some checkpoints carry and that are not needed.
     tied: the name of the head that a tied checkpoint may carry a second time.
     harmless: fields of config.json that say nothing about the network.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastdllm import kernels
 from fastdllm.forward import Look, Window
 from fastdllm.models.rope import frequencies
+from fastdllm.models.routing import route
 from fastdllm.models.spec import ModelSpec
 from fastdllm.store import KVStore
 
@@ -42,10 +43,11 @@ class Linear(nn.Linear):
 class Layer(nn.Module):
     """One transformer layer over the positions of a window."""
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(self, spec: ModelSpec, index: int, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
         make = {"dtype": dtype, "device": device}
-        self.spec = spec
+        self.spec, inner = spec, spec.inner(index)
+        self.experts = spec.experts if spec.experts and index >= spec.experts.dense else None
         q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
         self.attn_norm = nn.Parameter(torch.ones(spec.width, **make))
         self.qkv = Linear(spec.width, q + 2 * kv, bias=spec.qkv_bias, **make)
@@ -54,10 +56,15 @@ class Layer(nn.Module):
             self.k_norm = nn.Parameter(torch.ones(spec.head_dim, **make))
         self.out = Linear(q, spec.width, bias=False, **make)
         self.ffn_norm = nn.Parameter(torch.ones(spec.width, **make))
-        self.gate_up = Linear(spec.width, 2 * spec.ffn, bias=False, **make)
-        self.down = Linear(spec.ffn, spec.width, bias=False, **make)
-        if spec.experts:
-            self.router = nn.Parameter(torch.zeros(spec.experts, spec.width, **make))
+        self.gate_up = Linear(spec.width, 2 * inner, bias=False, **make)
+        self.down = Linear(inner, spec.width, bias=False, **make)
+        self.router_bias = None
+        if self.experts:
+            scored = self.experts.score == "sigmoid"  # in fp32, as published: a small difference chooses another expert
+            make["dtype"] = torch.promote_types(dtype, torch.float32) if scored else dtype
+            self.router = nn.Parameter(torch.zeros(self.experts.count, spec.width, **make))
+            if scored:
+                self.router_bias = nn.Parameter(torch.zeros(self.experts.count, **make))
 
     def forward(
         self,
@@ -85,9 +92,15 @@ class Layer(nn.Module):
             q, k, v, row, window.kv_len, window.max_kv_len, hide=window.hide, dense=window.dense, swap=window.swap
         )
         y, h = kernels.linear_rmsnorm(y.flatten(2), out.weight, self.ffn_norm, spec.rms_eps, h, out.scale)
-        inner = kernels.linear_silu_mul(y, self.gate_up.weight, self.gate_up.scale)
-        y = self._routed(y, inner) if spec.experts else inner
-        return kernels.linear_rmsnorm(y, down.weight, next_norm, spec.rms_eps, h, down.scale)
+        gate_up, eps = self.gate_up, spec.rms_eps
+        if self.experts is None:
+            y = kernels.linear_silu_mul(y, gate_up.weight, gate_up.scale)
+            return kernels.linear_rmsnorm(y, down.weight, next_norm, eps, h, down.scale)
+        chosen, share = route(y, self.router, self.router_bias, self.experts)
+        e, scales = self.experts, (gate_up.scale, down.scale)
+        return kernels.experts_rmsnorm(
+            y, chosen, share, gate_up.weight, down.weight, e.count, e.inner, next_norm, eps, h, *scales
+        )
 
     def _between(self, look: Look, q: Tensor, k: Tensor, window: Window) -> None:
         """Write what the queries q [R, W, H, D] attend to in the block's positions."""
@@ -101,18 +114,6 @@ class Layer(nn.Module):
     def _norms(self) -> dict[str, Any]:
         """The arguments of the projection that normalise query and key heads, none where the family has no such norms."""
         return {"q_norm": self.q_norm, "k_norm": self.k_norm, "eps": self.spec.rms_eps} if self.spec.qk_norm else {}
-
-    def _routed(self, y: Tensor, inner: Tensor) -> Tensor:
-        """What each expert computed for y [R, W, C], side by side in inner [R, W, F], times its probability; times 0 where
-        it is not among the most probable ones (OLMoE's rule, arXiv 2409.02060: not made to add up to 1).
-
-        The experts' second products add up, so one product over all of F does them. Every expert computes every position:
-        shapes stay static, and a block of 32 tokens that choose 8 of 64 experts each reads nearly all of them anyway.
-        """
-        probability = nn.functional.linear(y, self.router).float().softmax(-1)
-        chosen = probability.topk(self.spec.active_experts, dim=-1)
-        weight = torch.zeros_like(probability).scatter(-1, chosen.indices, chosen.values).to(inner.dtype)
-        return (inner.unflatten(-1, (self.spec.experts, -1)) * weight.unsqueeze(-1)).flatten(-2)
 
     def values(self, y: Tensor) -> Tensor:
         """The values [R, W, K * D] that the layer stores for its normalised input y [R, W, C]; nothing is stored."""
@@ -142,7 +143,7 @@ class Transformer(nn.Module):
         # From zeros: drawing nn.Embedding's own values for a network on `meta` imports torch's compiler, over a second.
         table = torch.zeros(spec.vocab, spec.width, dtype=dtype, device=device)
         self.embed = nn.Embedding.from_pretrained(table, freeze=False)
-        self.layers = nn.ModuleList(Layer(spec, dtype, device) for _ in range(spec.layers))
+        self.layers = nn.ModuleList(Layer(spec, index, dtype, device) for index in range(spec.layers))
         self.norm = nn.Parameter(torch.ones(spec.width, dtype=dtype, device=device))
         self.head = Linear(spec.width, spec.vocab, bias=False, dtype=dtype, device=device)
         if spec.tied_head:
@@ -150,13 +151,13 @@ class Transformer(nn.Module):
         self._rope: tuple[Tensor, Tensor] | None = None
 
     def rope(self) -> tuple[Tensor, Tensor]:
-        """cos, sin [max_length + SLACK, D] in fp32 (half-split layout) on the weights' device.
+        """cos, sin [max_length + SLACK, r] in fp32 (half-split layout) on the weights' device, of the r channels that turn.
 
         Made once and for the whole context: captured graphs point at the table.
         """
         device = self.norm.device
         if self._rope is None or self._rope[0].device != device:
-            inverse, scale = frequencies(self.spec.head_dim, self.spec.rope_theta, self.spec.stretch)
+            inverse, scale = frequencies(self.spec.rotary or self.spec.head_dim, self.spec.rope_theta, self.spec.stretch)
             angle = torch.arange(self.spec.max_length + SLACK, dtype=torch.float32)[:, None] * inverse
             angle = torch.cat([angle, angle], -1)
             self._rope = ((angle.cos() * scale).to(device), (angle.sin() * scale).to(device))

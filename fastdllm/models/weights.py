@@ -8,6 +8,7 @@ that the peak is the weights on their device and one tensor on the host.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,8 +94,8 @@ def headers(paths: list[Path]) -> dict[str, tuple[Path, list[int]]]:
 
 
 def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of `Transformer(spec)`, without building it; of experts' second products [C, F] those of the
-    tensors one above the other, which `place_of` puts side by side."""
+    """Shape of every parameter of `Transformer(spec)`, without building it; of a matrix that is filled by columns also that
+    of its transpose, under its name and ".T"."""
     q, kv, width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.width
     shapes: dict[str, tuple[int, ...]] = {"embed.weight": (spec.vocab, width), "norm": (width,)}
     if not spec.tied_head:
@@ -102,11 +103,10 @@ def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     for i in range(spec.layers):
         p = f"layers.{i}."
         shapes |= {p + "attn_norm": (width,), p + "ffn_norm": (width,), p + "qkv.weight": (q + 2 * kv, width)}
-        shapes |= {p + "out.weight": (width, q), p + "gate_up.weight": (2 * spec.ffn, width)}
-        experts = max(1, spec.experts)
-        shapes[p + "down.weight"] = (experts * width, spec.ffn // experts)
-        if spec.experts:
-            shapes[p + "router"] = (spec.experts, width)
+        shapes |= {p + "out.weight": (width, q), p + "gate_up.weight": (2 * spec.inner(i), width)}
+        shapes |= {p + "down.weight": (width, spec.inner(i)), p + "down.weight.T": (spec.inner(i), width)}
+        if spec.experts and i >= spec.experts.dense:
+            shapes |= {p + "router": (spec.experts.count, width), p + "router_bias": (spec.experts.count,)}
         if spec.qk_norm:
             shapes |= {p + "q_norm": (spec.head_dim,), p + "k_norm": (spec.head_dim,)}
         if spec.qkv_bias:
@@ -123,16 +123,15 @@ def expected_shapes(table: dict[str, tuple[str, int]], parameters: dict[str, tup
     for name, (target, row) in table.items():
         shape = parameters[target]
         stop = min((r for r in starts[target] if r > row), default=shape[0])
-        expected[name] = [stop - row, *shape[1:]]
+        expected[name] = [shape[1], stop - row] if target.endswith(".T") else [stop - row, *shape[1:]]
     return expected
 
 
-def place_of(parameter: Tensor, row: int, shape: list[int]) -> Tensor:
-    """Where a tensor of `shape` goes that fills a parameter from `row` on; narrower ones stand side by side."""
-    if len(shape) == 2 and shape[1] < parameter.shape[1]:
-        column = row // parameter.shape[0] * shape[1]
-        return parameter[:, column : column + shape[1]]
-    return parameter[row : row + shape[0]]
+def place_of(parameters: Mapping[str, Tensor], target: str, start: int, shape: list[int]) -> Tensor:
+    """Where a tensor of `shape` goes that fills a parameter from the row `start` on, or from that column on (`.T`)."""
+    if target.endswith(".T"):
+        return parameters[target.removesuffix(".T")].data[:, start : start + shape[1]]
+    return parameters[target].data[start : start + shape[0]]
 
 
 def check_headers(
@@ -145,8 +144,9 @@ def check_headers(
         optional = optional | {family.tied}
     for name in found:
         if name not in table and name not in optional:
+            foreign = {key: what for key, what in FOREIGN.items() if not (key == "expert" and family.experts)}
             hint = next(
-                (f"; it belongs to {what}, which is not supported" for key, what in FOREIGN.items() if key in name), ""
+                (f"; it belongs to {what}, which is not supported" for key, what in foreign.items() if key in name), ""
             )
             raise ValueError(f"{found[name][0]}: unexpected tensor {name!r} for the family {spec.family!r}{hint}")
     if missing := sorted(set(table) - set(found)):
@@ -219,7 +219,7 @@ def load_weights(
             continue
         tensor = read_tensor(path, name)
         tensor = tensor if adapter is None else adapter(name, tensor)
-        place = place_of(parameters[target].data, row, expected[name])
+        place = place_of(parameters, target, row, expected[name])
         # Copied from the file to its place: no second copy on the device, none on the host unless the number format changes.
         place.copy_(tensor)
         del tensor

@@ -4,14 +4,16 @@
     python -m scripts.benchmarks.decode                          # published shapes, random bf16 weights made on the device
     python -m scripts.benchmarks.decode --models llada --quantize fp8 --batches 1 32
     python -m scripts.benchmarks.decode --models v2 --set cache=block --set cache=block,reuse_k=2,layer_subset=first
+    python -m scripts.benchmarks.decode --models sdar_8b llada2_moe --brief  # a row for each shape, in some 15 seconds each
     python -m scripts.benchmarks.decode --folder /path/to/checkpoint
     python -m scripts.benchmarks.decode --cpu                    # the shipped tiny models
 
-The floor of a block forward is the time to read its weights and keys once at the copy bandwidth measured in the same run;
-that of a full forward is its matrix products at the matrix rate measured in the same run. Each figure is printed when it has
-been measured, and one JSON line at the end. `--output docs/decode.json` also keeps it there, under the kind of weights: the
-data of the tables in docs/performance.md. `--compare FILE` (an earlier run's line) adds ratios. On a GPU the kernels are
-checked against their references first. On a CPU fewer and smaller runs are the default: two minutes on two cores.
+The floor of a block forward is the time to read its weights and keys once at the copy bandwidth measured in the same run,
+of a layer's experts only those that its positions choose. That of a full forward is its matrix products at the matrix rate
+measured in the same run. Each figure is printed when it has been measured, and one JSON line at the end. `--output
+docs/decode.json` also keeps it there, under the kind of weights: the data of the tables in docs/performance.md. `--compare
+FILE` (an earlier run's line) adds ratios. On a GPU the kernels are checked against their references first. On a CPU fewer
+and smaller runs are the default: two minutes on two cores.
 """
 
 from __future__ import annotations
@@ -39,12 +41,17 @@ from fastdllm.cli import one_line
 from fastdllm.engine import Request, decode
 from fastdllm.forward import Window
 from fastdllm.models import Family, Model
+from fastdllm.models.a2d import FAMILY as A2D
 from fastdllm.models.dream import FAMILY as DREAM
 from fastdllm.models.fast_dllm_v2 import FAMILY as V2
 from fastdllm.models.llada import FAMILY as LLADA
+from fastdllm.models.llada2_moe import FAMILY as LLADA2_MOE
+from fastdllm.models.llada_moe import FAMILY as LLADA_MOE
 from fastdllm.models.nemotron import FAMILY as NEMOTRON
 from fastdllm.models.quantize import KINDS, quantize
+from fastdllm.models.sdar import FAMILY as SDAR
 from fastdllm.models.spec import ModelSpec
+from fastdllm.models.stable_diffcoder import FAMILY as STABLE_DIFFCODER
 from fastdllm.models.transformer import Transformer
 from fastdllm.runners import cuda_graph, eager
 from fastdllm.runners.base import Runner
@@ -66,15 +73,56 @@ NEMOTRON_8B = {
     "intermediate_size": 14336, "vocab_size": 131072, "max_position_embeddings": 16384, "rms_norm_eps": 1e-5,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}, "eos_token_id": 11,
 }  # fmt: skip
+# The 3B has the layers of Ministral-3-3B and is tied.
+NEMOTRON_3B = NEMOTRON_8B | {
+    "num_hidden_layers": 26, "hidden_size": 3072, "intermediate_size": 9216, "tie_word_embeddings": True,
+}  # fmt: skip
+# SDAR-8B-Chat's, which TraDo-8B has too; SDAR-4B-Chat's and TraDo-4B's; A2D's Qwen3-0.6B.
+QWEN3_8B = {
+    "num_hidden_layers": 36, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    "intermediate_size": 12288, "vocab_size": 151936, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0, "eos_token_id": 151643,
+}  # fmt: skip
+QWEN3_4B = QWEN3_8B | {"hidden_size": 2560, "intermediate_size": 9728}
+QWEN3_06B = QWEN3_8B | {
+    "model_type": "a2d-qwen3", "num_hidden_layers": 28, "hidden_size": 1024, "num_attention_heads": 16,
+    "intermediate_size": 3072, "tie_word_embeddings": True,
+}  # fmt: skip
+# Of Stable-DiffCoder-8B, LLaDA-MoE-7B-A1B and LLaDA2.1-mini as in tests/models/test_supported.py.
+DIFFCODER_8B = {
+    "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    "intermediate_size": 14336, "vocab_size": 155136, "max_position_embeddings": 8192, "rms_norm_eps": 1e-6,
+    "rope_theta": 500000.0, "eos_token_id": 2,
+}  # fmt: skip
+MOE_7B = {
+    "num_hidden_layers": 16, "hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64,
+    "num_experts_per_tok": 8, "expert_intermediate_size": 1024, "qk_layernorm": True, "vocab_size": 157184,
+    "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 50000.0, "eos_token_id": 156892,
+}  # fmt: skip
+MOE2_16B = {
+    "num_hidden_layers": 20, "hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128,
+    "intermediate_size": 5120, "first_k_dense_replace": 1, "num_experts": 256, "num_experts_per_tok": 8, "n_group": 8,
+    "topk_group": 4, "num_shared_experts": 1, "moe_intermediate_size": 512, "routed_scaling_factor": 2.5,
+    "partial_rotary_factor": 0.5, "vocab_size": 157184, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
+    "rope_theta": 600000.0, "pad_token_id": 156892,
+}  # fmt: skip
 SHAPES: dict[str, tuple[Family, dict[str, Any]]] = {
     "llada": (LLADA, LLADA_8B),
     "dream": (DREAM, QWEN2_7B),
     "v2": (V2, QWEN2_7B),
+    "sdar_4b": (SDAR, QWEN3_4B),
+    "sdar_8b": (SDAR, QWEN3_8B),
+    "a2d": (A2D, QWEN3_06B),
+    "stable_diffcoder": (STABLE_DIFFCODER, DIFFCODER_8B),
+    "nemotron_3b": (NEMOTRON, NEMOTRON_3B),
     "nemotron": (NEMOTRON, NEMOTRON_8B),
+    "llada_moe": (LLADA_MOE, MOE_7B),
+    "llada2_moe": (LLADA2_MOE, MOE2_16B),
 }
 TINY = {"llada": "tiny-llada", "dream": "tiny-dream", "v2": "tiny-fast-dllm-v2"}
 # What a run measures if the command line does not say: on a GPU, and on a CPU.
 GPU_RUN = {"batches": [1, 4, 16, 32, 64], "prompts": [1000, 128], "gen": 256, "repeats": 40}
+BRIEF_RUN = {"batches": [1, 32], "prompts": [128], "gen": 128, "repeats": 10}
 CPU_RUN = {"batches": [1, 4], "prompts": [128], "gen": 64, "repeats": 10}
 
 
@@ -137,20 +185,26 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     return {"copy_gb_s": 2 * a.numel() / copy / 1e6, "matmul_tflop_s": 2 * n**3 / matmul / 1e9}
 
 
-def weight_bytes(network: Transformer) -> int:
-    """Bytes of weights that a forward reads: everything but the embedding table (a tied head reads it whole)."""
+def weight_bytes(network: Transformer, positions: int) -> int:
+    """Bytes of weights that a forward over so many positions reads: everything but the embedding table (a tied head reads it
+    whole), and of a layer's experts as many as so many positions choose if each chooses at random."""
     tied = network.spec.tied_head
-    tensors = [*network.parameters(), *network.buffers()]
-    total = sum(t.numel() * t.element_size() for t in tensors)
-    return total if tied else total - network.embed.weight.numel() * network.embed.weight.element_size()
+    total = sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
+    for layer in network.layers:
+        if e := layer.experts:
+            both = [*layer.gate_up.parameters(), *layer.gate_up.buffers(), *layer.down.parameters(), *layer.down.buffers()]
+            of_experts = sum(t.nbytes for t in both) * e.count * e.inner / layer.down.in_features
+            total -= round(of_experts * (1 - e.active / e.count) ** positions)
+    return total if tied else total - network.embed.weight.nbytes
 
 
 def full_flops(spec: ModelSpec, tokens: int, head_rows: int) -> float:
     """Multiply-adds times two of a forward over `tokens` positions that all see each other."""
     q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    linear = spec.width * (q + 2 * kv) + q * spec.width + 3 * spec.width * spec.ffn
+    linear = spec.width * (q + 2 * kv) + q * spec.width
     attention = 2 * tokens * q
-    return 2.0 * tokens * spec.layers * (linear + attention) + 2.0 * head_rows * spec.width * spec.vocab
+    ffn = sum(3 * spec.width * spec.working(i) for i in range(spec.layers))
+    return 2.0 * tokens * (spec.layers * (linear + attention) + ffn) + 2.0 * head_rows * spec.width * spec.vocab
 
 
 class Forward:
@@ -192,16 +246,21 @@ class Forward:
         self.graph.replay() if self.graph else self.run()
 
 
+def in_sub_blocks(spec: ModelSpec) -> bool:
+    """Whether the family decodes its blocks in parts."""
+    return bool(spec.block_causal) and spec.defaults.get("small_block_size", 8) < spec.block_causal
+
+
 def forwards(model: Model, peak: dict[str, float], prompt: int, gen: int, repeats: int) -> dict[str, Any]:
     """Narrow and full forwards of batch 1 against their floors."""
     spec, device = model.spec, model.device
     total, block = prompt + gen, spec.defaults.get("block_length", 32)
     keys = prompt // block * block + block if spec.block_causal else prompt + block if spec.causal_context else total
     kv = 2 * spec.layers * spec.kv_heads * spec.head_dim * model.dtype.itemsize
-    floor = (weight_bytes(model.network) + keys * kv) / peak["copy_gb_s"] / 1e6
     out: dict[str, Any] = {}
-    widths = {"block": block, "sub_block": 8} if spec.block_causal else {"block": block}
+    widths = {"block": block, "sub_block": 8} if in_sub_blocks(spec) else {"block": block}
     for name, width in widths.items():
+        floor = (weight_bytes(model.network, width) + keys * kv) / peak["copy_gb_s"] / 1e6
         ms = median_ms(
             Forward(model, 1, width, keys, keys - width, min(8, width) if spec.block_causal else width), device, repeats
         )
@@ -328,17 +387,19 @@ def keep(path: Path, weights: str, report: dict[str, Any]) -> None:
 def measured(model: Model, peak: dict[str, float], args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     """Forwards, steps and whole answers of one model: the name and the figures of each, when they have been taken."""
     prompt = min(args.prompts[0], model.spec.max_length - args.gen)
-    lengths, per_step = list(dict.fromkeys(min(p, prompt) for p in args.prompts)), 8 / 3 if model.spec.block_causal else 4
+    lengths = list(dict.fromkeys(min(p, prompt) for p in args.prompts))
+    parts, block = in_sub_blocks(model.spec), model.spec.defaults.get("block_length", 32)
+    per_step = 8 / 3 if parts else min(4, max(1, block // 2))
     if args.set:
         for length, batch, setting in product(lengths, args.batches, args.set):
             options = dict(item.split("=", 1) for item in setting.split(","))
             yield f"{setting} prompt{length}_batch{batch}", answers(model, batch, length, args.gen, per_step, options)
         return
     yield "forward", forwards(model, peak, prompt, args.gen, args.repeats)
-    caches = ["block", "sub_block"] if model.spec.block_causal else ["prefix", "dual"]
+    caches = (["block", "sub_block"] if parts else ["block"]) if model.spec.block_causal else ["prefix", "dual"]
     if model.spec.causal_context:
         caches = ["causal"]
-    for cache in caches:
+    for cache in caches[-1:] if args.brief else caches:
         yield f"step_{cache}", step_times(model, prompt, args.gen, {"cache": cache})
     for length in lengths:
         for batch in args.batches:
@@ -370,6 +431,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=COUNT, help=f"{GPU_RUN['batches']}, on a CPU {CPU_RUN['batches']}")
     parser.add_argument("--prompts", nargs="+", type=COUNT, help="lengths of prompts; the first also shapes the forwards")
     parser.add_argument("--gen", type=COUNT, help=f"new tokens: {GPU_RUN['gen']}, on a CPU {CPU_RUN['gen']}")
+    parser.add_argument(
+        "--brief", action="store_true", help=f"fewer and shorter runs, no op tests: {BRIEF_RUN} unless given otherwise"
+    )
     parser.add_argument("--cpu", action="store_true", help="the shipped tiny models on the CPU")
     parser.add_argument("--skip-checks", action="store_true", help="do not run the op tests first")
     parser.add_argument("--output", type=Path, help="also write the figures to this file, under the kind of weights")
@@ -378,7 +442,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.cpu and not args.folder and (missing := [name for name in args.models if name not in TINY]):
         parser.error(f"--cpu: no shipped model has the format of {missing[0]}; give --folder")
-    for name, value in (CPU_RUN if args.cpu else GPU_RUN).items():
+    for name, value in (CPU_RUN if args.cpu else BRIEF_RUN if args.brief else GPU_RUN).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     return args
@@ -390,7 +454,7 @@ def main(arguments: list[str] | None = None) -> None:
     before = (
         flatten(json.loads(Path(args.compare).read_text(encoding="utf-8").strip().splitlines()[-1])) if args.compare else {}
     )
-    if device.type == "cuda" and not args.skip_checks:
+    if device.type == "cuda" and not (args.skip_checks or args.brief):
         check_kernels()
     peak = ceilings(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     report: dict[str, Any] = {

@@ -22,6 +22,7 @@ from fastdllm.kernels.confidence import reference as confidence_reference
 from fastdllm.kernels.confidence import triton as confidence_triton
 from fastdllm.kernels.linear import int4
 from fastdllm.kernels.linear import triton as linear_triton
+from fastdllm.kernels.experts import reference as experts_reference
 from fastdllm.kernels.partial import reference as partial_reference
 from fastdllm.kernels.partial import triton as partial_triton
 from fastdllm.kernels.rmsnorm import reference as rmsnorm_reference
@@ -301,6 +302,32 @@ def gated_case(m: Model, M: int, kind: str, sweep: bool) -> Case:
     return Case("linear_silu_mul", f"{m.name} M{M} {kind}", runs, want, nbytes, 4.0 * M * m.inner * m.width, n, 0.1)
 
 
+def experts_case(name: str, count: int, active: int, inner: int, width: int, M: int) -> Case:
+    """M positions that choose experts at random, by both ways of computing them."""
+    gate_up, down = rand(2 * count * inner, width, scale=width**-0.5), rand(width, count * inner, scale=inner**-0.5)
+    x, residual, norm = rand(M, 1, width), rand(M, 1, width), rand(width)
+    chosen = torch.rand(M, 1, count, device=DEVICE).topk(active, -1).indices
+    share = torch.rand(M, 1, active, device=DEVICE)
+    flat, rest = (x[:, 0], chosen[:, 0], share[:, 0]), (count, inner, norm, 1e-5, residual)
+
+    def side_by_side(i: int) -> Tensor:
+        act = experts_reference.weighted(kernels.linear_silu_mul(x[:, 0], gate_up), *flat[1:], count, inner)
+        return kernels.linear_rmsnorm(act.unsqueeze(1), down, norm, 1e-5, residual)[0]
+
+    runs: dict[str, Run] = {
+        "kernel": lambda i: kernels.experts_rmsnorm(x, chosen, share, gate_up, down, *rest)[0],
+        "side by side": side_by_side,
+    }
+    if experts_reference.GROUPED is not None:
+        by_expert = partial(experts_reference.by_expert, *flat, gate_up, down, count, inner)
+        runs["sorted"] = lambda i: kernels.rmsnorm(by_expert().unsqueeze(1), norm, 1e-5, residual)[0]
+    read = 1 - (1 - active / count) ** M  # the share of the experts that anybody chose
+    want = lambda i: experts_reference.experts_rmsnorm(x, chosen, share, gate_up, down, *rest)[0]  # noqa: E731
+    return Case(
+        "experts_rmsnorm", f"{name} M{M}", runs, want, 6 * count * inner * width * read, 6 * M * active * inner * width
+    )
+
+
 def step_cases(m: Model, R: int, Q: int) -> Iterator[Case]:
     """Confidence of R blocks of Q positions, and the acceptance rule."""
     logits = rand(R * Q, m.vocab, scale=4)
@@ -377,6 +404,9 @@ def cases(sweep: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
             yield case.op, partial(lambda c: c, case)
     for case in step_cases(LLADA, 1, 32):
         yield case.op, partial(lambda c: c, case)
+    for M in (32, 64, 128, 1024):
+        yield "experts_rmsnorm", partial(experts_case, "llada-moe-7b", 64, 8, 1024, 2048, M)
+        yield "experts_rmsnorm", partial(experts_case, "llada2-mini", 256, 8, 512, 2048, M)
     for R, W, n in ((1, 8, 2), (1, 32, 8), (32, 8, 2), (32, 32, 8)):
         for case in partial_cases(DREAM, R, W, n):
             yield case.op, partial(lambda c: c, case)

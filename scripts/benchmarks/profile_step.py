@@ -45,7 +45,7 @@ from scripts.benchmarks.decode import (
 )
 
 OPERATIONS = (
-    "rmsnorm", "linear_rmsnorm", "linear_silu_mul", "linear_rope_store", "attention", "head_confidence"
+    "rmsnorm", "linear_rmsnorm", "linear_silu_mul", "experts_rmsnorm", "linear_rope_store", "attention", "head_confidence"
 )  # fmt: skip
 TABLES = ("k_store", "v_store", "cos", "sin")  # a call touches only some of their rows
 FORWARDS = 5
@@ -75,7 +75,7 @@ def recorded() -> Iterator[dict[str, int]]:
         def call(*given: Any, **named: Any) -> Any:
             arguments = signature.bind(*given, **named).arguments
             first = next(iter(arguments.values()))
-            named_by = first if name == "rmsnorm" else arguments.get("weight", first)
+            named_by = first if name == "rmsnorm" else arguments.get("weight", arguments.get("gate_up", first))
             label = f"{name} {'x'.join(map(str, named_by.shape))}"
             with record_function(label):
                 out = operation(*given, **named)
@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(
         f"{args.rows} x {args.width} positions, {args.keys} keys: {whole:.3f} ms"
         f"{' as a graph' if step.graph else ''}; reading the weights once takes"
-        f" {weight_bytes(model.network) / peak['copy_gb_s'] / 1e6:.3f} ms"
+        f" {weight_bytes(model.network, args.rows * args.width) / peak['copy_gb_s'] / 1e6:.3f} ms"
     )
     print(f"{'operation':38s}{'calls':>6s}{'us':>10s}{'floor':>9s}{'x floor':>8s}{'ms':>10s}{'share':>9s}")
     print("\n".join(table(found, nbytes, peak["copy_gb_s"])))

@@ -20,6 +20,7 @@ import torch
 
 from fastdllm.arguments import Parser
 from fastdllm.cli import one_line
+from fastdllm.kernels.experts.reference import CHUNK
 from fastdllm.models.spec import ModelSpec
 from fastdllm.models.transformer import Transformer
 from scripts.benchmarks.decode import SHAPES
@@ -29,6 +30,7 @@ GIB = 2**30
 MEASURED = PAGE.with_suffix(".json")
 VERSIONS = ("0.1", "0.2")
 NAMES = {"llada": "LLaDA-8B", "dream": "Dream-7B", "v2": "Fast-dLLM-v2-7B"}
+NAMES |= {"llada_moe": "LLaDA-MoE-7B-A1B", "llada2_moe": "LLaDA2.1-mini"}
 KINDS = ("bf16", "fp8", "int4")
 CARDS = (12, 16, 24, 40, 80, 141)  # GiB, as the cards are sold
 RESERVE = 1.5  # GiB left for the driver and captured graphs
@@ -38,15 +40,17 @@ ROW = 1280  # positions of the request that the table counts in: a prompt of 1,0
 
 @dataclass(frozen=True)
 class Need:
-    """What a model takes, in bytes: all weights; and for a position, its keys and values, and a forward's tensors."""
+    """What a model takes, in bytes: all weights; for a position, its keys and values, and a forward's tensors; and what a
+    forward takes besides, however many positions it has."""
 
     weights: int
     position: int
     forward: int
+    once: int
 
     def rows(self, card: float) -> int:
         """How many requests of ROW positions a card of so many GiB holds; negative if not even the weights."""
-        return int((card - RESERVE) * GIB - self.weights) // ((self.position + self.forward) * ROW)
+        return int((card - RESERVE) * GIB - self.weights - self.once) // ((self.position + self.forward) * ROW)
 
 
 def linear_bytes(rows: int, columns: int, kind: str) -> int:
@@ -67,11 +71,18 @@ def need(spec: ModelSpec, kind: str) -> Need:
             rows, columns = module.weight.shape
             weights += linear_bytes(rows, columns, of_head if name == "head" else kind)
             inside += module.weight.numel()
-    weights += (sum(p.numel() for p in network.parameters()) - inside) * BF16
+    weights += sum(p.nbytes for p in network.parameters()) - inside * BF16
     # Twice what goes in and out of a layer's projections: so much a batch of 32 was measured to take beyond its store.
-    forward = 2 * (2 * spec.ffn + 4 * spec.width) * BF16
+    # Experts get a copy of each position for every one of them that works for it, and give one back.
+    copies = 2 * spec.experts.active if spec.experts else 0
+    inner = max(spec.working(i) for i in range(spec.layers))
+    forward = 2 * (2 * inner + (4 + copies) * spec.width) * BF16
     position = 2 * spec.layers * spec.kv_heads * spec.head_dim * BF16
-    return Need(weights, position, forward)
+    once = 0
+    if spec.experts and kind != "bf16":  # all experts compute, and a weight that is not in 8 bits of a float is widened
+        whole = max(spec.inner(i) for i in range(spec.layers))
+        once = (3 * CHUNK * whole + (0 if kind == "fp8" else 2 * whole * spec.width)) * BF16
+    return Need(weights, position, forward, once)
 
 
 def measured() -> str:
@@ -85,9 +96,7 @@ def measured() -> str:
 
 
 def page() -> str:
-    needs = {
-        (name, kind): need(family.spec(config, {}), kind) for name, (family, config) in SHAPES.items() for kind in KINDS
-    }
+    needs = {(name, kind): need(SHAPES[name][0].spec(SHAPES[name][1], {}), kind) for name in NAMES for kind in KINDS}
     weights = "\n".join(
         f"| {title} | {' | '.join(f'{needs[name, kind].weights / GIB:.1f} GiB' for kind in KINDS)}"
         f" | {1000 * needs[name, 'bf16'].position / 2**20:.0f} MiB | {ROW * needs[name, 'bf16'].position / 2**20:.0f} MiB |"
@@ -98,7 +107,7 @@ def page() -> str:
         for name, title in NAMES.items()
         for kind in KINDS
     )
-    working = {name: ROW * needs[name, "bf16"].forward / 2**20 for name in NAMES}
+    working = {name: f"{ROW * needs[name, 'bf16'].forward / 2**20:.0f} MiB" for name in NAMES}
     return f"""<!-- Written by `python -m scripts.studies.memory`. -->
 # Memory
 
@@ -113,14 +122,15 @@ Keys and values are kept in bf16 for every position of a request, prompt and ans
 |---|{"---|" * (len(KINDS) + 2)}
 {weights}
 
-int8 takes the room of fp8. LLaDA keeps keys and values for every head; in Dream and v2 seven heads share them.
+int8 takes the room of fp8. LLaDA keeps keys and values for every head; in Dream and v2 seven heads share them, in
+LLaDA2.1 four. A mixture of experts keeps all of them in memory, although few work for a token.
 
 ## Which card holds which model
 
 The table says how many such requests fit together (`batch_size`), by the GiB of the card; 0 means that not even one does.
 {RESERVE} GiB are left for the driver and captured graphs. A batch may refresh all of its rows in one forward, so each
-request also needs room for a forward's tensors. That is {working["llada"]:.0f} MiB for LLaDA-8B, and
-{working["v2"]:.0f} MiB for the others.
+request also needs room for a forward's tensors. That is {working["llada"]} for LLaDA-8B, {working["v2"]} for Dream and
+v2, {working["llada_moe"]} for LLaDA-MoE and {working["llada2_moe"]} for LLaDA2.1-mini.
 
 | model | weights | {" | ".join(f"{card} GiB" for card in CARDS)} |
 |---|---|{"---|" * len(CARDS)}

@@ -22,6 +22,8 @@ SETTINGS = [
     ("llada", {"cache": "top_rho", "decoder": "quota"}),  # reused layers
     ("v2", {"cache": "block", "reuse_k": 9, "layer_subset": "first", "trim_ratio": 0.3, "block_length": 8} | PACKED),  # TRIM
     ("v2", {"cache": "block", "reuse_k": 2, "layer_subset": "first", "block_length": 8}),  # reused layers that none runs
+    ("llada_moe", {"cache": "dual", "decoder": "quota"}),  # experts
+    ("llada2_moe", {"cache": "block", "block_length": 8} | PACKED),  # a shared one, groups; heads that turn in part
     ("dream", {"cache": "vicinity", "decoder": "lopa", "gen_length": 4}),
     ("dream", {"cache": "dual", "decoder": "wino"}),  # shadows
     ("dream", {"cfg_scale": 0.5, "decoder": "factor"}),

@@ -60,6 +60,29 @@ def test_kernel(
     assert_close(k_got.nan_to_num(), k_want.nan_to_num(), ratio)
 
 
+@pytest.mark.parametrize(("D", "turned"), [(64, 32), (60, 20), (16, 2), (16, 14)])
+def test_the_rest_of_a_head_stays(
+    device: torch.device, assert_close, D: int, turned: int, dtype: torch.dtype, ratio: float
+) -> None:
+    """Heads of which the first channels turn are heads of so many channels, and the others beside them as they were."""
+    from fastdllm.kernels.rope_store import triton
+
+    H, K, norm = 2, 1, torch.randn(D, device=device, dtype=dtype)
+    qkv, _, _, pos, row, k_want, v_want = inputs(5, H, K, D, dtype, device)
+    _, cos, sin, *_ = inputs(5, H, K, turned, dtype, device)
+    k_got, v_got = k_want.clone(), v_want.clone()
+    want = reference.rope_store(qkv, H, K, cos, sin, pos, row, k_want, v_want, q_norm=norm, k_norm=norm)
+    got = triton.rope_store(qkv, H, K, cos, sin, pos, row, k_got, v_got, q_norm=norm, k_norm=norm)
+    assert_close(got, want, ratio)
+    assert_close(k_got.nan_to_num(), k_want.nan_to_num(), ratio)
+    assert torch.equal(k_got.isnan(), k_want.isnan()) and torch.equal(v_got.nan_to_num(), v_want.nan_to_num())
+    plain, k_plain = qkv.view(2, 5, H + 2 * K, D), torch.full((3, K, T, turned), float("nan"), dtype=dtype, device=device)
+    queries = reference.rope_store(qkv, H, K, cos, sin, pos, row, k_want, v_want)
+    narrow = plain[..., :turned].flatten(2)
+    alone = reference.rope_store(narrow, H, K, cos, sin, pos, row, k_plain, k_plain.clone())
+    assert torch.equal(queries[..., :turned], alone) and torch.equal(queries[..., turned:], plain[:, :, :H, turned:])
+
+
 @pytest.mark.parametrize("C", [60, 544])
 @pytest.mark.parametrize(("W", "H", "K", "D"), [(1, 1, 1, 60), (5, 4, 1, 64), (40, 2, 2, 16)], ids=str)
 def test_after_a_product(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SDAR, Stable-DiffCoder and A2D's bd3lm give the tokens and the forwards of their published samplers, as a plain loop."""
+"""SDAR, Stable-DiffCoder, LLaDA2.0 and A2D's bd3lm give the tokens and the forwards of their published samplers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.published_checkpoints import write_checkpoint
 from tests.reference import block
 from tests.reference.network import PlainNetwork
 
-SIZES = {"sdar": 4, "stable_diffcoder": 4, "a2d-qwen3": 8, "a2d-qwen2": 8}
+SIZES = {"llada2_moe": 8, "sdar": 4, "stable_diffcoder": 4, "a2d-qwen3": 8, "a2d-qwen2": 8}
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,15 @@ from tests.models.test_networks import additive, block_causal, our_logits
 from tests.published_checkpoints import VOCAB, qwen2_config, special_ids, write_checkpoint
 
 T = 21
-KINDS = ["llada_moe", "sdar", "a2d-qwen3", "a2d-qwen2", "a2d-llama", "stable_diffcoder", "nemotron"]
-BASES = {"llada_moe": "Qwen3Moe", "sdar": "Qwen3", "a2d-qwen3": "Qwen3", "a2d-qwen2": "Qwen2", "nemotron": "Ministral3"}
+KINDS = ["llada_moe", "llada2_moe", "sdar", "a2d-qwen3", "a2d-qwen2", "a2d-llama", "stable_diffcoder", "nemotron"]
+BASES = {
+    "llada_moe": "Qwen3Moe",
+    "llada2_moe": "Glm4Moe",
+    "sdar": "Qwen3",
+    "a2d-qwen3": "Qwen3",
+    "a2d-qwen2": "Qwen2",
+    "nemotron": "Ministral3",
+}
 IGNORED = {"model_type", "architectures", "block_size", "mask_token_id", "dlm_paradigm", "ar_loss_weight", "rope_scaling"}
 IGNORED |= {"moe_layer_freq", "expert_intermediate_size", "norm_topk_prob", "qk_layernorm"}
 
@@ -34,6 +41,10 @@ def theirs(kind: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> Any
     if base == "Qwen3Moe":  # with OLMoE's weights, which do not add up to 1
         fields |= {"moe_intermediate_size": config["expert_intermediate_size"], "norm_topk_prob": False}
         fields |= {"head_dim": config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])}
+    if base == "Glm4Moe":
+        fields |= {"n_routed_experts": fields.pop("num_experts"), "n_shared_experts": fields.pop("num_shared_experts")}
+        fields |= {"use_qk_norm": True, "attention_bias": fields.pop("use_qkv_bias")}
+        tensors = unfused(tensors, config)
     if not hasattr(transformers, f"{base}Config"):
         pytest.skip(f"transformers {transformers.__version__} has no {base}")
     if transformers.__version__.startswith("4."):  # version 5 put the rotation's fields into one
@@ -48,6 +59,29 @@ def theirs(kind: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> Any
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     network.tie_weights()
     return network
+
+
+GLM = {
+    "word_embeddings": "embed_tokens",
+    "attention.dense": "self_attn.o_proj",
+    "gate.expert_bias": "gate.e_score_correction_bias",
+}
+GLM |= {"attention.query_layernorm": "self_attn.q_norm", "attention.key_layernorm": "self_attn.k_norm"}
+
+
+def unfused(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    """LLaDA2.x's tensors under the names of GLM-4.5, which has the same layers and a projection each for q, k and v."""
+    out, d = {}, config["head_dim"]
+    sizes = [d * config["num_attention_heads"], d * config["num_key_value_heads"], d * config["num_key_value_heads"]]
+    for name, tensor in tensors.items():
+        for old, new in GLM.items():
+            name = name.replace(old, new)
+        if "query_key_value" not in name:
+            out[name] = tensor
+            continue
+        for part, rows in zip("qkv", tensor.split(sizes), strict=True):
+            out[name.replace("attention.query_key_value", f"self_attn.{part}_proj")] = rows
+    return out
 
 
 def stacked(tensors: dict[str, Tensor], experts: int) -> dict[str, Tensor]:
@@ -135,7 +169,7 @@ def test_a_family_loads_with_its_tokenizer(tmp_path: Path, kind: str) -> None:
     ids = special_ids(kind)
     assert model.spec.mask_id in ids.values() and model.spec.stop_ids and model.spec.shift == 0
     assert model.tokenizer.decode([model.spec.mask_id]).lower().strip("<|>[]") in ("mask", "mask_token", "special_100")
-    assert {"sdar": 4, "stable_diffcoder": 4}.get(kind, 0) == model.spec.block_causal
+    assert {"sdar": 4, "stable_diffcoder": 4, "llada2_moe": 32}.get(kind, 0) == model.spec.block_causal
 
 
 @pytest.mark.parametrize("kind", ["sdar", "a2d-qwen3", "stable_diffcoder"])
@@ -174,7 +208,7 @@ def test_any_number_of_experts_may_work_for_a_token(tmp_path: Path, active: int)
         ({"moe_layer_freq": [0, 1]}, r"moe_layer_freq=\[0, 1\]; only a 1 for every layer"),
         ({"num_experts_per_tok": 7}, "num_experts_per_tok=7; it must be a whole number from 1 to 6"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
-        ({"architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe"}, "a mixture of experts .*LLaDA2MoeModelLM"),
+        ({"architectures": ["SDARMoeForCausalLM"], "model_type": "sdar_moe"}, "a mixture of experts .*SDARMoeForCausalLM"),
     ],
     ids=str,
 )
@@ -208,7 +242,7 @@ def test_biases_on_every_projection_are_refused(tmp_path: Path, kind: str) -> No
 
 
 def test_every_family_is_tried_here() -> None:
-    tried = {"llada", "llada_moe", "dream", "fast_dllm_v2", "sdar", "a2d", "stable_diffcoder", "nemotron"}
+    tried = {"llada", "llada_moe", "llada2_moe", "dream", "fast_dllm_v2", "sdar", "a2d", "stable_diffcoder", "nemotron"}
     assert set(FAMILIES.values()) == tried
 
 

@@ -23,6 +23,7 @@ from tests.published_checkpoints import (
     ADDED,
     EXPERTS,
     FFN,
+    GROUPED,
     HEADS,
     INNER,
     KV_HEADS,
@@ -142,6 +143,28 @@ LLADA_MOE = {
     **{"shared_expert_intermediate_size": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16"},
     **{"transformers_version": "4.53.2", "use_cache": False, "vocab_size": 157184},
 }
+# https://huggingface.co/inclusionAI/LLaDA2.1-mini/blob/main/config.json up to transformers_version; the fields after it are
+# those of github.com/inclusionAI/dFactory, configs/model_configs/llada2_mini/config.json, which has the same others.
+# LLaDA2.0-mini: not seen; its configuration_llada2_moe.py has the same fields.
+LLADA2 = {
+    **{"architectures": ["LLaDA2MoeModelLM"], "attention_dropout": 0.0},
+    "auto_map": {
+        "AutoConfig": "configuration_llada2_moe.LLaDA2MoeConfig",
+        "AutoModel": "modeling_llada2_moe.LLaDA2MoeModel",
+        "AutoModelForCausalLM": "modeling_llada2_moe.LLaDA2MoeModelLM",
+    },
+    **{"dtype": "bfloat16", "embedding_dropout": 0.0, "first_k_dense_replace": 1, "head_dim": 128, "hidden_act": "silu"},
+    **{"hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 5120, "max_position_embeddings": 32768},
+    **{"max_window_layers": 28, "model_type": "llada2_moe", "moe_intermediate_size": 512},
+    **{"moe_router_enable_expert_bias": True, "n_group": 8, "norm_head": False, "norm_softmax": False},
+    **{"norm_topk_prob": True, "num_attention_heads": 16, "num_experts": 256, "num_experts_per_tok": 8},
+    **{"num_hidden_layers": 20, "num_key_value_heads": 4, "num_shared_experts": 1, "output_dropout": 0.0},
+    **{"output_router_logits": False, "pad_token_id": 156892, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-06},
+    **{"rope_scaling": None, "rope_theta": 600000, "rotary_dim": 64, "routed_scaling_factor": 2.5},
+    **{"router_dtype": "fp32", "score_function": "sigmoid", "sliding_window": 4096, "tie_word_embeddings": False},
+    **{"topk_group": 4, "transformers_version": "4.57.1", "use_bias": False, "use_cache": False, "use_qkv_bias": False},
+    **{"use_rmsnorm": True, "use_sliding_window": False, "using_split_qkv_in_self_attention": False, "vocab_size": 157184},
+}
 # A public copy of Nemotron-Labs-Diffusion-8B's config.json in full, and a part of the 3B's, which agrees; 14B: not seen.
 NEMOTRON = {
     **{"ar_loss_weight": 1.0, "architectures": ["NemotronLabsDiffusionModel"], "attention_bias": False},
@@ -165,6 +188,7 @@ NEMOTRON = {
 CONFIGS = {"llada": LLADA, "dream": DREAM, "fast_dllm_v2": V2, "sdar": SDAR, "stable_diffcoder": STABLE_DIFFCODER}
 CONFIGS["nemotron"] = NEMOTRON
 CONFIGS["llada_moe"] = LLADA_MOE
+CONFIGS["llada2_moe"] = LLADA2
 KINDS = {"fast_dllm_v2": "v2"}
 SMALL = {"d_model": WIDTH, "n_layers": LAYERS, "n_heads": HEADS, "n_kv_heads": KV_HEADS, "mlp_hidden_size": FFN}
 SMALL |= {"embedding_size": VOCAB, "max_sequence_length": 256, "hidden_size": WIDTH, "num_hidden_layers": LAYERS}
@@ -176,6 +200,7 @@ FIRST_ID = {
     "stable_diffcoder": 0,
     "nemotron": 0,
     "llada_moe": 156891,
+    "llada2_moe": 156891,
 }  # of the added tokens as published; Qwen's begin at 151643
 
 
@@ -196,6 +221,9 @@ def tiny(config: dict[str, Any], kind: str) -> dict[str, Any]:
     out = {k: SMALL.get(k, v) for k, v in config.items()}
     for name in [n for n in out if n.endswith("_token_id") and out[n] is not None]:
         out[name] = special_ids(kind)[texts[out[name] - first]]
+    if kind == "llada2_moe":  # 8 experts in groups of two, 3 of which work; half of each head turns
+        out |= {"num_experts": GROUPED, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "rotary_dim": 4}
+        out |= {"num_hidden_layers": LAYERS + 1, "moe_intermediate_size": INNER}
     if kind == "nemotron":  # the context before YaRN
         out["rope_parameters"] = {**config["rope_parameters"], "original_max_position_embeddings": 128}
     return out
@@ -223,7 +251,7 @@ def test_a_published_model_loads_and_answers(tmp_path: Path, model: Any) -> None
         loaded = fastdllm.load(str(tmp_path), device="cpu", **options)
     assert loaded.spec.family == model.family and loaded.tokenizer.decode([loaded.spec.mask_id]) == mask_of(kind)
     assert {"llada": 0, "dream": 1, "fast_dllm_v2": 1}.get(model.family, 0) == loaded.spec.shift
-    assert loaded.spec.block_causal == {"fast_dllm_v2": 32, "sdar": 4, "stable_diffcoder": 4}.get(
+    assert loaded.spec.block_causal == {"fast_dllm_v2": 32, "sdar": 4, "stable_diffcoder": 4, "llada2_moe": 32}.get(
         model.family, options.get("block_size", 0)
     )
     if "DiffuCoder-7B-I" in model.id:

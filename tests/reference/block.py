@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop of SDAR and TraDo (arXiv 2510.06303), of Stable-DiffCoder and of A2D's bd3lm, one prompt at a time, greedy.
+"""The loop of SDAR and TraDo (arXiv 2510.06303), of Stable-DiffCoder, of LLaDA2.0 and of A2D's bd3lm, one prompt at a
+time, greedy.
 
 Blocks lie on the grid from position 0, or with `at_prompt` from the prompt's end (dllm's `BD3LMSampler`, which pads prompts
 on the left up to whole blocks and hides the padding). The prompt's whole blocks are read first; each further block, with
 what the prompt left of it, is denoised against the blocks before it, and read once more when it is full. There is no token
-shift. Sources: SDAR's generate.py (dynamic low-confidence remasking), Stable-DiffCoder's `generate_block`, and dllm.
+shift. Sources: SDAR's generate.py (dynamic low-confidence remasking), Stable-DiffCoder's `generate_block`, dllm, and
+`generate` of LLaDA2.0's modeling_llada2_moe.py at its 32 steps a block, which reads all blocks anew in each forward.
 """
 
 from __future__ import annotations

@@ -71,7 +71,12 @@ class PlainNetwork:
         return h * torch.rsqrt((h * h).mean(-1, keepdim=True) + self.spec.rms_eps) * self.weights[name]
 
     def _rotate(self, x: Tensor, pos: Tensor) -> Tensor:
-        """x [W, heads, D] as complex pairs (i, i + D / 2), turned by pos * theta^(-2i / D)."""
+        """x [W, heads, D] as complex pairs (i, i + r / 2) of its first r channels, turned by pos * theta^(-2i / r)."""
+        if (turned := self.spec.rotary) and turned < x.shape[-1]:
+            return torch.cat([self._turn(x[..., :turned], pos), x[..., turned:]], -1)
+        return self._turn(x, pos)
+
+    def _turn(self, x: Tensor, pos: Tensor) -> Tensor:
         half = x.shape[-1] // 2
         angle = pos[:, None].double() * self.spec.rope_theta ** (-torch.arange(half).double() / half)
         turned = (
@@ -79,6 +84,23 @@ class PlainNetwork:
             * torch.polar(torch.ones(()).double(), angle)[:, None]
         )
         return torch.cat([turned.real, turned.imag], -1).float()
+
+    def _shares(self, y: Tensor, p: str, channels: int) -> Tensor:
+        """What each inner channel of a layer's experts is times, for one position y [C]."""
+        e, out = self.spec.experts, torch.ones(channels)
+        out[: e.count * e.inner] = 0
+        logits = self.weights[p + "router"] @ y
+        score = logits.softmax(0) if e.score == "softmax" else logits.sigmoid()
+        wish = (score if e.score == "softmax" else score + self.weights[p + "router_bias"]).tolist()
+        size = e.count // e.groups
+        groups = [range(g * size, (g + 1) * size) for g in range(e.groups)]
+        if e.groups > 1:
+            groups.sort(key=lambda group: -sum(sorted((wish[i] for i in group), reverse=True)[:2]))
+        allowed = sorted((i for group in groups[: e.active_groups] for i in group), key=lambda i: -wish[i])[: e.active]
+        total = float(sum(score[i] for i in allowed)) if e.score == "sigmoid" and e.active > 1 else 1.0
+        for i in allowed:
+            out[i * e.inner : (i + 1) * e.inner] = score[i] / total * e.scale
+        return out
 
     def __call__(self, ids: Tensor, start: int = 0, kv: KV = plain, causal: bool = False) -> Tensor:
         self.forwards += 1
@@ -101,7 +123,11 @@ class PlainNetwork:
                 score = score.masked_fill(torch.arange(len(k)) > pos[:, None], -torch.inf)
             y = torch.einsum("hwt,thd->whd", score.softmax(-1), v.repeat_interleave(group, 1)).flatten(1)
             h = h + y @ w[p + "out.weight"].T
-            gate, up = (self._norm(h, p + "ffn_norm") @ w[p + "gate_up.weight"].T).chunk(2, -1)
-            h = h + (torch.nn.functional.silu(gate) * up) @ w[p + "down.weight"].T
+            y = self._norm(h, p + "ffn_norm")
+            gate, up = (y @ w[p + "gate_up.weight"].T).chunk(2, -1)
+            act = torch.nn.functional.silu(gate) * up
+            if s.experts and i >= s.experts.dense:
+                act = act * torch.stack([self._shares(row, p, act.shape[1]) for row in y])
+            h = h + act @ w[p + "down.weight"].T
         head = w["embed.weight"] if s.tied_head else w["head.weight"]
         return (self._norm(h, "norm") @ head.T).masked_fill(self.banned, -torch.inf)

@@ -14,7 +14,7 @@ import fastdllm
 from fastdllm import build, kernels
 from fastdllm.engine import Request, decode
 from fastdllm.models import Model
-from fastdllm.models.spec import ModelSpec
+from fastdllm.models.spec import Experts, ModelSpec
 from fastdllm.models.transformer import Transformer
 from fastdllm.runners import cuda_graph, eager
 
@@ -36,6 +36,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "causal_context": True,
         "qkv_bias": False,
         "defaults": {"cache": "causal", "schedule": "even"},
+    },
+    "llada_moe": {
+        "shift": 0,
+        "block_causal": 0,
+        "qkv_bias": False,
+        "experts": Experts(count=16, active=4, inner=24),
+        "defaults": {"cache": "dual", "schedule": "even"},
+    },
+    "llada2_moe": {
+        "shift": 0,
+        "block_causal": 16,
+        "qkv_bias": False,
+        "rotary": 8,
+        "experts": Experts(16, 4, 24, shared=24, dense=1, score="sigmoid", groups=4, active_groups=2, scale=2.5),
+        "defaults": {"cache": "block", "schedule": "even", "block_length": 16, "strict": True},
     },
 }
 CASES = [
@@ -75,6 +90,10 @@ CASES = [
     ("nemotron", {"decoder": "self_speculate", "cache": "none", "temperature": 0.7}),
     ("v2", {"cache": "block", "reuse_k": 4, "layer_subset": "1+2", "trim_ratio": 0.4}),
     ("v2", {"decoder": "self_verify"}),
+    ("llada_moe", {"cache": "dual"}),
+    ("llada_moe", {"cache": "top_rho", "decoder": "quota"}),
+    ("llada2_moe", {"cache": "block"}),
+    ("llada2_moe", {"cache": "block", "reuse_k": 4, "layer_subset": "1+2", "trim_ratio": 0.4}),
     ("llada", {"decoder": "threshold", "threshold": 0.6, "attention_discount": 5.0}),
 ]
 

@@ -61,7 +61,8 @@ def linear_rope_store(
     """Project x [R, W, C] to H query, K key and K value heads of D, rotate, and write keys and values into the store.
 
     weight: [(H + 2K) D, C], the queries' rows first, then the keys'; scale, bias: see `fastdllm.kernels.linear`.
-    cos, sin: [Tmax, D] fp32 in the half-split layout, indexed by position; the rotation is computed in fp32.
+    cos, sin: [Tmax, r] fp32 in the half-split layout, indexed by position; the rotation is computed in fp32. Of each head
+        the first r <= D channels turn, and the others stay.
     pos: [R, W] int64, the positions. row: [R] int64, the rows of the store.
     k_store, v_store: [B, K, T, D], contiguous in D, else of any strides; rows may overlap. Slots [row[r], :, pos[r, w]] are
         overwritten, or [row[r], :, slot[r, w]] where `slot` [R, W] int64 is given, and nothing else.
@@ -74,6 +75,6 @@ def linear_rope_store(
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    x = x.float()
+    x, still = x.float().split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
     low, high = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-high, low), dim=-1) * sin
+    return torch.cat((x * cos + torch.cat((-high, low), dim=-1) * sin, still), -1)

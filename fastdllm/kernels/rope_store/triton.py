@@ -2,7 +2,8 @@
 """Rotary embedding and KV write in one pass: a program rotates some heads of one position and puts each where
 it belongs. After a product over few positions it adds up the product's partial sums first.
 
-Queries go to a fresh tensor, keys and values straight into their slots, so that nothing but the slots of this
+A head is seen as pairs of channels, in two tiles. The pairs that turn come first; those of the channels that stay have an
+angle of 0. Queries go to a fresh tensor, keys and values straight into their slots, so that nothing but the slots of this
 pass is touched.
 """
 
@@ -21,13 +22,11 @@ BLOCK_H = 8
 
 
 @triton.jit
-def _normalise(x_low, x_high, b_rms, m_h, norm, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _normalise(x_low, x_high, b_rms, m_h, norm, o_low, o_high, m_d):
     """The heads m_h times b_rms and `norm`, rounded like a norm's output in memory; the others as they are."""
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D // 2
     dtype = norm.dtype.element_ty
-    w_low = tl.load(norm + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
-    w_high = tl.load(norm + D // 2 + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+    w_low = tl.load(norm + o_low, mask=m_d, other=0.0).to(tl.float32)[None, :]
+    w_high = tl.load(norm + o_high, mask=m_d, other=0.0).to(tl.float32)[None, :]
     n_low = ((x_low * b_rms[:, None]).to(dtype).to(tl.float32) * w_low).to(dtype).to(tl.float32)
     n_high = ((x_high * b_rms[:, None]).to(dtype).to(tl.float32) * w_high).to(dtype).to(tl.float32)
     return tl.where(m_h[:, None], n_low, x_low), tl.where(m_h[:, None], n_high, x_high)
@@ -58,6 +57,7 @@ def _rope_store_kernel(
     H: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
+    TURNED: tl.constexpr,
     PARTS: tl.constexpr,
     SLOT: tl.constexpr,
     Q_NORM: tl.constexpr,
@@ -68,50 +68,52 @@ def _rope_store_kernel(
     i_n = tl.program_id(0).to(tl.int64)
     o_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     o_d = tl.arange(0, BLOCK_D)
-    HALF: tl.constexpr = D // 2
-    m_d = o_d < HALF
+    m_d, m_t = o_d < D // 2, o_d < TURNED // 2
+    o_low, o_high = o_d, o_d + D // 2
+    if TURNED < D:  # the pairs are (i, i + TURNED / 2), then from channel TURNED on (i, i + (D - TURNED) / 2)
+        o_low, o_high = tl.where(m_t, o_low, o_d + TURNED // 2), tl.where(m_t, o_d + TURNED // 2, o_high)
     m_hd = (o_h < H + 2 * K)[:, None] & m_d[None, :]
 
     wait()
-    p_x = qkv + (i_n * (H + 2 * K) + o_h[:, None]) * D + o_d[None, :]
-    b_low = tl.load(p_x, mask=m_hd, other=0.0)
-    b_high = tl.load(p_x + HALF, mask=m_hd, other=0.0)
+    p_x = qkv + (i_n * (H + 2 * K) + o_h[:, None]) * D
+    b_low = tl.load(p_x + o_low[None, :], mask=m_hd, other=0.0)
+    b_high = tl.load(p_x + o_high[None, :], mask=m_hd, other=0.0)
     for part in tl.static_range(1, PARTS):
-        p_part = qkv + ((i_n + part * rows) * (H + 2 * K) + o_h[:, None]) * D + o_d[None, :]
-        b_low += tl.load(p_part, mask=m_hd, other=0.0)
-        b_high += tl.load(p_part + HALF, mask=m_hd, other=0.0)
+        p_part = qkv + ((i_n + part * rows) * (H + 2 * K) + o_h[:, None]) * D
+        b_low += tl.load(p_part + o_low[None, :], mask=m_hd, other=0.0)
+        b_high += tl.load(p_part + o_high[None, :], mask=m_hd, other=0.0)
     b_pos = tl.load(pos + i_n)
     b_slot = tl.load(slot + i_n) if SLOT else b_pos
     b_row = tl.load(row + i_n // W)
-    p_cos, p_sin = cos + b_pos * D + o_d, sin + b_pos * D + o_d
-    b_cl, b_ch = tl.load(p_cos, mask=m_d, other=0.0), tl.load(p_cos + HALF, mask=m_d, other=0.0)
-    b_sl, b_sh = tl.load(p_sin, mask=m_d, other=0.0), tl.load(p_sin + HALF, mask=m_d, other=0.0)
+    p_cos, p_sin = cos + b_pos * TURNED + o_d, sin + b_pos * TURNED + o_d
+    b_cl, b_ch = tl.load(p_cos, mask=m_t, other=1.0), tl.load(p_cos + TURNED // 2, mask=m_t, other=1.0)
+    b_sl, b_sh = tl.load(p_sin, mask=m_t, other=0.0), tl.load(p_sin + TURNED // 2, mask=m_t, other=0.0)
     x_low, x_high = b_low.to(tl.float32), b_high.to(tl.float32)
     if Q_NORM or K_NORM:
         b_rms = tl.rsqrt((tl.sum(x_low * x_low, 1) + tl.sum(x_high * x_high, 1)) / D + eps)
         if Q_NORM:
-            x_low, x_high = _normalise(x_low, x_high, b_rms, o_h < H, q_norm, D, BLOCK_D)
+            x_low, x_high = _normalise(x_low, x_high, b_rms, o_h < H, q_norm, o_low, o_high, m_d)
         if K_NORM:
-            x_low, x_high = _normalise(x_low, x_high, b_rms, (o_h >= H) & (o_h < H + K), k_norm, D, BLOCK_D)
+            x_low, x_high = _normalise(x_low, x_high, b_rms, (o_h >= H) & (o_h < H + K), k_norm, o_low, o_high, m_d)
     r_low = x_low * b_cl[None, :] - x_high * b_sl[None, :]
     r_high = x_high * b_ch[None, :] + x_low * b_sh[None, :]
 
     m_q = m_hd & (o_h < H)[:, None]
-    p_q = q + (i_n * H + o_h[:, None]) * D + o_d[None, :]
-    tl.store(p_q, r_low, mask=m_q)
-    tl.store(p_q + HALF, r_high, mask=m_q)
+    p_q = q + (i_n * H + o_h[:, None]) * D
+    tl.store(p_q + o_low[None, :], r_low, mask=m_q)
+    tl.store(p_q + o_high[None, :], r_high, mask=m_q)
 
     m_k = m_hd & ((o_h >= H) & (o_h < H + K))[:, None]
     o_k = (o_h - H).to(tl.int64)
-    p_k = k_store + b_row * stride_kb + b_slot * stride_kt + o_k[:, None] * stride_kh + o_d[None, :]
-    tl.store(p_k, r_low, mask=m_k)
-    tl.store(p_k + HALF, r_high, mask=m_k)
+    p_k = k_store + b_row * stride_kb + b_slot * stride_kt + o_k[:, None] * stride_kh
+    tl.store(p_k + o_low[None, :], r_low, mask=m_k)
+    tl.store(p_k + o_high[None, :], r_high, mask=m_k)
 
     m_v = m_hd & (o_h >= H + K)[:, None]
     o_v = (o_h - H - K).to(tl.int64)
-    p_v = v_store + b_row * stride_vb + b_slot * stride_vt + o_v[:, None] * stride_vh + o_d[None, :]
-    tl.store(p_v, b_low, mask=m_v)
-    tl.store(p_v + HALF, b_high, mask=m_v)
+    p_v = v_store + b_row * stride_vb + b_slot * stride_vt + o_v[:, None] * stride_vh
+    tl.store(p_v + o_low[None, :], b_low, mask=m_v)
+    tl.store(p_v + o_high[None, :], b_high, mask=m_v)
 
 
 def rope_store(
@@ -196,6 +198,7 @@ def _launch(
         H=heads,
         K=kv_heads,
         D=D,
+        TURNED=cos.shape[1],
         PARTS=len(parts),
         SLOT=slot is not None,
         Q_NORM=q_norm is not None,

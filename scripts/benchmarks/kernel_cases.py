@@ -20,9 +20,9 @@ from fastdllm.kernels.attention import reference as attention_reference
 from fastdllm.kernels.attention import triton as attention_triton
 from fastdllm.kernels.confidence import reference as confidence_reference
 from fastdllm.kernels.confidence import triton as confidence_triton
+from fastdllm.kernels.experts import reference as experts_reference
 from fastdllm.kernels.linear import int4
 from fastdllm.kernels.linear import triton as linear_triton
-from fastdllm.kernels.experts import reference as experts_reference
 from fastdllm.kernels.partial import reference as partial_reference
 from fastdllm.kernels.partial import triton as partial_triton
 from fastdllm.kernels.rmsnorm import reference as rmsnorm_reference

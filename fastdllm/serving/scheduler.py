@@ -274,6 +274,7 @@ class Scheduler:
                 with closing(decode(self.model, feed, self.run, executor, trace=True, **budget)) as steps:
                     while (step := self._round(steps)) is not None:
                         self._take_in(step, feed)
+                feed.meanwhile()
                 return
             except Exception as error:
                 log.exception("a round of the decoding loop failed")

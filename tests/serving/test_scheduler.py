@@ -133,6 +133,16 @@ def test_progress_tells_each_forward_once_and_adds_up_to_the_answer(model: fastd
         assert finished.ids[at] == token and finished.logprobs[at] == pytest.approx(logprob, abs=1e-6)
 
 
+def test_callers_hear_what_was_done_before_other_work_begins(model: fastdllm.Model, running: Scheduler) -> None:
+    """A call may take long, so the news of the forward before it do not wait for the next one."""
+    listener, seen = Listener(), []
+    job = running.submit(Request(prompt(model, "Hello"), 60, fixed={59: 44}, stop_ids=()), listener)
+    for _ in range(5):
+        seen.append(running.call(lambda: (job.forwards, job.over, len(listener.events))).result(60))
+    listener.wait()
+    assert all(told == forwards + over for forwards, over, told in seen), seen
+
+
 def test_a_withdrawn_request_frees_its_row_within_one_round(model: fastdllm.Model) -> None:
     scheduler = Scheduler(model, DecodeConfig(gen_length=200, decoder="quota", steps=200), rows=1).start()
     first, second = Listener(), Listener()

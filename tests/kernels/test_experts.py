@@ -97,7 +97,7 @@ def test_kernel(device: torch.device, assert_close, shape: tuple[int, ...], kind
     ratio = {torch.float32: 4e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     for got, want in zip(triton.experts_rmsnorm(*given), reference.experts_rmsnorm(*given), strict=True):
         assert got.dtype == want.dtype
-        assert_close(got, want, 0.05 if kind == "fp8" else ratio)
+        assert_close(got, want, 0.1 if kind == "fp8" else ratio)
 
 
 def test_what_nobody_asked_for_may_overflow() -> None:

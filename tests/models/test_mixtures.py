@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 
 import fastdllm
 from fastdllm import registry, testing
+from fastdllm.kernels.experts import reference
 from fastdllm.models import Model
 from fastdllm.models.routing import route
 from fastdllm.models.spec import Experts
 from fastdllm.testing import MIXTURES, prompts, random_model
+from tests.models.test_families import check
 from tests.models.test_networks import our_logits
 from tests.published_checkpoints import write_adapter, write_checkpoint
 from tests.reference import llada
@@ -44,9 +46,18 @@ def test_logits_are_those_of_the_plain_network(family: str) -> None:
     ids = torch.randint(0, testing.STOP, (1, 70))  # more than those for which all experts compute
     want = PlainNetwork(model, model.spec.block_causal)(ids[0])
     keep = ~model.banned
-    torch.testing.assert_close(our_logits(model, ids)[0][:, keep], want[:, keep], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(our_logits(model, ids)[0][:, keep], want[:, keep], atol=5e-5, rtol=1e-5)
     blocks = [(i, min(i + 8, 70)) for i in range(0, 70, 8)] if model.spec.block_causal else [(0, 70)]
-    torch.testing.assert_close(our_logits(model, ids, blocks)[0][:, keep], want[:, keep], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(our_logits(model, ids, blocks)[0][:, keep], want[:, keep], atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(reference.GROUPED is None, reason="this torch has no grouped product")
+@pytest.mark.parametrize("family", MIXTURES)
+def test_positions_sorted_by_expert_have_transformers_logits(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "FEW", 8)
+    check(tmp_path, family)
 
 
 @pytest.mark.parametrize("mode", ["none", "prefix", "dual"])
@@ -85,7 +96,7 @@ def test_only_experts_of_the_best_groups_are_chosen() -> None:
         ({"active": 5}, "active=5 is outside of 1 to 4"),
         ({"groups": 2, "active_groups": 1, "active": 3}, "active=3 is outside of 1 to 2"),
         ({"count": 5, "groups": 2}, "5 cannot be divided into 2 groups"),
-        ({"groups": 4}, "4 cannot be divided into 4 groups of two"),
+        ({"groups": 4, "active": 1}, "4 cannot be divided into 4 groups of two"),
         ({"active_groups": 2}, "active_groups=2 is outside of 1 to 1"),
     ],
     ids=str,
@@ -113,7 +124,7 @@ LLADA2_WRONG = [
     ({"image_token_offset": 157184}, "image_token_offset=157184; only None"),
     ({"using_split_qkv_in_self_attention": True}, "using_split_qkv_in_self_attention=True"),
     ({"rotary_dim": 4}, "rotary_dim=4; partial_rotary_factor makes it 8"),
-    ({"partial_rotary_factor": 0.3}, "rotary"),
+    ({"partial_rotary_factor": 0.2}, "rotary=3 is odd"),
     ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
     ({"n_group": 3}, "cannot be divided into 3 groups"),
     ({"topk_group": 5}, "topk_group=5; it must be a whole number from 1 to 4"),
@@ -142,7 +153,7 @@ def test_experts_merged_into_one_tensor_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
-@pytest.mark.parametrize("quantize, allowed", [("fp8", 0.1), ("int8", 0.05), ("int4", 0.5)])
+@pytest.mark.parametrize("quantize, allowed", [("fp8", 0.25), ("int8", 0.05), ("int4", 0.5)])
 def test_projections_are_quantised_and_routers_are_not(tmp_path: Path, kind: str, quantize: str, allowed: float) -> None:
     write_checkpoint(tmp_path, kind)
     model, smaller = (fastdllm.load(str(tmp_path), device="cpu", quantize=q) for q in (None, quantize))

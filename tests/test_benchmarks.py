@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fastdllm
-from fastdllm import kernels
+from fastdllm import kernels, testing
 from scripts.benchmarks import decode, profile_step, published
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +50,23 @@ def test_the_benchmark_reports_what_was_decoded(name: str, tmp_path: Path, capsy
     earlier.write_text(printed)
     decode.main([*given, "--batches", "1", "--compare", str(earlier)])
     assert f"x 1.000 of {earlier}" in capsys.readouterr().out  # the forwards of an answer do not vary
+
+
+def test_a_floor_counts_the_experts_that_are_read() -> None:
+    network = testing.random_model("llada2_moe").network
+    total = sum(p.nbytes for name, p in network.named_parameters() if name != "embed.weight")
+    one = 3 * network.spec.width * 12 * 4  # bytes of an expert, of which the second layer has 8
+    assert decode.weight_bytes(network, 10**6) == total
+    assert decode.weight_bytes(network, 1) == pytest.approx(total - 5 * one), "3 experts and what is shared"
+    assert decode.weight_bytes(network, 2) == pytest.approx(total - 8 * one * (5 / 8) ** 2, abs=1)
+    few, many = (decode.full_flops(network.spec, 7, 0), decode.full_flops(testing.random_model("v2").spec, 7, 0))
+    assert many - few == 2 * 7 * 3 * 32 * (48 - 4 * 12), "an expert computes only for the tokens that chose it"
+
+
+@pytest.mark.parametrize("name", decode.SHAPES)
+def test_every_shape_is_a_model(name: str) -> None:
+    family, config = decode.SHAPES[name]
+    assert family.spec(config, {}).layers > 15
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

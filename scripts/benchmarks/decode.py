@@ -190,11 +190,13 @@ def weight_bytes(network: Transformer, positions: int) -> int:
     whole), and of a layer's experts as many as so many positions choose if each chooses at random."""
     tied = network.spec.tied_head
     total = sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
-    for layer in network.layers:
-        if e := layer.experts:
-            both = [*layer.gate_up.parameters(), *layer.gate_up.buffers(), *layer.down.parameters(), *layer.down.buffers()]
-            of_experts = sum(t.nbytes for t in both) * e.count * e.inner / layer.down.in_features
-            total -= round(of_experts * (1 - e.active / e.count) ** positions)
+    e = network.spec.experts
+    for name, module in network.named_modules() if e else ():
+        layer = int(name.split(".")[1]) if name.endswith(("gate_up", "down")) else -1
+        if e and layer >= e.dense:
+            size = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+            idle = (1 - e.active / e.count) ** positions  # the share of the experts that nobody chooses
+            total -= round(size * idle * e.count * e.inner / network.spec.inner(layer))
     return total if tied else total - network.embed.weight.nbytes
 
 

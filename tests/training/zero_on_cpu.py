@@ -12,11 +12,12 @@ from typing import Any
 
 os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}  # read when DeepSpeed and accelerate are imported
 
-import deepspeed.comm.torch
+import deepspeed  # noqa: F401 - imports the module below
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
-deepspeed.comm.torch.build_shm_op = lambda: None  # which would compile C++, and wait for a lock that a killed run left
+# It would compile C++, and wait for the lock that a killed run left.
+sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 
 
 def over_gloo(self: PartialState, *args: Any) -> tuple[str, DistributedType]:

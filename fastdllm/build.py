@@ -51,6 +51,8 @@ def resolve(spec: ModelSpec, config: DecodeConfig) -> DecodeConfig:
     values |= _steps(values)
     if values["stop_ids"] is None:
         values["stop_ids"] = spec.stop_ids
+    if unknown := [token for token in values["stop_ids"] if token not in spec.stop_ids and not 0 <= token < spec.vocab]:
+        raise ValueError(f"stop_ids: {fields.shown(unknown[0])} is none of the model's token ids, 0 to {spec.vocab - 1}")
     return DecodeConfig(**values)
 
 

@@ -179,12 +179,13 @@ def stream(
 ) -> Generator[Step, None, None]:
     """The decoding loop a step at a time, with each step's block content (see `engine.Step`).
 
-    Takes the arguments of `generate` and raises its errors. Closing the iterator stops the computation.
+    Takes the arguments of `generate` and raises its errors, before anything is iterated. Closing the iterator stops the
+    computation.
     """
     other = _renamed(options, stop=stop, num_return_sequences=num_return_sequences)
     stop, copies = other.pop("stop", None), other.pop("num_return_sequences", 1)
     prompts = _prompts(prompts, other)
-    yield from _call(model, prompts, config, constraints, stop, copies, attention_mask, other).steps(trace=True)
+    return _call(model, prompts, config, constraints, stop, copies, attention_mask, other).steps(trace=True)
 
 
 def generate(

@@ -7,7 +7,7 @@ The chat, the page, the notebooks and `scripts/studies/plot_trace.py` all show t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -239,8 +239,8 @@ def watch(
 ) -> Iterator[Trace]:
     """Answer one prompt and yield its trace before the first forward and after each one (the same object, growing).
 
-    Takes the arguments of `fastdllm.generate`, for a single prompt, and raises its errors. Closing the iterator stops the
-    computation.
+    Takes the arguments of `fastdllm.generate`, for a single prompt, and raises its errors, before anything is iterated.
+    Closing the iterator stops the computation.
     """
     config = merged(config, options)
     ids: list[Tensor] = encode(model, prompt)
@@ -252,7 +252,11 @@ def watch(
     options = {name: list(v) if isinstance(v, tuple) else v for name, v in config.given().items() if v is not None}
     trace = Trace(model.name, options, len(ids[0]), config.gen_length, model.spec.mask_id, stop_ids, fixed)
     trace.texts = {token: spell(model, token) for token in fixed.values()}
-    with closing(stream(model, ids, config, constraints=fixed)) as steps:
+    return _growing(trace, model, stream(model, ids, config, constraints=fixed))
+
+
+def _growing(trace: Trace, model: Model, steps: Generator[Step, None, None]) -> Iterator[Trace]:
+    with closing(steps):
         yield trace
         for step in steps:
             trace.add(step, spell=lambda token: spell(model, token))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import fastdllm
+from fastdllm.fields import coerce
 from fastdllm.prompts import encode, padded
 
 REMASKING = {"low_confidence": "probability", "random": "random"}
@@ -22,7 +23,9 @@ PUBLISHED_MASK = 126336  # the default below: "the model's own", also for a chec
 
 def _generate(cache: str, model: fastdllm.Model, prompt: Tensor, options: dict[str, Any]) -> tuple[Tensor, int]:
     rows = encode(model, prompt)
-    steps, gen_length, threshold, factor = (options[k] for k in ("steps", "gen_length", "threshold", "factor"))
+    # By position an attention mask, which other codes' functions take there, would be the number of steps.
+    steps, gen_length = (coerce(name, options[name], int) for name in ("steps", "gen_length"))
+    threshold, factor = options["threshold"], options["factor"]
     if options["remasking"] not in REMASKING:
         raise ValueError(f"remasking={options['remasking']!r} is unknown; allowed are {', '.join(REMASKING)}")
     if options["mask_id"] not in (PUBLISHED_MASK, model.spec.mask_id):

@@ -99,11 +99,22 @@ def test_several_answers_to_a_prompt_lie_side_by_side_and_draw_apart() -> None:
         ({"constraints": {0: 5.0}}, "5.0 must be of type int"),
         ({"constraints": {True: 5}}, "True must be of type int"),
         ({"constraints": {0: None}}, "None must be of type int"),
+        ({"stop_ids": (-1,)}, "stop_ids: -1 is none of the model's token ids"),
+        ({"stop_ids": (2, 10**9)}, "stop_ids: 1000000000 is none of the model's token ids"),
     ],
 )
 def test_bad_arguments_are_named(model: fastdllm.Model, options: dict[str, Any], expected: str) -> None:
-    with pytest.raises(ValueError, match=expected):
-        fastdllm.generate(model, QUESTION, **options)
+    """Of `stream` at the call, where the mistake is, and not where its steps are read."""
+    for function in (fastdllm.generate, fastdllm.stream):
+        with pytest.raises(ValueError, match=expected):
+            function(model, QUESTION, **options)
+
+
+@pytest.mark.parametrize("options", [{"treshold": 0.5}, {"stop_ids": (-1,)}, {"gen_length": 10**6}, {"threshold": "x"}])
+def test_what_is_iterated_is_checked_before(model: fastdllm.Model, options: dict[str, Any]) -> None:
+    for function in (fastdllm.stream, fastdllm.stream_text, fastdllm.watch):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            function(model, QUESTION, **options)
 
 
 def test_what_a_tokenizer_returns_may_be_passed_by_its_names(model: fastdllm.Model) -> None:

@@ -31,14 +31,14 @@ def adapter(folder: Path, module: str = MODULE) -> str:
     return str(folder)
 
 
-@pytest.fixture(params=["chat", "app", "serve", "batch", "eval", "eval, lm-eval's name", "pareto"])
+@pytest.fixture(params=["chat", "app", "serve", "batch", "eval", "eval, peft", "eval, lora_path", "pareto"])
 def command(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Run one of the commands with an adapter; gives its exit code."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     asked = tmp_path / "in.jsonl"
     body = {"model": BASE, "prompt": "___3 __4_ 21__ 4___", "max_tokens": 4}
     asked.write_text(json.dumps({"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": body}))
-    name = "adapter" if request.param == "eval" else "peft"
+    name = request.param.partition(", ")[2] or "adapter"
 
     def run(path: str) -> int:
         own = ["--adapter", path, "--device", "cpu"]

@@ -212,6 +212,14 @@ def test_defaults_run_whatever_the_length() -> None:
     assert x.shape == (1, 17) and not (x == MASK).any()
 
 
+@pytest.mark.parametrize("steps", [torch.ones(1, 5, dtype=torch.long), torch.ones(2, 5, dtype=torch.long), None, 8.5, "x"])
+def test_what_is_no_number_of_steps_is_named(steps: object) -> None:
+    """Other codes' function takes an attention mask in second place."""
+    for generate in LLADA.values():
+        with pytest.raises(ValueError, match="steps="):
+            generate(random_model("llada"), prompt_of(5, 0)[None], steps, gen_length=8)
+
+
 def test_llada_and_dream_run_to_the_end_v2_stops() -> None:
     prompt = prompt_of(6, 1)[None]
     stopping = {f: forced(random_model(f), STOP) for f in ("llada", "dream", "v2")}

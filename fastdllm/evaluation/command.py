@@ -12,6 +12,7 @@ import difflib
 import io
 import logging
 import os
+import sqlite3
 import sys
 import tempfile
 from argparse import Namespace
@@ -75,18 +76,45 @@ def main(model: str = "fastdllm", prog: str = "fastdllm eval", arguments: Sequen
             _prepare(args, model)
         elif hasattr(args, "include_path"):
             args.include_path = task_folders(args.include_path)
-        with _checked_tasks(getattr(args, "tasks", None), getattr(args, "gen_kwargs", None)) as left_out:
+        tasks, kwargs = (getattr(args, name, None) for name in ("tasks", "gen_kwargs"))
+        with _checked_tasks(tasks, kwargs) as left_out, _noted_losses() as lost:
             harness.execute(args)
+        sys.stdout.flush()  # the table, while it can still be told that nobody takes it
     except BrokenPipeError:  # whoever read the output is gone, which is no mistake
         raise
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, sqlite3.Error) as error:
         if logging.getLogger("lm_eval").isEnabledFor(logging.DEBUG):
             raise
         print(f"{prog}: {describe(error)}", file=sys.stderr)
         return 2
     for name, fault in left_out.items():
         print(f"{prog}: task {name} was left out: {fault}", file=sys.stderr)
-    return 2 if left_out else 0
+    if lost:
+        print(f"{prog}: results were lost: {'; '.join(lost)}", file=sys.stderr)
+    return 2 if left_out or lost else 0
+
+
+@contextlib.contextmanager
+def _noted_losses() -> Iterator[list[str]]:
+    """Meanwhile what lm-eval could not save is noted, each reason once: it logs that it could not, and ends as if it had."""
+    from lm_eval.loggers import evaluation_tracker
+
+    lost: list[str] = []
+    logger = evaluation_tracker.eval_logger
+    warning = logger.warning
+
+    def noting(message: str, *args: Any, **options: Any) -> None:
+        error = sys.exc_info()[1]  # what it is about to pass over
+        text = " ".join(f"{message % args if args else message}: {error}".split())
+        if error is not None and text not in lost:
+            lost.append(text)
+        warning(message, *args, **options)
+
+    logger.warning = noting
+    try:
+        yield lost
+    finally:
+        del logger.warning
 
 
 @contextlib.contextmanager
@@ -179,8 +207,8 @@ def _check_output(path: str | None) -> None:
     folder = Path(path).parent if path.endswith(".json") else Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            file.write(bytes(4096))  # a full disk takes a name, but nothing in it
     except OSError as error:
         raise ValueError(f"output_path={path!r} is no folder that can be written to: {error.strerror}") from error
 

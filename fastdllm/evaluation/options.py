@@ -19,7 +19,8 @@ from fastdllm.fields import coerce, shown
 from fastdllm.presets import PRESETS
 from fastdllm.registry import Kind
 
-ALIASES = {**config.ALIASES, "model_path": "pretrained", "model": "pretrained", "peft": "adapter"}  # peft: lm-eval's own
+ALIASES = {**config.ALIASES, "model_path": "pretrained", "model": "pretrained"}
+ALIASES |= {"peft": "adapter", "lora_path": "adapter"}  # lm-eval's own name, and the one others evaluate Dream with
 CONFIDENCE = {
     "remasking": {"low_confidence": "probability", "random": "random"},
     "alg": {"entropy": "entropy", "maskgit_plus": "probability", "topk_margin": "margin", "origin": "random"},

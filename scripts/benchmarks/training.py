@@ -4,6 +4,9 @@
     python -m scripts.benchmarks.training                     # 1.5B and 7B shapes, random weights, on one and two GPUs
     python -m scripts.benchmarks.training --device cpu --tiny # seconds on a CPU, to see that it runs
 
+`--output docs/training.json` keeps the cases there, from which `python -m scripts.studies.tables` writes the table of
+docs/finetuning.md.
+
 One step is forward, backward with recomputed activations, clipping and fused AdamW, all in bfloat16, on full rows. Two
 devices shard weights, gradients and optimiser layer by layer (FSDP). Tokens are those of the text: block diffusion runs each
 four times, in two views of noisy and clean halves, and its head once. The share counts the matrix products that each
@@ -13,7 +16,7 @@ objective needs, recomputation left out, over seconds times the rate of a large 
 from __future__ import annotations
 
 import argparse
-import math
+import json
 import os
 import socket
 import statistics
@@ -22,6 +25,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,6 +41,7 @@ from fastdllm.arguments import COUNT, SIZE, Parser
 from fastdllm.cli import one_line
 from fastdllm.training.model import Fast_dLLM_QwenConfig, Fast_dLLM_QwenForCausalLM
 from fastdllm.training.objective import choose_masked, draw_noise
+from scripts.studies.tables import TRAINING, grid, training_cells
 
 BLOCK = 32
 OBJECTIVES = ("block diffusion", "causal")
@@ -192,6 +197,18 @@ def run(shape: Shape, objective: str, world: int, args: argparse.Namespace) -> t
     return seconds, rate, peak
 
 
+def measured(shape: Shape, objective: str, world: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One case: what was run, and its figures, or `why` it has none."""
+    case: dict[str, Any] = {"objective": objective, "devices": world, "rows": shape.rows, "tokens": shape.tokens}
+    try:
+        seconds, rate, peak = run(shape, objective, world, args)
+    except ProcessRaisedException as error:
+        return case | {"why": "out of memory" if "OutOfMemoryError" in str(error) else str(error).strip().splitlines()[-1]}
+    case |= {"step_ms": round(1e3 * seconds, 1), "tokens_per_second": round(world * shape.rows * shape.tokens / seconds)}
+    case["share_of_matrix_rate"] = round(shape.flops(objective) / (seconds * rate), 3)
+    return case | ({"peak_gib": round(peak / 2**30, 1)} if peak else {})
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -202,6 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=COUNT, default=8)
     parser.add_argument("--warm_up", type=SIZE, default=3)
     parser.add_argument("--tiny", action="store_true", help="a network of no use, to see that everything runs")
+    parser.add_argument("--output", type=Path, help="a JSON file for the cases, of which it then holds no others")
     args = parser.parse_args(argv)
     present = torch.cuda.device_count() if args.device == "cuda" else os.cpu_count() or 1
     devices = args.devices or [n for n in (1, 2) if n <= present]
@@ -212,24 +230,22 @@ def main(argv: list[str] | None = None) -> None:
     shapes = {"tiny": TINY} if args.tiny else {name: SHAPES[name] for name in args.shapes}
     changes = {name: value for name in ("rows", "tokens") if (value := getattr(args, name)) is not None}
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, median of {args.steps} steps\n")
-    print("| shape | objective | devices | rows x tokens a device | ms a step | tokens/s | matrix rate, % | peak GiB |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    cases: list[dict[str, Any]] = []
+    report = {
+        "measured": f"{name}, {versions}, median of {args.steps} steps",
+        "command": f"python -m scripts.benchmarks.training --steps {args.steps} --output docs/training.json",
+        "cases": cases,
+    }
+    print(f"{report['measured']}\n\n{grid(TRAINING, [])}", flush=True)
     for label, given in shapes.items():
         shape = replace(given, **changes)
         for world in devices:
             for objective in OBJECTIVES:
-                case = f"| {label} | {objective} | {world} | {shape.rows} x {shape.tokens} |"
-                try:
-                    seconds, rate, peak = run(shape, objective, world, args)
-                except ProcessRaisedException as error:
-                    reason = "out of memory" if "OutOfMemoryError" in str(error) else str(error).strip().splitlines()[-1]
-                    print(f"{case} {reason} | | | |", flush=True)
-                    continue
-                tokens = world * shape.rows * shape.tokens / seconds
-                share = 100 * shape.flops(objective) / (seconds * rate)
-                memory = f"{peak / 2**30:.1f}" if math.isfinite(peak) and peak else ""
-                print(f"{case} {1e3 * seconds:.0f} | {tokens:.0f} | {share:.1f} | {memory} |", flush=True)
+                cases.append({"shape": label} | measured(shape, objective, world, args))
+                print(f"| {' | '.join(training_cells(cases[-1]))} |", flush=True)
+                if args.output:  # also what was measured before a run that is cut short
+                    args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ What writes the data:
 
 * frontier.json, self_verify.json, sudoku.json: `python -m scripts.studies.pareto report --summary`
 * speed.json: `python -m scripts.benchmarks.published --output`; decode.json: `python -m scripts.benchmarks.decode --output`
+* training.json: `python -m scripts.benchmarks.training --output`
 * when_diffusion_pays.json: `python -m scripts.studies.diffusion_pays --output`
 * quickstart.json: `bash scripts/quickstart.sh`, as results/quickstart.json
 * drafts.json of the shipped models: `python -m scripts.studies.calibrate`
@@ -33,8 +34,8 @@ from scripts.studies.figures import DOCS, NEAR, Row, data
 
 ROOT = DOCS.parent
 PAGES = (
-    "docs/choosing.md", "docs/frontier.md", "docs/log.md", "docs/lossless.md", "docs/performance.md", "docs/quickstart.md",
-    "docs/serving.md",
+    "docs/choosing.md", "docs/finetuning.md", "docs/frontier.md", "docs/log.md", "docs/lossless.md", "docs/performance.md",
+    "docs/quickstart.md", "docs/serving.md",
     "docs/when_diffusion_pays.md", "dream/README.md", "llada/README.md", "v2/README.md",
 )  # fmt: skip
 BLOCK = re.compile(r"(?P<head><!-- table (?P<name>\w+): [^\n]* -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)
@@ -291,6 +292,27 @@ def step_in_loop() -> str:
     return grid(("prompt 1,000, batch 1", *(name for name, _ in runs)), rows)
 
 
+# docs/finetuning.md
+
+TRAINING = (
+    "shape", "objective", "GPUs", "rows x tokens on each", "ms a step", "tokens/s", "of the matrix rate", "peak GiB",
+)  # fmt: skip
+
+
+def training_cells(case: Row) -> tuple[str, ...]:
+    """A line of the table: a case of the training benchmark, or why it has no figures."""
+    head = case["shape"], case["objective"], str(case["devices"]), f"{case['rows']} x {case['tokens']:,}"
+    if "why" in case:
+        return *head, case["why"], "", "", ""
+    speed = f"{case['step_ms']:,.0f}", f"{case['tokens_per_second']:,}"
+    return *head, *speed, percent(case["share_of_matrix_rate"]), str(case.get("peak_gib", ""))
+
+
+def training() -> str:
+    found = data("training")
+    return f"{found['measured']}:\n\n{grid(TRAINING, map(training_cells, found['cases']))}"
+
+
 def printed(name: str) -> Callable[[], str]:
     """A section of docs/measured.json as it stands."""
 
@@ -468,7 +490,7 @@ TABLES: dict[str, Callable[[], str]] = {
         presets, thresholds, remasking, not_paying, lossless, self_verify, sudoku,
         which_threshold, which_cache, published, by_batch, by_batch_few_bits, against_limit, against_limit_few_bits,
         full_forwards, step_in_loop, measured_llada, measured_dream, layer_reuse, quickstart,
-        pays_speed, pays_crossings, pays_missing, paces_reached,
+        training, pays_speed, pays_crossings, pays_missing, paces_reached,
     )
 } | {name: printed(name) for name in data("measured")["sections"]}  # fmt: skip
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from argparse import Namespace
@@ -147,6 +148,38 @@ def test_a_place_for_results_that_cannot_be_written_is_told_first(
     assert main(arguments=["--tasks", "gsm_symbolic", "--model_args", "pretrained=tiny-llada", *given]) == 2
     said = capsys.readouterr().err
     assert not seen and len(said.splitlines()) == 1 and f"output_path={place!r}" in said
+
+
+@pytest.mark.usefixtures("shipped_tasks_only")
+@pytest.mark.parametrize(
+    ("lost", "level"), [(("aggregated",), "ERROR"), (("sample",), "INFO"), (("aggregated", "sample"), "INFO")]
+)
+def test_results_that_are_lost_are_told_at_the_end(
+    lost: tuple[str, ...], level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """lm-eval logs that it could not write them, and ends with exit code 0."""
+    from lm_eval.loggers import evaluation_tracker
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("LMEVAL_LOG_LEVEL", level)
+    arguments = ["--tasks", "gsm_symbolic", "--limit", "1", "--device", "cpu", "--model_args"]
+    arguments += ["pretrained=tiny-sudoku,gen_length=8", "--log_samples", "--output_path", str(tmp_path)]
+    for wrong in (lost, ()):
+        with monkeypatch.context() as disk:
+            if "aggregated" in wrong:
+                disk.setattr(Path, "write_text", full)
+            if "sample" in wrong:
+                disk.setattr(evaluation_tracker, "sanitize_list", full)  # which it calls on each line that it writes
+            assert main(arguments=arguments) == (2 if wrong else 0)
+        told = capsys.readouterr()
+        lines = [line for line in told.err.splitlines() if line.startswith("fastdllm eval: ")]
+        assert "|gsm_symbolic" in told.out, "the scores are told all the same"
+        assert len(lines) == bool(wrong)
+        for line in lines:
+            assert "results were lost: " in line and line.count("No space left") == len(wrong)
+            assert all(f"Could not save {name}" in line.replace("results aggregated", "aggregated") for name in wrong)
 
 
 @pytest.mark.parametrize("value", ["none", "None", "3", "'x'"])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -10,12 +11,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -452,27 +457,75 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_resume(qwen2: Path, data
         checkpoint_to_resume("nowhere", tmp_path)
 
 
-SHARDED = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-SHARDED += [Path(__file__).with_name("fsdp_on_cpu.py")]
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_fsdp_saves_what_load_reads_and_resumes_it(qwen2: Path, data: Path, tmp_path: Path, lora: bool) -> None:
+@pytest.mark.parametrize("way", ["fsdp", "zero2", "zero3"])
+def test_shards_are_saved_as_what_load_reads_and_resumed(
+    qwen2: Path, data: Path, tmp_path: Path, lora: bool, way: str
+) -> None:
     """Two processes that hold half of every weight each: the whole model is saved, and a run continues from it."""
+    if way != "fsdp" and not find_spec("deepspeed"):
+        pytest.skip("needs deepspeed")
     common = {"max_steps": 3, "per_device_train_batch_size": 2} | ({"lora": True, "lora_rank": 4} if lora else {})
     one, whole, resumed = (tmp_path / name for name in ("one", "whole", "resumed"))
     finetune.main(options(qwen2, data, one, **{**common, "per_device_train_batch_size": 4}))
     extra = {"save_strategy": "steps", "save_steps": 2} | ({"merge_lora": True} if lora else {})
-    launch([*SHARDED, *options(qwen2, data, whole, **common, **extra)])
+    program = Path(__file__).with_name("fsdp_on_cpu.py" if way == "fsdp" else "zero_on_cpu.py")
+    if way != "fsdp":
+        common |= {"deepspeed": SCRIPTS / "configs" / f"{way}.json", "use_cpu": False}
+    launch([*TWO, program, *options(qwen2, data, whole, **common, **extra)])
     shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
-    launch([*SHARDED, *options(qwen2, data, resumed, **common, resume_from_checkpoint="latest")])
+    launch([*TWO, program, *options(qwen2, data, resumed, **common, resume_from_checkpoint="latest")])
+    assert (way == "fsdp") != any((whole / "checkpoint-2").glob("global_step*")), "DeepSpeed leaves a folder of its own"
     assert losses(whole) == pytest.approx(losses(one), rel=1e-3)
     name = "adapter_model.safetensors" if lora else "model.safetensors"
     first, second = load_file(whole / name), load_file(resumed / name)
     assert first.keys() == second.keys() == load_file(one / name).keys()
     assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
     fastdllm.load(str(whole / "merged" if lora else whole), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("started", "joined", "zero", "kind", "message"),
+    [
+        (2, 1, None, "NO", "2 processes were started, but they find no GPUs; --use_cpu"),
+        (1, 1, "zero2.json", "NO", "--deepspeed zero2.json needs GPUs, and torchrun"),
+        (2, 2, "zero3.json", "MULTI_CPU", "--deepspeed zero3.json needs GPUs"),
+        (2, 2, "zero3.json", "DEEPSPEED", None),
+        (2, 2, None, "MULTI_CPU", None),
+        (1, 1, None, "NO", None),
+    ],
+)
+def test_processes_that_would_not_share_a_model_are_refused(
+    started: int, joined: int, zero: str | None, kind: str, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would train the whole model and write to one folder, or all would do without the ZeRO that was asked for."""
+    monkeypatch.setenv("WORLD_SIZE", str(started))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    state = SimpleNamespace(distributed_type=DistributedType[kind])
+    training = SimpleNamespace(world_size=joined, deepspeed=zero, distributed_state=state)
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        finetune.check_processes(training)
+
+
+def test_a_library_that_an_option_lacks_is_named(
+    qwen2: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    version = importlib.metadata.version
+
+    def without_deepspeed(name: str) -> str:
+        if name == "deepspeed":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without_deepspeed)
+    with pytest.raises(SystemExit) as stopped:
+        finetune.main(options(qwen2, data, tmp_path / "out", deepspeed=SCRIPTS / "configs" / "zero2.json"))
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and len(said) == 1 and "deepspeed" in said[0]
 
 
 @pytest.mark.parametrize("name", ["ddp.yaml", "fsdp.yaml"])

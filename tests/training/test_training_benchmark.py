@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.benchmarks import training
+from scripts.studies.tables import TRAINING, training_cells
 
 
 @pytest.mark.parametrize("objective", training.OBJECTIVES)
@@ -21,11 +26,32 @@ def test_the_counted_products_are_those_of_a_step(objective: str) -> None:
     assert shape.flops(objective) == pytest.approx(counter.get_total_flops(), rel=0.06)
 
 
-def test_it_runs_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
-    training.main(["--device", "cpu", "--tiny", "--devices", "1", "--steps", "1", "--warm_up", "1", "--tokens", "32"])
-    table = capsys.readouterr().out.strip().splitlines()
-    assert [line.split(" | ")[1] for line in table[-2:]] == list(training.OBJECTIVES)
-    assert all(float(line.split(" | ")[5].rstrip(" |")) > 0 for line in table[-2:])
+def test_the_kept_cases_are_those_that_were_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept, tiny = tmp_path / "training.json", ["--tiny", "--devices", "1", "--tokens", "32", "--output"]
+    training.main(["--device", "cpu", "--steps", "1", "--warm_up", "1", *tiny, str(kept)])
+    cases = json.loads(kept.read_text())["cases"]
+    assert [case["objective"] for case in cases] == list(training.OBJECTIVES)
+    for case, line in zip(cases, capsys.readouterr().out.splitlines()[-2:], strict=True):
+        assert case["tokens_per_second"] == pytest.approx(32e3 * case["rows"] / case["step_ms"], rel=0.02)
+        assert line == f"| {' | '.join(training_cells(case))} |" and case["share_of_matrix_rate"] > 0
+
+
+def test_a_case_that_fails_says_why_and_the_next_one_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(shape: training.Shape, objective: str, *_: object) -> tuple[float, float, float]:
+        if objective == "causal":
+            return 0.5, 1e12, 2.0**30
+        raise ProcessRaisedException("torch.OutOfMemoryError: tried to allocate", 0, 0)
+
+    monkeypatch.setattr(training, "run", run)
+    kept = tmp_path / "training.json"
+    training.main(["--device", "cpu", "--devices", "1", "--shapes", "7B", "--output", str(kept)])
+    failed, fine = json.loads(kept.read_text())["cases"]
+    assert failed["why"] == "out of memory" and "step_ms" not in failed
+    assert fine["step_ms"] == 500 and fine["tokens_per_second"] == 8192 and fine["peak_gib"] == 1
+    for line in capsys.readouterr().out.splitlines()[-2:]:
+        assert line.count("|") == len(TRAINING) + 1
 
 
 @pytest.mark.parametrize("argv", [["--tokens", "33"], ["--devices", "0"], ["--shapes", "70B"]])

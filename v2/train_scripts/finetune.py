@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import sys
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from accelerate.utils import DistributedType
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, PreTrainedTokenizerFast, TrainingArguments, set_seed
 from transformers.integrations import is_tensorboard_available
@@ -153,7 +156,10 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, FinetuneArgum
         description=__doc__.splitlines()[0],
         allow_abbrev=False,
     )
-    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    except PackageNotFoundError as error:  # of what an option needs, DeepSpeed among them
+        parser.error(str(error).removeprefix("No package metadata was found for ").strip())
     if unknown:
         name = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
         if name in REPLACED:
@@ -217,9 +223,21 @@ def lora_config(model: ModelArguments) -> LoraConfig:
     )
 
 
+def check_processes(training: TrainingArguments) -> None:
+    """ValueError where processes would each train a model of its own, or would not share it as they were told to."""
+    started = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    if started != training.world_size:
+        raise ValueError(f"{started} processes were started, but they find no GPUs; --use_cpu trains on the CPU")
+    if training.deepspeed and training.distributed_state.distributed_type != DistributedType.DEEPSPEED:
+        raise ValueError(
+            f"--deepspeed {training.deepspeed} needs GPUs, and torchrun or accelerate launch also where there is one"
+        )
+
+
 def prepare(argv: list[str]) -> tuple[ModelArguments, FinetuneArguments, BlockDiffusionTrainer, Path | None]:
     """Everything before the first step. Raises ValueError and OSError for what the user should mend."""
     options, data, training = parse(argv)
+    check_processes(training)
     set_seed(training.seed)
     quiet = training.process_index != 0
     flex = training.device.type == "cuda"

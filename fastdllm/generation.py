@@ -124,7 +124,9 @@ def merged(config: Any, options: Mapping[str, Any]) -> DecodeConfig:
     """The config of a call; options override what was passed as one."""
     if not isinstance(config, DecodeConfig | None):
         raise ValueError(f"config={fields.shown(config)} must be a DecodeConfig")
-    return DecodeConfig(**options) if config is None else config.replace(**options)
+    if config is None:
+        return DecodeConfig(**options)
+    return config.replace(**options) if options else config
 
 
 def tokens_to_fix(constraints: Any, prompts: int) -> list[dict[int, int]]:

@@ -208,6 +208,11 @@ def find(kind: Kind | str, name: str) -> type[Any]:
         return _registered[kind][name]
     if name not in shipped(kind):
         raise ValueError(f"{kind.option}={fields.shown(name)} is unknown; allowed are {', '.join(names(kind))}")
+    return _shipped_class(kind, name)
+
+
+@cache
+def _shipped_class(kind: Kind, name: str) -> type[Any]:
     return getattr(import_module(f"fastdllm.{kind.value}.{name}"), kind.class_name)
 
 

@@ -9,7 +9,8 @@ so many parameters, whether it decodes for Python, the chat, the page, the serve
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -20,6 +21,7 @@ PARAMETERS = 25_000_000  # a thread for each so many; the shipped models have 6 
 MOST = torch.get_num_threads()  # what torch found, or was told, before
 
 _chosen = {MOST}
+_parameters: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # of each network, counted once: a run may be short
 
 
 def threads_for(parameters: int) -> int:
@@ -31,8 +33,9 @@ def use_threads(model: Model) -> None:
     """Set torch's threads for a model on the CPU, unless OMP_NUM_THREADS or `torch.set_num_threads` has the say."""
     if model.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
         return
-    now = torch.get_num_threads()
-    wanted = threads_for(sum(p.numel() for p in model.network.parameters()))
+    if model.network not in _parameters:
+        _parameters[model.network] = sum(p.numel() for p in model.network.parameters())
+    now, wanted = torch.get_num_threads(), threads_for(_parameters[model.network])
     if now != wanted and now in _chosen:
         _chosen.add(wanted)
         torch.set_num_threads(wanted)

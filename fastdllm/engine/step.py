@@ -147,7 +147,10 @@ def own_numbers(canvas: Canvas, run: Decoding, plan: Plan, noise: Tensor | None,
     numbers = dict(zip(run.numbers, columns, strict=True))
     if run.guidance and noise is not None:
         noise = noise.repeat_interleave(2, 0)
-    return Own(run.decoder.of(numbers), run.sampler.of(numbers, shape.drawn, shape.truncated), numbers, noise)
+    sampler = run.sampler
+    if shape.drawn or sampler.drawn or noise is not None:  # else no number of the sampler counts
+        sampler = sampler.of(numbers, shape.drawn, shape.truncated)
+    return Own(run.decoder.of(numbers), sampler, numbers, noise)
 
 
 def locate(spec: ModelSpec, canvas: Canvas, run: Decoding, plan: Plan, shape: Shape) -> Where:

@@ -197,6 +197,27 @@ def test_keys_bounds_what_is_read(device: torch.device, assert_close) -> None:
     assert_close(triton.attention(q, k, v, row, torch.full_like(limit, 40), 24), want, 2e-6)
 
 
+@pytest.mark.parametrize(
+    "layout", ["plain", "overlapping", "slots_first", "heads_last", "slot_by_row", "one_row", "halves", "shared"]
+)
+def test_slots_of_stores_of_any_strides(layout: str) -> None:
+    """Rows that overlap, slots further apart than rows, heads next to slots, every second number, one row for all."""
+    numbers = torch.randn(4000)
+    store = {
+        "plain": numbers[8:1448].view(4, 3, 15, 8),
+        "overlapping": numbers[5:].as_strided((4, 3, 15, 8), (5 * 8, 40 * 8, 8, 1)),
+        "slots_first": numbers[:1440].view(15, 4, 3, 8).permute(1, 2, 0, 3),
+        "heads_last": numbers[:1440].view(4, 15, 3, 8).transpose(1, 2),
+        "slot_by_row": numbers.as_strided((4, 3, 15, 8), (3 * 8, 900, 2 * 8, 1)),
+        "one_row": numbers[:360].view(1, 3, 15, 8),
+        "halves": numbers[:2880].view(4, 3, 15, 16)[..., 8:],
+        "shared": numbers[:360].view(1, 3, 15, 8).expand(4, 3, 15, 8),
+    }[layout]
+    row = torch.tensor([3, 0, 3]).clamp(max=len(store) - 1)
+    slot = torch.randint(15, (3, 20))
+    assert torch.equal(reference.slots_of(store, row, slot), store[row[:, None], :, slot].transpose(1, 2))
+
+
 def test_tilings_cover_the_device() -> None:
     """A LLaDA or Dream block at batch 1 fills 132 multiprocessors; a batch that fills them alone is not split."""
     from fastdllm.kernels.attention import triton

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,25 +40,42 @@ def attention(
         out = F.scaled_dot_product_attention(query, k, v, scale=scale, enable_gqa=True)
         return out.transpose(1, 2)
     mask = visible(kv_len, hide, max_kv_len, swap)
-    k, v = (_cleared(store[:, :, :max_kv_len][row], ~mask.any(1)) for store in (k_store, v_store))
+    slot = seen_slots(mask)
+    k, v = slots_of(k_store, row, slot), slots_of(v_store, row, slot)
     out = F.scaled_dot_product_attention(query, k, v, mask.unsqueeze(1), scale=scale, enable_gqa=True)
     # A query that sees nothing has no softmax; its output is defined as zero rather than left to the backend.
     return out.transpose(1, 2).masked_fill(~mask.any(-1)[:, :, None, None], 0)
 
 
-def _cleared(slots: Tensor, unseen: Tensor) -> Tensor:
-    """`slots` [R, K, T, D], with zeros where no query of the row sees them [R, T]; changed in place.
-
-    They may be another row's, or left over from an earlier one, and NaN there would get through the mask: NaN - inf and
-    0 * NaN are NaN.
-    """
-    return slots.masked_fill_(unseen[:, None, :, None], 0)
-
-
 def rows_of(store: Tensor, row: Tensor, max_kv_len: int) -> Tensor:
     """The rows' first `max_kv_len` slots, [R, K, max_kv_len, D]; a view where the store has one row only."""
     slots = store[:, :, :max_kv_len]
-    return slots if len(row) == len(store) == 1 else slots[row]
+    return slots if len(row) == len(store) == 1 else slots.index_select(0, row)
+
+
+def seen_slots(mask: Tensor) -> Tensor:
+    """mask [R, W, T] -> slots [R, T]: each slot itself, or where no query of the row sees it, the first one that is seen.
+
+    An unseen slot may be another row's, or left over from an earlier one, and NaN there would get through the mask: NaN -
+    inf and 0 * NaN are NaN. To copy another slot in its place costs nothing, since the slots are copied anyway.
+    """
+    seen = mask.any(1)
+    first = seen.to(torch.uint8).argmax(1, keepdim=True)
+    return torch.where(seen, torch.arange(mask.shape[-1], device=mask.device), first)
+
+
+def slots_of(store: Tensor, row: Tensor, slot: Tensor) -> Tensor:
+    """Slots slot [R, N] of the store's rows `row` [R]: [R, K, N, D].
+
+    One index for row and slot together, because `index_select` copies all numbers of a slot at once.
+    """
+    rows, heads, length, dim = store.shape
+    apart, step = store.stride(0), store.stride(2)
+    unit = math.gcd(apart, step) or 1
+    places = ((rows - 1) * apart + (length - 1) * step) // unit + 1
+    flat = store.as_strided((heads, places, dim), (store.stride(1), unit, store.stride(3)))
+    at = row[:, None] * (apart // unit) + slot * (step // unit)
+    return flat.index_select(1, at.flatten()).unflatten(1, at.shape).transpose(0, 1)
 
 
 def visible(kv_len: Tensor, hide: Tensor | None, max_kv_len: int, swap: Tensor | None = None) -> Tensor:

@@ -21,6 +21,7 @@ def test_the_counted_products_are_those_of_a_step(objective: str) -> None:
     assert shape.flops(objective) == pytest.approx(counter.get_total_flops(), rel=0.06)
 
 
+@pytest.mark.slow
 def test_it_runs_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     training.main(["--device", "cpu", "--tiny", "--devices", "1", "--steps", "1", "--warm_up", "1", "--tokens", "32"])
     table = capsys.readouterr().out.strip().splitlines()

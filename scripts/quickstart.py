@@ -3,6 +3,7 @@
 
 Every row is the command that a user would type, `fastdllm eval`, in a process of its own: accuracy from lm-eval; forwards,
 tokens and seconds from the decoder. All settings answer the same problems, so accuracies are compared problem by problem.
+A shipped model decodes with one thread, so that two settings are measured at a time where there are two cores.
 """
 
 from __future__ import annotations
@@ -54,25 +55,80 @@ RUNS = {
 SHOWN = ("one_a_step", "threshold", "paper", "balanced", "fast")  # the others take longer; --only has them
 
 
-def evaluate(name: str, limit: int, batch_size: int) -> Row:
-    """Run lm-eval, its progress on this terminal: accuracy, whether each problem was solved, and the decoder's figures."""
-    run = RUNS[name]
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "fastdllm.cli", "eval", "--tasks", TASK, "--apply_chat_template", "--log_samples"]
-        command += ["--model_args", f"pretrained={run.model},{run.options},show_speed=True"]
-        command += ["--limit", str(limit), "--batch_size", str(batch_size), "--output_path", folder]
+def command(run: Run, limit: int, batch_size: int, folder: str) -> list[str]:
+    """The evaluation of a row as a command, which leaves its results in a folder."""
+    given = [sys.executable, "-m", "fastdllm.cli", "eval", "--tasks", TASK, "--apply_chat_template", "--log_samples"]
+    given += ["--model_args", f"pretrained={run.model},{run.options},show_speed=True"]
+    return [*given, "--limit", str(limit), "--batch_size", str(batch_size), "--output_path", folder]
+
+
+class Evaluation:
+    """`fastdllm eval` of one row, in a process of its own.
+
+    progress: show it on this terminal; otherwise what the process says is shown only if it fails.
+    """
+
+    def __init__(self, name: str, limit: int, batch_size: int, progress: bool) -> None:
+        self.name, self.run = name, RUNS[name]
+        self._folder = tempfile.TemporaryDirectory()
+        self._said = Path(self._folder.name, "stderr")
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         env = {"LMEVAL_LOG_LEVEL": "ERROR", **os.environ, "PYTHONPATH": path}
-        done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL)
-        if done.returncode:
-            raise SystemExit(f"quickstart: the run {name!r} failed (exit status {done.returncode}); its messages are above")
-        (results,) = Path(folder).rglob("results_*.json")
-        (samples,) = Path(folder).rglob("samples_*.jsonl")
+        with self._said.open("wb") as said:
+            messages = None if progress else said
+            given = command(self.run, limit, batch_size, self._folder.name)
+            self.process = subprocess.Popen(given, env=env, stdout=subprocess.DEVNULL, stderr=messages)
+
+    def row(self) -> Row:
+        """Accuracy, whether each problem was solved, and the decoder's figures; SystemExit if the process failed."""
+        if self.process.wait():
+            sys.stderr.write(self._said.read_text(encoding="utf-8", errors="replace"))
+            status = self.process.returncode
+            raise SystemExit(f"quickstart: the run {self.name!r} failed (exit status {status}); its messages are above")
+        (results,) = Path(self._folder.name).rglob("results_*.json")
+        (samples,) = Path(self._folder.name).rglob("samples_*.jsonl")
         speed = json.loads(results.read_text(encoding="utf-8"))["config"]["speed"]
         lines = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
-    solved = {line["doc_id"]: line["exact_match"] for line in lines if line.get("filter", FILTER) == FILTER}
-    figures = {key: speed[key] for key in ("samples", "nfe", "tokens_per_forward", "tokens_per_second")}
-    return {"setting": run.label, "solved": [solved[i] for i in sorted(solved)], **figures}
+        solved = {line["doc_id"]: line["exact_match"] for line in lines if line.get("filter", FILTER) == FILTER}
+        figures = {key: speed[key] for key in ("samples", "nfe", "tokens_per_forward", "tokens_per_second")}
+        return {"setting": self.run.label, "solved": [solved[i] for i in sorted(solved)], **figures}
+
+    def close(self) -> None:
+        """End the process if it still runs, and remove what it wrote."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self._folder.cleanup()
+
+
+def measure(names: list[str], limit: int, batch_size: int, jobs: int) -> dict[str, Row]:
+    """The rows of these settings, `jobs` measured at a time. The first, which takes longest, shows its progress."""
+    started, rows, running, waiting = time.monotonic(), dict[str, Row](), list[Evaluation](), list(names)
+
+    def tell(name: str, what: str) -> None:
+        print(f"[{names.index(name) + 1}/{len(names)}] {RUNS[name].label}{what}", file=sys.stderr, flush=True)
+
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name = waiting.pop(0)
+                tell(name, "")
+                running.append(Evaluation(name, limit, batch_size, progress=jobs == 1 or name == names[0]))
+            for evaluation in [e for e in running if e.process.poll() is not None]:
+                rows[evaluation.name] = evaluation.row()
+                tell(evaluation.name, f": done, {time.monotonic() - started:.0f} s so far")
+                running.remove(evaluation)
+                evaluation.close()
+            time.sleep(0.1)
+    finally:
+        for evaluation in running:
+            evaluation.close()
+    return {name: rows[name] for name in names}
+
+
+def at_once() -> int:
+    """How many settings are measured at a time: two on a CPU of two cores or more, otherwise each has the machine."""
+    return 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
 
 
 def compare(rows: dict[str, Row]) -> None:
@@ -133,17 +189,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--only", nargs="+", choices=RUNS, default=list(SHOWN), help="which rows; default: all of tiny-llada"
     )
+    parser.add_argument(
+        "--jobs",
+        type=COUNT,
+        default=at_once(),
+        help="settings measured at a time, on a core each (default %(default)s)",
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "results", help="folder of quickstart.json, .md and .png")
     args = parser.parse_args(arguments)
-    rows: dict[str, Row] = {}
     started = time.monotonic()
-    for number, name in enumerate(args.only, start=1):
-        print(f"[{number}/{len(args.only)}] {RUNS[name].label}", file=sys.stderr, flush=True)
-        rows[name] = evaluate(name, args.limit, args.batch_size)
-        print(f"      {time.monotonic() - started:.0f} s so far", file=sys.stderr)
+    rows = measure(list(dict.fromkeys(args.only)), args.limit, args.batch_size, args.jobs)
     compare(rows)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    where = f"GSM-Symbolic, {args.limit} problems, batches of {args.batch_size}, {device}, torch {torch.__version__}"
+    beside = f", {args.jobs} settings at a time" if args.jobs > 1 else ""
+    where = f"GSM-Symbolic, {args.limit} problems, batches of {args.batch_size}{beside}, {device}, torch {torch.__version__}"
     args.output.mkdir(parents=True, exist_ok=True)
     saved = {"where": where, "machine": platform.machine(), "settings": rows}
     (args.output / "quickstart.json").write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")

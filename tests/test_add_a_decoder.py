@@ -38,6 +38,7 @@ def test_the_notebook_runs_from_top_to_bottom(capsys: pytest.CaptureFixture) -> 
     assert len(cells) == 3 and sum("--import my_rules" in line for line in "".join(code("bash")).splitlines()) == 5
 
 
+@pytest.mark.slow
 def test_the_page_works_as_it_stands(tmp_path: Path) -> None:
     left_out = shutil.ignore_patterns("__pycache__", "tiny", "*.jsonl")
     for folder in ("fastdllm", "tests"):

@@ -24,6 +24,7 @@ def code(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_page_works_as_it_stands(tmp_path: Path) -> None:
     left_out = shutil.ignore_patterns("__pycache__", "tiny", "*.jsonl")
     for folder in ("fastdllm", "tests"):

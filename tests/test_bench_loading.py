@@ -34,6 +34,7 @@ def test_wrong_weights_are_noticed(tmp_path: Path) -> None:
         loading.load(str(tmp_path), torch.device("cpu"), checked)
 
 
+@pytest.mark.slow
 def test_a_run_prints_its_figures_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--device", "cpu", "--layers", "1", "--width", "128", "--vocab", "1024", "--shards", "2"]
     loading.main([*options, "--folder", str(tmp_path)])

@@ -59,8 +59,14 @@ def test_output_that_cannot_be_written_is_no_traceback(shell: str, code: int, li
     assert (done.returncode, len(done.stderr.splitlines())) == (code, lines), done.stderr
 
 
+# Without torch, which takes seconds to import and has no part in this; BEGINNING stands where the package would be imported.
+BEGINNING = f"""
+sys.modules["fastdllm"] = type(sys)("fastdllm")
+sys.modules["fastdllm"].__path__ = [{str(ROOT / "fastdllm")!r}]
+"""
 PROGRAM = """
 import subprocess, sys
+BEGINNING
 from fastdllm.cli import one_line
 with one_line("tool"):
     print("\\u2191 1 \\u4e2d")
@@ -77,8 +83,17 @@ with one_line("tool"):
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
 def test_output_of_any_kind_loses_no_result(tmp_path: Path, shell: str, code: int, encoding: str) -> None:
     """Closed, the next file would take its number, and with it whatever child processes print."""
+    end_with_a_result(tmp_path, PROGRAM.replace("BEGINNING", BEGINNING), shell, code, encoding)
+
+
+@pytest.mark.parametrize("shell", ["", "<&- >&- 2>&-"])
+def test_nor_does_a_program_with_the_whole_package(tmp_path: Path, shell: str) -> None:
+    end_with_a_result(tmp_path, PROGRAM.replace("BEGINNING", "import fastdllm"), shell, 0, "ascii")
+
+
+def end_with_a_result(tmp_path: Path, text: str, shell: str, code: int, encoding: str) -> None:
     program, result = tmp_path / "program.py", tmp_path / "result"
-    program.write_text(PROGRAM)
+    program.write_text(text)
     late = "sleep 0.3; " if "|" in shell else ""
     command = f"set -o pipefail; {{ {late}{sys.executable} {program} {result}; }} {shell}"
     env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}

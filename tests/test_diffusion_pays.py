@@ -76,6 +76,7 @@ def written(arguments: list[str]) -> dict[str, Any]:
     return report
 
 
+@pytest.mark.slow
 def test_the_study_measures_every_point_and_counts_positions(
     model: Model, small: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

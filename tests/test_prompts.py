@@ -21,6 +21,7 @@ from fastdllm import templates
 from fastdllm.conversations import encode_conversation, encode_messages, encode_text, escape, render
 from fastdllm.models import Model
 from fastdllm.prompts import encode
+from tests.examples import examples
 
 TEXT = "Ann has 3 apples."
 ASK = [{"role": "user", "content": TEXT}]
@@ -178,7 +179,7 @@ junk = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=examples(300), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(junk)
 def test_whatever_comes_is_encoded_or_refused(model: Model, prompts: Any) -> None:
     with warnings.catch_warnings():
@@ -207,7 +208,7 @@ def with_template(model: Model, template: str) -> Model:
     return Model(model.network, model.spec, tokenizer, model.name)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(data=st.data())
 def test_control_tokens_that_people_write_are_text(model: Model, data: Any) -> None:
     names = sorted(model.tokenizer.get_added_vocab(), key=len)

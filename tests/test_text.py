@@ -13,6 +13,7 @@ import fastdllm
 from fastdllm import registry, testing
 from fastdllm.generation import stream_text
 from fastdllm.text import AnswerText, TokenText, cut, is_cut, settled
+from tests.examples import examples
 
 MODELS = ("tiny-llada", "tiny-dream", "tiny-fast-dllm-v2")
 MASK = -1
@@ -62,7 +63,7 @@ def answers(draw: st.DrawFn) -> tuple[list[int], list[str], int]:
     return ids, stops, draw(st.integers(1, 6))
 
 
-@settings(max_examples=400)
+@settings(max_examples=examples(400))
 @given(answers(), st.randoms(use_true_random=False), st.booleans())
 def test_what_is_given_out_is_final_in_order_and_before_every_stop(
     answer: tuple[list[int], list[str], int], rng: random.Random, revocable: bool

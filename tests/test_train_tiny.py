@@ -190,7 +190,9 @@ def test_muon_steps_are_orthogonal() -> None:
     assert (singular > 0.5).all() and (singular < 1.5).all()
 
 
-@pytest.mark.parametrize("family", ["llada", "dream", "qwen", "v2"])
+@pytest.mark.parametrize(
+    "family", ["llada", "v2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dream", "qwen"))]
+)
 def test_a_few_steps_write_a_checkpoint(family: str, text: Path, tmp_path: Path, monkeypatch) -> None:
     out = tmp_path / family
     arguments = ["train_tiny", "--family", family, "--text", str(text), "--out", str(out), "--steps", "2"]

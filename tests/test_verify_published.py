@@ -35,6 +35,7 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+@pytest.mark.slow
 def test_a_model_of_a_hub_is_checked_in_one_command(hub: Hub, tmp_path: Path) -> None:
     gsm8k, humaneval = tmp_path / "gsm8k.json", tmp_path / "humaneval.jsonl"
     gsm8k.write_text(json.dumps(QUESTIONS))

@@ -11,6 +11,7 @@ What writes the data:
 * frontier.json, self_verify.json, sudoku.json: `python -m scripts.studies.pareto report --summary`
 * speed.json: `python -m scripts.benchmarks.published --output`; decode.json: `python -m scripts.benchmarks.decode --output`
 * training.json: `python -m scripts.benchmarks.training --output`
+* reuse_gpu.json: `python -m scripts.benchmarks.decode --set`, the line that it prints last
 * when_diffusion_pays.json: `python -m scripts.studies.diffusion_pays --output`
 * quickstart.json: `bash scripts/quickstart.sh`, as results/quickstart.json
 * drafts.json of the shipped models: `python -m scripts.studies.calibrate`
@@ -292,6 +293,28 @@ def step_in_loop() -> str:
     return grid(("prompt 1,000, batch 1", *(name for name, _ in runs)), rows)
 
 
+REUSE = {  # the settings of docs/reuse_gpu.json as its table names them; the first is what the others are compared with
+    "cache=block": "no reuse",
+    "cache=block,reuse_k=2,layer_subset=first": "`k=2 first`",
+    "cache=block,reuse_k=3,layer_subset=middle": "`k=3 middle`",
+    f"cache=block,reuse_k=32,layer_subset={'+'.join(map(str, range(1, 28)))},trim_ratio=0.25": (
+        "TRIM 0.25 over all layers but the first, k=32"
+    ),
+}
+
+
+def reuse_on_gpu() -> str:
+    found = data("reuse_gpu")["v2"]
+    rows = []
+    for setting, label in REUSE.items():
+        cells = []
+        for batch in (1, 32, 64):
+            speed, none = (found[f"{s} prompt128_batch{batch}"]["tokens_per_second"] for s in (setting, "cache=block"))
+            cells.append(f"{speed:,.0f}" + (f", {speed / none:.2f} x" if setting != "cache=block" else ""))
+        rows.append((label, *cells))
+    return grid(("tokens/s, and speed against no reuse", "batch 1", "batch 32", "batch 64"), rows)
+
+
 # docs/finetuning.md
 
 TRAINING = (
@@ -489,7 +512,7 @@ TABLES: dict[str, Callable[[], str]] = {
     for f in (
         presets, thresholds, remasking, not_paying, lossless, self_verify, sudoku,
         which_threshold, which_cache, published, by_batch, by_batch_few_bits, against_limit, against_limit_few_bits,
-        full_forwards, step_in_loop, measured_llada, measured_dream, layer_reuse, quickstart,
+        full_forwards, step_in_loop, measured_llada, measured_dream, layer_reuse, reuse_on_gpu, quickstart,
         training, pays_speed, pays_crossings, pays_missing, paces_reached,
     )
 } | {name: printed(name) for name in data("measured")["sections"]}  # fmt: skip

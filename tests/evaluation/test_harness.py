@@ -18,6 +18,7 @@ from fastdllm.evaluation import answers
 from fastdllm.evaluation.options import read_batch_size
 from fastdllm.tasks import TASKS_DIR
 from fastdllm.text import cut, is_cut
+from tests.examples import examples
 
 lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402 - only after the import above did not skip
@@ -412,7 +413,7 @@ def test_a_choice_that_merges_with_its_context_is_scored() -> None:
     assert likelihoods(model, ("", "")) == [(0.0, True)]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=examples(300))
 @given(st.text("aber answ\n .é\u0301", max_size=12), st.text("aber answ\n .é\u0301", min_size=1, max_size=8))
 def test_nothing_of_a_continuation_is_lost(model: DiffusionLM, context: str, continuation: str) -> None:
     whole = model.tok_encode(context + continuation)

@@ -75,6 +75,34 @@ def test_reference_dense_is_the_same_without_a_mask(assert_close) -> None:
     assert_close(reference.attention(q, k, v, row, limit, 20, dense=True), want, 1e-6)
 
 
+@pytest.mark.parametrize("hidden", [False, True], ids=["open", "hide"])
+def test_reference_of_rows_that_see_alike_is_that_of_each_alone(assert_close, hidden: bool) -> None:
+    """Rows of unequal length, each with one limit for all its queries, one of them with none of its slots in sight; NaN
+    beyond each."""
+    q, k, v, _, _ = inputs(5, 4, 2, 12, 20, torch.float32, torch.device("cpu"))
+    q, row = torch.cat([q, q]), torch.tensor([2, 0, 1, 0])
+    limit = torch.tensor([[20], [7], [1], [0]]).expand(4, 5).contiguous()
+    hide = torch.tensor([[3, 9], [9, 12], [0, 1], [0, 0]]) if hidden else None
+    want = naive(q, k, v, row, limit, hide, 12**-0.5)
+    for r in range(4):
+        here = slice(r, r + 1)
+        alone = [x if x is None else x[here] for x in (row, limit, hide)]
+        k1, v1 = (poisoned(x, *alone) for x in (k, v))
+        assert_close(reference.attention(q[here], k1, v1, *alone[:2], 20, alone[2]), want[here], 1e-6)
+    out = reference.attention(q, k, v, row, limit, 20, hide)
+    assert_close(out, want, 1e-6)
+    for r in range(4):
+        here = slice(r, r + 1)
+        alone = reference.attention(q[here], k, v, row[here], limit[here], 20, hide if hide is None else hide[here])
+        assert torch.equal(out[here], alone)
+
+
+def test_reference_reads_nothing_on_the_host_but_on_a_cpu() -> None:
+    """A tensor on this device has no values to read."""
+    given = inputs(5, 4, 2, 12, 20, torch.float32, torch.device("meta"))
+    assert reference.attention(*given, 20, torch.zeros(2, 2, dtype=torch.long, device="meta")).shape == (2, 5, 4, 12)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("hidden", [False, True], ids=["open", "hide"])
 def test_kernel(
@@ -128,7 +156,7 @@ def test_reference_with_swapped_slots_against_float64(assert_close) -> None:
         out = reference.attention(q, k, v, row, limit, 20, hide, swap=swap)
         assert_close(out, naive(q, k, v, row, limit, hide, 12**-0.5, swap), 1e-6)
     nothing = reference.attention(q, k, v, row, limit, 20, swap=torch.zeros_like(swap))
-    assert torch.equal(nothing, reference.attention(q, k, v, row, limit, 20))
+    assert_close(nothing, reference.attention(q, k, v, row, limit, 20), 1e-6)
 
 
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[-1] > 2], ids=str)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import fastdllm
 from fastdllm.models.tokenizer import load_tokenizer
+from tests.examples import examples
 from tests.published_checkpoints import ADDED, byte_pairs, special_ids, write_checkpoint, write_tokenizer
 
 AWKWARD = [
@@ -69,7 +70,7 @@ def test_the_slow_format_equals_qwen2s_tokenizer_on_any_text(dream_folder: Path,
     # What an unassigned code point is depends on the Unicode version of each side's regular expressions.
     assigned = st.characters(exclude_categories=("Cn", "Cs"))
 
-    @settings(max_examples=150, deadline=None, derandomize=True)
+    @settings(max_examples=examples(150), deadline=None, derandomize=True)
     @given(st.lists(st.one_of(pieces, st.text(assigned, max_size=6)), max_size=8).map("".join))
     def check(text: str) -> None:
         assert ours(text, add_special_tokens=False)["input_ids"] == theirs(text, add_special_tokens=False)["input_ids"]

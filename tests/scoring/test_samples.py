@@ -16,6 +16,7 @@ from fastdllm.scoring import score
 from fastdllm.scoring.problems import Problem
 from fastdllm.scoring.samples import human_eval_problems, read_lines, read_rows, read_samples
 from fastdllm.scoring.sandbox import Limits, Verdict, run_program
+from tests.examples import examples
 
 DOC = {"task_id": "t/1", "prompt": "def f(n):\n", "entry_point": "f", "test": "def check(f):\n    assert f(2) == 4"}
 GOOD = {"doc": DOC, "resps": [["    return 2 * n"]]}
@@ -26,7 +27,7 @@ MBPP = {"task_id": 2, "test_list": ["assert g(1) == 1"]}
 unhurried = settings(
     deadline=None,
     derandomize=True,
-    max_examples=60,
+    max_examples=examples(60),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 

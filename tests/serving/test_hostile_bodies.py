@@ -17,6 +17,7 @@ import fastdllm
 from fastdllm import DecodeConfig
 from fastdllm.serving.app import EventStream, create_app
 from fastdllm.serving.service import Service
+from tests.examples import examples
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/decide", "/page/chat", "/page/words")
 GOOD: dict[str, dict[str, Any]] = {
@@ -76,7 +77,7 @@ def check(client: Client, path: str, body: bytes) -> None:
     assert client.service.health != "failed"
 
 
-LIMITS = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+LIMITS = settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @LIMITS

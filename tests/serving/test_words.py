@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import fastdllm
 from fastdllm.serving.words import next_item, parse_constraints
+from tests.examples import examples
 
 LONGEST = 4096  # characters that the page takes
 
@@ -76,7 +77,7 @@ def test_what_is_no_position_and_word_is_refused(text: str) -> None:
         next_item(text)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=examples(300), deadline=None, derandomize=True)
 @given(st.text(alphabet='0123:," ab\t²é', max_size=40))
 def test_any_line_is_read_or_refused(model: fastdllm.Model, text: str) -> None:
     try:

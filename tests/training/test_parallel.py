@@ -33,6 +33,7 @@ from fastdllm.training.parallel import (
 )
 from fastdllm.training.records import read_records, to_conversation
 from scripts.recipes import parallel as recipe
+from tests.examples import examples
 
 FAMILIES = ("tiny-llada", "tiny-dream", "tiny-fast-dllm-v2")
 TALK = [{"role": "user", "content": "Tom has 3 apples and buys 4 more. How many apples does Tom have?"}]
@@ -152,7 +153,7 @@ EXAMPLE = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     examples=st.lists(EXAMPLE, min_size=1, max_size=5),
     blocks=st.lists(st.sampled_from([1, 4, 8, 24, 64]), min_size=1, max_size=3).map(sorted).map(tuple),
@@ -289,7 +290,8 @@ def options(name: str, data: Path, out: Path, *more: str) -> list[str]:
     return [*given.split(), "--data_share", "0.5", "--plain_share", "0.5", "--blocks", "32", "64", *more]
 
 
-@pytest.mark.parametrize("name", ["tiny-llada", pytest.param("tiny-fast-dllm-v2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny-llada", "tiny-fast-dllm-v2"])
 def test_the_recipe_trains_resumes_and_reports(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, out = problems(tmp_path / "problems.jsonl"), tmp_path / "out"
     recipe.main(options(name, data, out, "--session", "0"))

@@ -31,6 +31,7 @@ from fastdllm.training.records import (
     to_conversation,
 )
 from fastdllm.training.samples import Sample, encode, fit, pack, pad_to_block
+from tests.examples import examples
 
 TALK = [
     {"role": "user", "content": "2+2?"},
@@ -370,7 +371,7 @@ KEYS += sorted({key for keys in INSTRUCTIONS for key in keys if key})
 RECORD = st.dictionaries(st.sampled_from(KEYS), TALKS, max_size=5) | JSON
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=examples(300))
 @given(records=st.lists(RECORD, max_size=4), ending=st.sampled_from(["json", "jsonl"]), mangled=st.binary(max_size=3))
 def test_whatever_a_file_holds_is_a_sample_or_a_bad_record(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, records: list[object], ending: str, mangled: bytes

@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from fastdllm.training.masks import PADDING, dense_mask, flex_mask, row_positions
+from tests.examples import examples
 
 
 def packed_row(lengths: list[int], padding: int) -> tuple[Tensor, Tensor]:
@@ -37,7 +38,7 @@ def allowed(query: tuple[str, int, int], key: tuple[str, int, int], block: int) 
     return False
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 13), min_size=1, max_size=4),
     padding=st.integers(0, 5),

@@ -31,6 +31,7 @@ from fastdllm.training.objective import (
     noisy_and_clean,
 )
 from fastdllm.training.samples import Sample
+from tests.examples import examples
 from tests.training.conftest import tiny_qwen2
 
 BLOCK = 8
@@ -334,7 +335,7 @@ FIELDS += [
 ]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=examples(150))
 @given(fields=st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=2))
 def test_a_wild_field_of_a_config_is_a_model_or_an_error_that_names_the_file(
     qwen2: Path, tmp_path: Path, fields: dict[str, Any]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fastdllm import Model
 from fastdllm.prompts import encode_literally, encode_messages, render
 from fastdllm.ui.conversation import Conversation, clean
+from tests.examples import examples
 
 
 def with_template(model: Model, template: str | None) -> Model:
@@ -87,7 +88,7 @@ def test_an_answer_that_cannot_fit_is_what_is_called_too_long(model: Model) -> N
 
 
 # The model is only read, so that one for all examples is as good as a fresh one.
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(max_size=60), st.sampled_from(["<|mask|>", "<|eos|>", "<|user|>", "<|assistant|>"]), st.text(max_size=60))
 def test_no_text_of_a_user_is_a_special_token(model: Model, before: str, name: str, after: str) -> None:
     text = clean(before + name + after)

@@ -34,11 +34,59 @@ def attention(
     swap: [R, W, 3] int64 (start, stop, instead); the query does not see slots [start, stop) but as many from `instead` on in
         their place, whatever its kv_len; start = stop changes nothing. `hide` holds for both.
     """
-    query = q.transpose(1, 2)
     if dense:
-        k, v = rows_of(k_store, row, max_kv_len), rows_of(v_store, row, max_kv_len)
-        out = F.scaled_dot_product_attention(query, k, v, scale=scale, enable_gqa=True)
-        return out.transpose(1, 2)
+        return _unmasked(q, rows_of(k_store, row, max_kv_len), rows_of(v_store, row, max_kv_len), scale)
+    if q.device.type == "cpu":
+        return _row_by_row(q, k_store, v_store, row, kv_len, max_kv_len, hide, scale, swap)
+    return _masked(q, k_store, v_store, row, kv_len, max_kv_len, hide, scale, swap)
+
+
+def _unmasked(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """Queries [R, W, H, D] that see all of k, v [R, K, T, D]."""
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, scale=scale, enable_gqa=True).transpose(1, 2)
+
+
+def _row_by_row(
+    q: Tensor,
+    k_store: Tensor,
+    v_store: Tensor,
+    row: Tensor,
+    kv_len: Tensor,
+    max_kv_len: int,
+    hide: Tensor | None,
+    scale: float | None,
+    swap: Tensor | None,
+) -> Tensor:
+    """On a CPU, where reading a number costs nothing: a row whose queries see the same slots, as most do, takes these where
+    they are, without a copy, a mask, or what only longer rows have."""
+    rows = row.tolist()  # sync: a CPU
+    shortest, longest = (x.clamp(max=max_kv_len).tolist() for x in torch.aminmax(kv_len, dim=1))  # sync: a CPU
+    hidden = [(0, 0)] * len(rows) if hide is None else hide.tolist()  # sync: a CPU
+    out = []
+    for r, at in enumerate(rows):
+        one, slots, (first, stop) = slice(r, r + 1), longest[r], hidden[r]
+        if swap is None and 0 < slots == shortest[r] and first >= min(stop, slots):
+            out.append(_unmasked(q[one], k_store[at, None, :, :slots], v_store[at, None, :, :slots], scale))
+        else:
+            hide_one, swap_one = (None if x is None else x[one] for x in (hide, swap))
+            slots = slots if swap is None else max_kv_len
+            out.append(_masked(q[one], k_store, v_store, row[one], kv_len[one], slots, hide_one, scale, swap_one))
+    return torch.cat(out)
+
+
+def _masked(
+    q: Tensor,
+    k_store: Tensor,
+    v_store: Tensor,
+    row: Tensor,
+    kv_len: Tensor,
+    max_kv_len: int,
+    hide: Tensor | None,
+    scale: float | None,
+    swap: Tensor | None,
+) -> Tensor:
+    """`attention` with a mask, over a copy of the slots."""
+    query = q.transpose(1, 2)
     mask = visible(kv_len, hide, max_kv_len, swap)
     slot = seen_slots(mask)
     k, v = slots_of(k_store, row, slot), slots_of(v_store, row, slot)

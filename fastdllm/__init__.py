@@ -6,6 +6,7 @@ out = fastdllm.generate(model, [{"role": "user", "content": "..."}], gen_length=
 print(out.texts[0], out.stats.to_json())
 """
 
+from fastdllm.async_engine import AsyncEngine
 from fastdllm.config import DecodeConfig
 from fastdllm.decide import Decision, decide
 from fastdllm.engine import Request, Result, Step
@@ -20,6 +21,7 @@ from fastdllm.trace import Trace, watch
 
 __version__ = "0.2.0"
 __all__ = [
+    "AsyncEngine",
     "Decision",
     "DecodeConfig",
     "Model",

@@ -11,7 +11,8 @@ from fastdllm.config import DecodeConfig
 from fastdllm.decide import Decision, decide
 from fastdllm.engine import Request, Result, Step
 from fastdllm.generation import Output, generate, stream, stream_text
-from fastdllm.likelihood import log_likelihoods
+from fastdllm.hidden import hidden_states
+from fastdllm.likelihood import Score, log_likelihoods
 from fastdllm.models import Model, load
 from fastdllm.prompt_cache import PromptCache
 from fastdllm.prompts import encode
@@ -29,12 +30,14 @@ __all__ = [
     "PromptCache",
     "Request",
     "Result",
+    "Score",
     "Stats",
     "Step",
     "Trace",
     "decide",
     "encode",
     "generate",
+    "hidden_states",
     "load",
     "log_likelihoods",
     "register",

@@ -9,4 +9,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 export WITHOUT_A_NETWORK="MODEL=tiny-dream TASK=gsm_symbolic_mc bash dream/eval_gpqa.sh --num_fewshot 0"
 accelerate launch --quiet eval.py --tasks "${TASK:-gpqa_main_n_shot}" --num_fewshot 5 --model dream \
     --model_args "pretrained=${MODEL:-Dream-org/Dream-v0-Base-7B},mc_num=${MC_NUM:-128},is_check_greedy=False" \
-    --output_path results/gpqa --batch_size 8 "$@" || exit 2
+    --output_path "results/${TASK:-gpqa_main_n_shot}/likelihood" --batch_size 8 "$@" || exit 2

@@ -8,4 +8,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 export WITHOUT_A_NETWORK="MODEL=tiny-dream TASK=gsm_symbolic_mc bash dream/eval_mmlu.sh --num_fewshot 0"
 accelerate launch --quiet eval.py --tasks "${TASK:-mmlu}" --num_fewshot 5 --model dream \
     --model_args "pretrained=${MODEL:-Dream-org/Dream-v0-Base-7B},mc_num=1,is_check_greedy=False" \
-    --output_path results/mmlu --batch_size 8 "$@" || exit 2
+    --output_path "results/${TASK:-mmlu}/likelihood" --batch_size 8 "$@" || exit 2

@@ -29,7 +29,7 @@ from fastdllm.memory import positions_that_fit
 from fastdllm.models import Model
 from fastdllm.prompts import Prompts, encode
 from fastdllm.stats import Stats, peak_memory
-from fastdllm.text import cut, is_cut, text_of
+from fastdllm.text import AnswerText, cut, is_cut, text_of
 
 ROWS = 64  # prompts decoded together unless batch_size says otherwise, as far as memory allows
 # What transformers, vLLM and lm-eval call the arguments of `generate`.
@@ -80,7 +80,7 @@ class Call:
         return decode(self.model, self.requests, self.run, executor, rows=rows, positions=positions, trace=trace)
 
 
-def _call(
+def call_of(
     model: Model,
     prompts: Prompts,
     config: DecodeConfig | None,
@@ -89,7 +89,13 @@ def _call(
     copies: int,
     attention_mask: Any,
     options: Mapping[str, Any],
+    run: Decoding | None = None,
+    numbers: Mapping[str, float] | None = None,
 ) -> Call:
+    """A call under this project's names; `generate` says what each argument is. Raises its errors.
+
+    run: one that goes on already; numbers: those of its numbers that these requests replace.
+    """
     config = merged(config, options)
     stops = _stops(model, stop)
     ids = encode(model, prompts, attention_mask)
@@ -101,11 +107,12 @@ def _call(
                 f"prompt {i} has {len(p)} tokens; with gen_length={config.gen_length} at most {max(room, 0)} fit the "
                 f"model's context of {model.spec.max_length}"
             )
-    run = assemble(model, config)
+    run = run or assemble(model, config)
+    own = dict(numbers or {})
     copies = fields.coerce("num_return_sequences", copies, int)
     if copies < 1:
         raise ValueError(f"num_return_sequences={copies} must be at least 1")
-    if copies > 1 and not run.sampler.random(run.numbers):
+    if copies > 1 and not run.sampler.random({**run.numbers, **own}):
         raise ValueError(
             f"num_return_sequences={copies} would give the same answer {copies} times; it needs a temperature, an alg_temp "
             "or confidence='random'"
@@ -114,7 +121,7 @@ def _call(
     # A stop token may be written before a fixed one, so a row with fixed tokens decodes to its end.
     pairs = [pair for pair in zip(ids, fixed, strict=True) for _ in range(copies)]
     requests = [
-        Request(prompt, config.gen_length, config.seed + i, tokens, () if tokens else None, ends=ends)
+        Request(prompt, config.gen_length, config.seed + i, tokens, () if tokens else None, own, ends)
         for i, (prompt, tokens) in enumerate(pairs)
     ]
     return Call(model, config, run, requests, stops)
@@ -184,10 +191,10 @@ def stream(
     Takes the arguments of `generate` and raises its errors, before anything is iterated. Closing the iterator stops the
     computation.
     """
-    other = _renamed(options, stop=stop, num_return_sequences=num_return_sequences)
+    other = renamed(options, stop=stop, num_return_sequences=num_return_sequences)
     stop, copies = other.pop("stop", None), other.pop("num_return_sequences", 1)
-    prompts = _prompts(prompts, other)
-    return _call(model, prompts, config, constraints, stop, copies, attention_mask, other).steps(trace=True)
+    prompts = prompts_of(prompts, other)
+    return call_of(model, prompts, config, constraints, stop, copies, attention_mask, other).steps(trace=True)
 
 
 def generate(
@@ -219,11 +226,11 @@ def generate(
     Other names of these are understood: n, stop_strings, until, use_tqdm, and input_ids for prompts, so that `**inputs` may
     be what a tokenizer returned. Raises ValueError for bad input, naming option, value and limit.
     """
-    other = _renamed(options, stop=stop, num_return_sequences=num_return_sequences, progress=progress)
+    other = renamed(options, stop=stop, num_return_sequences=num_return_sequences, progress=progress)
     stop, copies, progress = other.pop("stop", None), other.pop("num_return_sequences", 1), other.pop("progress", False)
-    prompts = _prompts(prompts, other)
+    prompts = prompts_of(prompts, other)
     progress, trace = fields.coerce("progress", progress, bool), fields.coerce("trace", trace, bool)
-    call = _call(model, prompts, config, constraints, stop, copies, attention_mask, other)
+    call = call_of(model, prompts, config, constraints, stop, copies, attention_mask, other)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     results: dict[int, Result] = {}
@@ -235,20 +242,20 @@ def generate(
             advance(len(step.done))
             if out.trace is not None:
                 out.trace.append(step)
-    texts = [_add(out, call, request, results[i]) for i, request in enumerate(call.requests)]
+    texts = [add_answer(out, call, request, results[i]) for i, request in enumerate(call.requests)]
     out.texts = None if model.tokenizer is None else texts
     out.stats.peak_memory = peak_memory(model.device)
     return out
 
 
-def _renamed(options: Mapping[str, Any], **given: Any) -> dict[str, Any]:
+def renamed(options: Mapping[str, Any], **given: Any) -> dict[str, Any]:
     """Options and those arguments that were given, under this project's names."""
     unset = {"stop": None, "num_return_sequences": 1, "progress": False}
     said = {k: v for k, v in given.items() if not (isinstance(v, type(unset[k])) and v == unset[k])}
     return rename({**said, **options}, ALIASES)
 
 
-def _prompts(prompts: Prompts | None, options: dict[str, Any]) -> Prompts:
+def prompts_of(prompts: Prompts | None, options: dict[str, Any]) -> Prompts:
     """The prompts, or what was passed for them as transformers' input_ids, which is taken out of the options."""
     given = options.pop("input_ids", None)
     if prompts is None and given is None:
@@ -258,7 +265,7 @@ def _prompts(prompts: Prompts | None, options: dict[str, Any]) -> Prompts:
     return given if prompts is None else prompts
 
 
-def _add(out: Output, call: Call, request: Request, result: Result) -> str:
+def add_answer(out: Output, call: Call, request: Request, result: Result) -> str:
     """Take in a finished answer; returns its text, "" without a tokenizer."""
     prompt, tokenizer = len(request.prompt), call.model.tokenizer
     if result.broken:
@@ -321,19 +328,23 @@ def stream_text(
     prompt. Closing the iterator stops the computation. Raises ValueError for several prompts and for a model without a
     tokenizer.
     """
-    other = _renamed(options, stop=stop)
-    call = _call(model, prompt, config, constraints, other.pop("stop", None), 1, None, other)
+    other = renamed(options, stop=stop)
+    call = call_of(model, prompt, config, constraints, other.pop("stop", None), 1, None, other)
+    return _pieces(call, answer_text(call))
+
+
+def answer_text(call: Call) -> AnswerText:
+    """The text of a call's one answer; ValueError for several prompts and for a model without a tokenizer."""
     if len(call.requests) != 1:
         raise ValueError(f"stream_text follows one prompt, not {len(call.requests)}")
-    if model.tokenizer is None:
-        raise ValueError(f"model {model.name!r} has no tokenizer, so its answer has no text")
-    return _pieces(call)
-
-
-def _pieces(call: Call) -> Iterator[str]:
+    if call.model.tokenizer is None:
+        raise ValueError(f"model {call.model.name!r} has no tokenizer, so its answer has no text")
     request, run = call.requests[0], call.run
-    prompt = len(request.prompt)
-    answer = text_of(call.model, request.length, run.stop_ids, call.stops, request.fixed, run.decoder.shadow)
+    return text_of(call.model, request.length, run.stop_ids, call.stops, request.fixed, run.decoder.shadow)
+
+
+def _pieces(call: Call, answer: AnswerText) -> Iterator[str]:
+    prompt = len(call.requests[0].prompt)
     with closing(call.steps(trace=True)) as steps:
         for step in steps:
             start = max(step.starts[0], prompt)

@@ -33,7 +33,7 @@ from torch import Tensor
 from fastdllm.fields import coerce, shown
 from fastdllm.forward import Window
 from fastdllm.models import Model, ModelSpec
-from fastdllm.prompts import check_model, ids_row
+from fastdllm.prompts import check_model, encode_pair
 from fastdllm.sampling import guide
 from fastdllm.store import KVStore, block_end
 from fastdllm.threads import use_threads
@@ -58,14 +58,20 @@ HEAD_ROWS = 256  # positions whose logits are held at once: [256, 152064] in fp3
 
 @dataclass(frozen=True)
 class Score:
-    """How likely a target is.
+    """How likely a target of L tokens is.
 
     log_likelihood: in nats.
     greedy: whether greedy decoding gives the target; False when it was not asked for.
+    tokens: the target's token ids [L].
+    logprobs: the share of each of them [L] in the log-likelihood, which is their sum. By the chain rule that is the token's
+        log-probability given those before it. Under Monte Carlo it is the weighted mean over the samples that mask it, and
+        under first_token it is 0 for all but the first.
     """
 
     log_likelihood: float
     greedy: bool
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ class Reading:
 
 def log_likelihoods(
     model: Model,
-    pairs: Sequence[tuple[Tensor, Tensor]],
+    pairs: Sequence[tuple[Any, Any]],
     *,
     method: str | None = None,
     mc_num: int = 128,
@@ -112,8 +118,11 @@ def log_likelihoods(
     check_greedy: bool = True,
     cfg_scale: float = 0.0,
 ) -> list[Score]:
-    """Score each (context [P], target [L]) of token ids (tensors, arrays or lists); an empty target gives (0.0, True).
+    """Score each (context, target); an empty target gives 0.0 and True.
 
+    pairs: of each, the context is a text, a conversation or token ids [P], the target a text or token ids [L] (tensors,
+        arrays or lists). Two texts are tokenised as one, and the target begins with the first token that the context by
+        itself does not have, as lm-eval scores. The target after a conversation is what the assistant says.
     method: "monte_carlo" (bidirectional models, their default), "chain" (any model; the default of all others), or
         "first_token" (block-causal models).
     mc_num: samples of Monte Carlo.
@@ -147,17 +156,21 @@ def log_likelihoods(
     probes = chain.from_iterable(
         ((i, weight, probe) for weight, probe in plans[method](*pairs[i])) for i in order if len(pairs[i][1])
     )
-    totals, greedy = [0.0] * len(pairs), [True] * len(pairs)
+    shares = [torch.zeros(len(target), dtype=torch.float64) for _, target in pairs]
+    greedy = [True] * len(pairs)
     # A probe that is exact by itself (one token, or a step of the chain) also says whether greedy decoding takes it.
     for (i, weight, probe), reading in read(model, probes, batch_size, cfg_scale):
-        totals[i] += weight * float(reading.log_prob.double().sum())
+        shares[i][probe.at - len(pairs[i][0])] += weight * reading.log_prob.double()
         greedy[i] = greedy[i] and bool((reading.top == probe.tokens).all())
     if method == "monte_carlo":
         asked = [i for i in order if len(pairs[i][1]) > 1]
         found = _greedy(model, [pairs[i] for i in asked], batch_size, cfg_scale) if check_greedy else [False] * len(asked)
         for i, agrees in zip(asked, found, strict=True):
             greedy[i] = agrees
-    return [Score(total, g) for total, g in zip(totals, greedy, strict=True)]
+    return [
+        Score(float(share.sum()), g, tuple(target.tolist()), tuple(share.tolist()))
+        for share, g, (_, target) in zip(shares, greedy, pairs, strict=True)
+    ]
 
 
 def _method(model: Model, method: str | None) -> str:
@@ -184,8 +197,8 @@ def _at_least(name: str, value: Any, low: Number) -> Number:
 def _pair(model: Model, i: int, given: Any) -> tuple[Tensor, Tensor]:
     """A context and a target as rows of ids that the model can read."""
     if not isinstance(given, list | tuple) or len(given) != 2:
-        raise ValueError(f"pairs[{i}]={shown(given)} must be two rows of token ids, (context, target)")
-    context, target = ids_row(given[0], "context"), ids_row(given[1], "target")
+        raise ValueError(f"pairs[{i}]={shown(given)} must be two, (context, target), each a text or a row of token ids")
+    context, target = encode_pair(model, *given)
     _check_lengths(model, len(context), len(target))
     for name, ids in (("context", context), ("target", target)):
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < model.spec.vocab:
@@ -297,30 +310,43 @@ def read(model: Model, probes: Iterable[Asked], batch_size: int, cfg_scale: floa
         yield from zip(batch, _forward(model, [probe for _, _, probe in batch], length, store, cfg_scale), strict=True)
 
 
-def _forward(model: Model, probes: list[Probe], length: int, store: KVStore, cfg_scale: float) -> list[Reading]:
+def canvases(
+    model: Model, rows: list[Tensor], opened: list[int | None], length: int, store: KVStore
+) -> tuple[Tensor, Window]:
+    """Canvases [T] of up to `length` positions as one batch: their ids [B, length], and what their positions see.
+
+    opened: of each, where its first block that is no context begins; see `Probe.open`.
+    store: of at least length + 1 slots.
+    """
     spec, device = model.spec, model.device
-    lengths = torch.tensor([len(p.ids) for p in probes])
+    lengths = torch.tensor([len(row) for row in rows])
     column = torch.arange(length)
-    ids = torch.full((len(probes), length), spec.pad_id)
-    for row, probe in enumerate(probes):
-        ids[row, : len(probe.ids)] = probe.ids
+    ids = torch.full((len(rows), length), spec.pad_id)
+    for at, row in enumerate(rows):
+        ids[at, : len(row)] = row
     scratch = store.k.shape[3] - 1  # no query sees the last slot; padding is written there
     pos = torch.where(column < lengths[:, None], column, scratch)
     kv_len = lengths[:, None].expand_as(pos)
     if spec.block_causal:
-        origin = torch.tensor([[_origin(model, p.open)] for p in probes])
+        origin = torch.tensor([[_origin(model, start)] for start in opened])
         kv_len = torch.minimum(kv_len, block_end(pos, spec.block_causal, origin))
     if spec.causal_context:
-        opened = torch.tensor([length if p.open is None else p.open for p in probes])
-        kv_len = torch.where(pos < opened[:, None], pos + 1, kv_len)
+        context = torch.tensor([length if start is None else start for start in opened])
+        kv_len = torch.where(pos < context[:, None], pos + 1, kv_len)
     dense = not (spec.block_causal or spec.causal_context) and bool((lengths == length).all())
-    hide = None if dense else torch.zeros(len(probes), 2, dtype=torch.long, device=device)
-    rows = torch.arange(len(probes), device=device)
-    window = Window(rows, pos.to(device), kv_len.contiguous().to(device), length, dense, hide)
+    hide = None if dense else torch.zeros(len(rows), 2, dtype=torch.long, device=device)
+    numbers = torch.arange(len(rows), device=device)
+    return ids, Window(numbers, pos.to(device), kv_len.contiguous().to(device), length, dense, hide)
+
+
+def _forward(model: Model, probes: list[Probe], length: int, store: KVStore, cfg_scale: float) -> list[Reading]:
+    spec, device = model.spec, model.device
+    ids, window = canvases(model, [p.ids for p in probes], [p.open for p in probes], length, store)
     hidden = [model.network(ids.to(device), window, store)]
     if cfg_scale:
         prompt = torch.tensor([p.prompt for p in probes])
-        hidden.append(model.network(ids.masked_fill(column < prompt[:, None], spec.mask_id).to(device), window, store))
+        free = ids.masked_fill(torch.arange(length) < prompt[:, None], spec.mask_id)
+        hidden.append(model.network(free.to(device), window, store))
     shifts = [int(spec.causal_context and p.open is None) or spec.shift for p in probes]
     source = torch.cat([row * length + p.at - shifts[row] for row, p in enumerate(probes)]).to(device)
     tokens = torch.cat([p.tokens for p in probes]).to(device)

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """From whatever people pass (texts, conversations, ids with or without padding) to token ids.
 
-`encode` is the one way in for generation; what it does with texts and messages is in `conversations.py`.
+`encode` is the one way in for generation, `encode_pair` for scores. What they do with texts and messages is in
+`conversations.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,10 +28,13 @@ __all__ = [
     "encode",
     "encode_literally",
     "encode_messages",
+    "encode_pair",
     "encode_text",
     "ids_row",
     "padded",
+    "prefix_id",
     "render",
+    "split_join",
 ]
 
 Ids = Sequence[int] | Tensor
@@ -74,6 +79,70 @@ def encode(model: Model, prompts: Prompts, attention_mask: Any = None) -> list[T
     if not out:
         raise ValueError("prompts is empty")
     return out
+
+
+def encode_pair(model: Model, context: Any, target: Any) -> tuple[Tensor, Tensor]:
+    """Ids of a context [P] and of what may follow it [L], 1-D LongTensors on the CPU.
+
+    context: a text, a conversation, token ids (none are allowed), or what a tokenizer returns.
+    target: a text or token ids; may be empty.
+
+    Two texts are tokenised as one and cut where the target begins (`split_join`). After a conversation the target is what
+    the assistant says, and after ids it stands by itself. An empty text as context is the token that texts begin with.
+
+    Raises ValueError for anything else.
+    """
+    texts = isinstance(context, str), isinstance(target, str)
+    if any(texts) and model.tokenizer is None:
+        raise ValueError(f"model {model.name!r} has no tokenizer; pass token ids instead of text{without_tokenizer()}")
+    if all(texts):
+        before, after = split_join(partial(encode_text, model), context, target, prefix_id(model))
+        return torch.tensor(before, dtype=torch.long), torch.tensor(after, dtype=torch.long)
+    spoken = isinstance(context, list | tuple) and any(isinstance(entry, Mapping) for entry in context)
+    if context == "" and texts[0]:
+        ids = torch.tensor([prefix_id(model)])
+    elif texts[0] or spoken or isinstance(context, Mapping):
+        (ids,) = encode(model, [context])
+    else:
+        ids = ids_row(context, "context")
+    if not texts[1]:
+        return ids, ids_row(target, "target")
+    said = encode_literally(model, target) if spoken else encode_text(model, target)
+    return ids, torch.tensor(said, dtype=torch.long)
+
+
+def split_join(encode: Callable[[str], list[int]], context: str, target: str, prefix: int) -> tuple[list[int], list[int]]:
+    """Ids of a context [P], P > 0, and of what follows it [L]: one text's own ids, cut where the target begins.
+
+    Where a token spans the join, the cut is before it, so that nothing of the target is lost: the target begins with the
+    first token that the context by itself does not have. As lm-eval does, blanks at the end of the context belong to the
+    target, unless that would take in more of the context. A target that is empty has no ids.
+
+    encode: a text to its ids.
+    prefix: the token before a text that has no context.
+    """
+    whole = encode(context + target)
+    if not target:
+        return whole or [prefix], []
+    start = _common(whole, alone := encode(context.rstrip())) if context else 0
+    if context and start < len(alone):
+        start = max(start, _common(whole, encode(context)))
+    if start == len(whole):
+        raise ValueError(f"the tokenizer makes no token of the continuation {target[:40]!r}")
+    if start == 0 and whole[0] == prefix and len(whole) > 1:
+        start = 1  # the text brings its own beginning
+    return whole[:start] or [prefix], whole[start:]
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """How many tokens two texts begin with in common."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def prefix_id(model: Model) -> int:
+    """The token before the first of a text: the tokenizer's BOS, or the model's stop token where it has none."""
+    bos = getattr(model.tokenizer, "bos_token_id", None)
+    return int(model.spec.stop_ids[0] if bos is None else bos)
 
 
 def check_model(model: Any) -> None:

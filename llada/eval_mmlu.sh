@@ -8,4 +8,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 export WITHOUT_A_NETWORK="MODEL=tiny-llada TASK=gsm_symbolic_mc bash llada/eval_mmlu.sh --num_fewshot 0"
 accelerate launch --quiet eval_llada.py --tasks "${TASK:-mmlu}" --num_fewshot 5 --model llada_dist \
     --model_args "model_path=${MODEL:-GSAI-ML/LLaDA-8B-Base},mc_num=1,is_check_greedy=False" \
-    --output_path results/mmlu --batch_size 8 "$@" || exit 2
+    --output_path "results/${TASK:-mmlu}/likelihood" --batch_size 8 "$@" || exit 2

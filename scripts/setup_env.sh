@@ -31,7 +31,9 @@ fastdllm_setup_env() {
         installer=("$root/.venv/bin/python" -m pip --quiet --disable-pip-version-check install)
         mapfile -t torch < <(grep "^torch==" "$pins") # several lines for several interpreters; their markers choose
         if command -v uv >/dev/null; then
-            with_uv=(env UV_TORCH_BACKEND="${UV_TORCH_BACKEND:-auto}" uv pip install --quiet --python "$root/.venv/bin/python")
+            # Away from pyproject.toml: what it says to uv (that torch needs no CUDA libraries) is for scripts/lock.sh.
+            with_uv=(env UV_TORCH_BACKEND="${UV_TORCH_BACKEND:-auto}" uv pip install --quiet --directory /
+                --python "$root/.venv/bin/python")
             if "${with_uv[@]}" "${torch[@]}"; then
                 installer=("${with_uv[@]}")
             else

@@ -247,7 +247,7 @@ def listed_tree() -> list[tuple[str, ...]]:
     for line in filter(str.strip, tree.splitlines()):
         indent = len(line) - len(line.lstrip())
         folders = [(depth, name) for depth, name in folders if depth < indent]
-        names = list(takewhile(re.compile(r"\S+/|\S*\.\w+|LICENSE").fullmatch, line.split()))
+        names = list(takewhile(re.compile(r"\S+/|\S*\.\w+|LICENSE|Dockerfile").fullmatch, line.split()))
         paths += [(*(folder for _, folder in folders), name.rstrip("/")) for name in names]
         if names and names[-1].endswith("/"):
             folders.append((indent, names[-1].rstrip("/")))

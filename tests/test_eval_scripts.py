@@ -86,8 +86,10 @@ def test_what_is_named_for_working_without_a_network_suits_the_shipped_models(hi
         assert value(call, "--tasks") != "gsm_symbolic_chat" or "--apply_chat_template" in call
 
 
-def test_every_script_that_needs_the_hub_names_one() -> None:
-    assert len(HINTS) >= 8
+@pytest.mark.parametrize("script", sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("*/eval_*.sh")))
+def test_every_script_that_needs_the_hub_names_one(script: str) -> None:
+    text = (ROOT / script).read_text(encoding="utf-8")
+    assert script in HINTS or ("source settings.sh" in text and f"{script.split('/')[0]}/settings.sh" in HINTS)
 
 
 @pytest.mark.parametrize("package", ["llada", "dream"])
@@ -101,6 +103,56 @@ def test_the_five_published_settings(package: str, run) -> None:
     assert [one.get("use_cache", "no").lower() for one in options] == ["no", "true", "no", "true", "true"]
     assert [one.get("dual_cache", "no").lower() for one in options] == ["no", "no", "no", "no", "true"]
     assert len({value(call, "--output_path") for _, call in calls}) == 5
+
+
+def folder_of(call: list[str]) -> list[str]:
+    top, *rest = value(call, "--output_path").split("/")
+    assert top == "results"
+    return rest
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "v2/eval_gsm8k.sh", "v2/eval_script.sh"])
+def test_results_of_each_task_and_setting_have_a_folder_of_their_own(script: str, run) -> None:
+    done, calls = run(script)
+    assert done.returncode == 0, done.stderr
+    folders = [folder_of(call) for _, call in calls]
+    assert [task for task, _ in folders] == [value(call, "--tasks") for _, call in calls]
+    assert len({tuple(folder) for folder in folders}) == len(folders)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_another_task_writes_to_another_folder(script: str, run) -> None:
+    _, calls = run(script, TASK="other")
+    assert calls and all(folder_of(call)[0] == "other" for _, call in calls)
+
+
+V2_SETTINGS = [
+    ({}, ["baseline"], ["1"], [None]),
+    ({"THRESHOLD": "1"}, ["baseline"], ["1"], [None]),
+    ({"THRESHOLD": "0.8"}, ["parallel"], ["0.8"], [None]),
+    ({"SETTINGS": "baseline parallel_sub_block"}, ["baseline", "parallel_sub_block"], ["1", "0.9"], [None, "True"]),
+    ({"MODEL_ARGS": "threshold=0.7,reuse_k=2"}, ["custom"], ["0.7"], [None]),
+]
+
+
+@pytest.mark.parametrize(("given", "settings", "thresholds", "caches"), V2_SETTINGS)
+def test_settings_of_v2(given: dict[str, str], settings: list, thresholds: list, caches: list, run) -> None:
+    done, calls = run("v2/eval_gsm8k.sh", TASK="gsm_symbolic_chat", **given)
+    assert done.returncode == 0, done.stderr
+    options = [dict(pair.split("=", 1) for pair in value(call, "--model_args").split(",")) for _, call in calls]
+    assert [folder_of(call)[1] for _, call in calls] == settings
+    assert [one["threshold"] for one in options] == thresholds
+    assert [one.get("use_block_cache") for one in options] == caches
+    for one in options:
+        split(rename(one))
+
+
+@pytest.mark.parametrize("given", [{"SETTINGS": "baseline quick"}, {"SETTINGS": "parallel", "MODEL_ARGS": "threshold=1"}])
+@pytest.mark.parametrize("script", ["v2/eval_gsm8k.sh", "v2/eval_script.sh"])
+def test_wrong_settings_of_v2_stop_before_any_run(script: str, given: dict[str, str], run) -> None:
+    done, calls = run(script, **given)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "SETTINGS" in done.stderr
+    assert calls == []
 
 
 SETTINGS = [

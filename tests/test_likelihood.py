@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastdllm
 from fastdllm.forward import Window
-from fastdllm.likelihood import draw_masks, log_likelihoods
+from fastdllm.likelihood import METHODS, draw_masks, log_likelihoods
 from fastdllm.models import Model
 from fastdllm.models.spec import ModelSpec
 from fastdllm.models.transformer import Transformer
@@ -226,12 +227,14 @@ def test_what_does_not_fit_the_model_is_an_error() -> None:
         (([1, 2], [32]), r"a target has token ids outside 0\.\.31"),
         (([-1], [3]), r"a context has token ids outside 0\.\.31"),
         ((torch.ones(2), [3]), "context is a Tensor .*; token ids are integers"),
-        (("text", [3]), "context is a str; token ids are integers"),
+        (("text", [3]), "has no tokenizer; pass token ids instead of text"),
+        (([1], "text"), "has no tokenizer; pass token ids instead of text"),
+        (([1], {"a": 1}), "target is a dict .*; token ids are integers"),
         (([1], None), "target is None; token ids are integers"),
-        (([1],), r"pairs\[0\]=.* must be two rows of token ids"),
-        (([1], [2], [3]), r"pairs\[0\]=.* must be two rows of token ids"),
-        (5, r"pairs\[0\]=5 must be two rows of token ids"),
-        ({1: 2, 3: 4}, r"pairs\[0\]=.* must be two rows of token ids"),
+        (([1],), r"pairs\[0\]=.* must be two, "),
+        (([1], [2], [3]), r"pairs\[0\]=.* must be two, "),
+        (5, r"pairs\[0\]=5 must be two, "),
+        ({1: 2, 3: 4}, r"pairs\[0\]=.* must be two, "),
     ],
 )
 def test_what_are_no_ids_is_an_error(one: Any, message: str) -> None:
@@ -239,3 +242,100 @@ def test_what_are_no_ids_is_an_error(one: Any, message: str) -> None:
         log_likelihoods(tiny("llada"), [one])
     lists = log_likelihoods(tiny("llada"), [([1, 2], [3])], mc_num=1)
     assert lists[0].log_likelihood < 0
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Model:
+    return fastdllm.load("tiny-llada")
+
+
+def ids_of(model: Model, text: str) -> list[int]:
+    return model.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+TEXTS = [
+    ("Tom has 2 apples", " and 3 pears."),
+    ("Tom has 2 apples ", "and 3 pears."),  # the blank is a part of the target's first token
+    ("Tom has 2 appl", "es"),
+    ("", "Tom has"),
+    ("Tom has", ""),
+]
+
+
+@pytest.mark.parametrize(("context", "target"), TEXTS)
+def test_two_texts_are_scored_as_the_tokens_of_one(shipped: Model, context: str, target: str) -> None:
+    (score,) = log_likelihoods(shipped, [(context, target)], mc_num=4)
+    whole = ids_of(shipped, context + target)
+    assert list(score.tokens) == whole[len(whole) - len(score.tokens) :]
+    before = whole[: len(whole) - len(score.tokens)]
+    assert target in shipped.tokenizer.decode(score.tokens), "nothing of the target is lost"
+    assert len(shipped.tokenizer.decode(before)) >= len(context.rstrip()) - len(" appl")
+    given = before or [shipped.tokenizer.bos_token_id or shipped.spec.stop_ids[0]]
+    assert score == log_likelihoods(shipped, [(given, list(score.tokens))], mc_num=4)[0]
+
+
+def test_texts_are_scored_as_lm_eval_scores_them(shipped: Model) -> None:
+    adapters = pytest.importorskip("fastdllm.evaluation.adapters", reason="needs lm-eval")
+    harness = adapters.LLaDAEvalHarness(pretrained=shipped, mc_num=4)
+    for (context, target), score in zip(TEXTS, log_likelihoods(shipped, TEXTS, mc_num=4), strict=True):
+        before, after = harness._encode_pair(context, target)
+        found = harness._loglikelihood_tokens([(None, before, after)], True)[0][0]
+        assert found == pytest.approx(score.log_likelihood, abs=1e-4)
+
+
+def test_after_a_conversation_the_assistant_says_the_target(shipped: Model) -> None:
+    talk, said = [{"role": "user", "content": "Hello"}], "He has <|eos|> 5.\n#### 5"
+    (score,) = log_likelihoods(shipped, [(talk, said)], mc_num=2)
+    (prompt,) = fastdllm.encode(shipped, talk)
+    assert score == log_likelihoods(shipped, [(prompt, list(score.tokens))], mc_num=2)[0]
+    assert shipped.tokenizer.decode(score.tokens) == said and not {*shipped.spec.stop_ids} & {*score.tokens}
+    tokenized = shipped.tokenizer("Tom has", add_special_tokens=False, return_tensors="pt")
+    mixed = log_likelihoods(shipped, [(tokenized, " 5"), ("Tom has", ids_of(shipped, " 5"))], mc_num=2)
+    assert mixed[0] == mixed[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["monte_carlo", "chain", "first_token"])
+def test_shares_of_the_tokens_add_up(family: str, method: str) -> None:
+    model, (context, target) = tiny(family), pair(5, 6)
+    if not METHODS[method].fits(model.spec):
+        pytest.skip("not a measure of this family")
+    (score,) = log_likelihoods(model, [(context, target)], method=method, mc_num=9)
+    assert score.tokens == tuple(target.tolist()) and len(score.logprobs) == 6
+    assert math.fsum(score.logprobs) == pytest.approx(score.log_likelihood, abs=1e-9)
+    if method == "chain":  # a token's share is what it adds to the score of the tokens before it
+        shorter = log_likelihoods(model, [(context, target[:n]) for n in range(1, 7)], method=method)
+        if model.spec.block_causal:
+            sums = torch.tensor(score.logprobs).cumsum(0)
+            assert torch.allclose(sums, torch.tensor([one.log_likelihood for one in shorter]), atol=1e-3)
+    elif method == "first_token":
+        assert score.logprobs[1:] == (0.0,) * 5
+    else:
+        assert all(value < 0 for value in score.logprobs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_do_not_depend_on_the_batch(family: str) -> None:
+    model = tiny(family)
+    rows = [torch.randint(0, 31, (n,)) for n in (5, 1, 12, 4)]
+    for states in (fastdllm.hidden_states(model, rows), fastdllm.hidden_states(model, rows, batch_size=2)):
+        assert [list(of.shape) for of in states] == [[len(row), 16] for row in rows]
+        for row, of in zip(rows, states, strict=True):
+            full = log_probs(model, row)[model.spec.shift :]
+            found = model.network.logits(of).log_softmax(-1)[: len(full)]
+            torch.testing.assert_close(found, full, rtol=1e-4, atol=1e-4)
+            assert not of.is_inference()  # a probe may be trained on them
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"prompts": [[1] * 65]}, "prompt 0 has 65 tokens, more than the model's context of 64"),
+        ({"prompts": [[1]], "batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"prompts": "text"}, "has no tokenizer"),
+        ({"prompts": []}, "prompts is empty"),
+    ],
+)
+def test_what_has_no_hidden_states_is_an_error(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fastdllm.hidden_states(tiny("llada"), **given)

@@ -107,3 +107,5 @@ def test_the_environment_gets_torch_first_with_every_pin_of_it(uv: int | None, t
     assert torch.startswith(f"{tool} ") and torch.endswith(" ".join(pins))
     assert rest.startswith(f"{tool} ") and rest.endswith(f"--constraint {tree}/requirements.txt --editable {tree}[studies]")
     assert ("going on with pip" in done.stderr) == (uv == 1)
+    # In the tree uv would read [tool.uv] of pyproject.toml, by which torch comes without its CUDA libraries.
+    assert all("--directory / " in line for line in installs if line.startswith("uv "))

@@ -48,7 +48,7 @@ from fastdllm.evaluation.options import (
 from fastdllm.fields import coerce
 from fastdllm.likelihood import Score, log_likelihoods
 from fastdllm.models import Model
-from fastdllm.prompts import check_model
+from fastdllm.prompts import check_model, prefix_id, split_join
 from fastdllm.stats import Stats
 from fastdllm.text import cut
 
@@ -165,7 +165,7 @@ class DiffusionLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.eot_token_id
+        return prefix_id(self.model)
 
     @property
     def tokenizer_name(self) -> str:
@@ -185,23 +185,8 @@ class DiffusionLM(TemplateLM):
         return render(self.model, chat_history, continue_final=not add_generation_prompt)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of the context [P], P > 0, and of the continuation [L]: one text's own ids, cut where the continuation begins.
-
-        Where a token spans the join, the cut is before it, so that nothing of the continuation is lost: the target begins
-        with the first token that the context by itself does not have. As lm-eval does, blanks at the end of the context are
-        scored with the continuation, unless that would take in more of the context. A continuation that is empty has no ids.
-        """
-        whole = self.tok_encode(context + continuation)
-        if not continuation:
-            return whole or [self.prefix_token_id], []
-        start = _common(whole, alone := self.tok_encode(context.rstrip())) if context else 0
-        if context and start < len(alone):
-            start = max(start, _common(whole, self.tok_encode(context)))
-        if start == len(whole):
-            raise ValueError(f"the tokenizer makes no token of the continuation {continuation[:40]!r}")
-        if start == 0 and whole[0] == self.prefix_token_id and len(whole) > 1:
-            start = 1  # the text brings its own beginning
-        return whole[:start] or [self.prefix_token_id], whole[start:]
+        """Ids of the context [P], P > 0, and of the continuation [L], as `prompts.split_join` cuts them."""
+        return split_join(self.tok_encode, context, continuation, self.prefix_token_id)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         pairs = []
@@ -414,11 +399,6 @@ def _stops(kwargs: Mapping[str, Any]) -> list[str]:
     if not all(isinstance(stop, str) for stop in until):
         raise ValueError(f"until={until!r} must be a text or a list of texts")
     return until
-
-
-def _common(one: list[int], other: list[int]) -> int:
-    """How many tokens two texts begin with in common."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 @contextmanager

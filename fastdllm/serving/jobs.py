@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdllm.engine import Request, Result, Step
+from fastdllm.engine.row import Cost
 from fastdllm.serving.errors import NotANumber
 
 
@@ -34,14 +35,24 @@ class Progress:
 @dataclass(frozen=True)
 class Finished:
     """The answer is complete. ids: of all its positions, masks at most after its end. logprobs: of each when it was
-    committed, NaN where none was. forwards, positions: what it cost. cached: positions of the prompt that did not have to be
-    computed."""
+    committed, NaN where none was. committed_at: by which of its forwards, from 1; 0 where none did. cost: what it took."""
 
     ids: list[int]
     logprobs: list[float]
-    forwards: int
-    positions: int
-    cached: int = 0
+    committed_at: list[int]
+    cost: Cost
+
+    @property
+    def forwards(self) -> int:
+        return self.cost.forwards
+
+    @property
+    def positions(self) -> int:
+        return self.cost.positions
+
+    @property
+    def cached(self) -> int:
+        return self.cost.cached
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ def ending(result: Result, prompt: int) -> Finished | Failed:
     ids, logprobs, committed_at = columns
     if any(isnan(logprob) and at > 0 for logprob, at in zip(logprobs, committed_at, strict=True)):
         return Failed(NotANumber("the model's output for this request was not a number (NaN)"))
-    return Finished([int(token) for token in ids], logprobs, result.forwards, result.positions, result.cached)
+    return Finished(list(map(int, ids)), logprobs, list(map(int, committed_at)), result.cost)
 
 
 Event = Progress | Finished | Failed

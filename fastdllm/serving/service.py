@@ -24,6 +24,7 @@ from fastdllm.engine import Request, check
 from fastdllm.prompts import encode
 from fastdllm.serving.errors import ApiError, Expired, as_api_error
 from fastdllm.serving.jobs import Event, Failed, Finished, Progress
+from fastdllm.serving.listening import Listening
 from fastdllm.serving.listing import TokenList
 from fastdllm.serving.metrics import Metrics
 from fastdllm.serving.protocol import Body, ChatBody, CompletionBody, DecideBody, numbers
@@ -359,41 +360,25 @@ class Service:
     async def _pieces(self, choices: list[Choice], watched: bool, deadline: float) -> AsyncGenerator[Piece, None]:
         """What happens to the choices, as it happens, after an empty piece once they are taken in. All are withdrawn when
         this is closed before its end."""
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[tuple[Choice, Event]] = asyncio.Queue()
-
-        def listener(choice: Choice) -> Callable[[Event], None]:
-            def deliver(event: Event) -> None:
-                loop.call_soon_threadsafe(events.put_nowait, (choice, event))
-
-            return deliver
-
         begun, first = time.monotonic(), True
         try:
-            jobs = self.scheduler.submit_all(
-                [c.request for c in choices], [listener(c) for c in choices], watched=watched, deadline=deadline
-            )
+            requests = [choice.request for choice in choices]
+            listening = Listening(self.scheduler, requests, watched=watched, deadline=deadline)
         except Exception as error:
             raise as_api_error(error) from error
-        left = len(choices)
-        for choice, job in zip(choices, jobs, strict=True):
+        for choice, job in zip(choices, listening.jobs, strict=True):
             choice.job = job
-        try:
+        with listening:
             yield Piece(choices[0], "")
-            while left:
-                choice, event = await events.get()
+            async for number, event in listening.events():
                 if isinstance(event, Failed):
                     raise as_api_error(event.error) from event.error
-                piece = self._take_in(choice, event)
-                left -= piece.over
+                piece = self._take_in(choices[number], event)
                 if first and watched and piece.text:
                     first = False
                     self.metrics.first_text.observe(time.monotonic() - begun)
                 yield piece
             self.metrics.finished(choices, time.monotonic() - begun)
-        finally:
-            for job in jobs:
-                self.scheduler.withdraw(job)
 
     def _take_in(self, choice: Choice, event: Event) -> Piece:
         if isinstance(event, Progress):

@@ -7,6 +7,7 @@ end token) into the next prompt. Here only texts are kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -91,9 +92,15 @@ class Conversation:
         self.messages += turn
         self.said += turn
 
-    def take_back(self) -> None:
-        """Forget the last turn."""
+    def take_back(self) -> Callable[[], None]:
+        """Forget the last turn; what is returned remembers it again."""
+        messages, said = self.messages[:], self.said[:]
         del self.messages[-2:], self.said[-2:]
+
+        def put_back() -> None:
+            self.messages[:], self.said[:] = messages, said
+
+        return put_back
 
     def clear(self) -> None:
         """Begin anew, under the same instructions."""

@@ -31,7 +31,8 @@ class Session:
     load: turns a name into a model. config: what was asked for, whatever the model. model: None until loading has worked
     once. pace: seconds to wait after each forward. asked, trace: the last question and its answer's history. again: a
     question that a command wants asked once more; retries: how often that happened, which changes the draws; answered: what
-    it was answered before. prompts: what the turns share of their prompts.
+    it was answered before; put_back: remembers that answer again, should there be no other. prompts: what the turns share of
+    their prompts.
     """
 
     load: Callable[[str], Model]
@@ -48,6 +49,7 @@ class Session:
     again: str | None = None
     retries: int = 0
     answered: str | None = None
+    put_back: Callable[[], None] | None = None
     prompts: PromptCache = field(default_factory=PromptCache)
 
     def settings(self, model: Model) -> DecodeConfig:
@@ -160,10 +162,10 @@ def retry(session: Session, rest: str) -> None:
         session.say("nothing has been asked yet", style="red")
         return
     said = session.conversation.said
-    session.answered = None
+    session.answered = session.put_back = None
     if said and said[-2]["content"] == clean(session.asked):
         session.answered = said[-1]["content"]
-        session.conversation.take_back()
+        session.put_back = session.conversation.take_back()
     session.again, session.retries = session.asked, session.retries + 1
 
 
@@ -171,6 +173,8 @@ def save(session: Session, rest: str) -> None:
     """FILE writes all that was said since the last /reset: messages as JSON to a name that ends in .json, else Markdown"""
     if not rest:
         raise ValueError("usage: /save FILE, for example /save talk.md")
+    if not session.conversation.said:
+        raise ValueError("nothing has been answered yet")
     talk = [dict(message) for message in session.conversation.said]
     if session.conversation.system:
         talk.insert(0, {"role": "system", "content": session.conversation.system})

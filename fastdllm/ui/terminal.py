@@ -51,11 +51,12 @@ def seconds(text: str) -> float:
     return value
 
 
-def answer(session: Session, screen: PlainScreen | RichScreen, text: str) -> None:
-    """One turn: send the message, show the answer grow, remember both. A stopped or failed turn is not remembered."""
+def answer(session: Session, screen: PlainScreen | RichScreen, text: str) -> bool:
+    """One turn: send the message, show the answer grow, remember both. Returns whether it is remembered: a stopped or failed
+    turn is not."""
     if session.model is None:
         session.say("no model is loaded; /model NAME loads one", style="red")
-        return
+        return False
     trace, stopped, session.asked = None, False, text
     try:
         config = session.settings(session.model)
@@ -79,24 +80,26 @@ def answer(session: Session, screen: PlainScreen | RichScreen, text: str) -> Non
         stopped = True
     except Exception as error:  # one answer may fail (memory, a bad option), the chat goes on
         session.say(str(error) or type(error).__name__, style="red")
-        return
+        return False
     if trace is not None:
         session.trace = trace
         session.total.add(trace.stats())
     if stopped or trace is None:
         took = f" after {count(len(trace.steps), 'forward')}" if trace else ""
-        session.say(f"(stopped{took}; this turn is not remembered)", style="dim")
-        return
+        kept = "the earlier answer is kept" if session.put_back else "this turn is not remembered"
+        session.say(f"(stopped{took}; {kept})", style="dim")
+        return False
     text = answer_text(session.model, trace)
     session.conversation.add(prompt, text)
     if not text.strip():
         session.say("(an empty answer: the model ended it at once)", style="dim")
-        return
+        return True
     if trace.finish_reason == "length" and config.stop_ids != ():
         session.say(f"(cut at {count(trace.length, 'token')}; /set gen_length N allows more)", style="dim")
     if session.retries and text == session.answered and config.temperature == 0:
         session.say("(the same answer: at temperature 0 nothing is drawn; /set temperature 0.7 draws)", style="dim")
     session.say(summary(trace.stats()), style="dim")
+    return True
 
 
 def chat(session: Session, screen: PlainScreen | RichScreen) -> None:
@@ -114,12 +117,12 @@ def chat(session: Session, screen: PlainScreen | RichScreen) -> None:
             continue
         if text.strip().lower() in LEAVING:
             break
-        session.again = None
+        session.again = session.put_back = None
         if text.startswith("/") and not text.startswith("//"):
             with reader.quiet_keys():  # a model may take a while to load
                 run_command(session, text.strip())
-            if session.again is not None:
-                answer(session, screen, session.again)
+            if session.again is not None and not answer(session, screen, session.again) and session.put_back:
+                session.put_back()
         elif text.strip():
             session.retries = 0
             answer(session, screen, text[1:] if text.startswith("//") else text)

@@ -215,7 +215,7 @@ def test_log_likelihoods_are_those_of_autoregressive_decoding() -> None:
         expected = hidden.log_softmax(-1).gather(1, target[:, None]).sum()
         assert score.log_likelihood == pytest.approx(float(expected), abs=1e-4)
         assert score.greedy == bool((logits.argmax(-1) == target).all())
-    assert scores[4].greedy and scores[5] == Score(0.0, True)
+    assert scores[4].greedy and scores[5] == Score(0.0, True, (), ())
     for method in ("monte_carlo", "first_token"):
         with pytest.raises(ValueError, match=f"likelihood='{method}' does not fit the family 'nemotron'; allowed are chain"):
             log_likelihoods(model, pairs, method=method)

@@ -288,7 +288,10 @@ def test_scrubbed_states_tell_the_truth_and_colours_stay(visit: Callable[..., An
     setting(page, "chat", "one")
     ask(page, question)
     colours: dict[str, set[str]] = {}
+    totals: set[int] = set()
     while page.locator("body.busy").count():
+        for moment in page.locator(".answer .moment").all_inner_texts():
+            totals |= {int(total) for total in re.findall(r" of (\d+)", moment)}
         for tip, kind in page.locator(".answer .tok:not(.open, .end)").evaluate_all(
             "all => all.map(t => [t.dataset.tip, t.className.replace(/ (now|word)/g, '')])"
         ):
@@ -299,6 +302,7 @@ def test_scrubbed_states_tell_the_truth_and_colours_stay(visit: Callable[..., An
     tokens(page)
     scrub = page.locator(".answer .scrub")
     last = int(scrub.get_attribute("max"))
+    assert totals <= {last}, "a number of forwards was named that was not the last one"
     for step in (0, 1, 20, 33, last):
         scrub.fill(str(step))
         assert page.locator(".answer .moment").inner_text() == f"Forward {step} of {last}"

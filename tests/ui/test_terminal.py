@@ -219,7 +219,8 @@ def test_all_that_was_said_is_saved_though_only_the_last_question_is_sent(chat: 
     other = question.replace("23", "33")
     out = chat(question, other, "/retry", f"/save {talk}", "/reset", f"/save {tmp_path / 'none.json'}")[1]
     said = [m["content"] for m in json.loads(talk.read_text()) if m["role"] == "user"]
-    assert said == [question, other] and "4 messages" in out and "0 messages" in out
+    assert said == [question, other] and "4 messages" in out and "nothing has been answered yet" in out
+    assert not (tmp_path / "none.json").exists()
     assert out.count("at temperature 0 nothing is drawn") == 1
 
 
@@ -325,6 +326,33 @@ def test_an_interrupt_stops_the_answer_and_forgets_the_turn(model: Model, monkey
     terminal.answer(session, PlainScreen(out), "Why?")
     assert closed and session.conversation.messages == []
     assert "stopped" in out.getvalue()
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), RuntimeError("out of memory")])
+def test_a_retry_that_does_not_end_keeps_the_earlier_answer(
+    end: BaseException, model: Model, question: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ending(*_: object) -> object:
+        yield Trace("m", {}, 1, 4, 1, (2,))
+        raise end
+
+    out, lines = io.StringIO(), iter([question, "/retry"])
+    session = Session(lambda _: model, DecodeConfig(gen_length=64), PlainScreen(out).say, model)
+
+    def read() -> str:
+        text = next(lines, None)
+        if text is None:
+            raise EOFError
+        if text == "/retry":
+            monkeypatch.setattr(terminal, "watch", ending)
+        return text
+
+    monkeypatch.setattr(terminal.reader, "piped", lambda say: read)
+    monkeypatch.setattr(terminal.sys, "stdin", io.StringIO())
+    terminal.chat(session, PlainScreen(out))
+    for turns in (session.conversation.messages, session.conversation.said):
+        assert [turn["role"] for turn in turns] == ["user", "assistant"] and "#### 39" in turns[1]["content"]
+    assert "the earlier answer is kept" in out.getvalue() or "out of memory" in out.getvalue()
 
 
 def test_a_failing_answer_leaves_the_chat_alive(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,7 +199,7 @@ export class Chat {
     draw(turn.canvas, turn.trace, step, turn.question);
     const now = figures(turn.trace, step);
     const tokens = now.tokens ? `${count(now.tokens, "token")} in ` : "";
-    turn.figures.textContent = `${tokens}${count(step, "forward")}${now.tokens ? `, ${now.each} per forward` : ""}, ${now.seconds} s`;
+    turn.figures.textContent = `${tokens}${count(step, "forward")}${now.tokens ? `, ${now.each} per forward` : ""}, ${now.seconds}\u00a0s`;
     turn.figures.dataset.tip = "A forward is one call of the model, which predicts every open position at once. The seconds are those of the forwards only.";
     if (turn === this.last) this._follow();
   }

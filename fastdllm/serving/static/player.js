@@ -187,7 +187,10 @@ export class Player {
   }
 
   _moment(steps) {
-    if (this.traces.length === 1) return `Forward ${steps[0]} of ${this.traces[0].forwards}`;
+    if (this.traces.length === 1) {
+      const [trace] = this.traces;
+      return `Forward ${steps[0]}${trace.finished || !this.live ? ` of ${trace.forwards}` : ""}`; // how many is known at the end
+    }
     return `${this.time.toFixed(this.time < 1 ? 3 : 2)} s`;
   }
 }

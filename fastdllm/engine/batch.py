@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class Batch:
     turns: list[Turn]
     shape: Shape
 
-    @property
+    @cached_property
     def rows(self) -> list[Row]:
         return [turn.row for turn in self.turns]
 
@@ -56,6 +57,8 @@ class Batch:
     def noise(self, run: Decoding, vocab: int) -> Tensor | None:
         """The step's draws, see `Sampler.draw`."""
         generators: list[torch.Generator | None] = [row.generator for row in self.rows]
+        if not any(generators):  # `draw` says so too, but most steps need not ask
+            return None
         drawn, widths = [row.drawn for row in self.rows], [row.widest for row in self.rows]
         return run.sampler.draw(generators, run.block_length, vocab, drawn, widths)
 

@@ -27,15 +27,15 @@ def accept(ids: Tensor, top: Tensor, conf: Tensor, masked: Tensor, rule: str, va
 
 def _chosen(conf: Tensor, masked: Tensor, rule: str, value: Tensor) -> Tensor:
     """[R, Q] bool: the committed positions."""
-    ranked, rank = _ranked(conf, masked)
+    if rule in ("threshold", "threshold_strict"):  # ask for the first rank only, which needs no sort
+        best = torch.arange(conf.shape[-1], device=conf.device) == _key(conf, masked).argmax(-1, keepdim=True)
+        return ((conf >= value if rule == "threshold" else conf > value) | best) & masked
+    ranked, order = _key(conf, masked).sort(dim=-1, descending=True, stable=True)
+    rank = order.argsort(dim=-1)
     count = masked.sum(-1, keepdim=True)
     n = torch.arange(1, conf.shape[-1] + 1, device=conf.device)
     valid = n <= count
-    if rule == "threshold":
-        chosen = conf >= value
-    elif rule == "threshold_strict":
-        chosen = conf > value
-    elif rule == "quota":
+    if rule == "quota":
         chosen = rank < value
     elif rule == "factor":
         # (n + 1)(1 - c_(n)) never falls with n, so the number of n that satisfy it is the largest such n.
@@ -50,13 +50,7 @@ def _chosen(conf: Tensor, masked: Tensor, rule: str, value: Tensor) -> Tensor:
     return (chosen | (rank == 0)) & masked
 
 
-def _ranked(conf: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
-    """Confidences of the masked positions in falling order, and each position's rank in it (ties by
-    position).
-
-    NaN ranks after every number, and what is not masked after that.
-    """
+def _key(conf: Tensor, masked: Tensor) -> Tensor:
+    """What ranks positions: the confidence, the lowest number where it is NaN, and below that what is not masked."""
     lowest = torch.finfo(conf.dtype).min
-    key = torch.where(conf.isnan(), lowest, conf.clamp(min=lowest)).masked_fill(~masked, -torch.inf)
-    ranked, order = key.sort(dim=-1, descending=True, stable=True)
-    return ranked, order.argsort(dim=-1)
+    return torch.where(conf.isnan(), lowest, conf.clamp(min=lowest)).masked_fill(~masked, -torch.inf)

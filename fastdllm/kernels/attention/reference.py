@@ -35,15 +35,10 @@ def attention(
         their place, whatever its kv_len; start = stop changes nothing. `hide` holds for both.
     """
     if dense:
-        return _unmasked(q, rows_of(k_store, row, max_kv_len), rows_of(v_store, row, max_kv_len), scale)
+        return _seeing(q, rows_of(k_store, row, max_kv_len), rows_of(v_store, row, max_kv_len), None, scale)
     if q.device.type == "cpu":
         return _row_by_row(q, k_store, v_store, row, kv_len, max_kv_len, hide, scale, swap)
     return _masked(q, k_store, v_store, row, kv_len, max_kv_len, hide, scale, swap)
-
-
-def _unmasked(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """Queries [R, W, H, D] that see all of k, v [R, K, T, D]."""
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, scale=scale, enable_gqa=True).transpose(1, 2)
 
 
 def _row_by_row(
@@ -65,11 +60,12 @@ def _row_by_row(
     out = []
     for r, at in enumerate(rows):
         one, slots, (first, stop) = slice(r, r + 1), longest[r], hidden[r]
-        if swap is None and 0 < slots == shortest[r] and first >= min(stop, slots):
-            out.append(_unmasked(q[one], k_store[at, None, :, :slots], v_store[at, None, :, :slots], scale))
+        if swap is None and slots > 0 and first >= min(stop, slots):  # the query that sees furthest sees every slot
+            mask = None if slots == shortest[r] else visible(kv_len[one], None, slots)
+            out.append(_seeing(q[one], k_store[at, None, :, :slots], v_store[at, None, :, :slots], mask, scale))
         else:
             hide_one, swap_one = (None if x is None else x[one] for x in (hide, swap))
-            slots = slots if swap is None else max_kv_len
+            slots = max(slots, 1) if swap is None else max_kv_len
             out.append(_masked(q[one], k_store, v_store, row[one], kv_len[one], slots, hide_one, scale, swap_one))
     return torch.cat(out)
 
@@ -86,13 +82,17 @@ def _masked(
     swap: Tensor | None,
 ) -> Tensor:
     """`attention` with a mask, over a copy of the slots."""
-    query = q.transpose(1, 2)
     mask = visible(kv_len, hide, max_kv_len, swap)
     slot = seen_slots(mask)
-    k, v = slots_of(k_store, row, slot), slots_of(v_store, row, slot)
-    out = F.scaled_dot_product_attention(query, k, v, mask.unsqueeze(1), scale=scale, enable_gqa=True)
+    return _seeing(q, slots_of(k_store, row, slot), slots_of(v_store, row, slot), mask, scale)
+
+
+def _seeing(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """Queries [R, W, H, D] that see of k, v [R, K, T, D] what the mask [R, W, T] says, all of it without one."""
+    seen = None if mask is None else mask.unsqueeze(1)
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, seen, scale=scale, enable_gqa=True).transpose(1, 2)
     # A query that sees nothing has no softmax; its output is defined as zero rather than left to the backend.
-    return out.transpose(1, 2).masked_fill(~mask.any(-1)[:, :, None, None], 0)
+    return out if mask is None else out.masked_fill(~mask.any(-1)[:, :, None, None], 0)
 
 
 def rows_of(store: Tensor, row: Tensor, max_kv_len: int) -> Tensor:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastdllm.kernels.linear.reference import linear
@@ -28,19 +27,20 @@ def rope_store(
 ) -> Tensor:
     """`linear_rope_store` of a projection that is there already, qkv [R, W, (H + 2K) D]."""
     R, W, _ = qkv.shape
-    qk, v = qkv.view(R, W, heads + 2 * kv_heads, -1).split([heads + kv_heads, kv_heads], dim=2)
+    each = qkv.view(R, W, heads + 2 * kv_heads, -1)
+    qk, v = each[:, :, : heads + kv_heads], each[:, :, heads + kv_heads :]
     if q_norm is not None or k_norm is not None:
-        q, k = qk.split([heads, kv_heads], dim=2)
+        q, k = qk[:, :, :heads], qk[:, :, heads:]
         q = q if q_norm is None else rmsnorm(q, q_norm, eps)[0]
         k = k if k_norm is None else rmsnorm(k, k_norm, eps)[0]
         qk = torch.cat([q, k], 2)
-    c, s = F.embedding(pos, cos).unsqueeze(2), F.embedding(pos, sin).unsqueeze(2)
-    q, k = _rotate(qk, c, s).to(k_store.dtype).split([heads, kv_heads], dim=2)  # together: small operations cost by number
+    c, s = torch.embedding(cos, pos).unsqueeze(2), torch.embedding(sin, pos).unsqueeze(2)
+    qk = _rotate(qk, c, s).to(k_store.dtype)  # together: small operations cost by number
     slot = pos if slot is None else slot
     # Index dimensions parted by a slice come first: the indexed store is [R, W, K, D].
-    k_store[row[:, None], :, slot] = k
+    k_store[row[:, None], :, slot] = qk[:, :, heads:]
     v_store[row[:, None], :, slot] = v.to(v_store.dtype)
-    return q
+    return qk[:, :, :heads]
 
 
 def linear_rope_store(
@@ -79,9 +79,11 @@ def linear_rope_store(
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x * cos + (-high, low) * sin for as many numbers of a head as cos has, with few copies; the others stay as is."""
-    x, still = x.float().split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
+    x, turned = x.float(), cos.shape[-1]
+    if turned < x.shape[-1]:
+        return torch.cat((_rotate(x[..., :turned], cos, sin), x[..., turned:]), -1)
+    half = turned // 2
     out = x * cos
-    (low, high), (sin_low, sin_high), (first, second) = (each.chunk(2, dim=-1) for each in (x, sin, out))
-    first.sub_(high * sin_low)
-    second.add_(low * sin_high)
-    return torch.cat((out, still), -1) if still.shape[-1] else out
+    out[..., :half].sub_(x[..., half:] * sin[..., :half])
+    out[..., half:].add_(x[..., :half] * sin[..., half:])
+    return out

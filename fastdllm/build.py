@@ -233,6 +233,10 @@ def _check_drafts(config: DecodeConfig, spec: ModelSpec) -> None:
             f"decoder={rule!r} does not fit the family {spec.family!r}: drafts are verified by reading from left to right, "
             f"which needs a family with {where}"
         )
+    if registry.class_of(Kind.CACHES, config.cache).begins:
+        raise ValueError(
+            f"decoder={rule!r} drafts in the passes after an opening; cache={config.name_of('cache')!r} begins blocks in it"
+        )
     if config.cfg_scale:
         raise ValueError(f"decoder={rule!r} gives the tokens of autoregressive decoding and needs cfg_scale=0")
 

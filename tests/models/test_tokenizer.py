@@ -100,7 +100,10 @@ def test_chat_templates_are_used_for_messages(tmp_path: Path, kind: str) -> None
     text = model.tokenizer.decode(ids)
     expected = {
         "llada": "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nTom has 12 apples<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "llada_moe": "<role>HUMAN</role>Tom has 12 apples<|role_end|><role>ASSISTANT</role>",
+        "llada2_moe": "<role>SYSTEM</role>detailed thinking off<|role_end|><role>HUMAN</role>Tom has 12 apples<|role_end|>"
+        "<role>ASSISTANT</role>",
     }.get(
         kind,
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nTom has 12 apples<|im_end|>\n"

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fastdllm
+from fastdllm import registry
 from fastdllm.runners import cuda_graph
 from fastdllm.testing import caches_of
 from tests.random_models import MASK, prompts, random_model
@@ -34,7 +35,7 @@ def test_tokens_are_those_of_reading_a_block_from_left_to_right(small: int) -> N
         expected = v2.left_to_right(net, prompt, length=answer, block_size=8)
         drafted, forwards = v2.self_verify(net, prompt, length=answer, block_size=8, small_block_size=small)
         assert drafted == expected
-        for cache in caches_of("v2"):
+        for cache in (name for name in caches_of("v2") if not registry.find("caches", name).begins):
             out = decoded(model, [prompt], gen_length=answer, small_block_size=small, cache=cache)
             assert out.sequences[0].tolist() == expected
             if cache != "sub_block":

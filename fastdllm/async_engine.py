@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,7 +34,7 @@ from fastdllm.generation import (
     renamed,
 )
 from fastdllm.memory import positions_that_fit
-from fastdllm.prompts import Prompts, check_model
+from fastdllm.prompts import Prompts, check_model, encode
 from fastdllm.serving.errors import Closed
 from fastdllm.serving.jobs import Failed, Finished, Progress
 from fastdllm.serving.listening import Listening
@@ -177,9 +176,11 @@ class AsyncEngine:
         """The call, encoded on a thread of its own: a long prompt must not hold up the event loop."""
         self._check_open()
         config, numbers = self._own(options)
-        work = partial(
-            call_of, self.model, prompts, config, constraints, stop, copies, attention_mask, {}, self._run, numbers
-        )
+
+        def work() -> Call:
+            ids = encode(self.model, prompts, attention_mask)
+            return call_of(self.model, ids, config, constraints, stop, copies, self._run, numbers)
+
         encoding = asyncio.get_running_loop().run_in_executor(self._encoding, work)
         self._entering.add(encoding)
         encoding.add_done_callback(self._entering.discard)

@@ -82,41 +82,24 @@ class Call:
 
 def call_of(
     model: Model,
-    prompts: Prompts,
-    config: DecodeConfig | None,
+    ids: list[Tensor],
+    config: DecodeConfig,
     constraints: Constraints,
     stop: str | Sequence[str] | None,
     copies: int,
-    attention_mask: Any,
-    options: Mapping[str, Any],
     run: Decoding | None = None,
     numbers: Mapping[str, float] | None = None,
 ) -> Call:
-    """A call under this project's names; `generate` says what each argument is. Raises its errors.
+    """A call for prompts that are encoded; `generate` says what the other arguments are. Raises its errors.
 
     run: one that goes on already; numbers: those of its numbers that these requests replace.
     """
-    config = merged(config, options)
     stops = _stops(model, stop)
-    ids = encode(model, prompts, attention_mask)
     fixed = tokens_to_fix(constraints, len(ids))
-    room = model.spec.max_length - config.gen_length
-    for i, p in enumerate(ids):
-        if len(p) > room:
-            raise ValueError(
-                f"prompt {i} has {len(p)} tokens; with gen_length={config.gen_length} at most {max(room, 0)} fit the "
-                f"model's context of {model.spec.max_length}"
-            )
+    _check_room(model, ids, config.gen_length)
     run = run or assemble(model, config)
     own = dict(numbers or {})
-    copies = fields.coerce("num_return_sequences", copies, int)
-    if copies < 1:
-        raise ValueError(f"num_return_sequences={copies} must be at least 1")
-    if copies > 1 and not run.sampler.random({**run.numbers, **own}):
-        raise ValueError(
-            f"num_return_sequences={copies} would give the same answer {copies} times; it needs a temperature, an alg_temp "
-            "or confidence='random'"
-        )
+    copies = _checked_copies(copies, run.sampler.random({**run.numbers, **own}))
     ends = _ends(model, stops) if stops else None
     # A stop token may be written before a fixed one, so a row with fixed tokens decodes to its end.
     pairs = [pair for pair in zip(ids, fixed, strict=True) for _ in range(copies)]
@@ -125,6 +108,30 @@ def call_of(
         for i, (prompt, tokens) in enumerate(pairs)
     ]
     return Call(model, config, run, requests, stops)
+
+
+def _check_room(model: Model, ids: list[Tensor], length: int) -> None:
+    """ValueError for a prompt that leaves no room for an answer of `length` tokens."""
+    room = model.spec.max_length - length
+    for i, prompt in enumerate(ids):
+        if len(prompt) > room:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens; with gen_length={length} at most {max(room, 0)} fit the "
+                f"model's context of {model.spec.max_length}"
+            )
+
+
+def _checked_copies(copies: Any, drawn: bool) -> int:
+    """How many answers each prompt gets. ValueError for none, and for several where nothing is drawn."""
+    copies = fields.coerce("num_return_sequences", copies, int)
+    if copies < 1:
+        raise ValueError(f"num_return_sequences={copies} must be at least 1")
+    if copies > 1 and not drawn:
+        raise ValueError(
+            f"num_return_sequences={copies} would give the same answer {copies} times; it needs a temperature, an alg_temp "
+            "or confidence='random'"
+        )
+    return copies
 
 
 def merged(config: Any, options: Mapping[str, Any]) -> DecodeConfig:
@@ -194,7 +201,8 @@ def stream(
     other = renamed(options, stop=stop, num_return_sequences=num_return_sequences)
     stop, copies = other.pop("stop", None), other.pop("num_return_sequences", 1)
     prompts = prompts_of(prompts, other)
-    return call_of(model, prompts, config, constraints, stop, copies, attention_mask, other).steps(trace=True)
+    config = merged(config, other)
+    return call_of(model, encode(model, prompts, attention_mask), config, constraints, stop, copies).steps(trace=True)
 
 
 def generate(
@@ -230,7 +238,8 @@ def generate(
     stop, copies, progress = other.pop("stop", None), other.pop("num_return_sequences", 1), other.pop("progress", False)
     prompts = prompts_of(prompts, other)
     progress, trace = fields.coerce("progress", progress, bool), fields.coerce("trace", trace, bool)
-    call = call_of(model, prompts, config, constraints, stop, copies, attention_mask, other)
+    config = merged(config, other)
+    call = call_of(model, encode(model, prompts, attention_mask), config, constraints, stop, copies)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     results: dict[int, Result] = {}
@@ -329,7 +338,8 @@ def stream_text(
     tokenizer.
     """
     other = renamed(options, stop=stop)
-    call = call_of(model, prompt, config, constraints, other.pop("stop", None), 1, None, other)
+    stop, config = other.pop("stop", None), merged(config, other)
+    call = call_of(model, encode(model, prompt), config, constraints, stop, 1)
     return _pieces(call, answer_text(call))
 
 

@@ -24,7 +24,8 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import chain, islice
+from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -148,14 +149,12 @@ def log_likelihoods(
     pairs = [_pair(model, i, pair) for i, pair in enumerate(given)]
     # Long canvases first, side by side with their like: little padding, and memory trouble shows at once.
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
-    plans = {
-        "monte_carlo": lambda c, t: _masked(model, c, t, mc_num, seed),
-        "chain": lambda c, t: _left_to_right(model, c, t),
-        "first_token": lambda c, t: _first_token(model, c, t),
-    }
-    probes = chain.from_iterable(
-        ((i, weight, probe) for weight, probe in plans[method](*pairs[i])) for i in order if len(pairs[i][1])
-    )
+    of_pair = {
+        "monte_carlo": partial(_masked, mc_num=mc_num, seed=seed),
+        "chain": _left_to_right,
+        "first_token": _first_token,
+    }[method]
+    probes = ((i, weight, probe) for i in order if len(pairs[i][1]) for weight, probe in of_pair(model, *pairs[i]))
     shares = [torch.zeros(len(target), dtype=torch.float64) for _, target in pairs]
     greedy = [True] * len(pairs)
     # A probe that is exact by itself (one token, or a step of the chain) also says whether greedy decoding takes it.

@@ -99,7 +99,7 @@ def encode_pair(model: Model, context: Any, target: Any) -> tuple[Tensor, Tensor
         before, after = split_join(partial(encode_text, model), context, target, prefix_id(model))
         return torch.tensor(before, dtype=torch.long), torch.tensor(after, dtype=torch.long)
     spoken = isinstance(context, list | tuple) and any(isinstance(entry, Mapping) for entry in context)
-    if context == "" and texts[0]:
+    if texts[0] and not context:
         ids = torch.tensor([prefix_id(model)])
     elif texts[0] or spoken or isinstance(context, Mapping):
         (ids,) = encode(model, [context])
@@ -140,8 +140,11 @@ def _common(one: list[int], other: list[int]) -> int:
 
 
 def prefix_id(model: Model) -> int:
-    """The token before the first of a text: the tokenizer's BOS, or the model's stop token where it has none."""
+    """The token before the first of a text: the tokenizer's BOS, or the model's stop token where it has none. ValueError for
+    a model that has neither."""
     bos = getattr(model.tokenizer, "bos_token_id", None)
+    if bos is None and not model.spec.stop_ids:
+        raise ValueError(f"model {model.name!r} has no token that a text begins with; give a context")
     return int(model.spec.stop_ids[0] if bos is None else bos)
 
 

@@ -7,6 +7,7 @@ import itertools
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -339,3 +340,12 @@ def test_hidden_states_do_not_depend_on_the_batch(family: str) -> None:
 def test_what_has_no_hidden_states_is_an_error(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fastdllm.hidden_states(tiny("llada"), **given)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor], ids=["list", "tuple", "array", "tensor"])
+@pytest.mark.parametrize("target", ["7", None], ids=["text", "ids"])
+def test_ids_of_a_context_may_be_of_any_kind(kind: Any, target: str | None) -> None:
+    model = fastdllm.load("tiny-llada", device="cpu")
+    context, said = [40, 41, 42], model.tokenizer("7", add_special_tokens=False)["input_ids"]
+    expected = log_likelihoods(model, [(context, said)], mc_num=2)
+    assert log_likelihoods(model, [(kind(context), target or kind(said))], mc_num=2) == expected

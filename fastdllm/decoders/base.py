@@ -11,6 +11,7 @@ fewer of them than before: what it remasks is less than what it commits.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
@@ -77,8 +78,9 @@ class DecoderRule(ABC):
 
     def _with(self, options: Mapping[str, Any]) -> Self:
         """A copy with other values, which are not checked: columns cannot be, without a read on the host."""
-        rule = object.__new__(type(self))  # `copy.copy` asks how to pickle the rule, at every step
-        vars(rule).update({**vars(self), **options})
+        rule = copy.copy(self)  # a rule of one's own may keep its fields in slots
+        for name, value in options.items():
+            object.__setattr__(rule, name, value)
         return rule
 
     def checked(self, numbers: Mapping[str, float]) -> None:

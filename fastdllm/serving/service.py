@@ -89,7 +89,7 @@ class Service:
         for count in sorted({1, self._together()}):
             prompt = torch.full((min(32, self.model.spec.max_length // 2),), self.model.spec.pad_id)
             length = min(self.config.gen_length, 64, self.model.spec.max_length - len(prompt))
-            # Of growing lengths, so that they end one after another: a graph is captured for each size of a batch.
+            # Of growing lengths, so that they end one after another: kernels are compiled for each size of a batch.
             choices = [self._choice(i, prompt, max(1, length * (i + 1) // count), i, {}, {}, []) for i in range(count)]
             async for _ in self._pieces(choices, False, time.monotonic() + 600):
                 pass

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fastdllm
 from fastdllm import registry, testing
+from fastdllm.decoders import threshold
 from fastdllm.decoders.base import DecoderRule
 from fastdllm.testing import FAMILIES, KINDS, WIDTHS, check_decoder, prompts, random_model, rule_of
 from fastdllm.view import View
@@ -114,3 +115,22 @@ def test_lossless_decoders_refuse_what_makes_them_lossy() -> None:
 def test_every_kind_of_confidence_is_a_distribution_of_its_own() -> None:
     views = [testing.view(rule_of("threshold"), 4, 8, kind).conf for kind in KINDS]
     assert not any(torch.equal(a, b) for i, a in enumerate(views) for b in views[:i])
+
+
+@dataclass(frozen=True, slots=True)
+class Slotted(threshold.Decoder):
+    """A rule of one's own that keeps a field of its own in a slot."""
+
+    floor: float = 0.05
+
+    def step(self, view: View) -> Tensor:
+        return threshold.Decoder(torch.maximum(self.threshold, torch.tensor(self.floor))).step(view)
+
+
+def test_a_rule_may_keep_its_fields_in_slots() -> None:
+    given = prompts(6, 9)
+    own, plain = (
+        fastdllm.generate(random_model(), given, decoder=rule, gen_length=12, stop_ids=())
+        for rule in (Slotted(0.3), threshold.Decoder(0.3))
+    )
+    assert [s.tolist() for s in own.sequences] == [s.tolist() for s in plain.sequences]

@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -86,6 +87,8 @@ class Fast_dLLM_QwenForCausalLM(Qwen2ForCausalLM):
             return super().forward(input_ids=input_ids, labels=labels, position_ids=position_ids, **kwargs)
         length = input_ids.shape[1]
         flex = self.config._attn_implementation == "flex_attention"
+        if not flex:  # of the process: recomputed layers attend in the backward pass, outside any context manager
+            torch.backends.cuda.enable_cudnn_sdp(False)  # see network.BACKENDS
         attention = (flex_mask if flex else dense_mask)(
             position_ids.repeat(2, 1), documents.repeat(2, 1), self.config.bd_size
         )

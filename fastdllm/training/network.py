@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers import PreTrainedTokenizerFast
 
@@ -24,6 +25,10 @@ from fastdllm.models.spec import Family, ModelSpec
 from fastdllm.models.tokenizer import load_tokenizer, special_ids
 from fastdllm.models.weights import expected_shapes, parameter_shapes, shards
 from fastdllm.training.checkpoint import check_shapes, quote, tensor_shapes
+
+# Not cuDNN's: since torch 2.11 its backward gives NaN on Hopper with a mask and a width of 64 more than a multiple of 128
+# (pytorch/pytorch issue 196678).
+BACKENDS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class RMSNorm(nn.Module):
@@ -125,7 +130,8 @@ class Network(nn.Module):
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         if s.kv_heads < s.heads:
             k, v = (z.repeat_interleave(s.heads // s.kv_heads, 1) for z in (k, v))
-        mixed = F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=visible)
+        with sdpa_kernel(BACKENDS):
+            mixed = F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=visible)
         x = x + self.at(here + "out")[0](mixed.transpose(1, 2).flatten(2))
         gate, up = (m(self.at(here + "ffn_norm")[0](x)) for m in self.at(here + "gate_up"))
         return x + self.at(here + "down")[0](F.silu(gate) * up)

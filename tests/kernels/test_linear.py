@@ -96,6 +96,30 @@ def test_partial_sums_add_up(device: torch.device, assert_close, M: int, C: int,
     assert_close(out.sum(0), want, 1e-6 if device.type == "cpu" else 2e-3)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("M", "C", "N"), [(65, 16, 16), (130, 272, 144), (256, 1040, 48), (100, 9216, 16)])
+def test_fp8_products_of_some_hundred_rows(device: torch.device, assert_close, M: int, C: int, N: int, bias: bool) -> None:
+    """Tiles of both widths, with and without a part of the channels each; the library's product is their equal."""
+    from fastdllm.kernels.linear import fp8
+
+    (wq, scale), (xq, token_scale) = weight(N, C, "fp8", device), weight(M, C, "fp8", device)
+    added = torch.randn(N, device=device).bfloat16() if bias else None
+    want = (xq.double() * token_scale[:, None]) @ (wq.double() * scale[:, None]).T + (added.double() if bias else 0)
+    tile = fp8.tiling(M, N, C, device)
+    assert tile is not None
+    for splits in (1, tile["splits"], 3):
+        out = fp8.fp8_product(xq, wq, scale, added, token_scale, torch.float32, **tile | {"splits": splits})
+        assert out.shape == (splits, M, N)
+        assert_close(out.sum(0), want, 1e-6 if device.type == "cpu" else 2e-3)
+
+
+def test_fp8_products_of_many_tiles_belong_to_the_library(device: torch.device) -> None:
+    from fastdllm.kernels.linear import fp8
+
+    assert fp8.tiling(256, 37888, 3584, device) is None and fp8.tiling(4096, 3584, 18944, device) is None
+    assert fp8.tiling(256, 3584, 18944, device) is not None
+
+
 def test_bias_is_added_once(device: torch.device, assert_close) -> None:
     from fastdllm.kernels.linear import triton
 
@@ -149,11 +173,12 @@ def test_every_tiling(assert_close, M: int, kind: str) -> None:
         assert_close(triton.linear(x, wq, scale, bias), reference.linear(x, wq, scale, bias), 8e-3)
 
 
-@pytest.mark.parametrize("C", [16, 1000])
-def test_token_quantisation(device: torch.device, assert_close, C: int) -> None:
+@pytest.mark.parametrize(("M", "C"), [(5, 16), (5, 1000), (5, 5000), (65, 5000), (65, 8192)])
+def test_token_quantisation(device: torch.device, assert_close, M: int, C: int) -> None:
+    """Rows whole and in pieces."""
     from fastdllm.kernels.linear import triton
 
-    x = (torch.randn(5, C, device=device) * torch.logspace(-4, 4, 5, device=device)[:, None]).bfloat16()
+    x = (torch.randn(M, C, device=device) * torch.logspace(-4, 4, M, device=device)[:, None]).bfloat16()
     x[2] = 0
     xq, scale = triton.quantize_rows(x)
     want, want_scale = reference._scaled(x, FP8_MAX)

@@ -57,4 +57,4 @@ def _scaled(x: Tensor, largest: float) -> tuple[Tensor, Tensor]:
     x = x.float()
     # A row of zeros has no magnitude; any positive scale represents it.
     scale = x.abs().amax(dim=-1).clamp(min=1e-12) / largest
-    return (x / scale.unsqueeze(-1)).clamp(-largest, largest), scale
+    return (x * scale.reciprocal().unsqueeze(-1)).clamp(-largest, largest), scale

@@ -5,7 +5,7 @@ A few rows (a block of one or two sequences) are bound by reading the weight: on
 of the matrix unit, widening int8 in registers, and several programs share the channels of a narrow one. The bulk copy engine
 fetches the tiles; plain asynchronous copies were up to a fifth slower, and prefetching weights into the L2 cache before the
 kernel's turn gained nothing. Many rows are bound by arithmetic and belong to the library, with x quantised per token for
-fp8 weights.
+fp8 weights; `fp8.py` is for those between.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastdllm.kernels.device import stages
 from fastdllm.kernels.dot import dot
-from fastdllm.kernels.linear import reference
+from fastdllm.kernels.linear import fp8, reference
 from fastdllm.kernels.linear.int4 import HALF, PARTS, UNIT, group_size
 from fastdllm.kernels.linear.nibbles import unit_product
 from fastdllm.kernels.linear.reference import FP8, FP8_MAX
@@ -33,6 +33,7 @@ except ImportError:  # Triton before 3.4 has none: the library multiplies
 SKINNY_ROWS = 64
 WIDENED_ROWS = 256
 WIDEN_BLOCK = 4096  # channels of one output row that a program widens
+FEW_ROWS = 64  # of long rows as many are quantised whole; of more, several share a multiprocessor, in pieces
 SUMS = 8  # halves of a unit that a program adds up
 
 
@@ -112,14 +113,24 @@ def _skinny_kernel(
 
 
 @triton.jit
-def _quantize_kernel(x, xq, scale, C, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
+def _quantize_kernel(x, xq, scale, C, LARGEST: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
     i_m = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, BLOCK)
     wait()
     b_x = tl.load(x + i_m * C + o_c, mask=o_c < C, other=0.0).to(tl.float32)
-    b_scale = tl.div_rn(tl.maximum(tl.max(tl.abs(b_x), 0), 1e-12), LARGEST)
-    b_q = tl.clamp(tl.div_rn(b_x, b_scale), -LARGEST, LARGEST)
+    b_max = tl.abs(b_x)
+    if not WHOLE:
+        for c in range(BLOCK, C, BLOCK):
+            b_max = tl.maximum(b_max, tl.abs(tl.load(x + i_m * C + c + o_c, mask=c + o_c < C, other=0.0).to(tl.float32)))
+    b_scale = tl.div_rn(tl.maximum(tl.max(b_max, 0), 1e-12), LARGEST)
+    b_inverse = tl.div_rn(1.0, b_scale)  # a division an element would take longer than its memory
+    b_q = tl.clamp(b_x * b_inverse, -LARGEST, LARGEST)
     tl.store(xq + i_m * C + o_c, b_q.to(xq.dtype.element_ty), mask=o_c < C)
+    if not WHOLE:
+        for c in range(BLOCK, C, BLOCK):
+            b_x = tl.load(x + i_m * C + c + o_c, mask=c + o_c < C, other=0.0).to(tl.float32)
+            b_q = tl.clamp(b_x * b_inverse, -LARGEST, LARGEST)
+            tl.store(xq + i_m * C + c + o_c, b_q.to(xq.dtype.element_ty), mask=c + o_c < C)
     tl.store(scale + i_m, b_scale)
 
 
@@ -186,6 +197,8 @@ def split_k_partials(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tens
     known = rows.is_cuda and rows.dtype == torch.bfloat16 and weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
     if weight.dtype == FP8 and known:
         xq, token_scale = quantize_rows(rows)
+        if TensorDescriptor is not None and (few := fp8.tiling(len(rows), *weight.shape, rows.device)):
+            return fp8.fp8_product(xq, weight, scale, bias, token_scale, x.dtype, **few)
         return scaled_mm(xq, weight, scale, bias, token_scale)[None]
     if weight.dtype == FP8:
         return reference.linear(rows, weight, scale, bias)[None]
@@ -330,14 +343,24 @@ def scaled_mm(xq: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, to
     return y if bias is None else y.add_(bias)
 
 
+def quantize_tiling(M: int, C: int) -> tuple[int, int]:
+    """Channels that a program of `_quantize_kernel` holds at a time, and its warps.
+
+    32 rows of 12288 channels take 5.8, 4.7 and 4.6 us whole with 8, 16 and 32 warps, of 4096 channels 1.8, 1.6 and 1.8
+    (H200).
+    """
+    if C <= 4096:
+        return triton.next_power_of_2(C), 16
+    return (4096, 8) if M > FEW_ROWS else (triton.next_power_of_2(C), 32)
+
+
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [M, C] to fp8 with one scale a row: (xq [M, C], scale [M] fp32)."""
     M, C = x.shape
     xq = torch.empty((M, C), dtype=FP8, device=x.device)
     scale = torch.empty((M,), dtype=torch.float32, device=x.device)
-    # 32 rows of 12288 channels take 5.8, 4.7 and 4.6 us with 8, 16 and 32 warps, of 4096 channels 1.8, 1.6 and 1.8 (H200).
-    warps = 16 if C <= 4096 else 32
+    block, warps = quantize_tiling(M, C)
     _quantize_kernel[(M,)](
-        x.contiguous(), xq, scale, C, LARGEST=FP8_MAX, BLOCK=triton.next_power_of_2(C), num_warps=warps, **LAUNCH
+        x.contiguous(), xq, scale, C, LARGEST=FP8_MAX, BLOCK=block, WHOLE=block >= C, num_warps=warps, **LAUNCH
     )
     return xq, scale

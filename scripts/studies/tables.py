@@ -11,6 +11,7 @@ What writes the data:
 * frontier.json, self_verify.json, sudoku.json: `python -m scripts.studies.pareto report --summary`
 * speed.json: `python -m scripts.benchmarks.published --output`; decode.json: `python -m scripts.benchmarks.decode --output`
 * training.json: `python -m scripts.benchmarks.training --output`
+* shared_prompts.json: `python -m scripts.benchmarks.shared_prompts --output`
 * reuse_gpu.json: `python -m scripts.benchmarks.decode --set`, the line that it prints last
 * when_diffusion_pays.json: `python -m scripts.studies.diffusion_pays --output`
 * quickstart.json: `bash scripts/quickstart.sh`, as results/quickstart.json
@@ -336,6 +337,22 @@ def training() -> str:
     return f"{found['measured']}:\n\n{grid(TRAINING, map(training_cells, found['cases']))}"
 
 
+# docs/performance.md
+
+
+def shared_prompts() -> str:
+    found = data("shared_prompts")
+    without, with_ = found["without"], found["with"]
+    rows = [
+        ("positions computed for the prompts", *(f"{part['positions']:,}" for part in (without, with_))),
+        ("seconds, one forward an answer", *(f"{part['prompt']:.2f}" for part in (without, with_))),
+        (f"seconds, {found['gen']} tokens an answer", *(f"{part['answer']:.2f}" for part in (without, with_))),
+    ]
+    rows = [(*row, percent(1 - float(row[2].replace(",", "")) / float(row[1].replace(",", "")))) for row in rows]
+    title = f"{found['requests']} prompts with {found['shots']} worked examples, batch {found['batch']}"
+    return grid((title, "each by itself", "shared", "saved"), rows)
+
+
 def printed(name: str) -> Callable[[], str]:
     """A section of docs/measured.json as it stands."""
 
@@ -432,16 +449,6 @@ def pays_crossings() -> str:
     return grid(("weights", "way", *(f"batch {batch}" for batch in batches)), lines)
 
 
-def pays_missing() -> str:
-    """The points without a figure, and why."""
-    batches: dict[tuple[str, ...], list[int]] = {}
-    for point in data("when_diffusion_pays")["missing"]:
-        key = point["weights"], point["way"], f"{point['per_step']:.3g}", point["why"]
-        batches.setdefault(key, []).append(point["batch"])
-    rows = [(*key[:3], ", ".join(map(str, sorted(found))), key[3]) for key, found in batches.items()]
-    return grid(("weights", "way", "tokens a step", "batches", "why"), rows)
-
-
 def paces_reached() -> str:
     """Tokens per forward that trained models reach: the shipped ones, and published figures."""
     rows = []
@@ -513,7 +520,7 @@ TABLES: dict[str, Callable[[], str]] = {
         presets, thresholds, remasking, not_paying, lossless, self_verify, sudoku,
         which_threshold, which_cache, published, by_batch, by_batch_few_bits, against_limit, against_limit_few_bits,
         full_forwards, step_in_loop, measured_llada, measured_dream, layer_reuse, reuse_on_gpu, quickstart,
-        training, pays_speed, pays_crossings, pays_missing, paces_reached,
+        training, shared_prompts, pays_speed, pays_crossings, paces_reached,
     )
 } | {name: printed(name) for name in data("measured")["sections"]}  # fmt: skip
 

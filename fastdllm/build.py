@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -33,20 +34,24 @@ def resolve(spec: ModelSpec, config: DecodeConfig) -> DecodeConfig:
     """The config with every option filled in: the family's defaults < the preset < what was given.
 
     The result names no preset, and resolves to itself. A default or a preset's value that exceeds what the model or the
-    block allows is cut to it; the same value given is a ValueError, as are options that this family cannot run.
+    block allows, or does not divide the block as it must, is cut to one that does; the same value given is a ValueError, as
+    are options that this family cannot run.
     """
     given = config.given()
     family = {"block_length": BLOCK_LENGTH, **spec.defaults}
     if config.cfg_scale:
         family["cache"] = "none"
     bound = bool(spec.block_causal) or spec.causal_context
-    taken = presets.for_family(given.pop("preset"), bound, bool(spec.shift)) if config.preset else {}
-    values = configs.merge(given, family, taken)
+    preset = given.pop("preset", None)
+    values = configs.merge(given, family, presets.for_family(preset, spec.family, bound, bool(spec.shift)) if preset else {})
+    configs.cross_check({**values, "preset": preset})
     if values["gen_length"] >= spec.max_length and "gen_length" in given:
         raise ValueError(
             f"gen_length={values['gen_length']} leaves no room for a question in the model's context of {spec.max_length}"
         )
     _within_bounds(spec, values, given)
+    if preset and "small_block_size" not in given:
+        values["small_block_size"] = math.gcd(values["small_block_size"], values["block_length"])
     _check_family(spec, values)
     values |= _steps(values)
     if values["stop_ids"] is None:

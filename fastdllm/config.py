@@ -11,11 +11,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any
 
-from fastdllm import fields, registry
+from fastdllm import fields, presets, registry
 from fastdllm.fields import LEAST_TEMPERATURE, Bounds, coerce, shown
 from fastdllm.presets import PRESETS
 from fastdllm.prompt_cache import PromptCache
@@ -84,8 +84,8 @@ Call = Any  # blocks.Geometry
 class DecodeConfig:
     """Options of `fastdllm.generate`, given by name; immutable, hashable, equal when the same was given.
 
-    It keeps what was given. An attribute has the value that was given, else the preset's, else the default; a default of
-    None is the family's own, and `fastdllm.build.resolve(model.spec, config)` fills it in. The options of the chosen
+    It keeps what was given. An attribute has the value that was given, else the preset's, else the default. It is None where
+    that depends on the model's family, and `fastdllm.build.resolve(model.spec, config)` fills it in. The options of the chosen
     decoder and cache (docs/decoders.md, docs/caches.md) are given by name like all others.
 
     * What is given overrides the preset, and the preset overrides the family's defaults.
@@ -161,17 +161,18 @@ class DecodeConfig:
         given = {name: value for name, value in rename(given).items() if value is not None}
         if "preset" in given:
             OPTIONS["preset"].bounds.check("preset", given["preset"])
-        preset = PRESETS[given["preset"]] if "preset" in given else {}
-        decoder = selected_decoder(given, preset.get("decoder", "threshold"))
-        known = known_options(decoder, given.get("cache", preset.get("cache")))
+        layers = presets.variants(given.get("preset"))
+        known: dict[str, fields.Option] = {}
+        for layer in layers:
+            chosen = _chosen(given, layer)
+            known = {**known_options(chosen[Kind.DECODERS], chosen[Kind.CACHES]), **known}
         for name, value in given.items():
             if name not in known:
-                chosen = {"decoder": decoder, "cache": given.get("cache", preset.get("cache"))}
-                raise ValueError(unknown(name, value, known, chosen))
+                raise ValueError(unknown(name, value, known, {kind.option: choice for kind, choice in chosen.items()}))
             given[name] = _checked(known[name], value)
-        values = merge(given, preset)
-        vars(self).update(values, _given=given)
-        _cross_check(values)
+        possible = [merge(given, layer) for layer in layers]
+        vars(self).update(_agreed(possible), _given=given)
+        _cross_check_any(possible)
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"DecodeConfig has no option {name!r} with decoder={self.name_of('decoder')}")
@@ -212,13 +213,14 @@ class DecodeConfig:
         changes = rename(changes)
         wished = {name: value for name, value in changes.items() if value is not None}
         kept = {name: value for name, value in self._given.items() if name not in changes}
-        preset = {}
+        preset: dict[str, Any] = {}
         if "preset" in wished:
             OPTIONS["preset"].bounds.check("preset", wished["preset"])
-            preset = PRESETS[wished["preset"]]
+            preset = _agreed(presets.variants(wished["preset"]))
             kept = {k: v for k, v in kept.items() if k not in preset}
         for kind in (Kind.DECODERS, Kind.CACHES):
-            kept = _without_other(kind, vars(self)[kind.option], kept, changes, preset)
+            for layer in presets.variants(self._given.get("preset")):
+                kept = _without_other(kind, _chosen(self._given, layer)[kind], kept, changes, preset)
         return DecodeConfig(**kept, **wished)
 
     __replace__ = replace
@@ -306,6 +308,19 @@ def known_options(decoder: Any, cache: Any) -> dict[str, fields.Option]:
     return out
 
 
+def _chosen(given: Mapping[str, Any], beneath: Mapping[str, Any]) -> dict[Kind, Any]:
+    """The decoder and the cache of options over those beneath them."""
+    decoder = selected_decoder(given, beneath.get("decoder", "threshold"))
+    return {Kind.DECODERS: decoder, Kind.CACHES: given.get("cache", beneath.get("cache"))}
+
+
+def _agreed(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Every option of some options, with the value that they have in common; None where they differ."""
+    first, *others = layers
+    names = dict.fromkeys(name for layer in layers for name in layer)
+    return {n: first.get(n) if all(n in o and o[n] == first.get(n) for o in others) else None for n in names}
+
+
 def merge(given: Mapping[str, Any], *layers: Mapping[str, Any]) -> dict[str, Any]:
     """Every option's value: the declared default, then each layer's (the lowest first), then what is given.
 
@@ -314,10 +329,7 @@ def merge(given: Mapping[str, Any], *layers: Mapping[str, Any]) -> dict[str, Any
     beneath: dict[str, Any] = {}
     for layer in layers:
         beneath |= layer
-    chosen = {
-        Kind.DECODERS: selected_decoder(given, beneath.get("decoder", "threshold")),
-        Kind.CACHES: given.get("cache", beneath.get("cache")),
-    }
+    chosen = _chosen(given, beneath)
     known = known_options(chosen[Kind.DECODERS], chosen[Kind.CACHES])
     out = {name: option.default for name, option in known.items()}
     for layer in layers:
@@ -350,7 +362,19 @@ def _checked(option: fields.Option, value: Any) -> Any:
     return value
 
 
-def _cross_check(values: Mapping[str, Any]) -> None:
+def _cross_check_any(possible: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError where options contradict each other whatever the model's family makes of the preset."""
+    errors = []
+    for values in possible:
+        try:
+            cross_check(values)
+        except ValueError as error:
+            errors.append(error)
+    if len(errors) == len(possible):
+        raise errors[0]
+
+
+def cross_check(values: Mapping[str, Any]) -> None:
     """Raise ValueError where options contradict each other, naming both."""
     for name in ("temperature", "alg_temp"):
         if 0 < values[name] < LEAST_TEMPERATURE:
@@ -369,7 +393,8 @@ def _cross_check(values: Mapping[str, Any]) -> None:
         )
     if values["cfg_scale"] and cache not in (None, "none"):
         preset = values["preset"]
-        of = f", which preset={preset!r} sets" if preset and cache == PRESETS[preset].get("cache") else ""
+        sets = preset and cache in [variant.get("cache") for variant in presets.variants(preset)]
+        of = f", which preset={preset!r} sets" if sets else ""
         raise ValueError(f"cfg_scale={values['cfg_scale']} needs cache='none', not {registry.name_of(cache)!r}{of}")
     for kind, chosen in ((Kind.DECODERS, decoder), (Kind.CACHES, cache)):
         own = registry.settable(kind, chosen)

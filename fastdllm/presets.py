@@ -5,6 +5,10 @@
 (arXiv 2505.22618). `balanced`: no more forwards than that (Dream: two thirds, since its blocks open with a step like others)
 and half the positions. Blocks of 64 need fewer openings, which pays for a higher threshold; masks far from the block are
 left out, and the prompt is refreshed at every fourth block. `fast`: the same at the published threshold.
+
+A family whose measurements say otherwise has its own options of a preset in `OWN`. Of Fast-dLLM v2, `balanced` reads blocks
+from left to right, which keeps the accuracy of one token per step in fewer forwards than threshold 0.9; `fast` has the
+accuracy of threshold 0.9 in three fifths of its forwards. So a preset means something once the model is known.
 """
 
 from __future__ import annotations
@@ -20,16 +24,37 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {"decoder": "threshold", "threshold": 0.97, "first_token": "rule", **NEAR},
     "fast": {"decoder": "threshold", "threshold": 0.9, "first_token": "rule", **NEAR},
 }
+OWN: dict[str, dict[str, dict[str, Any]]] = {  # family -> preset -> what it takes instead
+    "fast_dllm_v2": {
+        "balanced": {"decoder": "self_verify", "small_block_size": 32},
+        "fast": {"decoder": "threshold", "threshold": 0.95, "cache": "fused", "small_block_size": 32},
+    },
+}
 
 
-def for_family(name: str, block_causal: bool, shifted: bool) -> dict[str, Any]:
-    """The options of a preset that a family takes.
+def for_family(name: str, family: str, bound: bool, shifted: bool) -> dict[str, Any]:
+    """The options of a preset that a family takes: its own, or those of `PRESETS` that mean something to it.
 
-    One that is bound to its own blocks and cache takes the decoder only. How a block's first token is chosen is a matter of
-    shifted models.
+    bound: the family has its own blocks and cache, and takes the decoder. shifted: it has a choice of a block's first token.
     """
+    preset = OWN.get(family, {}).get(name)
+    if preset is not None:
+        return dict(preset)
     preset = PRESETS[name]
-    if block_causal:
+    if bound:
         decoder = {"decoder", *registry.options("decoders", preset["decoder"])}
         return {k: v for k, v in preset.items() if k in decoder}
     return {k: v for k, v in preset.items() if shifted or k != "first_token"}
+
+
+def variants(name: str | None) -> list[dict[str, Any]]:
+    """What a preset may turn out to be, before the model is known; without a preset nothing is set."""
+    if name is None:
+        return [{}]
+    kinds = [for_family(name, "", bound, shifted) for bound, shifted in ((False, True), (False, False), (True, True))]
+    return kinds + [own[name] for own in OWN.values() if name in own]
+
+
+def names(name: str | None) -> set[str]:
+    """The options that a preset sets in some family."""
+    return {option for variant in variants(name) for option in variant}

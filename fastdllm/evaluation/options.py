@@ -14,9 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastdllm import config, registry
+from fastdllm import config, presets, registry
 from fastdllm.fields import coerce, shown
-from fastdllm.presets import PRESETS
 from fastdllm.registry import Kind
 
 ALIASES = {**config.ALIASES, "model_path": "pretrained", "model": "pretrained"}
@@ -163,13 +162,14 @@ def decode_options(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dic
             raise ValueError(f"{switch}={value!r} is confidence={names[value]!r}, not {out['confidence']!r}")
         if switch == "alg" and out.setdefault("decoder", "quota") != "quota":
             raise ValueError(f"alg={value!r} is decoder='quota', not {out['decoder']!r}; leave alg out")
-    preset = PRESETS.get(out.get("preset", ""), {})
-    decoder = config.selected_decoder(out, preset.get("decoder", defaults.get("decoder", "threshold")))
+    preset = out["preset"] if out.get("preset") in presets.PRESETS else None  # an unknown one is refused by DecodeConfig
+    beneath = [variant.get("decoder", defaults.get("decoder", "threshold")) for variant in presets.variants(preset)]
+    decoders = [config.selected_decoder(out, decoder) for decoder in beneath]
     for name, value in defaults.items():
-        if name in preset or (name == "decoder" and value != decoder):
+        if name in presets.names(preset) or (name == "decoder" and value not in decoders):
             continue
         # A default confidence is meant for fixed schedules: thresholds and the like compare probabilities.
-        if name == "confidence" and registry.find(Kind.DECODERS, decoder).probability:
+        if name == "confidence" and any(registry.find(Kind.DECODERS, decoder).probability for decoder in decoders):
             continue
         out.setdefault(name, value)
     return out

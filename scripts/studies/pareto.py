@@ -63,6 +63,7 @@ from scripts.studies.paired import by_setting, compare, markdown, plot, summaris
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "pareto"
 CHUNK = 50  # problems between two writes, at least two canvases full
+FAMILY_DEFAULTS = {"fast_dllm_v2": {"cache": "block"}}  # what a setting spells out, and a preset leaves to the family
 NEAR = "suffix_window:suffix=32:keep_last=false:refresh_blocks=4"
 
 
@@ -292,7 +293,7 @@ def jobs_of(studies: list[Study], args: argparse.Namespace) -> Iterator[Job]:
 def chosen_settings(study: Study, args: argparse.Namespace) -> list[str]:
     thorough = (study.model, study.template) == ("tiny-llada", "chat")
     listed = args.settings or settings_of(study.model, args.task, thorough)
-    return list(dict.fromkeys([reference_of(study.model, args.task), *listed, *args.more]))
+    return list(dict.fromkeys([args.reference or reference_of(study.model, args.task), *listed, *args.more]))
 
 
 def run(args: argparse.Namespace, studies: list[Study]) -> None:
@@ -330,19 +331,20 @@ def start_worker(command: list[str]) -> None:
     registry.take_imports(command[1:])
 
 
-def resolved(options: dict[str, Any]) -> dict[str, Any]:
+def resolved(options: dict[str, Any], model: str) -> dict[str, Any]:
     """Options with every default filled in: two texts of one setting become equal."""
     config = fastdllm.DecodeConfig(**options)
-    return {**merge(config.given()), "preset": None}
+    return {**merge(config.given(), FAMILY_DEFAULTS.get(family(model), {})), "preset": None}
 
 
 def preset_names(settings: list[str], model: str, args: argparse.Namespace) -> dict[str, str]:
-    """Setting -> the preset that it is. A block-causal model takes a preset's decoder only, so none is named there."""
-    if args.task == "sudoku" or family(model) == "fast_dllm_v2":
+    """Setting -> the preset that it is."""
+    if args.task == "sudoku":
         return {}
-    base = {k: v for k, v in options_of("quota+none", args).items() if k not in ("decoder", "cache")}
-    presets = {name: resolved({**base, **for_family(name, False, family(model) == "dream")}) for name in PRESETS}
-    return {s: name for s in settings for name, is_one in presets.items() if resolved(options_of(s, args)) == is_one}
+    of, base = family(model), {k: v for k, v in options_of("quota+none", args).items() if k not in ("decoder", "cache")}
+    taken = {name: for_family(name, of, of == "fast_dllm_v2", of == "dream") for name in PRESETS}
+    presets = {name: resolved({**base, **options}, model) for name, options in taken.items()}
+    return {s: name for s in settings for name, is_one in presets.items() if resolved(options_of(s, args), model) == is_one}
 
 
 def report(args: argparse.Namespace, studies: list[Study]) -> None:
@@ -385,7 +387,7 @@ def parser() -> argparse.ArgumentParser:
     registry.add_import_option(out)
     out.add_argument("--settings", nargs="+", help="instead of the list that fits the model")
     out.add_argument("--more", nargs="+", default=[], help="settings besides those")
-    out.add_argument("--reference", help="what `report` pairs the others with, default one token per step")
+    out.add_argument("--reference", help="what the others are paired with, default one token per step")
     out.add_argument("--limit", type=COUNT, default=500)
     out.add_argument("--gen_length", type=COUNT)
     out.add_argument("--block_length", type=COUNT)

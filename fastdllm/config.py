@@ -85,8 +85,8 @@ class DecodeConfig:
     """Options of `fastdllm.generate`, given by name; immutable, hashable, equal when the same was given.
 
     It keeps what was given. An attribute has the value that was given, else the preset's, else the default. It is None where
-    that depends on the model's family, and `fastdllm.build.resolve(model.spec, config)` fills it in. The options of the chosen
-    decoder and cache (docs/decoders.md, docs/caches.md) are given by name like all others.
+    that depends on the model's family, and `fastdllm.build.resolve(model.spec, config)` fills it in. The options of the
+    chosen decoder and cache (docs/decoders.md, docs/caches.md) are given by name like all others.
 
     * What is given overrides the preset, and the preset overrides the family's defaults.
     * An option that carries a decoder's name selects it: `factor=1.0` means `decoder="factor"`. `steps` or `schedule`

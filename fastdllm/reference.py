@@ -16,7 +16,7 @@ from pathlib import Path
 from fastdllm import registry
 from fastdllm.config import ALIASES, ELSEWHERE, OPTIONS
 from fastdllm.fields import Option
-from fastdllm.presets import PRESETS
+from fastdllm.presets import OWN, PRESETS
 from fastdllm.registry import Kind
 
 NOTE = "<!-- Written by `python -m fastdllm.reference docs` from the declarations in fastdllm/ and docs/frontier.json. -->"
@@ -53,6 +53,11 @@ and its `/set`, and of the page's text field. Options of [decoders](decoders.md)
 What is given overrides the preset, and the preset overrides the family's defaults. An option that carries a decoder's name
 selects that decoder. `steps` or `schedule` without a decoder select `quota`, the decoder that keeps to a number of steps;
 the others do not heed them. An empty default is the family's own choice.
+"""
+PRESETS_OPENING = """## Presets
+
+A family with its own blocks and cache, such as SDAR and Nemotron, takes a preset's decoder only. A line that names a family
+is what that family takes instead. `first_token` is Dream's.
 """
 
 
@@ -153,14 +158,16 @@ def _linked(text: str) -> str:
 
 def options_page() -> str:
     renamed = [(code(alias), code(own)) for alias, own in ALIASES.items()]
-    names = list(dict.fromkeys(name for preset in PRESETS.values() for name in preset))
-    presets = [(code(preset), *(code(given.get(name)) for name in names)) for preset, given in PRESETS.items()]
+    chosen = {code(preset): given for preset, given in PRESETS.items()}
+    chosen |= {f"{code(p)} of {code(family)}": given for family, own in OWN.items() for p, given in own.items()}
+    names = list(dict.fromkeys(name for given in chosen.values() for name in given))
+    presets = [(preset, *(code(given.get(name)) for name in names)) for preset, given in chosen.items()]
     return "\n".join(
         [
             NOTE,
             OPTIONS_PAGE,
             option_table(OPTIONS.values()),
-            "## Presets\n\nFast-dLLM v2 takes a preset's decoder only, and `first_token` is Dream's.\n",
+            PRESETS_OPENING,
             table(("preset", *map(code, names)), presets),
             "## Other spellings\n\nThese mean the same option.\n",
             table(("spelling", "option"), renamed),

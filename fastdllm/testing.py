@@ -90,7 +90,7 @@ def random_model(family: str = "llada", seed: int = 0) -> Model:
     shift, causal = int(family in ("dream", "v2")), family == "nemotron"
     block = 8 if family in ("v2", "llada2_moe") else 0
     spec = ModelSpec(
-        family=family,
+        family="fast_dllm_v2" if family == "v2" else family,
         layers=2,
         width=32,
         heads=4,

@@ -152,7 +152,7 @@ def test_bad_options_say_what_is_allowed(options: dict[str, Any], message: str) 
     "family, options, message",
     [
         ("llada", {"cache": "block"}, "cache='block' does not fit the family 'llada'; allowed are .*dual"),
-        ("v2", {"cache": "dual"}, "cache='dual' does not fit the family 'v2'; allowed are .*block"),
+        ("v2", {"cache": "dual"}, "cache='dual' does not fit the family 'fast_dllm_v2'; allowed are .*block"),
         ("llada", {"decoder": "quota", "steps": 3, "block_length": 4}, "steps=3 must be at least the number of blocks, 8"),
         (
             "llada",

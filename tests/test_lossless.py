@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ import fastdllm
 from fastdllm import build, registry
 from fastdllm.drafts import DEFAULT, Calibration, graph_of, longest, milliseconds
 from fastdllm.engine import Request, decode
+from fastdllm.models import Model, find_folder
 from fastdllm.runners import cuda_graph
 from fastdllm.testing import FAMILIES, caches_of
+from scripts.studies import calibrate
 from tests.random_models import prompts, random_model
 from tests.runners.test_bucketing import emulated
 
@@ -216,6 +220,37 @@ def test_as_many_branches_as_pay(tmp_path: Path) -> None:
     (tmp_path / "drafts.json").write_text('{"decoders": {"quota": {"drafts": 3}}}')
     with pytest.raises(ValueError, match=r"drafts\.json: not a file of scripts\.studies\.calibrate"):
         Calibration.read(tmp_path)
+
+
+def test_the_costs_of_a_device_stand_beside_the_drafts_and_choose_the_branches(tmp_path: Path) -> None:
+    """`calibrate --costs` by itself: the drafts stay as they are, and `lossless=0` changes no token."""
+    folder = tmp_path / "model"
+    shutil.copytree(find_folder("tiny-llada"), folder)
+    with pytest.raises(ValueError, match="none of the device 'cpu'"):
+        one_answer(fastdllm.load(str(folder), device="cpu"), lossless=0)
+    calibrate.main(["--model", str(folder), "--settings", "--costs", "--device", "cpu"])
+    before, after = (Calibration.read(place) for place in (find_folder("tiny-llada"), folder))
+    assert (after.graphs, after.forwards) == (before.graphs, before.forwards)
+    assert list(after.milliseconds["cpu"]) == list(calibrate.ROWS) and min(after.milliseconds["cpu"].values()) > 0
+    model = fastdllm.load(str(folder), device="cpu")
+    lanes = build.assemble(model, fastdllm.DecodeConfig(decoder="quota", lossless=0)).lanes
+    assert lanes == after.best("quota", "cpu", 1)
+    assert one_answer(model, lossless=0) == one_answer(model)
+
+
+@pytest.mark.parametrize("decoder", ["quota", "threshold"])
+def test_nothing_is_drafted_where_a_row_more_costs_a_forward_more(decoder: str) -> None:
+    """Where arithmetic is the limit the decoder runs by itself; where a forward costs the same, every draft is checked."""
+    model = fastdllm.load("tiny-llada", device="cpu")
+    known = model.calibration.forwards[decoder]
+    for costs, lanes in (({1: 1.0, 2: 2.0}, 1), ({1: 1.0, 2: 1.0}, 1 + known.index(min(known)))):
+        model.calibration = dataclasses.replace(model.calibration, milliseconds={"cpu": costs})
+        assert build.assemble(model, fastdllm.DecodeConfig(decoder=decoder, lossless=0)).lanes == lanes
+
+
+def one_answer(model: Model, **options: Any) -> list[int]:
+    out = fastdllm.generate(model, ["Question: what is 2 + 3?"], decoder="quota", gen_length=16, block_length=16, **options)
+    return out.sequences[0].tolist()
 
 
 def test_time_between_and_beyond_what_was_measured() -> None:

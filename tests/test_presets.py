@@ -8,15 +8,19 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 import fastdllm
 from fastdllm.build import assemble, resolve
+from fastdllm.decoding import Decoding
 from fastdllm.evaluation.options import decode_options
+from fastdllm.models import FAMILIES as MODELS
 from fastdllm.models import Model
-from fastdllm.presets import PRESETS
+from fastdllm.presets import OWN, PRESETS
 from fastdllm.prompts import Prompts
 from fastdllm.tasks import TASKS_DIR
 from fastdllm.ui.options import change
+from tests.published_checkpoints import write_checkpoint
 from tests.random_models import FAMILIES, MASK, prompts, random_model
 
 
@@ -30,11 +34,96 @@ def test_every_family_takes_every_preset(preset: str, family: str) -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_v2_keeps_its_own_blocks_and_cache(preset: str) -> None:
+@pytest.mark.parametrize("family", sorted(set(MODELS.values())))
+def test_every_family_that_a_checkpoint_may_be_takes_every_preset(
+    preset: str, family: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """And what is resolved names no preset, and stays as it is."""
+    model = checkpoint(family, tmp_path_factory)
+    given = [torch.arange(300, 300 + n) for n in (5, 9)]
+    out = fastdllm.generate(model, given, preset=preset, gen_length=16, stop_ids=())
+    for sequence, prompt in zip(out.sequences, given, strict=True):
+        assert len(sequence) == len(prompt) + 16 and model.spec.mask_id not in sequence[len(prompt) :]
+    run = resolve(model.spec, fastdllm.DecodeConfig(preset=preset, gen_length=16))
+    assert run.preset is None and resolve(model.spec, run) == run
+
+
+LOADED: dict[str, Model] = {}
+KINDS = {"fast_dllm_v2": "v2", "a2d": "a2d-qwen3"}  # how the test checkpoints call them
+
+
+def checkpoint(family: str, folders: pytest.TempPathFactory) -> Model:
+    """A small random checkpoint of the family, written and loaded once."""
+    if family not in LOADED:
+        folder = folders.mktemp(family)
+        write_checkpoint(folder, KINDS.get(family, family))
+        LOADED[family] = fastdllm.load(str(folder), device="cpu")
+    return LOADED[family]
+
+
+def test_families_with_options_of_their_own_exist_and_so_do_the_presets() -> None:
+    assert set(OWN) <= set(MODELS.values())
+    assert {preset for own in OWN.values() for preset in own} <= set(PRESETS)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_v2_keeps_its_own_blocks(preset: str) -> None:
     model = random_model("v2")
-    built, plain = (assemble(model, fastdllm.DecodeConfig(gen_length=16, **o)) for o in ({"preset": preset}, {}))
-    assert built.block_causal == plain.block_causal == 8 and built.cache == plain.cache
+    built = assemble(model, fastdllm.DecodeConfig(preset=preset, gen_length=16))
+    assert built.block_causal == 8 and fits(model, built)
     assert assemble(model, fastdllm.DecodeConfig(preset=preset, gen_length=16, block_length=16)).block_causal == 16
+
+
+def fits(model: Model, built: Decoding) -> bool:
+    return type(built.cache).fits(bool(model.spec.block_causal), model.spec.causal_context)
+
+
+def test_a_preset_is_a_name_until_the_model_is_known() -> None:
+    """What all families make of it is known before; the rest is None, and each family's own once there is a model."""
+    config = fastdllm.DecodeConfig(preset="balanced", gen_length=16)
+    assert config.decoder is None and config.cache is None and config.given() == {"preset": "balanced", "gen_length": 16}
+    assert fastdllm.DecodeConfig(preset="fast").decoder == "threshold", "the rule of each family"
+    llada, v2 = (resolve(random_model(family).spec, config) for family in ("llada", "v2"))
+    assert (llada.decoder, llada.threshold, llada.cache) == ("threshold", 0.97, "suffix_window")
+    assert (v2.decoder, v2.cache, v2.small_block_size) == ("self_verify", "block", 8), "32, cut to the block's 8"
+
+
+@pytest.mark.parametrize(
+    ("preset", "given", "expected"),
+    [
+        ("balanced", {"threshold": 0.99}, {"decoder": "threshold", "threshold": 0.99, "cache": "block"}),
+        ("balanced", {"small_block_size": 4}, {"decoder": "self_verify", "small_block_size": 4}),
+        ("balanced", {"block_length": 48}, {"decoder": "self_verify", "block_length": 48, "small_block_size": 16}),
+        ("balanced", {"decoder": "quota"}, {"decoder": "quota", "cache": "block"}),
+        ("fast", {"cache": "block"}, {"decoder": "threshold", "threshold": 0.95, "cache": "block"}),
+        ("fast", {"threshold": 0.8}, {"threshold": 0.8, "cache": "fused"}),
+    ],
+)
+def test_what_is_given_overrides_v2s_own_preset(preset: str, given: dict[str, Any], expected: dict[str, Any]) -> None:
+    spec = replace(random_model("v2").spec, max_length=96)
+    for config in (
+        fastdllm.DecodeConfig(preset=preset, gen_length=16, **given),
+        fastdllm.DecodeConfig(gen_length=16).replace(preset=preset, **given),
+        fastdllm.DecodeConfig(preset=preset, gen_length=16).replace(**given),
+    ):
+        run = resolve(spec, config)
+        assert {name: getattr(run, name) for name in expected} == expected
+
+
+def test_what_a_preset_leaves_behind_goes_with_it() -> None:
+    """An option of the cache that one family takes is left out when another cache is chosen."""
+    config = fastdllm.DecodeConfig(preset="balanced", suffix=16)
+    assert config.replace(cache="dual") == fastdllm.DecodeConfig(preset="balanced", cache="dual")
+    assert resolve(random_model("llada").spec, config.replace(gen_length=16)).suffix == 16
+    with pytest.raises(ValueError, match="suffix=16 is an option of cache suffix_window, but cache is 'block'"):
+        resolve(random_model("v2").spec, config.replace(gen_length=16))
+
+
+def test_guidance_is_refused_where_a_family_takes_a_presets_cache() -> None:
+    config = fastdllm.DecodeConfig(preset="paper", cfg_scale=1, gen_length=16)
+    with pytest.raises(ValueError, match=r"cfg_scale=1\.0 needs cache='none', not 'prefix', which preset='paper' sets"):
+        resolve(random_model("llada").spec, config)
+    assert resolve(random_model("v2").spec, config).cache == "none"
 
 
 def test_the_first_token_of_a_preset_is_dreams_alone() -> None:
@@ -74,7 +163,8 @@ def test_the_block_length_of_a_preset_can_be_given_to_v2() -> None:
     given = prompts(5)
     options = {"gen_length": 40, "stop_ids": (), "preset": "balanced"}
     wide, plain = (fastdllm.generate(random_model("v2"), given, **options, **o) for o in ({"block_length": 64}, {}))
-    same = fastdllm.generate(random_model("v2"), given, decoder="threshold", threshold=0.97, block_length=64, **options)
+    own = {**options, "preset": None, "decoder": "self_verify", "small_block_size": 32}
+    same = fastdllm.generate(random_model("v2"), given, block_length=64, **own)
     assert wide.sequences[0].tolist() == same.sequences[0].tolist()
     assert wide.sequences[0].tolist() != plain.sequences[0].tolist()
 
@@ -94,7 +184,7 @@ def test_a_preset_replaces_what_it_sets_in_a_config() -> None:
     assert exact == fastdllm.DecodeConfig(preset="exact", block_length=16, gen_length=64)
     assert exact.replace(gen_length=32).decoder == "draft_verify"
     assert config.replace(preset="fast") == fastdllm.DecodeConfig(preset="fast", gen_length=64)
-    assert fastdllm.DecodeConfig(threshold=0.8).replace(preset="fast").threshold == 0.9
+    assert resolve(random_model().spec, fastdllm.DecodeConfig(threshold=0.8).replace(preset="fast")).threshold == 0.9
 
 
 def test_a_preset_fits_a_short_context() -> None:

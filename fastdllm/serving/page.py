@@ -72,19 +72,19 @@ PRESETS = (
     Preset(
         "paper",
         "Paper",
-        "Fast-dLLM as published: every token of which the model is 90% sure, prefix cache.",
+        "Fast-dLLM as published: every token of which the model is 90% sure.",
         {"preset": "paper"},
     ),
     Preset(
         "balanced",
         "Balanced",
-        "Recommended: every token of which the model is 97% sure, in blocks of 64.",
+        "Recommended: the fewest forwards that keep the answers as good as the published setting's, or better.",
         {"preset": "balanced"},
     ),
     Preset(
         "fast",
         "Fast",
-        "As balanced, but from 90% on: fewer forwards, and now and then a slip.",
+        "Fewer forwards than balanced, and now and then a slip.",
         {"preset": "fast"},
     ),
 )
@@ -348,7 +348,7 @@ def begin(service: Service, body: PageBody, asked: Asked) -> dict[str, Any]:
 
 def _shown(service: Service, numbers: Mapping[str, float], length: int) -> dict[str, Any]:
     """The request's own numbers, as far as the line about a setting names them."""
-    known = registry.settable(Kind.DECODERS, service.config.decoder)
+    known = registry.settable(Kind.DECODERS, resolve(service.model.spec, service.config).decoder)
     return {"gen_length": length, **{k: v for k, v in numbers.items() if k in known}}
 
 

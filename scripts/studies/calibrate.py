@@ -4,6 +4,7 @@
     python -m scripts.studies.calibrate --model tiny-llada
     python -m scripts.studies.calibrate --model tiny-llada --settings quota threshold=0.95 --limit 50
     python -m scripts.studies.calibrate --model GSAI-ML/LLaDA-8B-Instruct --out drafts.json --costs
+    python -m scripts.studies.calibrate --model tiny-llada --settings --costs        # the costs only, the drafts as they are
 
 A draft is named by the ranks of its tokens in the scores that it is made from, so one run of each decoder by itself says
 which drafts would have come true. They are taken one after the other, each time the one that saves most steps in
@@ -164,10 +165,10 @@ def measure(model: Model, setting: str, questions: list[Any], args: argparse.Nam
     return {"setting": setting, "drafts": drafts, "forwards": each}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny-llada")
-    parser.add_argument("--settings", nargs="+", default=["quota", "threshold=0.95"])
+    parser.add_argument("--settings", nargs="*", default=["quota", "threshold=0.95"], help="without a value none")
     parser.add_argument("--limit", type=COUNT, default=50, help="validation problems of gsm_symbolic")
     parser.add_argument("--branches", type=COUNT, default=16)
     parser.add_argument("--gen_length", type=COUNT, default=256)
@@ -176,20 +177,21 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--dtype")
     parser.add_argument("--out", type=Path, help=f"default {FILE} in the model's folder")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     model = fastdllm.load(args.model, device=args.device, dtype=args.dtype)
     out = args.out or find_folder(args.model) / FILE
-    file = read_json(out) if out.is_file() else {}
+    file = read_json(out) if out.is_file() else {"decoders": {}}
     lines = (TASKS_DIR / "gsm_symbolic" / "validation.jsonl").read_text(encoding="utf-8").splitlines()[: args.limit]
     questions = [[{"role": "user", "content": json.loads(line)["question"]}] for line in lines]
     for setting in args.settings:
         name = setting.partition("=")[0].partition("+")[0]
-        file.setdefault("decoders", {})[name] = measure(model, setting, questions, args)
+        file["decoders"][name] = measure(model, setting, questions, args)
     if args.costs:
         block = assemble(model, fastdllm.DecodeConfig()).block_length
         file.setdefault("milliseconds", {})[device_name(model.device)] = costs(model, block)
-    on = f"{device_name(model.device)}, {platform.python_implementation()} torch {torch.__version__}, {model.dtype}"
-    file["measured"] = f"{date.today()}, {args.limit} problems, {on}"
+    if args.settings:
+        on = f"{device_name(model.device)}, {platform.python_implementation()} torch {torch.__version__}, {model.dtype}"
+        file["measured"] = f"{date.today()}, {args.limit} problems, {on}"
     out.write_text(written(file), encoding="utf-8")
     print(out)
 

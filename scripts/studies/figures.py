@@ -108,8 +108,8 @@ def label(axis: Axes, text: str, at: tuple[float, float], place: tuple[float, fl
 
 def frontier() -> None:
     """What a user gains by which preset: accuracy over forwards, the presets named, every other setting grey."""
-    studies = [s for s in data("frontier")["studies"] if s["template"] == "chat" and s["model"] != "tiny-fast-dllm-v2"]
-    figure, axes = new(8.4, 4, len(studies))
+    studies = [s for s in data("frontier")["studies"] if s["template"] == "chat"]
+    figure, axes = new(11.6, 4, len(studies))
     places = {"exact": (0, 14), "paper": (9, -27), "balanced": (-9, 3), "fast": (-9, -8)}
     for axis, study in zip(axes, studies, strict=True):
         rows = study["settings"]

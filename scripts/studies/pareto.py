@@ -145,7 +145,7 @@ def parse(setting: str) -> dict[str, Any]:
 
 
 def all_decoders(with_cache: str) -> list[str]:
-    """Every decoder at its default, its level spelled out; without those whose drafts these models cannot verify."""
+    """Every decoder at its default, its level spelled out; without those that draft, which few models verify."""
     names = [name for name in registry.names("decoders") if not registry.find("decoders", name).drafts]
     levels = {name: list(own_options("decoders", name).values())[:1] for name in names}
     return [f"{'='.join([name, *map(str, level)])}+{with_cache}" for name, level in levels.items()]
@@ -168,7 +168,8 @@ def settings_of(model: str, task: str, thorough: bool) -> list[str]:
     if thorough:
         found += [f"{s}+{base}" for s in ("draft_verify=8", "factor=0.5", "entropy_bound=0.3", "hierarchical=0.9:low=0.75")]
     if causal:
-        return [*found, f"threshold=0.9:small_block_size=32+{base}"]
+        found += [f"threshold=0.9:small_block_size=32+{base}", f"self_verify:small_block_size=32+{base}"]
+        return [*found, *(f"threshold={t}:small_block_size=32+fused" for t in ((0.95, 0.9) if thorough else (0.95,)))]
     found += [f"{s}+{NEAR}" for s in ("threshold=0.9", "threshold=0.9:block_length=64", "threshold=0.97:block_length=64")]
     found += [f"threshold=0.9:block_length=64+{base}"]
     if thorough:

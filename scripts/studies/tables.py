@@ -15,21 +15,19 @@ What writes the data:
 * reuse_gpu.json: `python -m scripts.benchmarks.decode --set`, the line that it prints last
 * when_diffusion_pays.json: `python -m scripts.studies.diffusion_pays --output`
 * quickstart.json: `bash scripts/quickstart.sh`, as results/quickstart.json
-* drafts.json of the shipped models: `python -m scripts.studies.calibrate`
+* lossless.json: `python -m scripts.studies.lossless`, its lines
 * measured.json, reuse.json: what other commands printed; each part names its command
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable
 
 from fastdllm.arguments import Parser
 from fastdllm.cli import one_line
-from fastdllm.models import find_folder
 from scripts.quickstart import table as quickstart_table
 from scripts.studies.diffusion_pays import AR, OPTIONS, SUB, crossing
 from scripts.studies.figures import DOCS, NEAR, Row, data
@@ -85,16 +83,18 @@ def reference(model: str) -> str:
 
 def presets() -> str:
     rows = []
-    for model in MODELS[:2]:
+    for model in MODELS:
         found = study("frontier", model)
         named = {row["preset"]: row for row in found.values() if row["preset"]}
         lines = {"one token per step": found[reference(model)], "`exact`": named["exact"], "`paper`": named["paper"]}
-        lines |= {"threshold 0.9, `dual`": found["threshold=0.9+dual"]}
+        if "dual" in reference(model):  # v2's `paper` is threshold 0.9 with its default cache already
+            lines |= {"threshold 0.9, `dual`": found["threshold=0.9+dual"]}
         lines |= {"`balanced`": named["balanced"], "`fast`": named["fast"]}
         for name, row in lines.items():
             against = "" if name.startswith("one") else difference(row) + (", the same tokens" if row["same"] == 1 else "")
             cells = percent(row["accuracy"]), against, f"{row['forwards']:.1f}", f"{row['positions']:,.0f}"
-            rows.append([model if name.startswith("one") else "", name, *cells, f"{row['tokens_per_second']:,.0f}"])
+            speed = f"{row['tokens_per_second']:,.0f}" if row["tokens_per_second"] else ""
+            rows.append([model if name.startswith("one") else "", name, *cells, speed])
     return grid(("model", "preset", "right", "difference (95 %)", "forwards", "positions", "tokens/s"), rows)
 
 
@@ -118,15 +118,24 @@ def remasking() -> str:
     return grid(("decoder", "right", "forwards"), cells)
 
 
-def lossless() -> str:
-    """Forwards of one token per step with so many branches, from the drafts that ship with the models."""
-    drafts = [json.loads((find_folder(model) / "drafts.json").read_text(encoding="utf-8")) for model in MODELS]
-    counted = [found["decoders"]["quota"]["forwards"] for found in drafts]
-    rows = [("1", *(f"{forwards[0]:.1f}" for forwards in counted))]
-    for branches in (4, 8, 12, 16):
-        cells = [(forwards[branches - 1], forwards[0]) for forwards in counted]
-        rows.append((f"{branches}", *(f"{now:.1f}, {one / now:.2f} x fewer" for now, one in cells)))
+def over(setting: str) -> str:
+    """Forwards of a decoder with so many branches, and how many times fewer than by itself."""
+    lines = {(x["model"], x["branches"]): x for x in data("lossless")["lines"] if x["setting"] == setting}
+    assert all(line["identical"] == line["answers"] for line in lines.values()), "the page says that all tokens are the same"
+    rows = []
+    for branches in sorted({branches for _, branches in lines}):
+        found = [(lines[model, branches]["forwards"], lines[model, 1]["forwards"]) for model in MODELS]
+        cells = (f"{now:.1f}" + (f", {one / now:.2f} x fewer" if branches > 1 else "") for now, one in found)
+        rows.append((f"{branches}", *cells))
     return grid(("branches", *MODELS), rows)
+
+
+def lossless() -> str:
+    return over("quota")
+
+
+def lossless_threshold() -> str:
+    return over("threshold=0.95")
 
 
 def self_verify() -> str:
@@ -517,7 +526,7 @@ them at 5 % under both prompts.
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
-        presets, thresholds, remasking, not_paying, lossless, self_verify, sudoku,
+        presets, thresholds, remasking, not_paying, lossless, lossless_threshold, self_verify, sudoku,
         which_threshold, which_cache, published, by_batch, by_batch_few_bits, against_limit, against_limit_few_bits,
         full_forwards, step_in_loop, measured_llada, measured_dream, layer_reuse, reuse_on_gpu, quickstart,
         training, shared_prompts, pays_speed, pays_crossings, paces_reached,

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from fastdllm.build import resolve
 from fastdllm.config import DecodeConfig
 from fastdllm.evaluation.options import HarnessOptions, check_names, decode_options, latest, parse_arguments, rename, split
+from tests.random_models import random_model
 
 LLADA = {"decoder": "quota", "confidence": "probability", "cache": "none"}
 DREAM = {"decoder": "quota", "confidence": "entropy", "cache": "none"}
@@ -50,13 +52,32 @@ def configure(given: dict[str, Any], defaults: dict[str, Any]) -> DecodeConfig:
         ({"steps": 8}, V2, {"decoder": "quota", "steps": 8}),
         ({"steps": 256, "gen_length": 32, "threshold": 0.9}, LLADA, {"decoder": "threshold", "threshold": 0.9}),
         ({"steps": 99, "gen_length": 8}, LLADA, {"decoder": "quota", "steps": 99}),
-        ({"preset": "exact"}, DREAM, {"decoder": "draft_verify", "cache": "dual", "confidence": "probability"}),
-        ({"preset": "paper", "decoder": "quota"}, DREAM, {"decoder": "quota", "cache": "prefix", "confidence": "entropy"}),
-        ({"preset": "paper", "steps": 8}, LLADA, {"decoder": "quota", "cache": "prefix", "steps": 8}),
     ],
 )
 def test_published_names_mean_what_they_meant(given: dict, defaults: dict, expected: dict) -> None:
     config = configure(given, defaults)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "defaults", "family", "expected"),
+    [
+        ({"preset": "exact"}, DREAM, "dream", {"decoder": "draft_verify", "cache": "dual", "confidence": "probability"}),
+        (
+            {"preset": "paper", "decoder": "quota"},
+            DREAM,
+            "dream",
+            {"decoder": "quota", "cache": "prefix", "confidence": "entropy"},
+        ),
+        ({"preset": "paper", "steps": 8}, LLADA, "llada", {"decoder": "quota", "cache": "prefix", "steps": 8}),
+        ({"preset": "balanced"}, V2, "v2", {"decoder": "self_verify", "cache": "block"}),
+        ({"preset": "fast"}, V2, "v2", {"decoder": "threshold", "threshold": 0.95, "cache": "fused"}),
+        ({"preset": "fast", "cache": "sub_block"}, V2, "v2", {"decoder": "threshold", "cache": "sub_block"}),
+        ({"preset": "exact"}, V2, "v2", {"decoder": "draft_verify", "cache": "block"}),
+    ],
+)
+def test_published_defaults_lie_beneath_a_preset(given: dict, defaults: dict, family: str, expected: dict) -> None:
+    config = resolve(random_model(family).spec, configure(given, defaults).replace(gen_length=16))
     assert {name: getattr(config, name) for name in expected} == expected
 
 

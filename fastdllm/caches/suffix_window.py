@@ -14,7 +14,7 @@ from fastdllm.caches import dual, lazy
 
 @dataclass(frozen=True)
 class Cache(lazy.Cache):
-    """Long answers: masks far from the block are left out (presets balanced and fast)."""
+    """Long answers: masks far from the block are left out (presets balanced and fast, not of Fast-dLLM v2)."""
 
     refresh_blocks: Annotated[int, "The prompt is recomputed when every so many blocks open; 1 each time."] = 1
     suffix: Annotated[int, "Visible positions after the block; gen_length or more shows all."] = 64

@@ -8,7 +8,7 @@ In a page a table stands between `<!-- table NAME: ... -->` and `<!-- end -->`. 
 
 What writes the data:
 
-* frontier.json, self_verify.json, sudoku.json: `python -m scripts.studies.pareto report --summary`
+* frontier.json, self_verify.json, sudoku.json, discount.json: `python -m scripts.studies.pareto report --summary`
 * speed.json: `python -m scripts.benchmarks.published --output`; decode.json: `python -m scripts.benchmarks.decode --output`
 * training.json: `python -m scripts.benchmarks.training --output`
 * shared_prompts.json: `python -m scripts.benchmarks.shared_prompts --output`
@@ -192,6 +192,20 @@ def not_paying() -> str:
             cells.append(f"{change:+d} %, {points(100 * (row['accuracy'] - usual['accuracy']))}" if row else "")
         rows.append((f"`{setting}`", *cells))
     return grid(("forwards, points", *MODELS), rows)
+
+
+def discount() -> str:
+    """`attention_discount` against plain thresholds, each model with its family's default cache."""
+    names = {"threshold=0.9": "threshold 0.9", "threshold=0.95": "threshold 0.95"}
+    names |= {f"threshold={t}:attention_discount=40": f"threshold {t}, `attention_discount=40`" for t in ("0.7", "0.9")}
+    rows = []
+    for model in MODELS:
+        found, cache = study("discount", model, split="validation"), reference(model).partition("+")[2]
+        measured = [(name, found[f"{setting}+{cache}"]) for setting, name in names.items() if f"{setting}+{cache}" in found]
+        for name, row in sorted(measured, key=lambda item: item[1]["forwards"]):
+            against = "" if name == "threshold 0.9" else difference(row)
+            rows.append((model, name, percent(row["accuracy"]), f"{row['forwards']:.1f}", against))
+    return grid(("model", "setting", "solved", "forwards", "difference (95 %)"), rows)
 
 
 # docs/choosing.md
@@ -526,7 +540,7 @@ them at 5 % under both prompts.
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
-        presets, thresholds, remasking, not_paying, lossless, lossless_threshold, self_verify, sudoku,
+        presets, thresholds, remasking, not_paying, discount, lossless, lossless_threshold, self_verify, sudoku,
         which_threshold, which_cache, published, by_batch, by_batch_few_bits, against_limit, against_limit_few_bits,
         full_forwards, step_in_loop, measured_llada, measured_dream, layer_reuse, reuse_on_gpu, quickstart,
         training, shared_prompts, pays_speed, pays_crossings, paces_reached,

@@ -50,7 +50,7 @@ def resolve(spec: ModelSpec, config: DecodeConfig) -> DecodeConfig:
             f"gen_length={values['gen_length']} leaves no room for a question in the model's context of {spec.max_length}"
         )
     _within_bounds(spec, values, given)
-    if preset and "small_block_size" not in given:
+    if preset and spec.block_causal and "small_block_size" not in given:
         values["small_block_size"] = math.gcd(values["small_block_size"], values["block_length"])
     _check_family(spec, values)
     values |= _steps(values)

@@ -162,13 +162,13 @@ class DecodeConfig:
         if "preset" in given:
             OPTIONS["preset"].bounds.check("preset", given["preset"])
         layers = presets.variants(given.get("preset"))
+        chosen = [_chosen(given, layer) for layer in layers]
         known: dict[str, fields.Option] = {}
-        for layer in layers:
-            chosen = _chosen(given, layer)
-            known = {**known_options(chosen[Kind.DECODERS], chosen[Kind.CACHES]), **known}
+        for choice in chosen:
+            known = {**known_options(choice["decoder"], choice["cache"]), **known}
         for name, value in given.items():
             if name not in known:
-                raise ValueError(unknown(name, value, known, {kind.option: choice for kind, choice in chosen.items()}))
+                raise ValueError(unknown(name, value, known, _agreed(chosen)))
             given[name] = _checked(known[name], value)
         possible = [merge(given, layer) for layer in layers]
         vars(self).update(_agreed(possible), _given=given)
@@ -220,7 +220,7 @@ class DecodeConfig:
             kept = {k: v for k, v in kept.items() if k not in preset}
         for kind in (Kind.DECODERS, Kind.CACHES):
             for layer in presets.variants(self._given.get("preset")):
-                kept = _without_other(kind, _chosen(self._given, layer)[kind], kept, changes, preset)
+                kept = _without_other(kind, _chosen(self._given, layer)[kind.option], kept, changes, preset)
         return DecodeConfig(**kept, **wished)
 
     __replace__ = replace
@@ -308,10 +308,10 @@ def known_options(decoder: Any, cache: Any) -> dict[str, fields.Option]:
     return out
 
 
-def _chosen(given: Mapping[str, Any], beneath: Mapping[str, Any]) -> dict[Kind, Any]:
+def _chosen(given: Mapping[str, Any], beneath: Mapping[str, Any]) -> dict[str, Any]:
     """The decoder and the cache of options over those beneath them."""
     decoder = selected_decoder(given, beneath.get("decoder", "threshold"))
-    return {Kind.DECODERS: decoder, Kind.CACHES: given.get("cache", beneath.get("cache"))}
+    return {"decoder": decoder, "cache": given.get("cache", beneath.get("cache"))}
 
 
 def _agreed(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -330,16 +330,16 @@ def merge(given: Mapping[str, Any], *layers: Mapping[str, Any]) -> dict[str, Any
     for layer in layers:
         beneath |= layer
     chosen = _chosen(given, beneath)
-    known = known_options(chosen[Kind.DECODERS], chosen[Kind.CACHES])
+    known = known_options(chosen["decoder"], chosen["cache"])
     out = {name: option.default for name, option in known.items()}
     for layer in layers:
         others: set[str] = set()
-        for kind, choice in chosen.items():
+        for kind in (Kind.DECODERS, Kind.CACHES):
             named = layer.get(kind.option)
-            if named is not None and named != choice:
+            if named is not None and named != chosen[kind.option]:
                 others.update(registry.settable(kind, named))
         out |= {k: v for k, v in layer.items() if k in known and k not in others}
-    return {**out, **given, **{kind.option: choice for kind, choice in chosen.items()}}
+    return {**out, **given, **chosen}
 
 
 def _checked(option: fields.Option, value: Any) -> Any:

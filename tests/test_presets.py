@@ -119,6 +119,18 @@ def test_what_a_preset_leaves_behind_goes_with_it() -> None:
         resolve(random_model("v2").spec, config.replace(gen_length=16))
 
 
+def test_an_option_of_no_family_is_refused_before_the_model_is_known() -> None:
+    for options, message in (
+        ({"depth": 3}, "depth=3 is an option of decoder draft_verify, but decoder is the family's default"),
+        ({"cache": "dual", "suffix": 16}, "suffix=16 is an option of cache suffix_window, but cache is 'dual'"),
+        ({"treshold": 0.9}, "did you mean 'threshold'"),
+        ({"threshold": 2}, "threshold=2.0 must lie in"),
+        ({"small_block_size": 0}, "small_block_size=0 must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fastdllm.DecodeConfig(preset="balanced", **options)
+
+
 def test_guidance_is_refused_where_a_family_takes_a_presets_cache() -> None:
     config = fastdllm.DecodeConfig(preset="paper", cfg_scale=1, gen_length=16)
     with pytest.raises(ValueError, match=r"cfg_scale=1\.0 needs cache='none', not 'prefix', which preset='paper' sets"):

@@ -8,7 +8,7 @@ In a page a table stands between `<!-- table NAME: ... -->` and `<!-- end -->`. 
 
 What writes the data:
 
-* frontier.json, self_verify.json, sudoku.json, discount.json: `python -m scripts.studies.pareto report --summary`
+* frontier.json, self_verify.json, sudoku.json, validation.json: `python -m scripts.studies.pareto report --summary`
 * speed.json: `python -m scripts.benchmarks.published --output`; decode.json: `python -m scripts.benchmarks.decode --output`
 * training.json: `python -m scripts.benchmarks.training --output`
 * shared_prompts.json: `python -m scripts.benchmarks.shared_prompts --output`
@@ -96,6 +96,17 @@ def presets() -> str:
             speed = f"{row['tokens_per_second']:,.0f}" if row["tokens_per_second"] else ""
             rows.append([model if name.startswith("one") else "", name, *cells, speed])
     return grid(("model", "preset", "right", "difference (95 %)", "forwards", "positions", "tokens/s"), rows)
+
+
+def v2_presets() -> str:
+    """v2's own presets on validation problems, against threshold 0.9."""
+    found = study("validation", MODELS[2], split="validation")
+    rows = []
+    for name, preset in (("threshold 0.9", "paper"), ("`balanced`", "balanced"), ("`fast`", "fast")):
+        row = next(row for row in found.values() if row["preset"] == preset)
+        against = difference(row) if rows else ""
+        rows.append((name, percent(row["accuracy"]), against, f"{row['forwards']:.1f}", f"{row['positions']:,.0f}"))
+    return grid(("tiny-fast-dllm-v2", "right", "difference (95 %)", "forwards", "positions"), rows)
 
 
 def thresholds() -> str:
@@ -195,12 +206,12 @@ def not_paying() -> str:
 
 
 def discount() -> str:
-    """`attention_discount` against plain thresholds, each model with its family's default cache."""
+    """`attention_discount` beside plain thresholds, each model with its family's default cache."""
     names = {"threshold=0.9": "threshold 0.9", "threshold=0.95": "threshold 0.95"}
     names |= {f"threshold={t}:attention_discount=40": f"threshold {t}, `attention_discount=40`" for t in ("0.7", "0.9")}
     rows = []
-    for model in MODELS:
-        found, cache = study("discount", model, split="validation"), reference(model).partition("+")[2]
+    for model in [found["model"] for found in data("validation")["studies"]]:
+        found, cache = study("validation", model, split="validation"), reference(model).partition("+")[2]
         measured = [(name, found[f"{setting}+{cache}"]) for setting, name in names.items() if f"{setting}+{cache}" in found]
         for name, row in sorted(measured, key=lambda item: item[1]["forwards"]):
             against = "" if name == "threshold 0.9" else difference(row)
@@ -540,7 +551,7 @@ them at 5 % under both prompts.
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
-        presets, thresholds, remasking, not_paying, discount, lossless, lossless_threshold, self_verify, sudoku,
+        presets, v2_presets, thresholds, remasking, not_paying, discount, lossless, lossless_threshold, self_verify, sudoku,
         which_threshold, which_cache, published, by_batch, by_batch_few_bits, against_limit, against_limit_few_bits,
         full_forwards, step_in_loop, measured_llada, measured_dream, layer_reuse, reuse_on_gpu, quickstart,
         training, shared_prompts, pays_speed, pays_crossings, paces_reached,

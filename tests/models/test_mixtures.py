@@ -130,7 +130,7 @@ LLADA2_WRONG = [
     ({"topk_group": 5}, "topk_group=5; it must be a whole number from 1 to 4"),
     ({"num_experts_per_tok": 5}, "num_experts_per_tok=5; it must be a whole number from 1 to 4"),
     ({"first_k_dense_replace": 4}, "first_k_dense_replace=4; it must be a whole number from 0 to 3"),
-    ({"use_sliding_window": True}, "use_sliding_window=True; only False"),
+    ({"use_sliding_window": True}, "use_sliding_window=True; only null or"),
     ({"model_type": "llada2_moe_veomni"}, "a mixture of experts"),
 ]
 

@@ -210,6 +210,10 @@ class Fields(Mapping[str, Any]):
         """The error for a field whose value is not `allowed`."""
         return ValueError(f"{self.where} has {name}={shown(self._values.get(name))}; {allowed}")
 
+    def peek(self, name: str) -> Any:
+        """A field's value or None, without counting it as read: the family accounts for it."""
+        return self._values.get(name)
+
     def _get(self, name: str, default: Any) -> Any:
         self._read.add(name)
         if name in self._values:

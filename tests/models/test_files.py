@@ -229,7 +229,13 @@ CHANGED = {
         ("attention_bias", True),
         ("parallel_attn", True),
     ],
-    "llada_moe": [("decoder_sparse_step", 2), ("mlp_only_layers", [0]), ("scoring_func", "sigmoid")],
+    "llada_moe": [
+        ("num_local_experts", 8),
+        ("n_routed_experts", 8),
+        ("decoder_sparse_step", 2),
+        ("mlp_only_layers", [0]),
+        ("scoring_func", "sigmoid"),
+    ],
     "llada2_moe": [("topk_method", "greedy"), ("norm_topk_prob", False), ("mlp_only_layers", [0])],
     "sdar": [("layer_types", ["sliding_attention", "full_attention"]), ("rotary_dim", 2), ("sliding_window_pattern", 2)],
 }

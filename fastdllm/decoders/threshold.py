@@ -22,9 +22,7 @@ class Decoder(DecoderRule):
 
     threshold: Annotated[float, "Probability from which a token is committed."] = 0.9
     strict: Annotated[bool, "Commit above the threshold (v2's published rule) instead of from it."] = False
-    steps_per_block: Annotated[
-        int, "A block takes at most so many forwards: each commits an even share or more (LLaDA2.0); 0: no limit."
-    ] = 0
+    steps_per_block: Annotated[int, "Forwards of a block at most, of an even share or more each (LLaDA2.0); 0: any."] = 0
 
     per_request = ("threshold",)
 

@@ -221,7 +221,7 @@ def _check_decoder(config: DecodeConfig, name: str, cache: Any, decoder: Any, sa
         raise ValueError(f"{asking} asks shadow queries and needs cfg_scale=0")
     if "attention" in decoder.needs and decoder.shadow:
         raise ValueError(f"{asking} asks shadow queries and cannot ask for attention too")
-    if reuse and (decoder.branches > 1 or decoder.shadow or decoder.drafts or "attention" in decoder.needs):
+    if reuse and (decoder.branches > 1 or decoder.revocable() or decoder.drafts or "attention" in decoder.needs):
         partly = f"reuse_k={config.reuse_k}" if config.reuse_k > 1 else f"cache={name!r}"
         raise ValueError(f"{asking} needs layers that run for whole passes; {partly} skips positions")
 
@@ -280,12 +280,17 @@ def _discounted(config: DecodeConfig, rule: Any) -> Any:
     weight, name = config.attention_discount, registry.name_of(config.decoder)
     if not weight:
         return rule
-    if rule.branches > 1 or rule.shadow or rule.drafts:
-        why = "tries branches" if rule.branches > 1 else "remasks" if rule.shadow else "drafts"
+    if why := _besides(rule):
         raise ValueError(f"attention_discount={weight} does not go with decoder={name!r}, which {why}")
     if config.confidence != "probability" or config.alg_temp:
         raise ValueError(f"attention_discount={weight} lowers probabilities and needs confidence='probability', alg_temp=0")
     return Discounted(rule, weight)
+
+
+def _besides(rule: Any) -> str:
+    """What a decoder does besides committing tokens for good, "" for nothing."""
+    kinds = {"tries branches": rule.branches > 1, "remasks": rule.shadow, "edits": rule.edits, "drafts": rule.drafts}
+    return next((kind for kind, does in kinds.items() if does), "")
 
 
 def _several_steps(model: Model, config: DecodeConfig, rule: Any) -> Any:
@@ -293,8 +298,7 @@ def _several_steps(model: Model, config: DecodeConfig, rule: Any) -> Any:
     count, name = config.lossless, registry.name_of(config.decoder)
     if count == 1:
         return rule
-    if rule.branches > 1 or rule.shadow or rule.drafts:
-        why = "tries branches itself" if rule.branches > 1 else "remasks" if rule.shadow else "drafts itself"
+    if why := _besides(rule):
         raise ValueError(f"lossless={count} does not go with decoder={name!r}, which {why}")
     if count == 0:
         count = model.calibration.best(name, device_name(model.device), config.batch_size or 1)

@@ -350,7 +350,7 @@ def answer_text(call: Call) -> AnswerText:
     if call.model.tokenizer is None:
         raise ValueError(f"model {call.model.name!r} has no tokenizer, so its answer has no text")
     request, run = call.requests[0], call.run
-    return text_of(call.model, request.length, run.stop_ids, call.stops, request.fixed, run.decoder.shadow)
+    return text_of(call.model, request.length, run.stop_ids, call.stops, request.fixed, run.decoder.revocable())
 
 
 def _pieces(call: Call, answer: AnswerText) -> Iterator[str]:

@@ -47,9 +47,9 @@ Chosen = Any  # a name, a class or an object
 def check_decoder(decoder: Chosen, families: Sequence[str] = FAMILIES) -> None:
     """Check everything that is asked of a decoder; takes some seconds.
 
-    Each step gains a token, writes only open positions and remasks only what it may. Rows do not see each other. Nothing is
-    read on the host. Generation ends under every cache, and a row of a batch gives what it gives by itself. A lossless rule
-    gives the tokens of one token per step.
+    Each step gains a token, writes only positions that are open or that it may edit, and remasks only what it may. Rows do
+    not see each other. Nothing is read on the host. Generation ends under every cache, and a row of a batch gives what it
+    gives by itself. A lossless rule gives the tokens of one token per step.
 
     decoder: a name, a class or an object.
     families: of `random_model`, for which it is checked.
@@ -183,9 +183,10 @@ def view(rule: DecoderRule, rows: int, width: int, kind: str = "spread", seed: i
     # Some tokens may not be remasked; of the others, most are doubtful where confidences are low.
     fixed = keep | (torch.rand(n, width, generator=g) < 0.3)
     check = (conf.flip(1) * 0.95).masked_fill(fixed, torch.nan) if rule.shadow else None
+    editable = ~fixed if rule.edits else None
     toward = torch.rand(n, width, width, generator=g).softmax(2) if "attention" in rule.needs else None
     slot = torch.arange(n)
-    return View(ids, keep, top, conf, step, initial, MASK, entropy, margin, slot, state, check, attention=toward)
+    return View(ids, keep, top, conf, step, initial, MASK, entropy, margin, slot, state, check, editable, attention=toward)
 
 
 def part(v: View, index: Tensor) -> View:
@@ -216,8 +217,10 @@ def check_step(decoder: Chosen, width: int, kind: str) -> None:
         assert not rule.shadow, "shadows are for rules of one branch"
         return
     written, remasked = after != ids, ~masked & (after == MASK)
-    assert not (written & ~masked & ~remasked).any(), "a position was written that is not open"
-    assert torch.equal(after[written & masked], v.top[written & masked]), "a token was written that is not the top one"
+    allowed = masked if v.editable is None else masked | v.editable
+    assert not (written & ~allowed & ~remasked).any(), "a position was written that is not open"
+    chosen = written & allowed & ~remasked
+    assert torch.equal(after[chosen], v.top[chosen]), "a token was written that is not the top one"
     if checked is not None and v.unaware is not None:
         assert torch.equal(v.unaware.isnan(), checked.isnan()), "a rule changes what it was given: view.unaware"
         assert not (remasked & checked.isnan()).any(), "a token was remasked that nothing speaks against"
@@ -270,7 +273,8 @@ def check_generation(decoder: Chosen, family: str) -> None:
         for i, (sequence, prompt) in enumerate(zip(out.sequences, given, strict=True)):
             assert torch.equal(sequence[: len(prompt)], prompt), f"the prompt was changed ({where})"
             assert len(sequence) == len(prompt) + 13 and MASK not in sequence[len(prompt) :], f"masks are left ({where})"
-            most = 13 + 3 + 13 * rule_of(decoder).drafts  # a token each, a block's opening, and a draft for each token
+            # A token each, a block's opening, a draft for each token, and what edits full blocks.
+            most = 13 + 3 + 13 * rule_of(decoder).drafts + 3 * rule_of(decoder).max_post_steps
             assert out.stats.row_forwards[i] <= most, f"more forwards than tokens ({where})"
         alone = generate(model, given[1], **options)
         assert torch.equal(alone.sequences[0], out.sequences[1]), f"a row by itself gets other tokens ({where})"

@@ -82,7 +82,7 @@ class AnswerText:
     mask_id: the id of an open position.
     stop_ids, stops: tokens and texts that end the answer; neither is part of it.
     fixed: constraints, token by position; a stop token before the last of them ends nothing.
-    revocable: whether the decoder may mask tokens of an unfinished block again.
+    revocable: whether tokens of a block may change until the next one begins.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class AnswerText:
     def step(self, start: int, ids: Sequence[int]) -> str:
         """The new text after a forward that left `ids` at the positions from `start` on. The same again is harmless."""
         self.ids[start : start + len(ids)] = ids
-        if self._revocable and self._mask in ids:
+        if self._revocable:
             return self._extend(start)
         return self._extend(next((at for at, token in enumerate(self.ids) if token == self._mask), len(self.ids)))
 

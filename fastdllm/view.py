@@ -20,7 +20,7 @@ class View:
     masked: [R, Q] bool, positions that may be committed now.
     top: [R, Q] int64, the token that each position would take.
     conf: [R, Q] fp32, its confidence.
-    step: [R], forwards spent on the block.
+    step: [R], forwards spent on the block, without an opening pass that told nothing of it.
     initial: [R], masks when the block opened.
     mask_id: the id that a rule writes to mask a position again.
     entropy, margin: [R, Q] fp32, only if the decoder `needs` them.
@@ -28,6 +28,8 @@ class View:
     state: the tensors that the decoder keeps from step to step.
     unaware: [R, Q] fp32, only if the decoder has a `shadow`: how likely the token at a position is when that position is
         masked and all others are not. NaN where the position may not be masked again.
+    editable: [R, Q] bool, only if the decoder `edits`: positions of the open block that decoding has written, and that this
+        forward predicts.
     causal: [R] bool, only if the decoder `drafts`: the pass was read from left to right, and verifies the drafts; or it
         opens a block, and gives its first token.
     attention: [R, Q, Q] fp32, only if the decoder `needs` it: how much of its attention in the last layer the query that
@@ -51,6 +53,7 @@ class View:
     slot: Tensor | None = None
     state: dict[str, Tensor] | None = None
     unaware: Tensor | None = None
+    editable: Tensor | None = None
     causal: Tensor | None = None
     logprob: Tensor | None = None
     attention: Tensor | None = None

@@ -75,12 +75,11 @@ def test_what_is_given_out_is_final_in_order_and_before_every_stop(
     joined = ""
     for start in range(0, len(ids), block):
         now = [MASK] * len(ids[start : start + block])
-        if revocable and rng.random() < 0.5:  # a guess that is taken back
-            text_so_far = text.text
-            assert text.step(start, [rng.randint(0, END), *now[1:]]) == "" or len(now) == 1
-            if len(now) == 1:
-                return
-            assert text.text == text_so_far
+        joined += text.step(start, list(now))
+        if revocable:  # guesses that are taken back, also of the whole block
+            for guess in ([rng.randint(0, END), *now[1:]], [rng.randint(0, END) for _ in now]):
+                assert text.step(start, guess) == ""
+            assert text.text == joined
         order = rng.sample(range(len(now)), len(now))
         for at in order:
             now[at] = ids[start + at]

@@ -2,8 +2,8 @@
 """A decoder maps a block to its next content.
 
 It sees ids, mask, top token and confidence of every position and returns the next ids; that one value expresses committing
-(write the top token), remasking (write the mask) and branching. A file of this folder is one rule; its name is the
-name on the command line, its class is called `Decoder`, and its dataclass fields are its options.
+and editing (write the top token), remasking (write the mask) and branching. A file of this folder is one rule; its name is
+the name on the command line, its class is called `Decoder`, and its dataclass fields are its options.
 
 A rule reads no value on the host, has no shape that depends on data, and leaves every row that has a masked position with
 fewer of them than before: what it remasks is less than what it commits.
@@ -37,6 +37,9 @@ class DecoderRule(ABC):
         Where that is not NaN the rule may write the mask again. One branch only.
     drafts: whether what the rule writes is a draft. It stays open until a pass from left to right (`view.causal`), in which
         the rule keeps the drafts that the model takes. For families that read their context causally; one branch only.
+    edits: whether the rule may replace tokens that it has written (`view.editable`). A full block then stays open until a
+        forward changes nothing in it, or `max_post_steps` forwards have followed the one that filled it.
+    max_post_steps: see `edits`.
     in_blocks: whether drafts are verified within the blocks of a block-causal family that predicts the next token instead.
     per_request: options that a request may replace by its own number. In `step` they are columns [R, 1] then, floats
         otherwise (`view.rows` gives [R] of either).
@@ -49,6 +52,8 @@ class DecoderRule(ABC):
     shadow: ClassVar[bool] = False
     drafts: ClassVar[bool] = False
     in_blocks: ClassVar[bool] = False
+    edits: ClassVar[bool] = False
+    max_post_steps: int = 0
     per_request: ClassVar[tuple[str, ...]] = ()
 
     # Optional. state(width, vocab, device, rows) -> tensors kept from step to step, first dimension `rows` (index them with
@@ -61,6 +66,11 @@ class DecoderRule(ABC):
     def numbers(self) -> dict[str, float]:
         """The options that a request may replace, with this rule's values."""
         return {name: float(getattr(self, name)) for name in self.per_request}
+
+    @classmethod
+    def revocable(cls) -> bool:
+        """Whether a token may change, or be masked again, until its block is done."""
+        return cls.shadow or cls.edits
 
     @property
     def owner(self) -> Hashable:

@@ -65,7 +65,7 @@ class Batch:
     def advance(self, run: Decoding, status: list[list[int]], layers: int) -> None:
         """Each row takes in what the forward did and what it cost."""
         lanes = 2 if run.guidance else self.shape.branches
-        for turn, (remaining, stopped, first_masked, drifted) in zip(self.turns, status, strict=True):
+        for turn, (remaining, stopped, first_masked, drifted, new) in zip(self.turns, status, strict=True):
             row, positions, skipped = turn.row, turn.width * lanes + turn.shadows, 0
             if turn.fresh is not None:
                 skipped = (turn.width - turn.fresh) * len(run.reuse.layers)
@@ -75,7 +75,8 @@ class Batch:
                 row.draft()
             else:
                 slides = run.decoder.drafts and not run.decoder.in_blocks
-                row.advance(remaining, bool(stopped), bool(first_masked), turn.work.stop * slides)
+                edits = run.decoder.edits and row.reads_again(remaining, new, run.decoder.max_post_steps)
+                row.advance(remaining, bool(stopped), bool(first_masked), turn.work.stop * slides, edits)
 
 
 def batches(rows: list[Row], run: Decoding, shift: int, packs: bool) -> Iterator[Batch]:

@@ -96,7 +96,7 @@ def decode(
                 blocks = [row.block for row in batch.rows]
                 out = execute(batch.plans(shift), batch.noise(run, spec.vocab), batch.shape)
                 source.meanwhile()
-                status = out.status.tolist()  # sync: masks left, stopped, first masked, drift decide the next forward
+                status = out.status.tolist()  # sync: masks left, stopped, drift and so on decide the next forward
                 batch.advance(run, status, spec.layers)
                 ask_for_more(canvas, batch)
                 done = desk.settle(batch.rows)
@@ -112,7 +112,7 @@ def decode(
 def ask_for_more(canvas: Canvas, batch: Batch) -> None:
     """Where a block is full and a request says what is enough, ask whether its answer is."""
     for row in batch.rows:
-        if row.request.ends and not row.finished and row.step == 0:
+        if row.request.ends and not row.finished and row.opening:
             so_far = canvas.x[row.place.row, len(row.request.prompt) : row.block.start]
             row.finished = row.stopped = row.request.ends(so_far.cpu())  # sync: once a block, where its text may end it
 

@@ -131,9 +131,11 @@ class Row:
     at: index of the current block.
     opening: whether its next forward opens the block.
     first_masked: whether the block's first position is masked.
-    step, denoised, outer_step: forwards of this block, those after its opening pass, and those of the outer block.
+    step, denoised, outer_step: forwards of this block that told something of it, those after its opening pass, and those
+        of the outer block.
     initial, remaining: masks when the block opened, and now.
     committed: tokens that the last forward gained.
+    post_steps: forwards over the block since it is full, of a decoder that edits.
     stopped: it ended before its length did.
     drafted: whether the block holds drafts that wait to be verified.
     prefix: token ids of the prompt's blocks, where they may be shared.
@@ -161,6 +163,7 @@ class Row:
     initial: int = 0
     remaining: int = 0
     committed: int = 0
+    post_steps: int = 0
     cost: Cost = field(default_factory=Cost)
     prefix: list[bytes] = field(default_factory=list)
     clean: int = 0
@@ -242,9 +245,17 @@ class Row:
         self.step, self.denoised, self.outer_step = self.step + 1, self.denoised + 1, self.outer_step + 1
         self.drafted = True
 
-    def advance(self, remaining: int, stopped: bool, first_masked: bool, verified: int = 0) -> None:
-        """Take in what a forward did; go on to the next block when this one is full, or in any case where drafts were
-        `verified` up to that position.
+    def reads_again(self, remaining: int, new: int, most: int) -> bool:
+        """Whether a decoder that edits reads the block again, after a forward that left so many masks and wrote so many
+        tokens: a full one is read until nothing changes, and `most` times."""
+        self.post_steps += not self.remaining
+        return bool(not remaining and new and self.post_steps < most)
+
+    def advance(
+        self, remaining: int, stopped: bool, first_masked: bool, verified: int = 0, reads_again: bool = False
+    ) -> None:
+        """Take in what a forward did; go on to the next block when this one is full and is not read again, or in any case
+        where drafts were `verified` up to that position.
 
         Raises NothingCommitted for a denoising pass that left as many masks as there were.
         """
@@ -254,12 +265,14 @@ class Row:
                 f"request {self.number}: a forward over its block at positions {self.block.start}..{self.block.stop - 1} "
                 f"committed none of {self.remaining} masks; a decoder must commit more than it remasks",
             )
-        self.step += 1
+        self.step += not self.opening or remaining < self.remaining
         self.denoised += not self.opening
         self.outer_step += not self.opening
         self.opening = self.drafted = False
         self.committed, self.remaining = self.remaining - remaining, remaining
         self.first_masked = first_masked and self.block.start >= self.block.prompt
+        if reads_again:
+            return
         self.stopped = stopped
         self.finished = stopped or (remaining == 0 and self.block.stop == self.blocks[-1].stop)
         if verified and not self.finished:
@@ -276,7 +289,7 @@ class Row:
         return (filled[-1] if filled else verified) + 1
 
     def _go_to(self, at: int) -> None:
-        self.at, self.drafted = at, False
+        self.at, self.drafted, self.post_steps = at, False, 0
         self.opening, self.first_masked, self.step, self.denoised = True, True, 0, 0
         self._enter()
         if self.block.opens:

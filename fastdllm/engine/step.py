@@ -85,7 +85,7 @@ class Written:
 
     after: the ids that they hold now.
     still: those that stay masked.
-    committed: those that are no longer masked.
+    committed: those that are no longer masked, or were edited.
     new: those whose token is another one than before; in branches also some that were not open.
     """
 
@@ -99,8 +99,8 @@ class Written:
 class Outcome:
     """What one forward did, on the device.
 
-    status: [R, 4] int64: masks left in the block, 1 if the row stopped, 1 if the block's first position is masked, positions
-        that drifted (layer reuse).
+    status: [R, 5] int64: masks left in the block, 1 if the row stopped, 1 if the block's first position is masked, positions
+        that drifted (layer reuse), tokens that are new.
     ids, conf, committed, logprob: [R, Q].
     likeliest: with `Shape.alternatives`, the likeliest tokens of each position and their log-probabilities, [R, Q, n] each.
     """
@@ -235,6 +235,8 @@ def observe(model: Model, canvas: Canvas, own: Own, plan: Plan, where: Where, sc
         view.answer, view.stops = answer_of(plan, where.block), canvas.stops[plan.slot]
     if rule.drafts:
         view.causal = reads_on(plan) | (plan.first_only > 0)  # one token of an opening pass is no draft
+    if rule.edits:
+        view.editable = canvas.chosen[row, where.block] & ~where.masked & where.learnt
     if rule.shadow:
         view.unaware = torch.full_like(view.conf, torch.nan)
     if scored.unaware is not None:
@@ -252,6 +254,8 @@ def commit(lanes: int, rule: DecoderRule, view: View, where: Where) -> Written:
     unfilled = of_first(where.masked, lanes)
     if rule.shadow:
         unfilled = unfilled | ~view.unaware.isnan()
+    if view.editable is not None:
+        unfilled = unfilled | view.editable
     after = torch.where(unfilled & where.learnt, rule.step(view), view.ids)
     still = unfilled & (after == view.mask_id)
     if rule.drafts and view.causal is not None:
@@ -261,6 +265,8 @@ def commit(lanes: int, rule: DecoderRule, view: View, where: Where) -> Written:
         after, still = torch.where(full, of_first(after, lanes), after), still & ~full
         view.logprob = torch.where(full, of_first(view.logprob, lanes), view.logprob)
     committed = where.masked & ~still
+    if rule.edits:
+        committed = committed | (after != where.before) & ~still
     # Where branches or shadows are at work, a position may change its token without having been open.
     changes = rule.branches > 1 or rule.shadow
     return Written(after, still, committed, committed | (after != where.before) & ~still if changes else committed)
@@ -280,13 +286,13 @@ def report(
     canvas: Canvas, run: Decoding, plan: Plan, block: Tensor, view: View, written: Written, drifted: Tensor | None
 ) -> Outcome:
     """For the host. A row has stopped when a stop token of its answer has no mask before it, or, where tokens may still be
-    remasked, when the block has none."""
+    change, when the block has none."""
     after, still = written.after, written.still
     ended = ends(after, answer_of(plan, block), canvas.stops[plan.slot]) & ~still
-    open_before = still.sum(1, keepdim=True) if run.decoder.shadow else still.cumsum(1)
+    open_before = still.sum(1, keepdim=True) if run.decoder.revocable() else still.cumsum(1)
     stopped = (ended & (open_before == 0)).any(1)
     drifted = torch.zeros_like(plan.row) if drifted is None else drifted
-    status = torch.stack([still.sum(1), stopped.long(), still[:, 0].long(), drifted], 1)
+    status = torch.stack([still.sum(1), stopped.long(), still[:, 0].long(), drifted, written.new.sum(1)], 1)
     if run.decoder.drafts:
         after = after.masked_fill(still, view.mask_id)  # a draft is no answer yet
     conf, lead = view.conf.masked_fill(~view.masked, torch.nan), slice(None, None, run.lanes)

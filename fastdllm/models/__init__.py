@@ -183,7 +183,8 @@ def read_family(config: Mapping[str, Any], folder: Path) -> Family:
             raise ValueError(
                 f"{folder}: config.json has {name} ({kind}); of quantised weights GPTQ's and AWQ's in 4 bits are read"
             )
-    experts = [n for n in ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size") if fields.get(n)]
+    sizes = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
+    experts = [name for name in sizes if fields.peek(name)]
     classes = [c for c in fields.names("architectures") if "moe" in c.lower()]
     kind = fields.get("model_type")
     kinds = [k for k in (*fields.names("architectures"), kind) if isinstance(k, str) and k in FAMILIES]

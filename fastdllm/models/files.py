@@ -37,40 +37,60 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "activation_type": ("silu",),
     "alibi": (False,),
     "attention_bias": (False,),
+    "attention_chunk_size": (),
     "attention_layer_norm": (False,),
     "attention_multiplier": (),
     "attn_logit_softcapping": (),
+    "attn_temperature_tuning": (False, 0),
     "bias_for_layer_norm": (False,),
     "block_group_size": (1,),
     "block_type": ("llama",),
     "clip_qkv": (),
+    "decoder_sparse_step": (1,),
     "embedding_multiplier": (1, 1.0),
     "final_logit_softcapping": (),
     "first_k_dense_replace": (),
     "hidden_act": ("silu", "swish"),
     "hidden_activation": ("silu", "swish"),
     "include_bias": (False,),
+    "is_causal": (False,),
     "input_emb_norm": (False,),
+    "kv_lora_rank": (),
     "layer_norm_type": ("rms",),
     "layer_norm_with_affine": (True,),
     "logit_scale": (1, 1.0),
     "logits_scaling": (1, 1.0),
     "mlp_bias": (False,),
+    "mlp_only_layers": ([],),
+    "moe_layer_freq": (1,),
     "multi_query_attention": (False,),
     "n_routed_experts": (0,),
     "no_rope_layers": ([],),
     "num_experts": (0,),
     "num_local_experts": (0,),
+    "num_nextn_predict_layers": (0,),
+    "parallel_attn": (False,),
     "partial_rotary_factor": (1, 1.0),
     "qk_layernorm": (False,),
     "qk_norm": (False,),
+    "query_pre_attn_scalar": (),
     "residual_multiplier": (1, 1.0),
     "rope": (True,),
+    "rope_interleave": (False,),
+    "rope_interleaved": (False,),
+    "rope_parameters": (),
     "rope_scaling": (),
+    "rotary_dim": (),
     "rotary_percent": (1, 1.0),
     "rotary_pct": (1, 1.0),
     "scale_logits": (False,),
     "scale_embeddings": (False,),
+    "scoring_func": (),
+    "sliding_window_pattern": (),
+    "swiglu_limit": (),
+    "text_config": (),
+    "tie_word_embeddings": (False,),
+    "topk_method": (),
     "use_alibi": (False,),
     "use_bias": (False,),
     "use_mrope": (False,),
@@ -78,6 +98,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_qk_norm": (False,),
     "use_qkv_bias": (False,),
     "use_sliding_window": (False,),
+    "vision_config": (),
+    "weight_tying": (False,),
 }
 # Fields that say nothing about what a network computes when it decodes: names, training, files, older libraries.
 # fmt: off
@@ -187,6 +209,10 @@ class Fields(Mapping[str, Any]):
     def wrong(self, name: str, allowed: str) -> ValueError:
         """The error for a field whose value is not `allowed`."""
         return ValueError(f"{self.where} has {name}={shown(self._values.get(name))}; {allowed}")
+
+    def peek(self, name: str) -> Any:
+        """A field's value or None, without counting it as read: the family accounts for it."""
+        return self._values.get(name)
 
     def _get(self, name: str, default: Any) -> Any:
         self._read.add(name)

@@ -31,6 +31,8 @@ def read(config: Fields, ids: Mapping[str, int]) -> ModelSpec:
         raise config.wrong("rotary_dim", f"partial_rotary_factor makes it {turned}")
     count, inner = config.integer("num_experts", 1, EXPERTS), config.integer("moe_intermediate_size", 1, WIDTH * 8)
     groups = config.integer("n_group", 1, count, 1)
+    if count % groups:
+        raise config.wrong("n_group", f"num_experts={count} is no multiple of it")
     best = config.integer("topk_group", 1, groups, groups)
     active = config.integer("num_experts_per_tok", 1, count // groups * best)
     shared = inner * config.integer("num_shared_experts", 0, EXPERTS, 0)

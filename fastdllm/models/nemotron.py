@@ -21,6 +21,8 @@ def read(config: Fields, ids: Mapping[str, int]) -> ModelSpec:
     shapes = qwen2.shapes(config, qkv_bias=False, rope_kinds=("default", "yarn"))
     size = config.integer("block_size", 1, shapes["max_length"], 32)
     stops = stop_ids(config, ids)
+    if "sliding_window" in config:  # which Ministral heeds whatever Qwen's switch says
+        raise config.wrong("sliding_window", "only null is supported")
     if config.text("dlm_type", "llada") != "llada":  # the other one, "dream", shifts what a block's positions predict
         raise config.wrong("dlm_type", "only 'llada' is supported")
     return ModelSpec(

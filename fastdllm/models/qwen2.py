@@ -36,11 +36,14 @@ def shapes(
     check_layer_types(config)
     rope = read_rope(config, rope_kinds, partial)
     head_dim = config.integer("head_dim", 2, HEAD_DIM, width // heads)
+    kv_heads = config.integer("num_key_value_heads", 1, HEADS, heads)
+    if heads % kv_heads:
+        raise config.wrong("num_key_value_heads", f"num_attention_heads={heads} is no multiple of it")
     return {
         "layers": config.integer("num_hidden_layers", 1, LAYERS),
         "width": width,
         "heads": heads,
-        "kv_heads": config.integer("num_key_value_heads", 1, HEADS, heads),
+        "kv_heads": kv_heads,
         "head_dim": head_dim,
         "rotary": 0 if rope.share == 1 else int(head_dim * rope.share),
         "ffn": config.integer(ffn, 1, WIDTH * 8),
@@ -59,8 +62,10 @@ def check_layer_types(config: Fields) -> None:
     """Raises ValueError for a layer that does not attend to everything."""
     if set(config.names("layer_types")) - {"full_attention"}:
         raise config.wrong("layer_types", "only 'full_attention' is supported")
-    if config.flag("use_sliding_window"):
-        raise config.wrong("use_sliding_window", "only False is supported")
+    slides = config.flag("use_sliding_window", "sliding_window" in config)  # Qwen's switch; Mistral heeds a width by itself
+    if slides:
+        name = "use_sliding_window" if "use_sliding_window" in config else "sliding_window"
+        raise config.wrong(name, "only null or use_sliding_window=False is supported")
 
 
 def names(spec: ModelSpec, body: str = "model.", head: str = TIED) -> dict[str, tuple[str, int]]:

@@ -74,6 +74,11 @@ def read_rope(config: Fields, kinds: tuple[str, ...] = ("default",), partial: bo
     length = config.integer("max_position_embeddings", 1, POSITIONS)
     parameters, scaling = config.inner("rope_parameters"), config.inner("rope_scaling")
     rope = parameters or scaling
+    if parameters:
+        given = dict(config.inner("rope_parameters"))  # read here, which leaves `rope` to account for its fields
+        said = {"rope_type" if name == "type" else name: value for name, value in scaling.items()}
+        if other := sorted(name for name, value in said.items() if given.get(name) != value):
+            raise config.wrong("rope_scaling", f"rope_parameters has another {other[0]}")
     theta = rope.number("rope_theta", 2, 1e12, None) or config.number("rope_theta", 2, 1e12)
     if (other := config.number("rope_theta", 2, 1e12, theta)) != theta:
         raise config.wrong("rope_theta", f"{rope.where} says {theta:g}, config.json {other:g}")

@@ -26,7 +26,8 @@ class Published(NamedTuple):
 LLADA, DREAM, V2 = "llada", "dream", "fast_dllm_v2"
 BLOCKS = "blocks of any trained size: give `block_size` where config.json lacks it"
 DRAFTS = "`decoder=self_speculate` gives its autoregressive tokens"
-EDITS = "tokens are not edited after they are committed, as its own sampler may"
+EDITS = "`decoder=joint_threshold` edits tokens, as its own sampler does"
+STEPS = "`steps_per_block` is the `steps` of its own sampler"
 SUPPORTED = (
     Published("GSAI-ML/LLaDA-8B-Base", LLADA, "8B"),
     Published("GSAI-ML/LLaDA-8B-Instruct", LLADA, "8B"),
@@ -35,7 +36,7 @@ SUPPORTED = (
     Published("Zigeng/dParallel-LLaDA-8B-instruct", LLADA, "8B", note="distilled to more tokens a forward"),
     Published("inclusionAI/LLaDA-MoE-7B-A1B-Base", "llada_moe", "7B"),
     Published("inclusionAI/LLaDA-MoE-7B-A1B-Instruct", "llada_moe", "7B"),
-    Published("inclusionAI/LLaDA2.0-mini", "llada2_moe", "16B"),
+    Published("inclusionAI/LLaDA2.0-mini", "llada2_moe", "16B", note=STEPS),
     Published("inclusionAI/LLaDA2.1-mini", "llada2_moe", "16B", note=EDITS),
     Published("Dream-org/Dream-v0-Base-7B", DREAM, "7B"),
     Published("Dream-org/Dream-v0-Instruct-7B", DREAM, "7B"),

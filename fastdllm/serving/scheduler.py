@@ -108,7 +108,7 @@ class Scheduler:
         self.run = assemble(model, for_any_length(model, config))
         self.positions, self.rows, self.max_queue = positions, rows or ROWS, max_queue
         self.alternatives = 0 if self.run.decoder.branches > 1 else ALTERNATIVES
-        self.revocable = self.run.decoder.shadow
+        self.revocable = self.run.decoder.revocable()
         self.tokens = self.forwards = self.finished = self.failed = self.aborted = 0  # totals, for the metrics
         self.broken: BaseException | None = None
         self._lock = threading.Condition()

@@ -74,7 +74,7 @@ class PlainScreen:
         def show(trace: Trace) -> None:
             nonlocal text, written
             if text is None:
-                revocable = bool(registry.find("decoders", trace.config.get("decoder") or "threshold").shadow)
+                revocable = registry.find("decoders", trace.config.get("decoder") or "threshold").revocable()
                 text = text_of(model, trace.length, trace.stop_ids, (), trace.fixed, revocable)
             piece = ""
             if trace.steps:

@@ -73,10 +73,8 @@ NEMOTRON_8B = {
     "intermediate_size": 14336, "vocab_size": 131072, "max_position_embeddings": 16384, "rms_norm_eps": 1e-5,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}, "eos_token_id": 11,
 }  # fmt: skip
-# The 3B has the layers of Ministral-3-3B and is tied.
-NEMOTRON_3B = NEMOTRON_8B | {
-    "num_hidden_layers": 26, "hidden_size": 3072, "intermediate_size": 9216, "tie_word_embeddings": True,
-}  # fmt: skip
+# The 3B's, from public copies of its config.json: the layers of Ministral-3-3B, but with a head of its own.
+NEMOTRON_3B = NEMOTRON_8B | {"num_hidden_layers": 26, "hidden_size": 3072, "intermediate_size": 9216}
 # SDAR-8B-Chat's, which TraDo-8B has too; SDAR-4B-Chat's and TraDo-4B's; A2D's Qwen3-0.6B.
 QWEN3_8B = {
     "num_hidden_layers": 36, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,

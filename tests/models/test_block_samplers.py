@@ -46,6 +46,7 @@ def prompt(model: fastdllm.Model, length: int) -> torch.Tensor:
         {"decoder": "threshold", "threshold": 0.9},
         {"decoder": "quota", "steps": "all"},
         {"decoder": "quota", "steps": "half"},
+        {"decoder": "quota", "steps": "some"},  # which do not divide the block
     ],
     ids=str,
 )
@@ -61,7 +62,8 @@ def test_the_published_sampler(
     ids = prompt(model, length)
     at_prompt = kind.startswith("a2d")
     answer = 2 * size if at_prompt else -(-length // size) * size - length + 2 * size
-    per_block = None if rule["decoder"] == "threshold" else {"all": size, "half": size // 2}[rule["steps"]]
+    shares = {"all": size, "half": size // 2, "some": size // 2 + 1}
+    per_block = shares[rule["steps"]] if rule["decoder"] == "quota" else None
     options = dict(rule) if per_block is None else {"decoder": "quota", "steps": per_block * (answer // size)}
     strict = model.spec.defaults.get("strict", False)
     expected, forwards = block.generate(

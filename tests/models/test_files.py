@@ -191,6 +191,11 @@ CHANGED = {
         ("block_type", "sequential"),
         ("block_group_size", 2),
         ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_parameters", {"rope_type": "dynamic", "factor": 2.0}),
+        ("layer_types", ["sliding_attention", "full_attention"]),
+        ("sliding_window", 128),
+        ("tie_word_embeddings", True),
+        ("vision_config", {"depth": 2}),
     ],
     "dream": [
         ("hidden_act", "gelu"),
@@ -204,7 +209,35 @@ CHANGED = {
         ("mlp_bias", True),
         ("use_mrope", True),
         ("block_size", 32),
+        ("query_pre_attn_scalar", 64),
+        ("attention_chunk_size", 64),
+        ("kv_lora_rank", 8),
+        ("mlp_only_layers", [0]),
+        ("num_key_value_heads", 3),
+        ("is_causal", True),
     ],
+    "nemotron": [
+        ("sliding_window", 4096),  # counts by itself in Ministral
+        ("attn_temperature_tuning", 4),
+        ("rope_parameters", {"rope_theta": 1e6, "rope_type": "dynamic"}),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}),  # beside rope_parameters that say otherwise
+        ("hidden_act", "gelu"),
+    ],
+    "stable_diffcoder": [
+        ("rope_interleave", True),
+        ("swiglu_limit", 7.0),
+        ("attention_bias", True),
+        ("parallel_attn", True),
+    ],
+    "llada_moe": [
+        ("num_local_experts", 8),
+        ("n_routed_experts", 8),
+        ("decoder_sparse_step", 2),
+        ("mlp_only_layers", [0]),
+        ("scoring_func", "sigmoid"),
+    ],
+    "llada2_moe": [("topk_method", "greedy"), ("norm_topk_prob", False), ("mlp_only_layers", [0])],
+    "sdar": [("layer_types", ["sliding_attention", "full_attention"]), ("rotary_dim", 2), ("sliding_window_pattern", 2)],
 }
 
 

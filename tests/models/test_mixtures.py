@@ -126,11 +126,11 @@ LLADA2_WRONG = [
     ({"rotary_dim": 4}, "rotary_dim=4; partial_rotary_factor makes it 8"),
     ({"partial_rotary_factor": 0.2}, "rotary=3 is odd"),
     ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
-    ({"n_group": 3}, "cannot be divided into 3 groups"),
+    ({"n_group": 3}, "n_group=3; num_experts=8 is no multiple of it"),
     ({"topk_group": 5}, "topk_group=5; it must be a whole number from 1 to 4"),
     ({"num_experts_per_tok": 5}, "num_experts_per_tok=5; it must be a whole number from 1 to 4"),
     ({"first_k_dense_replace": 4}, "first_k_dense_replace=4; it must be a whole number from 0 to 3"),
-    ({"use_sliding_window": True}, "use_sliding_window=True; only False"),
+    ({"use_sliding_window": True}, "use_sliding_window=True; only null or"),
     ({"model_type": "llada2_moe_veomni"}, "a mixture of experts"),
 ]
 

@@ -29,6 +29,7 @@ CASES = [
     ("llada", {"decoder": "progress_threshold", "cache": "lazy"}),
     ("dream", {"decoder": "adablock"}),
     ("dream", {"decoder": "wino", "keep": 1.0, "threshold": 0.2}),
+    ("dream", {"decoder": "joint_threshold", "threshold": 0.2, "editing_threshold": 0.0}),
     ("dream", {"cache": "prefix", "first_token": "rule"}),
     ("v2", {"cache": "block", "reuse_k": 3, "layer_subset": "1", "trim_ratio": 0.4}),
     ("v2", {"cache": "sub_block", "small_block_size": 4}),

@@ -584,9 +584,13 @@ def test_before_the_first_forward_nothing_is_said_to_run(visit: Callable[..., An
 @pytest.mark.browser
 def test_a_race_that_does_not_begin_says_why_at_once(visit: Callable[..., Any]) -> None:
     page = visit()
+    ask(page, "hi")
+    page.get_by_text("Both answers are empty").wait_for()
     ask(page, "too long " * 600)
     page.locator(".lane .note.problem").wait_for()
     idle(page)
+    assert set(page.locator(".figure dd").all_inner_texts()) == {"0"}, "figures of another race are gone"
+    assert [text for text in page.locator(".lane .note:not(.problem)").all_inner_texts() if text] == []
     reason = page.locator(".lane .note.problem")
     assert page.locator("#verdict").inner_text() == "No race" and "too long" in reason.inner_text()
     track = page.locator(".lane .track").first.bounding_box()

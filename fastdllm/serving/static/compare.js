@@ -85,14 +85,21 @@ export class Compare {
 
   _idle() {
     for (const lane of this.lanes) {
-      lane.canvas.replaceChildren(this._blank());
+      this._clear(lane);
       this._note(lane, presetLine(state[lane.side]));
-      for (const tool of lane.tools) tool.disabled = true;
-      for (const value of Object.values(lane.values)) value.textContent = "0";
-      lane.curve.replaceChildren();
-      lane.done.style.width = "0";
     }
     this._say("Two settings, one prompt. Press Race.", "idle");
+  }
+
+  // A lane in which nothing has run.
+  _clear(lane) {
+    Object.assign(lane, { trace: null, error: "" });
+    lane.canvas.replaceChildren(this._blank());
+    this._note(lane, "");
+    for (const tool of lane.tools) tool.disabled = true;
+    for (const value of Object.values(lane.values)) value.textContent = "0";
+    lane.curve.replaceChildren();
+    lane.done.style.width = "0";
   }
 
   // An answer before its first forward: a sudoku as far as it is given, else masks.
@@ -140,13 +147,7 @@ export class Compare {
     const traces = [];
     this.page.busy(true);
     this._say(READY, "racing");
-    for (const lane of this.lanes) {
-      Object.assign(lane, { trace: null, error: "" });
-      lane.canvas.replaceChildren(this._blank());
-      lane.note.textContent = "";
-      lane.note.className = "note";
-      lane.curve.replaceChildren();
-    }
+    for (const lane of this.lanes) this._clear(lane);
     const begun = (lane, trace) => {
       if (this.running !== run) return;
       lane.trace = trace;
@@ -177,7 +178,7 @@ export class Compare {
     this.running = null;
     if (this.lanes.some((lane) => lane.error) || !traces[0] || !traces[1]) {
       this._say(this.lanes.some((lane) => lane.error) ? "No race" : "Stopped.", "idle");
-      for (const lane of this.lanes) if (!lane.trace && !lane.error) lane.canvas.replaceChildren(this._blank());
+      for (const lane of this.lanes) if (!lane.trace && !lane.error) this._clear(lane);
     }
     if (traces[0] && traces[1]) this.player.complete();
   }

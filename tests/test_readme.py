@@ -49,6 +49,9 @@ def test_figures_of_speed_are_in_the_data() -> None:
     known = {row["prompt_1000"] for row in data["tokens_per_second"]}
     known |= {times["block of 32"] for times in data["forward_ms"].values()} | {32}
     assert shown == known
+    rate = {(row["code"], row["weights"], row["batch"]): row["prompt_1000"] for row in data["tokens_per_second"]}
+    times = rate["fastdllm", "bf16", 1] / rate["published", "bf16", 1]
+    assert round(times) == 8 and "writes eight times as many" in README
 
 
 def test_links_lead_somewhere() -> None:

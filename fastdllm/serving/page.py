@@ -371,6 +371,7 @@ def describe(service: Service) -> dict[str, Any]:
         "seed": started.seed,
         "max_length": most,
         "examples": [question for question, _ in (about.examples if about else options.EXAMPLES)],
+        "words": about.words if about else options.EXAMPLE_WORDS,
         "caches": list(registry.caches_for(bool(model.spec.block_causal))),
         "block_length": resolve(model.spec, DecodeConfig()).block_length,
     }

@@ -24,11 +24,12 @@ NOT_TYPED = ("geometry", "batch_size")  # an object; a chat answers one prompt a
 @dataclasses.dataclass(frozen=True)
 class About:
     """What a shipped model can do, how long its answers are, and questions that it answers rightly under every setting of
-    the page, each with the answer."""
+    the page, each with the answer; the first one also around `words`, which stand at positions of the answer."""
 
     note: str
     gen_length: int
     examples: tuple[tuple[str, str], ...]
+    words: str
 
     @property
     def sample(self) -> str:
@@ -52,6 +53,7 @@ WORD_PROBLEMS = About(
     "nothing else; it learnt from single questions, so each one starts a new conversation",
     128,
     PROBLEMS,
+    "16:In total",
 )
 SUDOKU = About(
     "a small model that fills 4x4 sudokus and nothing else, each in a new conversation",
@@ -61,12 +63,14 @@ SUDOKU = About(
         ("4___ 21_3 ___2 __3_", "4321 2143 3412 1234"),
         ("_3__ 24__ _1_4 ___1", "1342 2413 3124 4231"),
     ),
+    "0:1",
 )
 EXAMPLES = (  # for a model that nothing is known of, so without answers
     ("Natalia sold clips to 48 of her friends in April, and half as many in May. How many did she sell altogether?", ""),
     ("Write a Python function that tells whether a word is a palindrome.", ""),
     ("Explain in three sentences why the sky is blue.", ""),
 )
+EXAMPLE_WORDS = "0:Sure"
 
 
 def about(name: str) -> About | None:

@@ -92,7 +92,8 @@ def answer(session: Session, screen: PlainScreen | RichScreen, text: str) -> boo
     text = answer_text(session.model, trace)
     session.conversation.add(prompt, text)
     if not text.strip():
-        session.say("(an empty answer: the model ended it at once)", style="dim")
+        known = "; it knows questions like its example only" if options.about(session.model.name) else ""
+        session.say(f"(an empty answer: the model ended it at once{known})", style="dim")
         return True
     if trace.finish_reason == "length" and config.stop_ids != ():
         session.say(f"(cut at {count(trace.length, 'token')}; /set gen_length N allows more)", style="dim")

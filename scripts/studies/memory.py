@@ -99,7 +99,8 @@ def page() -> str:
     needs = {(name, kind): need(SHAPES[name][0].spec(SHAPES[name][1], {}), kind) for name in NAMES for kind in KINDS}
     weights = "\n".join(
         f"| {title} | {' | '.join(f'{needs[name, kind].weights / GIB:.1f} GiB' for kind in KINDS)}"
-        f" | {1000 * needs[name, 'bf16'].position / 2**20:.0f} MiB | {ROW * needs[name, 'bf16'].position / 2**20:.0f} MiB |"
+        f" | {1000 * needs[name, 'bf16'].position / 2**20:.0f} MiB | {ROW * needs[name, 'bf16'].position / 2**20:.0f} MiB"
+        f" | {ROW * needs[name, 'bf16'].forward / 2**20:.0f} MiB |"
         for name, title in NAMES.items()
     )
     cards = "\n".join(
@@ -107,7 +108,6 @@ def page() -> str:
         for name, title in NAMES.items()
         for kind in KINDS
     )
-    working = {name: f"{ROW * needs[name, 'bf16'].forward / 2**20:.0f} MiB" for name in NAMES}
     return f"""<!-- Written by `python -m scripts.studies.memory`. -->
 # Memory
 
@@ -115,11 +115,11 @@ This page is computed from the published shapes. Only its last section was measu
 
 ## Weights, and what a request adds
 
-Keys and values are kept in bf16 for every position of a request, prompt and answer. The last column is of a request with
-{ROW:,} positions, which hold a prompt of some 1,000 tokens and its answer.
+Keys and values are kept in bf16 for every position of a request, prompt and answer. A request of the table has {ROW:,}
+positions: a prompt and its answer. The last column is what a forward over all of them needs for its tensors.
 
-| model | {" | ".join(f"weights, {kind}" for kind in KINDS)} | per 1,000 positions | per request |
-|---|{"---|" * (len(KINDS) + 2)}
+| model | {" | ".join(f"weights, {kind}" for kind in KINDS)} | per 1,000 positions | per request | forward |
+|---|{"---|" * (len(KINDS) + 3)}
 {weights}
 
 int8 takes the room of fp8. LLaDA keeps keys and values for every head; in Dream and v2 seven heads share them, in
@@ -129,8 +129,7 @@ LLaDA2.1 four. A mixture of experts keeps all of them in memory, although few wo
 
 The table says how many such requests fit together (`batch_size`), by the GiB of the card; 0 means that not even one does.
 {RESERVE} GiB are left for the driver and captured graphs. A batch may refresh all of its rows in one forward, so each
-request also needs room for a forward's tensors. That is {working["llada"]} for LLaDA-8B, {working["v2"]} for Dream and
-v2, {working["llada_moe"]} for LLaDA-MoE and {working["llada2_moe"]} for LLaDA2.1-mini.
+request also needs room for a forward's tensors.
 
 | model | weights | {" | ".join(f"{card} GiB" for card in CARDS)} |
 |---|---|{"---|" * len(CARDS)}

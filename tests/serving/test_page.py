@@ -21,6 +21,7 @@ from fastdllm.serving.app import STATIC, create_app
 from fastdllm.serving.page import PRESETS, Page, PageBody, config_of, plan
 from fastdllm.serving.service import Service
 from fastdllm.serving.turns import Turns
+from fastdllm.serving.words import parse_constraints
 from fastdllm.trace import Trace
 from fastdllm.ui import options
 from tests.serving.conftest import QUESTION
@@ -246,6 +247,17 @@ def test_every_example_is_answered_rightly_under_every_setting(name: str) -> Non
         out = fastdllm.generate(model, [[{"role": "user", "content": q}] for q, _ in about.examples], **given)
         for (question, answer), text in zip(about.examples, out.texts, strict=True):
             assert text.split("#### ")[-1].strip() == answer, (known.name, question)
+
+
+@pytest.mark.parametrize("name", fastdllm.models.tiny_names())
+def test_the_words_that_the_form_suggests_leave_the_answer_right(name: str) -> None:
+    model = fastdllm.load(name, device="cpu")
+    about = options.about(name)
+    question, answer = about.examples[0]
+    fixed = parse_constraints(model, about.words, about.gen_length)
+    messages = [{"role": "user", "content": question}]
+    text = fastdllm.generate(model, messages, gen_length=about.gen_length, constraints=fixed).texts[0]
+    assert text.split("#### ")[-1].strip() == answer and about.words.split(":")[1] in text
 
 
 # Several visitors.

@@ -559,6 +559,45 @@ def test_a_verdict_names_no_ratio_of_one(visit: Callable[..., Any]) -> None:
 
 
 @pytest.mark.browser
+def test_nobody_wins_with_an_empty_answer(visit: Callable[..., Any]) -> None:
+    page = visit()
+    ask(page, "hi")
+    page.get_by_text("Both answers are empty").wait_for()
+    assert page.locator(".lane.won").count() == 0
+    assert "questions like the examples only" in page.locator(".lane-a .note").inner_text()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("size", SIZES)
+def test_before_the_first_forward_nothing_is_said_to_run(visit: Callable[..., Any], size: str) -> None:
+    page = visit(*SIZES[size])
+    page.locator("#model").select_option("tiny-sudoku")
+    for board in page.locator(".lane .canvas").all():
+        assert board.evaluate("box => box.scrollHeight <= box.clientHeight"), "the puzzle is seen whole"
+    page.route("**/page/chat", lambda route: None)  # an answer that does not begin
+    page.locator("#send").click()
+    page.get_by_text("Making this setting ready").first.wait_for()
+    assert page.locator("#verdict").inner_text() == "Getting ready"
+    assert page.locator("#canvas-a .grid .cell.given").count() == 5
+
+
+@pytest.mark.browser
+def test_a_race_that_does_not_begin_says_why_at_once(visit: Callable[..., Any]) -> None:
+    page = visit()
+    ask(page, "hi")
+    page.get_by_text("Both answers are empty").wait_for()
+    ask(page, "too long " * 600)
+    page.locator(".lane .note.problem").wait_for()
+    idle(page)
+    assert set(page.locator(".figure dd").all_inner_texts()) == {"0"}, "figures of another race are gone"
+    assert [text for text in page.locator(".lane .note:not(.problem)").all_inner_texts() if text] == []
+    reason = page.locator(".lane .note.problem")
+    assert page.locator("#verdict").inner_text() == "No race" and "too long" in reason.inner_text()
+    track = page.locator(".lane .track").first.bounding_box()
+    assert reason.bounding_box()["y"] - track["y"] < 40, "the reason stands at the top"
+
+
+@pytest.mark.browser
 def test_other_options_may_hold_commas(visit: Callable[..., Any]) -> None:
     page = visit()
     sent = "async (more) => (await import('/state.js')).sent({ name: 'custom', more })"

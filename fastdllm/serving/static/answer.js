@@ -2,6 +2,7 @@
 // One answer: from the request to a finished trace, and what its figures say.
 
 import { chat, Refused } from "./api.js";
+import { model } from "./state.js";
 import { Trace } from "./trace.js";
 
 const SLOW = 800; // milliseconds without a word from the server after which it has to warm up a run
@@ -56,7 +57,7 @@ export const count = (number, what) => `${number} ${what}${number === 1 ? "" : "
 // What must be said about an answer that is over, null for nothing.
 export function remark(trace) {
   if (!trace.finished) return `Stopped after ${count(trace.forwards, "forward")}.`;
-  if (!trace.text.trim()) return "An empty answer: the model ended it at once.";
+  if (!trace.text.trim()) return `An empty answer: the model ended it at once.${model().note ? " It knows questions like the examples only." : ""}`;
   if (trace.reason === "length") return `Cut at ${count(trace.length, "token")}: the answer had not ended. Settings allow more.`;
   return null;
 }
@@ -84,6 +85,8 @@ const times = (ratio) => `${ratio >= 9.95 ? Math.round(ratio) : ratio.toFixed(1)
 
 // What a race shows, from the counts of both.
 export function verdict(a, b) {
+  const [one, other] = [a.text.trim(), b.text.trim()];
+  if (!one && !other) return { name: "", text: "Both answers are empty", shared: false };
   const [fast, slow, name] = b.seconds() <= a.seconds() ? [b, a, "B"] : [a, b, "A"];
   const ratio = slow.seconds() / (fast.seconds() || 1e-9);
   const parts = [ratio < CLOSE ? "about as fast" : `${times(ratio)} faster`];
@@ -91,7 +94,6 @@ export function verdict(a, b) {
   if (share === 1) parts.push("as many forwards");
   else if (Math.max(share, 1 / share) < CLOSE) parts.push("about as many forwards");
   else parts.push(share > 1 ? `${times(share)} fewer forwards` : `${times(1 / share)} more forwards`);
-  const [one, other] = [a.text.trim(), b.text.trim()];
-  parts.push(one === other ? (one ? "same answer" : "both answers empty") : "another answer");
+  parts.push(one === other ? "same answer" : "another answer");
   return { name, text: `${name}: ${parts.join(", ")}`, shared: a.shared || b.shared };
 }

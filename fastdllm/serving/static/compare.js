@@ -10,6 +10,7 @@ import { body, follow as followAddress, length, state } from "./state.js";
 import { copyText, download } from "./files.js";
 
 const SIDES = ["a", "b"];
+const READY = "Getting ready"; // until a forward is over: the lanes say what is waited for
 
 export class Compare {
   // page: {presets(select, setting), preset(side, name), openSettings(side), edit(prompt), busy(on), pace(value)}.
@@ -84,18 +85,27 @@ export class Compare {
 
   _idle() {
     for (const lane of this.lanes) {
-      const rows = sudoku(state.prompt);
-      lane.canvas.replaceChildren(rows ? grid(rows) : this._masks());
+      this._clear(lane);
       this._note(lane, presetLine(state[lane.side]));
-      for (const tool of lane.tools) tool.disabled = true;
-      for (const value of Object.values(lane.values)) value.textContent = "0";
-      lane.curve.replaceChildren();
-      lane.done.style.width = "0";
     }
     this._say("Two settings, one prompt. Press Race.", "idle");
   }
 
-  _masks() {
+  // A lane in which nothing has run.
+  _clear(lane) {
+    Object.assign(lane, { trace: null, error: "" });
+    lane.canvas.replaceChildren(this._blank());
+    this._note(lane, "");
+    for (const tool of lane.tools) tool.disabled = true;
+    for (const value of Object.values(lane.values)) value.textContent = "0";
+    lane.curve.replaceChildren();
+    lane.done.style.width = "0";
+  }
+
+  // An answer before its first forward: a sudoku as far as it is given, else masks.
+  _blank() {
+    const rows = sudoku(state.prompt);
+    if (rows) return grid(rows);
     const out = document.createDocumentFragment();
     for (let i = 0; i < Math.min(length(), 128); i++) out.append(element("span", "tok open"));
     return out;
@@ -136,14 +146,8 @@ export class Compare {
     this.running = run;
     const traces = [];
     this.page.busy(true);
-    this._say("Racing", "racing");
-    for (const lane of this.lanes) {
-      Object.assign(lane, { trace: null, error: "" });
-      lane.canvas.replaceChildren(this._masks());
-      lane.note.textContent = "";
-      lane.note.className = "note";
-      lane.curve.replaceChildren();
-    }
+    this._say(READY, "racing");
+    for (const lane of this.lanes) this._clear(lane);
     const begun = (lane, trace) => {
       if (this.running !== run) return;
       lane.trace = trace;
@@ -173,8 +177,8 @@ export class Compare {
     if (this.running !== run) return;
     this.running = null;
     if (this.lanes.some((lane) => lane.error) || !traces[0] || !traces[1]) {
-      this._say(this.lanes.some((lane) => lane.error) ? "No race: a setting failed." : "Stopped.", "idle");
-      for (const lane of this.lanes) if (!lane.trace && !lane.error) lane.canvas.replaceChildren(this._masks());
+      this._say(this.lanes.some((lane) => lane.error) ? "No race" : "Stopped.", "idle");
+      for (const lane of this.lanes) if (!lane.trace && !lane.error) this._clear(lane);
     }
     if (traces[0] && traces[1]) this.player.complete();
   }
@@ -215,7 +219,7 @@ export class Compare {
       const step = this.player.steps[other];
       const where = step ? `is at its ${ordinal(step)}` : "is in its first";
       this._say(`${first} is done after ${count(traces[done].forwards, "forward")}; ${second} ${where}`, "racing");
-    } else if (!end && traces.every((trace) => trace.finished || this.running)) this._say("Racing", "racing");
+    } else if (!end && traces.every((trace) => trace.finished || this.running)) this._say(traces.some((trace) => trace.forwards) ? "Racing" : READY, "racing");
   }
 
   _show(steps) {

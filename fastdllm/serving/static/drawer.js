@@ -88,7 +88,7 @@ export class Drawer {
 
   _words() {
     const input = element("input");
-    Object.assign(input, { type: "text", value: state.words, placeholder: "0:Together, 20:pencils", id: "words" });
+    Object.assign(input, { type: "text", value: state.words, placeholder: model().words, id: "words" });
     const preview = element("div", "canvas preview");
     const told = element("p", "quiet");
     let asked = 0;

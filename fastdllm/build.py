@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -122,6 +123,8 @@ def runner(model: Model, config: DecodeConfig) -> Runner:
 
 def assemble(model: Model, config: DecodeConfig) -> Decoding:
     """What a run of this model chooses. Raises ValueError for a combination that makes no sense."""
+    if unheeded := configs.without_effect(config):
+        warnings.warn(unheeded, stacklevel=2)
     spec = model.spec
     config = resolve(spec, config)
     outer = config.block_length

@@ -396,7 +396,7 @@ def test_resolving_again_changes_nothing(family: str) -> None:
         ),
         ({"preset": "balanced", "threshold": 0.8, "steps": 9}, "steps=9 has no effect: decoder='threshold'"),
         ({"decoder": "lopa", "schedule": "even"}, "schedule='even' has no effect: decoder='lopa'"),
-        ({"decoder": Threshold(0.5), "steps": 8}, "steps=8 has no effect: decoder='threshold'"),
+        ({"decoder": Threshold(0.5), "steps": 8}, "steps=8 has no effect: decoder='Decoder'"),
         ({"steps": 8}, None),
         ({"preset": "balanced", "steps": 8}, None),
         ({"threshold": 0.9}, None),

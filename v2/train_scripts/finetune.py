@@ -30,6 +30,7 @@ from fastdllm.arguments import Parser
 from fastdllm.cli import one_line
 from fastdllm.training.checkpoint import MASK_TOKEN, checkpoint_to_resume, load_for_training, save_tokenizer
 from fastdllm.training.collator import Collator, Rows
+from fastdllm.training.finite import train_or_exit
 from fastdllm.training.objective import IGNORE
 from fastdllm.training.records import Conversation, Record, keep_good, read_records, to_conversation
 from fastdllm.training.samples import FAST_DLLM_V2_TEMPLATE, Sample, encode, fit, pack, pad_to_block
@@ -297,10 +298,10 @@ def merge(options: ModelArguments, output: Path, tokenizer: PreTrainedTokenizerF
 
 
 def main(argv: list[str]) -> None:
-    """Load, train, save. What the user should mend is one line and exit code 2."""
+    """Load, train, save. What the user should mend, a loss that is no number among it, is one line and exit code 2."""
     with one_line("finetune"):
         options, training, trainer, resume = prepare(argv)
-    trainer.train(resume_from_checkpoint=resume and str(resume))
+    train_or_exit(trainer, resume, "finetune")
     trainer.save_model()
     trainer.save_state()
     # No process may leave while another still writes or gathers, and all leave the group before any of them ends.

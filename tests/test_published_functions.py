@@ -118,6 +118,20 @@ def test_v2(mode: str, seed: int, length: int, sub: int, blocks: int, threshold:
     assert nfe <= forwards
 
 
+def test_v2_one_sub_block_is_the_whole_block() -> None:
+    """Also where the answer ends off the grid: the published code feeds all rows of a sub-block."""
+    for seed in range(3):
+        model = random_model("v2", seed)
+        for length, budget in ((5, 7), (5, 13), (13, 7), (9, 19), (8, 8)):
+            prompt = torch.randint(0, 30, (length,), generator=torch.Generator().manual_seed(seed))
+            options: dict[str, Any] = {"gen_length": budget, "block_length": 8, "small_block_size": 8, "threshold": 0.5}
+            whole, part = (
+                fastdllm.generate(model, [prompt], cache=cache, stop_ids=(), **options) for cache in ("block", "sub_block")
+            )
+            assert part.sequences[0].tolist() == whole.sequences[0].tolist()
+            assert part.stats.row_forwards == whole.stats.row_forwards
+
+
 @pytest.mark.parametrize("mode", V2)
 def test_v2_answers_of_any_length_begin_as_longer_ones(mode: str) -> None:
     """The budget is exact: neither floored to blocks nor shortened by the prompt's tail. Whole sub-blocks do not depend on

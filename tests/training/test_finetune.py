@@ -374,8 +374,20 @@ def test_a_loss_that_is_no_number_ends_the_run(
     check_that_it_stopped(stopped.value.code, capsys.readouterr().err, output, at, good)
 
 
+@pytest.mark.parametrize("name", finetune.LIMITS)
+@pytest.mark.parametrize("value", ["nan", "-1", "inf"])
+def test_numbers_of_the_optimizer_have_limits(
+    qwen2: Path, data: Path, tmp_path: Path, capsys: Any, name: str, value: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        finetune.main(options(qwen2, data, tmp_path / "out", **{name: value}))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert f"--{name} " in error and "must lie in" in error and error.count("\n") == 1
+
+
 def test_weights_that_overflow_in_the_last_step_are_not_saved(qwen2: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
-    extra = {"max_steps": 1, "learning_rate": 1e38, "max_grad_norm": 0, "warmup_share": 0, "weight_decay": 100}
+    extra = {"max_steps": 1, "learning_rate": 1e30, "max_grad_norm": 0, "warmup_share": 0, "weight_decay": 1e30}
     with pytest.raises(SystemExit) as stopped:
         finetune.main(options(qwen2, data, tmp_path / "out", **extra))
     assert stopped.value.code == 2

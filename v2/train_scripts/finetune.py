@@ -70,6 +70,10 @@ REPLACED = {
     "xpu_backend": "use --ddp_backend",
 }
 
+# The most that a number of the optimizer may be; the least is 0, and a NaN is neither.
+LIMITS = {"learning_rate": 1e30, "weight_decay": 1e30, "max_grad_norm": 1e30, "adam_epsilon": 1e30}
+LIMITS |= {"adam_beta1": 1, "adam_beta2": 1, "warmup_share": 1}
+
 
 @dataclass
 class ModelArguments:
@@ -172,6 +176,9 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, FinetuneArgum
     model, data, training = parsed
     if training.output_dir is None:
         parser.error("--output_dir is needed")
+    for name, most in LIMITS.items():
+        if not 0 <= (value := getattr(training, name)) <= most:
+            parser.error(f"--{name} {value} must lie in [0, {most:g}]")
     if model.merge_lora and not model.lora:
         parser.error("--merge_lora needs --lora")
     return model, data, training

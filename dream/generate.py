@@ -52,7 +52,7 @@ def diffusion_generate(
         decoder = {"decoder": "quota", "schedule": "timesteps", "steps": steps, "alg_temp": alg_temp}
     if not isinstance(input_ids, Tensor):
         rows = encode(model, input_ids, attention_mask)
-        input_ids, lengths = padded(model, rows), torch.tensor([[len(row)] for row in rows])
+        input_ids, lengths = padded(model, rows, input_ids), torch.tensor([[len(row)] for row in rows])
         attention_mask = torch.arange(input_ids.shape[1]) >= input_ids.shape[1] - lengths
     keep = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
     if keep.shape != input_ids.shape:

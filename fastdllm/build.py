@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -127,6 +128,8 @@ def runner(model: Model, config: DecodeConfig) -> Runner:
 
 def assemble(model: Model, config: DecodeConfig) -> Decoding:
     """What a run of this model chooses. Raises ValueError for a combination that makes no sense."""
+    if unheeded := configs.without_effect(config):
+        warnings.warn(unheeded, stacklevel=1)  # one place, so that a process says it once
     spec = model.spec
     config = resolve(spec, config)
     outer = config.block_length

@@ -90,7 +90,8 @@ class DecodeConfig:
 
     * What is given overrides the preset, and the preset overrides the family's defaults.
     * An option that carries a decoder's name selects it: `factor=1.0` means `decoder="factor"`. `steps` or `schedule`
-      without a decoder mean `decoder="quota"`, which keeps to a number of steps; adaptive decoders do not heed them.
+      without a decoder mean `decoder="quota"`, which keeps to a number of steps. Adaptive decoders do not heed them, and a
+      warning says so.
     * A decoder or cache may be a name, an object (`decoder=MyRule(0.8)`), or a class, whose fields are options then.
     * Other spellings are understood:
     {aliases}
@@ -275,6 +276,20 @@ def rename(given: Mapping[str, Any], aliases: Mapping[str, str] = ALIASES) -> di
 def keeps_to_steps(decoder: Any) -> bool:
     """Whether a decoder follows a schedule of a fixed number of steps (`build.py` fills in its field `counts`)."""
     return isinstance(decoder, str | type) and "counts" in registry.field_names(registry.class_of(Kind.DECODERS, decoder))
+
+
+def without_effect(config: DecodeConfig) -> str:
+    """What to say of steps and a schedule that were given and that the decoder does not heed; "" where there are none.
+
+    They are no error: the published commands give steps beside a threshold, which takes their place.
+    """
+    values = {name: getattr(config, name) for name in STEPPED if getattr(config, name) is not None}
+    if not values or keeps_to_steps(config.decoder):
+        return ""
+    named = " and ".join(f"{name}={shown(value)}" for name, value in values.items())
+    verb = "has" if len(values) == 1 else "have"
+    rule = registry.name_of(config.decoder)
+    return f"{named} {verb} no effect: decoder={rule!r} takes as many forwards as an answer needs; 'quota' keeps to steps"
 
 
 def selected_decoder(given: Mapping[str, Any], beneath: Any = "threshold") -> Any:

@@ -159,11 +159,23 @@ def check_model(model: Any) -> None:
     raise ValueError(f"model is of type {kind}; pass what fastdllm.load({name!r}) returns")
 
 
-def padded(model: Model, rows: list[Tensor]) -> Tensor:
+def padded(model: Model, rows: list[Tensor], given: Any = None) -> Tensor:
     """Prompts as one tensor [B, P], shorter ones with the pad id on the left: what the published functions return begins
-    with it."""
-    width = max(map(len, rows))
+    with it.
+
+    given: the ids [B, P] that the rows were, padding included, or what a tokenizer returned; P is theirs, so that the
+    answers begin where a caller looks for them.
+    """
+    width = max(*map(len, rows), _columns(given.get("input_ids") if isinstance(given, Mapping) else given))
     return torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=model.spec.pad_id) for row in rows])
+
+
+def _columns(ids: Any) -> int:
+    """P of ids [B, P], 0 of anything else."""
+    if isinstance(ids, Tensor | np.ndarray):
+        return ids.shape[1] if ids.ndim == 2 else 0
+    rows = ids if isinstance(ids, list | tuple) else []
+    return max((len(row) for row in rows if isinstance(row, list | tuple) and row and isinstance(row[0], int)), default=0)
 
 
 # From one of many shapes to a list of texts, conversations and id tensors [P].

@@ -8,21 +8,27 @@ every number of steps.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastdllm
-from fastdllm.fields import coerce
+from fastdllm.config import nearest
+from fastdllm.fields import coerce, shown
 from fastdllm.prompts import encode, padded
 
+# Switches of LLaDA's own `generate`. False is what happens here; True is another rule.
+SWITCHES = ("logits_eos_inf", "confidence_eos_eot_inf")
 REMASKING = {"low_confidence": "probability", "random": "random"}
 PUBLISHED_MASK = 126336  # the default below: "the model's own", also for a checkpoint that numbers it otherwise
 
 
 def _generate(cache: str, model: fastdllm.Model, prompt: Tensor, options: dict[str, Any]) -> tuple[Tensor, int]:
-    rows = encode(model, prompt)
+    _check_others(options["others"])
+    rows = encode(model, prompt, options["attention_mask"])
     # By position an attention mask, which other codes' functions take there, would be the number of steps.
     steps, gen_length = (coerce(name, options[name], int) for name in ("steps", "gen_length"))
     threshold, factor = options["threshold"], options["factor"]
@@ -44,11 +50,25 @@ def _generate(cache: str, model: fastdllm.Model, prompt: Tensor, options: dict[s
         block_length=options["block_length"],
         temperature=options["temperature"],
         confidence=REMASKING[options["remasking"]],
+        cfg_scale=options["cfg_scale"],
         stop_ids=(),
         **decoder,
     )
     answers = torch.stack([s[len(row) :] for s, row in zip(out.sequences, rows, strict=True)])
-    return torch.cat([padded(model, rows), answers], 1).to(model.device), max(out.stats.row_forwards)
+    return torch.cat([padded(model, rows, prompt), answers], 1).to(model.device), max(out.stats.row_forwards)
+
+
+def _check_others(others: Mapping[str, Any]) -> None:
+    """ValueError for an argument that these functions do not have, and for a switch of LLaDA's that is not False."""
+    for name, value in others.items():
+        if name not in SWITCHES:
+            near = nearest(name, inspect.signature(generate).parameters)
+            more = "fastdllm.generate has more options"
+            raise ValueError(f"unknown argument {name}={shown(value)} of LLaDA's published functions; {near}{more}")
+        if coerce(name, value, bool):
+            raise ValueError(
+                f"{name}={shown(value)} is not supported: an end token is chosen like any other; allowed is False"
+            )
 
 
 def generate(
@@ -62,13 +82,22 @@ def generate(
     mask_id: int = PUBLISHED_MASK,
     threshold: float | None = None,
     factor: float | None = None,
+    *,
+    attention_mask: Any = None,
+    cfg_scale: float = 0.0,
+    **others: Any,
 ) -> tuple[Tensor, int]:
     """Recompute everything at every step. prompt [B, P] -> (x [B, P + gen_length], forwards of the longest row).
 
     prompt may be whatever `fastdllm.generate` takes, also a tokenizer's padded batch: x then begins with the pad id.
 
     `steps` splits evenly over the blocks and counts only without `threshold` and `factor`; `factor` overrides `threshold`.
-    `remasking`: "low_confidence" or "random" (without threshold and factor). Raises ValueError for bad arguments.
+    `remasking`: "low_confidence" or "random" (without threshold and factor).
+
+    By name only, from LLaDA's own function: `attention_mask` [B, P], 0 on padding, which moves to the left; `cfg_scale`, of
+    classifier-free guidance; and its switches `logits_eos_inf` and `confidence_eos_eot_inf`, which must be False.
+
+    Raises ValueError for bad arguments, and for others than these.
     """
     return _generate("none", model, prompt, {**locals()})
 
@@ -84,8 +113,12 @@ def generate_with_prefix_cache(
     mask_id: int = PUBLISHED_MASK,
     threshold: float | None = None,
     factor: float | None = None,
+    *,
+    attention_mask: Any = None,
+    cfg_scale: float = 0.0,
+    **others: Any,
 ) -> tuple[Tensor, int]:
-    """`generate` that recomputes from the block on and refreshes the rest when a block opens."""
+    """`generate` that recomputes from the block on and refreshes the rest when a block opens. Guidance has no cache."""
     return _generate("prefix", model, prompt, {**locals()})
 
 
@@ -100,6 +133,10 @@ def generate_with_dual_cache(
     mask_id: int = PUBLISHED_MASK,
     threshold: float | None = None,
     factor: float | None = None,
+    *,
+    attention_mask: Any = None,
+    cfg_scale: float = 0.0,
+    **others: Any,
 ) -> tuple[Tensor, int]:
-    """`generate` that recomputes only the block and refreshes the rest when a block opens."""
+    """`generate` that recomputes only the block and refreshes the rest when a block opens. Guidance has no cache."""
     return _generate("dual", model, prompt, {**locals()})

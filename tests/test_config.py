@@ -7,6 +7,7 @@ import argparse
 import copy
 import dataclasses
 import pickle
+import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from hypothesis import strategies as st
 import fastdllm
 from fastdllm import DecodeConfig, registry
 from fastdllm.blocks import Block, Pass, Progress
-from fastdllm.build import resolve
+from fastdllm.build import assemble, resolve
 from fastdllm.caches.base import CachePlan
 from fastdllm.config import OPTIONS
 from fastdllm.decoders.base import DecoderRule
+from fastdllm.decoders.threshold import Decoder as Threshold
 from fastdllm.evaluation.options import decode_options, rename, split
 from fastdllm.fields import coerce
 from fastdllm.ui.options import add_decode_options, change, config_of
@@ -381,6 +383,38 @@ def test_resolving_again_changes_nothing(family: str) -> None:
         run = resolve(spec, DecodeConfig(gen_length=16, small_block_size=2, **options))
         assert resolve(spec, run) == run and run.preset is None and run.stop_ids == spec.stop_ids
         assert DecodeConfig(**run.given()) == run
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threshold": 0.9, "steps": 10}, "steps=10 has no effect: decoder='threshold'"),
+        ({"decoder": "threshold", "steps": 10}, "steps=10 has no effect: decoder='threshold'"),
+        (
+            {"factor": 1.0, "steps": 3, "schedule": "cosine"},
+            "steps=3 and schedule='cosine' have no effect: decoder='factor'",
+        ),
+        ({"preset": "balanced", "threshold": 0.8, "steps": 9}, "steps=9 has no effect: decoder='threshold'"),
+        ({"decoder": "lopa", "schedule": "even"}, "schedule='even' has no effect: decoder='lopa'"),
+        ({"decoder": Threshold(0.5), "steps": 8}, "steps=8 has no effect: decoder='Decoder'"),
+        ({"steps": 8}, None),
+        ({"preset": "balanced", "steps": 8}, None),
+        ({"threshold": 0.9}, None),
+    ],
+)
+def test_steps_that_have_no_effect_are_told(options: dict[str, Any], message: str | None) -> None:
+    """Published commands give steps beside a threshold, so they are no error; every run begins with `assemble`."""
+    model, base = random_model("llada"), {"gen_length": 8, "block_length": 4}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assemble(model, DecodeConfig(**base, **options))
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == bool(message), told
+    assert all(text.startswith(message or "") for text in told)
+    without = {name: value for name, value in options.items() if name not in ("steps", "schedule")}
+    if message:
+        first, second = (fastdllm.generate(model, torch.tensor([3, 4]), **base, **some) for some in (options, without))
+        assert first.sequences[0].tolist() == second.sequences[0].tolist()
 
 
 def test_more_steps_than_tokens_are_one_token_a_step() -> None:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dream.generate as dream
+import fastdllm
 import llada.generate as llada
 import v2.generation_functions as v2
 from fastdllm import schedules
@@ -117,6 +118,20 @@ def test_v2(mode: str, seed: int, length: int, sub: int, blocks: int, threshold:
     assert nfe <= forwards
 
 
+def test_v2_one_sub_block_is_the_whole_block() -> None:
+    """Also where the answer ends off the grid: the published code feeds all rows of a sub-block."""
+    for seed in range(3):
+        model = random_model("v2", seed)
+        for length, budget in ((5, 7), (5, 13), (13, 7), (9, 19), (8, 8)):
+            prompt = torch.randint(0, 30, (length,), generator=torch.Generator().manual_seed(seed))
+            options: dict[str, Any] = {"gen_length": budget, "block_length": 8, "small_block_size": 8, "threshold": 0.5}
+            whole, part = (
+                fastdllm.generate(model, [prompt], cache=cache, stop_ids=(), **options) for cache in ("block", "sub_block")
+            )
+            assert part.sequences[0].tolist() == whole.sequences[0].tolist()
+            assert part.stats.row_forwards == whole.stats.row_forwards
+
+
 @pytest.mark.parametrize("mode", V2)
 def test_v2_answers_of_any_length_begin_as_longer_ones(mode: str) -> None:
     """The budget is exact: neither floored to blocks nor shortened by the prompt's tail. Whole sub-blocks do not depend on
@@ -161,7 +176,8 @@ def test_signatures_are_the_published_ones() -> None:
     for function in LLADA.values():
         assert signature(function) == (
             "model, prompt, steps=128, gen_length=128, block_length=128, temperature=0.0, "
-            "remasking='low_confidence', mask_id=126336, threshold=None, factor=None"
+            "remasking='low_confidence', mask_id=126336, threshold=None, factor=None, attention_mask=None, cfg_scale=0.0, "
+            "others"
         )
     for function in V2.values():
         assert signature(function) == (
@@ -177,8 +193,6 @@ def test_signatures_are_the_published_ones() -> None:
 @pytest.mark.parametrize("function", [*LLADA.values(), v2.generate, v2.generate_with_dual_cache, dream.diffusion_generate])
 def test_padded_batches_and_texts_are_prompts_as_well(function: Any) -> None:
     """Each row gets the answer it gets alone; x begins with the padding."""
-    import fastdllm
-
     family = (
         "tiny-llada"
         if function in LLADA.values()
@@ -201,6 +215,49 @@ def test_padded_batches_and_texts_are_prompts_as_well(function: Any) -> None:
     for row, x in zip(rows, together, strict=True):
         alone, _ = function(model, torch.tensor([row]), **options)
         assert x[width - len(row) :].tolist() == alone[0].tolist()
+
+
+@pytest.mark.parametrize("function", [*LLADA.values(), v2.generate, dream.diffusion_generate])
+def test_answers_begin_where_the_given_ids_end(function: Any) -> None:
+    """Also where every row has padding, as `pad_to_multiple_of` makes it."""
+    model = random_model(function.__module__.split(".")[0])
+    options = {"max_new_tokens": 8} if "max_new_tokens" in inspect.signature(function).parameters else {"gen_length": 8}
+    ids, mask = torch.nn.functional.pad(prompt_of(5, 0)[None], (3, 0)), torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
+    alone = function(model, ids[:, 3:], **options)[0][0]
+    for inputs in ({"input_ids": ids, "attention_mask": mask}, {"input_ids": ids.tolist(), "attention_mask": mask.tolist()}):
+        assert function(model, inputs, **options)[0][:, 3:].tolist() == [alone.tolist()]
+    if "attention_mask" in inspect.signature(function).parameters:
+        assert function(model, ids, attention_mask=mask, **options)[0][:, 3:].tolist() == [alone.tolist()]
+
+
+@pytest.mark.parametrize("function", LLADA.values())
+def test_arguments_of_lladas_own_function(function: Any) -> None:
+    """What can be honoured is; padding on the right moves to the left, so that the answer follows the prompt."""
+    model, prompt = random_model("llada"), prompt_of(5, 0)
+    alone, _ = function(model, prompt[None], gen_length=8, logits_eos_inf=False, confidence_eos_eot_inf=False)
+    ids = torch.stack([torch.nn.functional.pad(prompt, (0, 2), value=STOP), prompt_of(7, 1)])
+    mask = torch.tensor([[1] * 5 + [0] * 2, [1] * 7])
+    x, _ = function(model, ids, attention_mask=mask, gen_length=8)
+    assert x.shape == (2, 15) and x[0, 2:].tolist() == alone[0].tolist()
+    assert x[1].tolist() == function(model, ids[1:], gen_length=8)[0][0].tolist()
+    if function is llada.generate:
+        guided = fastdllm.generate(
+            model, prompt[None], gen_length=8, decoder="quota", cfg_scale=2.0, block_length=128, stop_ids=()
+        )
+        assert function(model, prompt[None], gen_length=8, cfg_scale=2.0)[0].tolist() == [guided.sequences[0].tolist()]
+        assert guided.sequences[0].tolist() != alone[0].tolist()
+    for wrong, message in (
+        ({"logits_eos_inf": True}, "logits_eos_inf=True is not supported: .* allowed is False"),
+        ({"confidence_eos_eot_inf": "x"}, "confidence_eos_eot_inf='x' must be of type bool"),
+        ({"attention_mask": mask[:1, :3]}, "attention_mask"),
+        ({"attention_mask": torch.zeros_like(prompt)[None]}, "is empty"),
+        ({"cfg_scale": -1.0}, "cfg_scale=-1.0 must"),
+        ({"tresholt": 1}, r"unknown argument tresholt=1 .*did you mean 'threshold'\?"),
+        ({"top_p": 0.9}, "unknown argument top_p=0.9 .*fastdllm.generate has more"),
+        *([] if function is llada.generate else [({"cfg_scale": 1.0}, "cfg_scale=1.0 needs cache='none', not")]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            function(model, prompt[None], gen_length=8, **wrong)
 
 
 def test_defaults_run_whatever_the_length() -> None:

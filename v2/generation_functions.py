@@ -34,7 +34,7 @@ def _generate(cache: str, model: fastdllm.Model, input_ids: Tensor, options: dic
         stop_ids=None if stop is None else (stop,),
         **given,
     )
-    prompts = padded(model, rows)
+    prompts = padded(model, rows, input_ids)
     x = torch.nn.functional.pad(prompts, (0, length), value=model.spec.pad_id)
     for row, prompt, sequence in zip(x, rows, out.sequences, strict=True):
         start = prompts.shape[1] - len(prompt)

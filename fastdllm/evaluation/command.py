@@ -193,7 +193,7 @@ def _prepare(args: Namespace, model: str) -> None:
     for name in ("model_args", "gen_kwargs"):
         given = getattr(args, name) or file.get(name)
         if given:
-            parsed = parse_arguments(given)
+            parsed = parse_arguments(given, name)
             if name == "model_args":
                 check_names(parsed, V2Options)  # also those that are left open, of which the adapter hears nothing
             # lm-eval names the results folder after `pretrained`, and otherwise at random.

@@ -75,11 +75,13 @@ def _left_open(name: str, value: Any) -> bool:
     return value is None or says_none
 
 
-def parse_arguments(given: str | Mapping[str, Any]) -> dict[str, Any]:
+def parse_arguments(given: str | Mapping[str, Any], option: str = "model_args") -> dict[str, Any]:
     """ "name=value,name=value" as lm-eval reads it, but for the text none, which is the name of a cache. ValueError for a
     name that is there twice, with different values: lm-eval takes the last one."""
-    if not isinstance(given, str):
+    if isinstance(given, Mapping):
         return dict(given)
+    if not isinstance(given, str):
+        raise ValueError(f"{option}={shown(given)} must be a text, name=value,name=value, or a table of names and values")
     from lm_eval.utils import simple_parse_args_string
 
     out: dict[str, Any] = {}

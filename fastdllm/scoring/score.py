@@ -138,13 +138,18 @@ class _Output:
             raise ValueError(f"--output {path} would overwrite what is read")
         self.path = path
         self._partial: str | None = None
-        if path.exists() and not path.is_file():  # a device or a pipe; a folder is an error here
-            self._file: TextIO = path.open("w", encoding="utf-8")
-            return
-        target = Path(os.path.realpath(path))
-        number, self._partial = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        self._target = target
-        self._file = os.fdopen(number, "w", encoding="utf-8")
+        self._target = Path(os.path.realpath(path))
+        try:
+            self._file: TextIO = self._open()
+        except OSError as error:  # of the file that stands in for it, whose name nobody gave
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+    def _open(self) -> TextIO:
+        if self.path.exists() and not self.path.is_file():  # a device or a pipe; a folder is an error here
+            return self.path.open("w", encoding="utf-8")
+        start = f".{self._target.name[:40]}."  # a name as long as names may be has no room for more
+        number, self._partial = tempfile.mkstemp(prefix=start, dir=self._target.parent)
+        return os.fdopen(number, "w", encoding="utf-8")
 
     def write(self, results: dict[str, Any]) -> None:
         self._file.write(json.dumps(results, indent=1) + "\n")

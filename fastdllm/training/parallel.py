@@ -30,9 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from fastdllm.models.spec import ModelSpec
+from fastdllm.training.finite import FiniteTrainer
 from fastdllm.training.masks import PADDING, dense_mask
 
 UNKNOWN = -1.0  # order of a token of which no trajectory tells when it was committed
@@ -301,7 +302,7 @@ class Clock(TrainerCallback):
             control.should_training_stop = control.should_save = True
 
 
-class ParallelTrainer(Trainer):
+class ParallelTrainer(FiniteTrainer):
     """Trains a `Network`, bare or under peft, on batches of `Collator`, by the state that `Curriculum` draws."""
 
     def __init__(

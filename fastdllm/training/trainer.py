@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, Trainer
+from transformers import PreTrainedTokenizerFast
 
 from fastdllm.training.checkpoint import save_tokenizer
+from fastdllm.training.finite import FiniteTrainer
 from fastdllm.training.objective import Noise, choose_masked, draw_noise
 
 EVALUATION = -1  # stands for the step when evaluating, so that every evaluation draws the same noise
@@ -33,7 +34,7 @@ def row_noise(seed: int, step: int, rows: list[int], length: int) -> Noise:
     return Noise(*(torch.cat(parts) for parts in zip(*drawn, strict=True)))
 
 
-class BlockDiffusionTrainer(Trainer):
+class BlockDiffusionTrainer(FiniteTrainer):
     """Trains `Fast_dLLM_QwenForCausalLM`, bare or under peft, on batches made by `Collator`."""
 
     def __init__(self, *args: Any, tokenizer: PreTrainedTokenizerFast, block: int, **kwargs: Any) -> None:

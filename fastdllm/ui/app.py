@@ -53,10 +53,18 @@ def free_port(host: str, port: int | None) -> int:
             except OSError as error:
                 if error.errno == errno.EADDRINUSE and port is None:
                     continue
-                reason = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
-                raise OSError(f"port {candidate} of {host} {reason}; --port takes another one") from error
+                raise OSError(_why_not(host, candidate, error)) from error
             return candidate
     raise OSError(f"no port from {PORTS.start} to {PORTS.stop - 1} is free; --port takes another one")
+
+
+def _why_not(host: str, port: int, error: OSError) -> str:
+    """Why nothing can listen there: the port is taken or reserved, else the address is none of this machine's."""
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} of {host} is taken; --port takes another one"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"port {port} of {host} cannot be used: {error.strerror}; --port takes another one"
+    return f"--host {host} is no address of this machine: {error.strerror}; 127.0.0.1 and 0.0.0.0 are"
 
 
 def main(arguments: Sequence[str] | None = None, default_model: str = "tiny-llada", prog: str | None = None) -> int:

@@ -205,7 +205,7 @@ def describe(model: Model, config: DecodeConfig) -> str:
         values += [name] if value is True else [] if value is False else [f"{name} {value}"]
     decoder = run.name_of("decoder") + (f" ({', '.join(values)})" if values else "")
     guided = f" · guidance {run.cfg_scale}" if run.cfg_scale else ""
-    if config.steps and not run.steps:
+    if configs.without_effect(config):
         guided += " · steps have no effect"
     cache = run.name_of("cache")
     return f"cache {cache} · decoder {decoder} · {run.gen_length} new tokens in blocks of {run.block_length}{guided}"

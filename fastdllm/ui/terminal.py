@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import closing
 
@@ -143,6 +144,7 @@ def main(arguments: Sequence[str] | None = None, default_model: str = "tiny-llad
         return 1
     if sys.stdin is None:
         arguments_parser.error("the input is closed; the chat reads messages from it")
+    warnings.filterwarnings("ignore", message=".* no effect: decoder=")  # the line of the settings says it
     # Bytes that are no UTF-8 come in as replacement characters rather than as an error.
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")

@@ -36,6 +36,7 @@ from fastdllm.arguments import AMOUNT, COUNT, SEED, SHARE, SIZE, Parser, number
 from fastdllm.cli import one_line
 from fastdllm.models import Model
 from fastdllm.training.checkpoint import checkpoint_to_resume
+from fastdllm.training.finite import train_or_exit
 from fastdllm.training.network import Network, load_network, save_network
 from fastdllm.training.objective import IGNORE
 from fastdllm.training.parallel import Clock, Collator, Curriculum, Example, ParallelTrainer
@@ -314,7 +315,7 @@ def curriculum_of(args: argparse.Namespace) -> Curriculum:
 def train(trainer: ParallelTrainer, clock: Clock, resume: Path | None, folder: Path, args: argparse.Namespace) -> float:
     """Train until the session or the run is over; writes OUT/model. Returns the share of the run that is done."""
     training = trainer.args
-    trainer.train(resume_from_checkpoint=resume and str(resume))
+    train_or_exit(trainer, resume, "parallel")
     trained = trainer.accelerator.get_state_dict(trainer.model)  # on every process: a sharded model is gathered
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

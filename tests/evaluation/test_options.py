@@ -178,3 +178,10 @@ def test_a_name_that_is_unknown_is_an_error_whatever_its_value(value: object) ->
     for name, near in (("cahce", "cache"), ("treshold", "threshold"), ("show_sped", "show_speed")):
         with pytest.raises(ValueError, match=f"unknown option {name}=.*did you mean '{near}'"):
             check_names({name: value, "threshold": 0.9, "model_path": "tiny-llada"})
+
+
+@pytest.mark.parametrize("given", [["a", "b"], 5, True, [["pretrained", "x"]]])
+def test_arguments_of_another_type_are_named(given: Any) -> None:
+    """A YAML file may hold anything."""
+    with pytest.raises(ValueError, match=r"gen_kwargs=.* must be a text, name=value,name=value, or a table"):
+        parse_arguments(given, "gen_kwargs")

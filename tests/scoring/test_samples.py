@@ -258,14 +258,23 @@ def never_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score, "run_program", refuse)
 
 
+def test_a_name_as_long_as_names_may_be_is_one(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 250)
+    output = score._Output(path, [])
+    output.write({})
+    assert path.read_text() == "{}\n"
+
+
 def test_outputs_are_opened_before_anything_runs(tmp_path: Path, capsys: Any, never_run: None) -> None:
     path = write(tmp_path / "s.jsonl", GOOD)
     before = path.read_bytes()
     (tmp_path / "link.json").symlink_to(path)
     (tmp_path / "hard.json").hardlink_to(path)
-    for output in (tmp_path / "absent" / "x.json", tmp_path, path, tmp_path / "link.json", tmp_path / "hard.json"):
+    absent, beneath = tmp_path / "absent" / "x.json", path / "x.json"
+    for output in (absent, beneath, tmp_path, path, tmp_path / "link.json", tmp_path / "hard.json"):
         assert score.main([str(path), "--allow-code-execution", "--output", str(output)]) == 2
-        assert capsys.readouterr().err.count("\n") == 1
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and str(output) in message
     problems = write(tmp_path / "p.jsonl", MBPP)
     arguments = [str(path), "--allow-code-execution", "--problems", str(problems), "--output", str(problems)]
     assert score.main(arguments) == 2

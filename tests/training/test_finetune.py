@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from safetensors.torch import load_file, save_file
 import fastdllm
 from fastdllm.forward import Window
 from fastdllm.training.checkpoint import checkpoint_to_resume, load_for_training
+from fastdllm.training.trainer import BlockDiffusionTrainer
 from tests.training.conftest import tiny_qwen2
 from v2.train_scripts import finetune
 
@@ -316,6 +318,102 @@ def test_a_torn_checkpoint_is_passed_over(
     assert re.search(rf"checkpoint-2: passed over, .*{re.escape(reason)}", errors)
     assert f"resuming from {tmp_path / 'checkpoint-1'}" in errors
     assert checkpoint_to_resume("latest", tmp_path) == (tmp_path / "checkpoint-2", [])
+
+
+def spoil(kind: str, at: int, rank: int = 0) -> Callable[..., torch.Tensor]:
+    """`compute_loss` that has a NaN, or one in its gradient alone, in the first micro-batch of step `at` on one process."""
+    sound, done = BlockDiffusionTrainer.compute_loss, []
+
+    def compute_loss(self: BlockDiffusionTrainer, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = sound(self, model, *args, **kwargs)
+        if not model.training or self.state.global_step != at - 1 or self.args.process_index != rank or done:
+            return loss
+        done.append(at)
+        nothing = next(p for p in model.parameters() if p.requires_grad).flatten()[:1].sum() * 0
+        return loss * float("nan") if kind == "loss" else loss + nothing.sqrt()  # its slope at 0 is infinite
+
+    return compute_loss
+
+
+def check_that_it_stopped(stopped: int | str | None, errors: str, output: Path, step: int, good: str | None) -> None:
+    assert stopped == 2
+    line = errors.splitlines()[-1]
+    assert line.startswith(f"finetune: the loss or its gradient is no finite number at step {step} of 5;"), errors[-2000:]
+    assert (f"the last checkpoint before it is {output / good}," if good else "no checkpoint was saved") in line
+    assert "Traceback" not in errors
+    assert {path.name for path in output.glob("*") if path.name.startswith("checkpoint")} == ({good} if good else set())
+    assert not list(output.glob("*.safetensors"))
+    for path in output.glob("*/*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("at", [1, 3, 5])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"save_strategy": "steps", "save_steps": 2},
+        {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2, "logging_strategy": "no"},
+        {"save_strategy": "steps", "save_steps": 2, "max_grad_norm": 0, "logging_steps": 3, "lora": True},
+        {"save_strategy": "no", "logging_strategy": "no"},
+    ],
+    ids=["plain", "accumulated", "adapter, unclipped", "neither logged nor saved"],
+)
+def test_a_loss_that_is_no_number_ends_the_run(
+    qwen2: Path, data: Path, tmp_path: Path, monkeypatch: Any, capsys: Any, kind: str, at: int, extra: dict[str, Any]
+) -> None:
+    """It went on to the end, and saved a model that nothing can load."""
+    monkeypatch.setattr(BlockDiffusionTrainer, "compute_loss", spoil(kind, at))
+    with pytest.raises(SystemExit) as stopped:
+        finetune.main(options(qwen2, data, tmp_path / "out", max_steps=5, **extra))
+    good = {3: "checkpoint-2", 5: "checkpoint-4"}.get(at) if extra["save_strategy"] != "no" else None
+    output = tmp_path / "out"
+    if good == "checkpoint-4":
+        assert (output / "checkpoint-2").is_dir()
+        shutil.rmtree(output / "checkpoint-2")
+    check_that_it_stopped(stopped.value.code, capsys.readouterr().err, output, at, good)
+
+
+@pytest.mark.parametrize("name", finetune.LIMITS)
+@pytest.mark.parametrize("value", ["nan", "-1", "inf"])
+def test_numbers_of_the_optimizer_have_limits(
+    qwen2: Path, data: Path, tmp_path: Path, capsys: Any, name: str, value: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        finetune.main(options(qwen2, data, tmp_path / "out", **{name: value}))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert f"--{name} " in error and "must lie in" in error and error.count("\n") == 1
+
+
+def test_weights_that_overflow_in_the_last_step_are_not_saved(qwen2: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    extra = {"max_steps": 1, "learning_rate": 1e30, "max_grad_norm": 0, "warmup_share": 0, "weight_decay": 1e30}
+    with pytest.raises(SystemExit) as stopped:
+        finetune.main(options(qwen2, data, tmp_path / "out", **extra))
+    assert stopped.value.code == 2
+    assert "weights are no finite numbers after step 1 of 1" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_one_process_of_two_stops_both(qwen2: Path, data: Path, tmp_path: Path, kind: str, way: str) -> None:
+    program = tmp_path / "program.py"
+    sharded = "import tests.training.fsdp_on_cpu\n" if way == "fsdp" else ""
+    program.write_text(
+        f"{sharded}import sys\nfrom tests.training.test_finetune import BlockDiffusionTrainer, finetune, spoil\n"
+        f"BlockDiffusionTrainer.compute_loss = spoil({kind!r}, 3, rank=1)\nfinetune.main(sys.argv[1:])\n"
+    )
+    extra = {"max_steps": 5, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2}
+    command = [*TWO, program, *options(qwen2, data, tmp_path / "out", **extra)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("finetune:")]
+    assert len(told) == 1, done.stderr[-3000:]
+    assert "at step 3 of 5; the last checkpoint before it is" in told[0] and "checkpoint-2," in told[0]
+    assert not (tmp_path / "out" / "checkpoint-4").exists() and not list((tmp_path / "out").glob("*.safetensors"))
 
 
 @pytest.fixture(scope="module", params=["full", "lora"])

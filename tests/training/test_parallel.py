@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import fastdllm
 from fastdllm.models import TINY
 from fastdllm.models.spec import ModelSpec
 from fastdllm.prompts import encode_messages
+from fastdllm.training import parallel
 from fastdllm.training.network import load_network, save_network
 from fastdllm.training.parallel import (
     UNKNOWN,
@@ -328,6 +330,23 @@ def test_the_recipe_trains_resumes_and_reports(name: str, tmp_path: Path, capsys
     table = (out / "report.md").read_text()
     assert table.count("| before |") == table.count("| after |") == 2
     assert (out / "report.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_ends_the_recipe(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """What an earlier session made stays as it was."""
+    data, out = problems(tmp_path / "problems.jsonl"), tmp_path / "out"
+    recipe.main(options("tiny-llada", data, out, "--session", "0"))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    plain = parallel.parallel_loss
+    monkeypatch.setattr(parallel, "parallel_loss", lambda *a: plain(*a)._replace(loss=plain(*a).loss * float("inf")))
+    with pytest.raises(SystemExit) as stopped:
+        recipe.main(options("tiny-llada", data, out))
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("parallel: the loss or its gradient is no finite number at step 2 of 2; ")
+    assert f"is {out / 'checkpoints' / 'checkpoint-1'}," in told
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.slow

@@ -824,6 +824,10 @@ def test_the_command_checks_its_options_and_its_address(capsys: pytest.CaptureFi
         assert app.main(["--port", str(port)]) == 1
         assert f"port {port} of 127.0.0.1 is taken" in capsys.readouterr().err
         assert app.free_port("127.0.0.1", None) in app.PORTS
+    for host in ("192.0.2.1", "999.1.1.1", "nowhere.invalid", "2001:db8::1"):  # reserved: no machine's own
+        assert app.main(["--host", host]) == 1
+        message = capsys.readouterr().err
+        assert f"--host {host} is no address of this machine" in message and "--port" not in message
     for options, expected in (
         (["--preset", "quickest"], "quickest"),
         (["--threshold", "2"], "threshold=2.0 must lie in"),

@@ -30,6 +30,7 @@ from fastdllm.arguments import Parser
 from fastdllm.cli import one_line
 from fastdllm.training.checkpoint import MASK_TOKEN, checkpoint_to_resume, load_for_training, save_tokenizer
 from fastdllm.training.collator import Collator, Rows
+from fastdllm.training.finite import train_or_exit
 from fastdllm.training.objective import IGNORE
 from fastdllm.training.records import Conversation, Record, keep_good, read_records, to_conversation
 from fastdllm.training.samples import FAST_DLLM_V2_TEMPLATE, Sample, encode, fit, pack, pad_to_block
@@ -68,6 +69,10 @@ REPLACED = {
     "warmup_ratio": "use --warmup_share",
     "xpu_backend": "use --ddp_backend",
 }
+
+# The most that a number of the optimizer may be; the least is 0, and a NaN is neither.
+LIMITS = {"learning_rate": 1e30, "weight_decay": 1e30, "max_grad_norm": 1e30, "adam_epsilon": 1e30}
+LIMITS |= {"adam_beta1": 1, "adam_beta2": 1, "warmup_share": 1}
 
 
 @dataclass
@@ -171,6 +176,9 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, FinetuneArgum
     model, data, training = parsed
     if training.output_dir is None:
         parser.error("--output_dir is needed")
+    for name, most in LIMITS.items():
+        if not 0 <= (value := getattr(training, name)) <= most:
+            parser.error(f"--{name} {value} must lie in [0, {most:g}]")
     if model.merge_lora and not model.lora:
         parser.error("--merge_lora needs --lora")
     return model, data, training
@@ -297,10 +305,10 @@ def merge(options: ModelArguments, output: Path, tokenizer: PreTrainedTokenizerF
 
 
 def main(argv: list[str]) -> None:
-    """Load, train, save. What the user should mend is one line and exit code 2."""
+    """Load, train, save. What the user should mend, a loss that is no number among it, is one line and exit code 2."""
     with one_line("finetune"):
         options, training, trainer, resume = prepare(argv)
-    trainer.train(resume_from_checkpoint=resume and str(resume))
+    train_or_exit(trainer, resume, "finetune")
     trainer.save_model()
     trainer.save_state()
     # No process may leave while another still writes or gathers, and all leave the group before any of them ends.

@@ -101,7 +101,7 @@ def presets() -> str:
 def v2_presets() -> str:
     """v2's own presets on validation problems, against threshold 0.9."""
     found = study("validation", MODELS[2], split="validation")
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, preset in (("threshold 0.9", "paper"), ("`balanced`", "balanced"), ("`fast`", "fast")):
         row = next(row for row in found.values() if row["preset"] == preset)
         against = difference(row) if rows else ""

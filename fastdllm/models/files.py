@@ -288,15 +288,24 @@ class Fields(Mapping[str, Any]):
         return set(self._values) - self._read
 
     def check_rest(self, harmless: frozenset[str] = frozenset()) -> None:
-        """Account for every field that was not read: ValueError for one that changes the mathematics, a warning that lists
-        those nobody knows. `harmless`: further names that say nothing about the network."""
-        unknown = []
+        """Account for every field that was not read. ValueError for one that changes the mathematics, or that nobody knows:
+        it may. One that says False or null turns nothing on: of the former a warning tells.
+
+        harmless: further names that say nothing about the network.
+        """
+        unknown, off = [], []
         for name in sorted(self.rest() - HARMLESS - harmless):
             value = self._values[name]
             if name not in NEUTRAL:
-                unknown.append(f"{name}={shown(value)}")
+                if value is not None:
+                    (off if value is False else unknown).append(f"{name}={shown(value)}")
             elif not any(type(value) is type(usual) and value == usual for usual in NEUTRAL[name]):
                 usual = " or ".join(map(repr, NEUTRAL[name])) or "null"
                 raise self.wrong(name, f"only {usual} is supported")
         if unknown:
-            warnings.warn(f"{self.where} has fields that are not known and not used: {', '.join(unknown)}", stacklevel=2)
+            raise ValueError(
+                f"{self.where} has fields that are not known: {', '.join(unknown)}; where they do not change what the network "
+                "computes, delete them from the file"
+            )
+        if off:
+            warnings.warn(f"{self.where} has fields that are not known and not used: {', '.join(off)}", stacklevel=2)

@@ -8,7 +8,7 @@ In a page a table stands between `<!-- table NAME: ... -->` and `<!-- end -->`. 
 
 What writes the data:
 
-* frontier.json, self_verify.json, sudoku.json, validation.json: `python -m scripts.studies.pareto report --summary`
+* frontier.json, self_verify.json, sudoku.json, validation.json, v2_presets.json: `python -m scripts.studies.pareto report --summary`
 * speed.json: `python -m scripts.benchmarks.published --output`; decode.json: `python -m scripts.benchmarks.decode --output`
 * training.json: `python -m scripts.benchmarks.training --output`
 * shared_prompts.json: `python -m scripts.benchmarks.shared_prompts --output`
@@ -100,7 +100,7 @@ def presets() -> str:
 
 def v2_presets() -> str:
     """v2's own presets on validation problems, against threshold 0.9."""
-    found = study("validation", MODELS[2], split="validation")
+    found = study("v2_presets", MODELS[2], split="validation")
     rows: list[tuple[str, ...]] = []
     for name, preset in (("threshold 0.9", "paper"), ("`balanced`", "balanced"), ("`fast`", "fast")):
         row = next(row for row in found.values() if row["preset"] == preset)

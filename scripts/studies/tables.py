@@ -8,7 +8,8 @@ In a page a table stands between `<!-- table NAME: ... -->` and `<!-- end -->`. 
 
 What writes the data:
 
-* frontier.json, self_verify.json, sudoku.json, validation.json, v2_presets.json: `python -m scripts.studies.pareto report --summary`
+* frontier.json, self_verify.json, sudoku.json, validation.json, v2_presets.json: `python -m scripts.studies.pareto report
+  --summary`
 * speed.json: `python -m scripts.benchmarks.published --output`; decode.json: `python -m scripts.benchmarks.decode --output`
 * training.json: `python -m scripts.benchmarks.training --output`
 * shared_prompts.json: `python -m scripts.benchmarks.shared_prompts --output`

@@ -304,8 +304,8 @@ class Fields(Mapping[str, Any]):
                 raise self.wrong(name, f"only {usual} is supported")
         if unknown:
             raise ValueError(
-                f"{self.where} has fields that are not known: {', '.join(unknown)}; where they do not change what the network "
-                "computes, delete them from the file"
+                f"{self.where} has fields that are not known: {', '.join(unknown)}; where they do not change what the "
+                "network computes, delete them from the file"
             )
         if off:
             warnings.warn(f"{self.where} has fields that are not known and not used: {', '.join(off)}", stacklevel=2)

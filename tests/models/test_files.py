@@ -253,13 +253,13 @@ def test_a_field_that_changes_the_network_is_an_error(tmp_path: Path, kind: str,
 def test_an_unknown_field_is_an_error(tmp_path: Path, value: Any) -> None:
     """It may change what the network computes."""
     write_checkpoint(tmp_path, "dream", my_new_trick=value)
-    with pytest.raises(ValueError, match="config.json has fields that are not known: my_new_trick=.*delete them"):
+    with pytest.raises(ValueError, match=r"config.json has fields that are not known: my_new_trick=.*delete them"):
         load(tmp_path)
 
 
 def test_an_unknown_field_that_says_no_is_told_and_a_published_one_is_not(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "a", "dream", my_new_trick=False)
-    with pytest.warns(UserWarning, match="config.json has fields that are not known and not used: my_new_trick=(False|false)"):
+    with pytest.warns(UserWarning, match=r"config.json has fields that are not .* used: my_new_trick=(False|false)"):
         load(tmp_path / "a")
     for kind in KINDS:
         write_checkpoint(tmp_path / kind, kind)

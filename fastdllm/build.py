@@ -128,10 +128,11 @@ def runner(model: Model, config: DecodeConfig) -> Runner:
 
 def assemble(model: Model, config: DecodeConfig) -> Decoding:
     """What a run of this model chooses. Raises ValueError for a combination that makes no sense."""
-    if unheeded := configs.without_effect(config):
-        warnings.warn(unheeded, stacklevel=1)  # one place, so that a process says it once
-    spec = model.spec
-    config = resolve(spec, config)
+    spec, given = model.spec, config.given()
+    config, unheeded = resolve(spec, config), configs.without_effect(config)
+    for told in (unheeded, _without_reuse(given, config), _without_sub_blocks(given, spec)):
+        if told:
+            warnings.warn(told, stacklevel=1)  # one place, so that a process says it once
     outer = config.block_length
     size = config.small_block_size if spec.block_causal else min(outer, config.gen_length)
     geometry = _geometry(config, spec, size)
@@ -247,6 +248,25 @@ def _check_drafts(config: DecodeConfig, spec: ModelSpec) -> None:
         )
     if config.cfg_scale:
         raise ValueError(f"decoder={rule!r} gives the tokens of autoregressive decoding and needs cfg_scale=0")
+
+
+def _without_reuse(given: Mapping[str, Any], config: DecodeConfig) -> str:
+    """What to say of options of layer reuse where no layer reuses; "" where there are none."""
+    if config.reuse_k > 1 and config.layer_subset is not None:
+        return ""
+    named = [name for name in ("layer_subset", "trim_ratio", "trim_drift") if name in given]
+    if not named:
+        return ""
+    missing = "reuse_k above 1" if config.reuse_k == 1 else "layer_subset"
+    return f"{' and '.join(f'{n}={fields.shown(given[n])}' for n in named)}: no effect without {missing}"
+
+
+def _without_sub_blocks(given: Mapping[str, Any], spec: ModelSpec) -> str:
+    """What to say of the size of sub-blocks where blocks have none; "" where it was not given."""
+    size, usual = given.get("small_block_size"), configs.OPTIONS["small_block_size"].default
+    if spec.block_causal or size in (None, usual):  # a resolved config gives the usual one
+        return ""
+    return f"small_block_size={size} has no effect: {spec.family!r} decodes whole blocks; block_length is their size"
 
 
 def _reuse(config: DecodeConfig, spec: ModelSpec, size: int, cache: str) -> LayerReuse | None:

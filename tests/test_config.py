@@ -417,6 +417,32 @@ def test_steps_that_have_no_effect_are_told(options: dict[str, Any], message: st
         assert first.sequences[0].tolist() == second.sequences[0].tolist()
 
 
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("v2", {"trim_ratio": 0.25}, "trim_ratio=0.25: no effect without reuse_k above 1"),
+        ("v2", {"layer_subset": "first"}, "layer_subset='first': no effect without reuse_k above 1"),
+        ("v2", {"layer_subset": "first", "trim_drift": 0.1}, "layer_subset='first' and trim_drift=0.1: no effect"),
+        ("v2", {"reuse_k": 2, "layer_subset": "first", "trim_ratio": 0.5}, None),
+        ("v2", {"small_block_size": 2}, None),
+        ("llada", {"small_block_size": 2}, "small_block_size=2 has no effect: 'llada' decodes whole blocks"),
+        ("dream", {"small_block_size": 4}, "small_block_size=4 has no effect: 'dream' decodes whole blocks"),
+        ("llada", {}, None),
+    ],
+)
+def test_options_that_others_lack_to_have_an_effect_are_told(
+    family: str, options: dict[str, Any], message: str | None
+) -> None:
+    config = DecodeConfig(gen_length=16, block_length=8, **options)
+    model = random_model(family)
+    for asked in (config, resolve(model.spec, config)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assemble(model, asked)
+        told = [str(warning.message) for warning in caught]
+        assert len(told) == bool(message) and all(text.startswith(message or "") for text in told), told
+
+
 def test_more_steps_than_tokens_are_one_token_a_step() -> None:
     """A number of steps that suits one task must not end a run at another, whose answers are short."""
     model, given = random_model(), prompts(5)

@@ -21,6 +21,7 @@ from fastdllm.config import DecodeConfig
 from fastdllm.engine.admission import ROWS
 from fastdllm.loading import PLACE, WEIGHTS, add_place_options, add_weight_options, load_options
 from fastdllm.memory import positions_that_fit
+from fastdllm.serving.address import free_port
 from fastdllm.serving.logs import log_to_stderr
 
 if TYPE_CHECKING:
@@ -224,7 +225,8 @@ def limits(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """The command; returns the exit code: 0 after an orderly end, 2 for bad options or a model that cannot be loaded."""
+    """The command; returns the exit code: 0 after an orderly end, 2 for bad options, an address that cannot be had or
+    a model that cannot be loaded."""
     own, args = registry.parse(lambda: parser(prog), arguments)
     try:
         chosen = settings(args)
@@ -233,6 +235,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 
             log_to_stderr(args.log_level)
             return serve_replicas(chosen, args)
+        free_port(args.host, [args.port])
         app = chosen.app()
     except (ValueError, OSError) as error:
         print(f"{own.prog}: {' '.join(str(error).split())}", file=sys.stderr)

@@ -7,8 +7,6 @@ It is the server of `fastdllm serve`, on a port of its own and with every shippe
 from __future__ import annotations
 
 import argparse
-import errno
-import socket
 import sys
 from collections.abc import Sequence
 
@@ -16,6 +14,7 @@ from fastdllm import registry
 from fastdllm.arguments import Parser
 from fastdllm.loading import add_weight_options, load_options
 from fastdllm.models import tiny_names
+from fastdllm.serving.address import free_port
 from fastdllm.ui import options
 
 PORTS = range(7860, 7960)
@@ -42,34 +41,9 @@ def parser(default_model: str, prog: str | None = None) -> argparse.ArgumentPars
     return out
 
 
-def free_port(host: str, port: int | None) -> int:
-    """The port asked for, else the first that is free. Raises OSError when it is taken, or the address is not ours."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    for candidate in (port,) if port is not None else PORTS:
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, candidate))
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE and port is None:
-                    continue
-                raise OSError(_why_not(host, candidate, error)) from error
-            return candidate
-    raise OSError(f"no port from {PORTS.start} to {PORTS.stop - 1} is free; --port takes another one")
-
-
-def _why_not(host: str, port: int, error: OSError) -> str:
-    """Why nothing can listen there: the port is taken or reserved, else the address is none of this machine's."""
-    if error.errno == errno.EADDRINUSE:
-        return f"port {port} of {host} is taken; --port takes another one"
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return f"port {port} of {host} cannot be used: {error.strerror}; --port takes another one"
-    return f"--host {host} is no address of this machine: {error.strerror}; 127.0.0.1 and 0.0.0.0 are"
-
-
 def main(arguments: Sequence[str] | None = None, default_model: str = "tiny-llada", prog: str | None = None) -> int:
-    """The command; serves until interrupted. Returns the exit code: 1 when the address can't be served, 2 for bad options or
-    a model that cannot be loaded."""
+    """The command; serves until interrupted. Returns the exit code: 2 for bad options, an address that cannot be
+    had or a model that cannot be loaded."""
     from fastdllm.serving.command import Settings, limits, run
 
     own, args = registry.parse(lambda: parser(default_model, prog), arguments)
@@ -80,10 +54,10 @@ def main(arguments: Sequence[str] | None = None, default_model: str = "tiny-llad
     except ValueError as error:
         own.error(str(error))
     try:
-        port = free_port(args.host, args.port)
+        port = free_port(args.host, PORTS if args.port is None else [args.port])
     except OSError as error:
         print(f"fastdllm: {error}", file=sys.stderr)
-        return 1
+        return 2
     print(f"fastdllm: loading {', '.join((first, *others))} ...", flush=True)
     try:
         app = chosen.app()

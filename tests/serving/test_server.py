@@ -423,6 +423,8 @@ def test_keys_queues_deadlines_and_an_orderly_end() -> None:
         ["tiny-llada", "--cache", "best"],
         ["tiny-llada", "--set", "threshold"],
         ["tiny-llada", "--max-batch", "0"],
+        ["no-such-model", "--host", "192.0.2.1"],  # the address is looked at first
+        ["tiny-llada", "--host", "nowhere.invalid"],
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
@@ -431,3 +433,4 @@ def test_a_mistake_on_the_command_line_is_one_line(arguments: list[str], capsys:
     assert main([*arguments, "--port", str(free_port())], prog="fastdllm serve") == 2
     err = capsys.readouterr().err.strip()
     assert err.startswith("fastdllm serve: ") and "\n" not in err
+    assert ("is no address of this machine" in err) == ("--host" in arguments)

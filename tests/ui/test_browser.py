@@ -821,11 +821,11 @@ def test_the_command_checks_its_options_and_its_address(capsys: pytest.CaptureFi
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert app.main(["--port", str(port)]) == 1
+        assert app.main(["--port", str(port)]) == 2
         assert f"port {port} of 127.0.0.1 is taken" in capsys.readouterr().err
-        assert app.free_port("127.0.0.1", None) in app.PORTS
+        assert app.free_port("127.0.0.1", app.PORTS) in app.PORTS
     for host in ("192.0.2.1", "999.1.1.1", "nowhere.invalid", "2001:db8::1"):  # reserved: no machine's own
-        assert app.main(["--host", host]) == 1
+        assert app.main(["--host", host]) == 2
         message = capsys.readouterr().err
         assert f"--host {host} is no address of this machine" in message and "--port" not in message
     for options, expected in (
@@ -844,7 +844,7 @@ def test_the_command_checks_its_options_and_its_address(capsys: pytest.CaptureFi
 def test_the_address_is_told_when_it_can_be_reached() -> None:
     from fastdllm.ui import app
 
-    port = app.free_port("127.0.0.1", None)
+    port = app.free_port("127.0.0.1", app.PORTS)
     command = [sys.executable, "-m", "fastdllm.cli", "app", "--model", "tiny-sudoku", "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).resolve().parents[2])
     try:

@@ -295,7 +295,7 @@ def report(
     status = torch.stack([still.sum(1), stopped.long(), still[:, 0].long(), drifted, written.new.sum(1)], 1)
     if run.decoder.drafts:
         after = after.masked_fill(still, view.mask_id)  # a draft is no answer yet
-    conf, lead = view.conf.masked_fill(~view.masked, torch.nan), slice(None, None, run.lanes)
+    conf, lead = view.conf.masked_fill(~(view.masked | written.committed), torch.nan), slice(None, None, run.lanes)
     return Outcome(status[lead], after[lead], conf[lead], written.committed[lead], view.logprob[lead])
 
 

@@ -202,7 +202,8 @@ def describe(model: Model, config: DecodeConfig) -> str:
     values = [f"{run.steps} steps"] if configs.keeps_to_steps(run.decoder) else []
     for name in registry.settable(Kind.DECODERS, run.decoder):
         value = getattr(run, name)
-        values += [name] if value is True else [] if value is False else [f"{name} {value}"]
+        if value is not False and (value or isinstance(value, float)):  # a number of 0 is none
+            values.append(name if value is True else f"{name} {value}")
     decoder = run.name_of("decoder") + (f" ({', '.join(values)})" if values else "")
     guided = f" · guidance {run.cfg_scale}" if run.cfg_scale else ""
     if configs.without_effect(config):

@@ -177,7 +177,7 @@ def test_bad_folders_and_configs_say_what_is_wrong(tmp_path: Path) -> None:
     write_json(fresh("field", "dream") / "config.json", config)
     broken("field", ValueError, "config.json lacks the field 'num_hidden_layers'")
     write_json(fresh("heads", "dream") / "config.json", qwen2_config("dream", num_key_value_heads=3))
-    broken("heads", ValueError, "4 heads are no multiple of 3")
+    broken("heads", ValueError, "num_key_value_heads=3; num_attention_heads=4 is no multiple of it")
     write_json(fresh("mask") / "config.json", llada_config(mask_token_id=9999))
     broken("mask", ValueError, r"mask_token_id=9999; the tokenizer's mask '<\|mdm_mask\|>' is 586")
     write_json(fresh("alibi") / "config.json", llada_config(alibi=True))

@@ -117,7 +117,8 @@ def test_what_may_be_chosen_is_told(client: TestClient) -> None:
     assert info["models"][0]["examples"] == [question for question, _ in options.WORD_PROBLEMS.examples]
     assert "sub_block" not in info["models"][0]["caches"]
     threshold = next(known for known in info["decoders"] if known["name"] == "threshold")
-    assert {"threshold", "strict"} == {option["name"] for option in threshold["options"]} and not threshold["steps"]
+    assert {"threshold", "strict", "steps_per_block"} == {option["name"] for option in threshold["options"]}
+    assert not threshold["steps"]
     assert next(known for known in info["decoders"] if known["name"] == "quota")["steps"]
 
 

@@ -573,7 +573,7 @@ def test_before_the_first_forward_nothing_is_said_to_run(visit: Callable[..., An
     page = visit(*SIZES[size])
     page.locator("#model").select_option("tiny-sudoku")
     for board in page.locator(".lane .canvas").all():
-        assert board.evaluate("box => box.scrollHeight <= box.clientHeight"), "the puzzle is seen whole"
+        page.wait_for_function("box => box.scrollHeight <= box.clientHeight", arg=board.element_handle())  # it is seen whole
     page.route("**/page/chat", lambda route: None)  # an answer that does not begin
     page.locator("#send").click()
     page.get_by_text("Making this setting ready").first.wait_for()

@@ -78,7 +78,7 @@ PRESETS = (
     Preset(
         "balanced",
         "Balanced",
-        "Recommended: the fewest forwards that keep the answers as good as the published setting's, or better.",
+        "Recommended: answers as good as the published setting's or better, in fewer forwards.",
         {"preset": "balanced"},
     ),
     Preset(

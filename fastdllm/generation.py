@@ -265,8 +265,13 @@ def renamed(options: Mapping[str, Any], **given: Any) -> dict[str, Any]:
 
 
 def prompts_of(prompts: Prompts | None, options: dict[str, Any]) -> Prompts:
-    """The prompts, or what was passed for them as transformers' input_ids, which is taken out of the options."""
+    """The prompts, or what was passed for them as transformers' input_ids, which is taken out of the options.
+
+    So are token_type_ids beside them: some tokenizers return them for any model, and these models have no such types.
+    """
     given = options.pop("input_ids", None)
+    if given is not None:
+        options.pop("token_type_ids", None)
     if prompts is None and given is None:
         raise ValueError("prompts is missing: what shall the model answer?")
     if prompts is not None and given is not None:

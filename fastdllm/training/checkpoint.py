@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_pt_utils import safe_globals
 
 from fastdllm.fields import shown
 from fastdllm.models import find_folder, tiny_names
@@ -22,6 +21,11 @@ from fastdllm.models.files import present, read_object
 from fastdllm.models.tokenizer import load_tokenizer
 from fastdllm.models.weights import shards
 from fastdllm.training.model import Fast_dLLM_QwenConfig, Fast_dLLM_QwenForCausalLM
+
+try:
+    from transformers.trainer_pt_utils import safe_globals
+except ImportError:  # transformers 4.57.1 has it elsewhere
+    from transformers.trainer import safe_globals
 
 MASK_TOKEN = "|<MASK>|"
 MODEL_TYPES = ("qwen2", Fast_dLLM_QwenConfig.model_type)

@@ -98,6 +98,7 @@ def test_groups(
 
 @pytest.mark.parametrize("splits", [1, 2, 5])
 @pytest.mark.parametrize(("M", "C", "N"), [(1, 16, 1), (33, 768, 64), (20, 1100, 130)])
+@pytest.mark.usefixtures("descriptors")
 def test_partial_sums_add_up(device: torch.device, assert_close, M: int, C: int, N: int, splits: int) -> None:
     from fastdllm.kernels.linear import triton
 

@@ -84,6 +84,7 @@ def test_linear(
 
 @pytest.mark.parametrize("splits", [1, 2, 5])
 @pytest.mark.parametrize(("M", "C", "N"), [(1, 16, 1), (33, 128, 64), (32, 272, 100)])
+@pytest.mark.usefixtures("descriptors")
 def test_partial_sums_add_up(device: torch.device, assert_close, M: int, C: int, N: int, splits: int) -> None:
     """fp8 by fp8, on tokens quantised beforehand; more splits than tiles of channels leave some sums empty."""
     from fastdllm.kernels.linear import triton
@@ -98,6 +99,7 @@ def test_partial_sums_add_up(device: torch.device, assert_close, M: int, C: int,
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("M", "C", "N"), [(65, 16, 16), (130, 272, 144), (256, 1040, 48), (100, 9216, 16)])
+@pytest.mark.usefixtures("descriptors")
 def test_fp8_products_of_some_hundred_rows(device: torch.device, assert_close, M: int, C: int, N: int, bias: bool) -> None:
     """Tiles of both widths, with and without a part of the channels each; the library's product is their equal."""
     from fastdllm.kernels.linear import fp8
@@ -120,6 +122,7 @@ def test_fp8_products_of_many_tiles_belong_to_the_library(device: torch.device) 
     assert fp8.tiling(256, 3584, 18944, device) is not None
 
 
+@pytest.mark.usefixtures("descriptors")
 def test_bias_is_added_once(device: torch.device, assert_close) -> None:
     from fastdllm.kernels.linear import triton
 

@@ -129,8 +129,12 @@ def runner(model: Model, config: DecodeConfig) -> Runner:
 def assemble(model: Model, config: DecodeConfig) -> Decoding:
     """What a run of this model chooses. Raises ValueError for a combination that makes no sense."""
     spec, given = model.spec, config.given()
-    config, unheeded = resolve(spec, config), configs.without_effect(config)
-    for told in (unheeded, _without_reuse(given, config), _without_sub_blocks(given, spec)):
+    config = resolve(spec, config)
+    for told in (
+        configs.without_effect(given, config.decoder),
+        _without_reuse(given, config),
+        _without_sub_blocks(given, spec),
+    ):
         if told:
             warnings.warn(told, stacklevel=1)  # one place, so that a process says it once
     outer = config.block_length

@@ -278,17 +278,17 @@ def keeps_to_steps(decoder: Any) -> bool:
     return isinstance(decoder, str | type) and "counts" in registry.field_names(registry.class_of(Kind.DECODERS, decoder))
 
 
-def without_effect(config: DecodeConfig) -> str:
-    """What to say of steps and a schedule that were given and that the decoder does not heed; "" where there are none.
+def without_effect(given: Mapping[str, Any], decoder: Any) -> str:
+    """What to say of steps and a schedule among the options given, where the decoder does not heed them; "" elsewhere.
 
     They are no error: the published commands give steps beside a threshold, which takes their place.
     """
-    values = {name: getattr(config, name) for name in STEPPED if getattr(config, name) is not None}
-    if not values or keeps_to_steps(config.decoder):
+    values = {name: given[name] for name in STEPPED if name in given}
+    if not values or keeps_to_steps(decoder):
         return ""
     named = " and ".join(f"{name}={shown(value)}" for name, value in values.items())
     verb = "has" if len(values) == 1 else "have"
-    rule = registry.name_of(config.decoder)
+    rule = registry.name_of(decoder)
     return f"{named} {verb} no effect: decoder={rule!r} takes as many forwards as an answer needs; 'quota' keeps to steps"
 
 

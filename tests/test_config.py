@@ -395,6 +395,7 @@ def test_resolving_again_changes_nothing(family: str) -> None:
             "steps=3 and schedule='cosine' have no effect: decoder='factor'",
         ),
         ({"preset": "balanced", "threshold": 0.8, "steps": 9}, "steps=9 has no effect: decoder='threshold'"),
+        ({"preset": "balanced", "strict": True, "steps": 9}, "steps=9 has no effect: decoder='threshold'"),
         ({"decoder": "lopa", "schedule": "even"}, "schedule='even' has no effect: decoder='lopa'"),
         ({"decoder": Threshold(0.5), "steps": 8}, "steps=8 has no effect: decoder='Decoder'"),
         ({"steps": 8}, None),

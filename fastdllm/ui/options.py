@@ -206,7 +206,7 @@ def describe(model: Model, config: DecodeConfig) -> str:
             values.append(name if value is True else f"{name} {value}")
     decoder = run.name_of("decoder") + (f" ({', '.join(values)})" if values else "")
     guided = f" · guidance {run.cfg_scale}" if run.cfg_scale else ""
-    if configs.without_effect(config):
+    if configs.without_effect(config.given(), run.decoder):
         guided += " · steps have no effect"
     cache = run.name_of("cache")
     return f"cache {cache} · decoder {decoder} · {run.gen_length} new tokens in blocks of {run.block_length}{guided}"

@@ -142,11 +142,7 @@ def log_likelihoods(
     cfg_scale = _at_least("cfg_scale", cfg_scale, 0.0)
     if abs(seed) > 2**62:
         raise ValueError(f"seed={shown(seed)} must lie between {-(2**62)} and {2**62}")
-    try:
-        given = list(pairs)
-    except TypeError as error:
-        raise ValueError(f"pairs={shown(pairs)} must be a list of (context, target)") from error
-    pairs = [_pair(model, i, pair) for i, pair in enumerate(given)]
+    pairs = _pairs(model, pairs)
     # Long canvases first, side by side with their like: little padding, and memory trouble shows at once.
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
     of_pair = {
@@ -191,6 +187,15 @@ def _at_least(name: str, value: Any, low: Number) -> Number:
     if number < low:
         raise ValueError(f"{name}={number} must be at least {low:g}")
     return number
+
+
+def _pairs(model: Model, pairs: Any) -> list[tuple[Tensor, Tensor]]:
+    """Token ids of each (context, target); ValueError for what is no list of them."""
+    try:
+        given = list(pairs)
+    except TypeError as error:
+        raise ValueError(f"pairs={shown(pairs)} must be a list of (context, target)") from error
+    return [_pair(model, i, pair) for i, pair in enumerate(given)]
 
 
 def _pair(model: Model, i: int, given: Any) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,11 @@ from functools import cache
 
 import torch
 
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # Triton before 3.4 has none: the library multiplies
+    TensorDescriptor = None
+
 RESERVED = 1024  # bytes of a multiprocessor's shared memory that the driver keeps per program
 SCRATCH = 16384  # bytes of shared memory kept free of prefetched tiles: for a product's other operand and for reductions
 

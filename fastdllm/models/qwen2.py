@@ -8,7 +8,7 @@ from typing import Any
 
 from fastdllm.models.files import Fields
 from fastdllm.models.rope import read_rope
-from fastdllm.models.spec import HEAD_DIM, HEADS, LAYERS, VOCAB, WIDTH, ModelSpec
+from fastdllm.models.spec import HEAD_DIM, HEADS, LAYERS, VOCAB, WIDTH, ModelSpec, check_layer_types
 
 TIED = "lm_head.weight"
 
@@ -56,16 +56,6 @@ def shapes(
         "qk_norm": qk_norm,
         "tied_head": config.flag("tie_word_embeddings"),
     }
-
-
-def check_layer_types(config: Fields) -> None:
-    """Raises ValueError for a layer that does not attend to everything."""
-    if set(config.names("layer_types")) - {"full_attention"}:
-        raise config.wrong("layer_types", "only 'full_attention' is supported")
-    slides = config.flag("use_sliding_window", "sliding_window" in config)  # Qwen's switch; Mistral heeds a width by itself
-    if slides:
-        name = "use_sliding_window" if "use_sliding_window" in config else "sliding_window"
-        raise config.wrong(name, "only null or use_sliding_window=False is supported")
 
 
 def names(spec: ModelSpec, body: str = "model.", head: str = TIED) -> dict[str, tuple[str, int]]:

@@ -189,6 +189,16 @@ class Family:
         return spec
 
 
+def check_layer_types(config: Fields) -> None:
+    """Raises ValueError for a layer that does not attend to everything."""
+    if set(config.names("layer_types")) - {"full_attention"}:
+        raise config.wrong("layer_types", "only 'full_attention' is supported")
+    slides = config.flag("use_sliding_window", "sliding_window" in config)  # Qwen's switch; Mistral heeds a width by itself
+    if slides:
+        name = "use_sliding_window" if "use_sliding_window" in config else "sliding_window"
+        raise config.wrong(name, "only null or use_sliding_window=False is supported")
+
+
 def mask_id(config: Fields, ids: Mapping[str, int], text: str, published: int) -> int:
     """config.json's mask_token_id, else the id of the token `text` or of the tokenizer's own mask, else (without a
     tokenizer) the published id.

@@ -88,7 +88,7 @@ def assert_close() -> Callable[[Tensor, Tensor, float], None]:
 @pytest.fixture
 def descriptors() -> None:
     """Triton before 3.4 has no tensor descriptors, and the kernels that use them are left to the library there."""
-    from fastdllm.kernels.linear import triton
+    from fastdllm.kernels.device import TensorDescriptor
 
-    if triton.TensorDescriptor is None:
+    if TensorDescriptor is None:
         pytest.skip("this Triton has no tensor descriptors")

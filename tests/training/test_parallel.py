@@ -35,6 +35,7 @@ from fastdllm.training.parallel import (
 )
 from fastdllm.training.records import read_records, to_conversation
 from scripts.recipes import parallel as recipe
+from scripts.recipes import parallel_report
 from tests.examples import examples
 
 FAMILIES = ("tiny-llada", "tiny-dream", "tiny-fast-dllm-v2")
@@ -296,8 +297,8 @@ def test_an_answer_agrees_by_its_result() -> None:
 
 def test_mcnemar_is_the_exact_binomial() -> None:
     first, second = [True] * 8 + [False] * 2 + [True] * 5, [False] * 8 + [True] * 2 + [True] * 5
-    assert recipe.sign_test(first, second) == pytest.approx(2 * (1 + 10 + 45) / 1024)
-    assert recipe.sign_test(first, first) == 1.0
+    assert parallel_report.sign_test(first, second) == pytest.approx(2 * (1 + 10 + 45) / 1024)
+    assert parallel_report.sign_test(first, first) == 1.0
 
 
 def problems(path: Path) -> Path:
@@ -411,7 +412,7 @@ def test_a_text_that_is_no_trajectory_is_left_out(text: str) -> None:
     assert recipe.trajectory(text, 100) is None
 
 
-RESULT = {"setting": recipe.REFERENCE, "block": 32, "threshold": 1.0, "right": [True, False], "forwards": [3, 4]}
+RESULT = {"setting": parallel_report.REFERENCE, "block": 32, "threshold": 1.0, "right": [True, False], "forwards": [3, 4]}
 
 
 @pytest.mark.parametrize(
@@ -429,10 +430,10 @@ RESULT = {"setting": recipe.REFERENCE, "block": 32, "threshold": 1.0, "right": [
 def test_results_of_another_run_are_refused(tmp_path: Path, value: object, message: str) -> None:
     path = tmp_path / "before.json"
     path.write_text(json.dumps([RESULT]))
-    assert recipe.results_of(path, 2) == [RESULT]
+    assert parallel_report.results_of(path, 2) == [RESULT]
     path.write_text(json.dumps(value))
     with pytest.raises(ValueError, match=message):
-        recipe.results_of(path, 2)
+        parallel_report.results_of(path, 2)
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:

@@ -13,14 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdllm.kernels.device import multiprocessors, stages
+from fastdllm.kernels.device import TensorDescriptor, multiprocessors, stages
 from fastdllm.kernels.dot import dot
 from fastdllm.kernels.pdl import LAUNCH, wait
-
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # Triton before 3.4 has none: the library multiplies
-    TensorDescriptor = None
 
 TILE = 128
 LONG = 8192  # channels from which on splitting them costs less than narrower tiles

@@ -16,18 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdllm.kernels.device import stages
+from fastdllm.kernels.device import TensorDescriptor, stages
 from fastdllm.kernels.dot import dot
 from fastdllm.kernels.linear import fp8, reference
 from fastdllm.kernels.linear.int4 import HALF, PARTS, UNIT, group_size
 from fastdllm.kernels.linear.nibbles import unit_product
 from fastdllm.kernels.linear.reference import FP8, FP8_MAX
 from fastdllm.kernels.pdl import LAUNCH, wait
-
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # Triton before 3.4 has none: the library multiplies
-    TensorDescriptor = None
 
 # Most rows of the skinny kernel; more go to the library, from where on int8 costs a widened copy of the weight.
 SKINNY_ROWS = 64

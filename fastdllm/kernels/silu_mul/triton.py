@@ -12,14 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdllm.kernels.device import stages
+from fastdllm.kernels.device import TensorDescriptor, stages
 from fastdllm.kernels.dot import dot
 from fastdllm.kernels.linear.int4 import PARTS, UNIT
 from fastdllm.kernels.linear.nibbles import unit_product
 from fastdllm.kernels.linear.reference import FP8
 from fastdllm.kernels.linear.triton import (
     SKINNY_ROWS,
-    TensorDescriptor,
     group_of,
     half_sums,
     is_skinny,

@@ -6,19 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fastdllm.models.files import Fields
-from fastdllm.models.spec import (
-    HEADS,
-    LAYERS,
-    POSITIONS,
-    VOCAB,
-    WIDTH,
-    Family,
-    ModelSpec,
-    check_layer_types,
-    mask_id,
-    pad_id,
-    stop_ids,
-)
+from fastdllm.models.spec import HEADS, LAYERS, POSITIONS, VOCAB, WIDTH, Family, ModelSpec, mask_id, pad_id, stop_ids
 
 
 def read(config: Fields, ids: Mapping[str, int]) -> ModelSpec:
@@ -31,7 +19,6 @@ def read(config: Fields, ids: Mapping[str, int]) -> ModelSpec:
     vocab = config.integer("vocab_size", 1, VOCAB, None)
     stops = stop_ids(config, ids, *(() if "eos_token_id" in config else ("<|endoftext|>",)), "<|eot_id|>")
     stops = stops if stops or ids else (126081,)
-    check_layer_types(config)
     return ModelSpec(
         family="llada",
         layers=config.integer("n_layers", 1, LAYERS),

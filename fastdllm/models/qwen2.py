@@ -8,7 +8,7 @@ from typing import Any
 
 from fastdllm.models.files import Fields
 from fastdllm.models.rope import read_rope
-from fastdllm.models.spec import HEAD_DIM, HEADS, LAYERS, VOCAB, WIDTH, ModelSpec, check_layer_types
+from fastdllm.models.spec import HEAD_DIM, HEADS, LAYERS, VOCAB, WIDTH, ModelSpec
 
 TIED = "lm_head.weight"
 
@@ -33,7 +33,6 @@ def shapes(
         raise config.wrong("num_attention_heads", f"hidden_size={width} is no multiple of it")
     if not qkv_bias and config.flag("attention_bias"):
         raise config.wrong("attention_bias", "only False is supported for this architecture")
-    check_layer_types(config)
     rope = read_rope(config, rope_kinds, partial)
     head_dim = config.integer("head_dim", 2, HEAD_DIM, width // heads)
     kv_heads = config.integer("num_key_value_heads", 1, HEADS, heads)

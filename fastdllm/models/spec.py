@@ -152,9 +152,9 @@ class ModelSpec:
         for name, low, high in (("rms_eps", 0.0, 1.0), ("rope_theta", 1.0, math.inf)):
             if not low < getattr(self, name) < high:
                 raise ValueError(f"{self.family}: {name}={getattr(self, name)} must be above {low:g} and below {high:g}")
-        for name, ids in (("mask_id", [self.mask_id]), ("pad_id", [self.pad_id]), ("stop_ids", self.stop_ids)):
+        for name, ids in (("mask", [self.mask_id]), ("pad", [self.pad_id]), ("eos", self.stop_ids)):  # as in config.json
             if bad := [i for i in ids if not 0 <= i < self.vocab]:
-                raise ValueError(f"{self.family}: {name}={bad[0]} is outside the vocabulary of {self.vocab} rows")
+                raise ValueError(f"{self.family}: {name}_token_id={bad[0]} is outside the vocabulary of {self.vocab} rows")
         if self.mask_id in self.stop_ids:
             raise ValueError(f"{self.family}: mask_id={self.mask_id} is a stop token too")
 
@@ -185,14 +185,18 @@ class Family:
         """The spec of a config.json. Raises ValueError naming a field that is missing, wrong, or not supported."""
         fields = config if isinstance(config, Fields) else Fields(config)
         spec = self.read(fields, ids)
+        check_layer_types(fields, spec.layers)
         fields.check_rest(self.harmless)
         return spec
 
 
-def check_layer_types(config: Fields) -> None:
-    """Raises ValueError for a layer that does not attend to everything."""
-    if set(config.names("layer_types")) - {"full_attention"}:
+def check_layer_types(config: Fields, layers: int) -> None:
+    """Raises ValueError for a layer that does not attend to everything, and for a list of more or fewer than `layers`."""
+    types = config.names("layer_types")
+    if set(types) - {"full_attention"}:
         raise config.wrong("layer_types", "only 'full_attention' is supported")
+    if "layer_types" in config and len(types) != layers:
+        raise config.wrong("layer_types", f"the network has {layers} layers")
     slides = config.flag("use_sliding_window", "sliding_window" in config)  # Qwen's switch; Mistral heeds a width by itself
     if slides:
         name = "use_sliding_window" if "use_sliding_window" in config else "sliding_window"

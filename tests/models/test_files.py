@@ -193,6 +193,7 @@ CHANGED = {
         ("rope_scaling", {"type": "linear", "factor": 2.0}),
         ("rope_parameters", {"rope_type": "dynamic", "factor": 2.0}),
         ("layer_types", ["sliding_attention", "full_attention"]),
+        ("layer_types", ["full_attention"] * 3),  # of a network of two layers
         ("sliding_window", 128),
         ("tie_word_embeddings", True),
         ("vision_config", {"depth": 2}),
@@ -200,6 +201,8 @@ CHANGED = {
     "dream": [
         ("hidden_act", "gelu"),
         ("layer_types", ["full_attention", "sliding_attention"]),
+        ("layer_types", ["full_attention"]),
+        ("layer_types", []),
         ("use_sliding_window", True),
         ("partial_rotary_factor", 0.5),
         ("rope_scaling", {"rope_type": "linear", "factor": 2.0}),
@@ -246,6 +249,13 @@ def test_a_field_that_changes_the_network_is_an_error(tmp_path: Path, kind: str,
     write_checkpoint(tmp_path, kind, **{field: value})
     last = list(value)[-1] if isinstance(value, dict) else field
     with pytest.raises(ValueError, match=rf"{tmp_path}: config.json.*({field}|{last})"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["pad_token_id", "eos_token_id"])
+def test_an_id_outside_the_vocabulary_is_named_as_published(tmp_path: Path, field: str) -> None:
+    write_checkpoint(tmp_path, "llada", **{field: 99999})
+    with pytest.raises(ValueError, match=f"{field}=99999"):
         load(tmp_path)
 
 

@@ -8,11 +8,14 @@ no mask is left however few the steps. With `alg="confidence_threshold"` the num
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 import fastdllm
-from fastdllm.prompts import check_model, encode, padded
+from fastdllm.fields import coerce, shown
+from fastdllm.prompts import encode, padded
 
 # What each `alg` ranks positions by.
 ALGS = {
@@ -27,7 +30,7 @@ ALGS = {
 def diffusion_generate(
     model: fastdllm.Model,
     input_ids: Tensor,
-    attention_mask: Tensor | None = None,
+    attention_mask: Any = None,
     max_new_tokens: int = 128,
     steps: int = 128,
     alg: str = "entropy",
@@ -41,30 +44,24 @@ def diffusion_generate(
 ) -> tuple[Tensor, int]:
     """input_ids [B, P], attention_mask [B, P] (0 on padding) -> (x [B, P + max_new_tokens], forwards of the longest row).
 
-    `block_length` None is the whole answer without a cache, 32 with "prefix" or "dual". Raises ValueError for bad arguments.
+    Padding moves to the left, so that the answer follows the prompt, and is the pad id in x. `block_length` None is the
+    whole answer without a cache, 32 with "prefix" or "dual". Raises ValueError for bad arguments.
     """
-    check_model(model)
+    alg = coerce("alg", alg, str)
     if alg not in ALGS:
-        raise ValueError(f"alg={alg!r} is unknown; allowed are {', '.join(ALGS)}")
+        raise ValueError(f"alg={shown(alg)} is unknown; allowed are {', '.join(ALGS)}")
     if alg == "confidence_threshold":
         decoder = {"decoder": "threshold", "threshold": threshold}
     else:
         decoder = {"decoder": "quota", "schedule": "timesteps", "steps": steps, "alg_temp": alg_temp}
-    if not isinstance(input_ids, Tensor):
-        rows = encode(model, input_ids, attention_mask)
-        input_ids, lengths = padded(model, rows, input_ids), torch.tensor([[len(row)] for row in rows])
-        attention_mask = torch.arange(input_ids.shape[1]) >= input_ids.shape[1] - lengths
-    keep = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
-    if keep.shape != input_ids.shape:
-        raise ValueError(f"attention_mask has shape {list(keep.shape)}, input_ids {list(input_ids.shape)}")
-    if (keep[:, :-1] & ~keep[:, 1:]).any():
-        raise ValueError("attention_mask must be 0 on the left of a prompt only: the answer follows on its right")
+    rows = encode(model, input_ids, attention_mask)
+    length = coerce("max_new_tokens", max_new_tokens, int)
     out = fastdllm.generate(
         model,
-        [ids[k] for ids, k in zip(input_ids, keep, strict=True)],
+        rows,
         cache=cache,
-        gen_length=max_new_tokens,
-        block_length=block_length or (max_new_tokens if cache == "none" else 32),
+        gen_length=length,
+        block_length=(length if cache == "none" else 32) if block_length is None else block_length,
         confidence=ALGS[alg],
         temperature=temperature,
         top_p=top_p,
@@ -72,5 +69,6 @@ def diffusion_generate(
         stop_ids=(),
         **decoder,
     )
-    answers = torch.stack([s[-max_new_tokens:] for s in out.sequences])
-    return torch.cat([input_ids, answers.to(input_ids.device)], 1), max(out.stats.row_forwards)
+    answers = torch.stack([s[-length:] for s in out.sequences])
+    device = input_ids.device if isinstance(input_ids, Tensor) else model.device
+    return torch.cat([padded(model, rows, input_ids), answers], 1).to(device), max(out.stats.row_forwards)

@@ -45,6 +45,9 @@ ALLOWED = (
     "integers, [P] or [B, P]), a list of one of these, and what a tokenizer returns (input_ids, attention_mask)"
 )
 
+IDS = "token ids are integers"
+MASK = "a mask has 1 at tokens and 0 at padding"
+
 
 def encode(model: Model, prompts: Prompts, attention_mask: Any = None) -> list[Tensor]:
     """Prompts as 1-D LongTensors on the CPU.
@@ -56,7 +59,7 @@ def encode(model: Model, prompts: Prompts, attention_mask: Any = None) -> list[T
         list of {"type": "text", "text"} parts);
         token ids, [P] or [B, P];
         what a tokenizer returns, whose padding on the left or right is removed.
-    attention_mask: of ids [B, P], 0 on padding.
+    attention_mask: of ids [B, P]: 1, or 0 on padding, as integers, booleans or floats.
 
     Raises ValueError for anything else, for an empty prompt and for ids outside the vocabulary.
     """
@@ -238,7 +241,7 @@ def _tokenized(given: Mapping[str, Any], name: str) -> list[Prompt]:
     rows: list[Any] = list(_id_rows(given["input_ids"], "input_ids"))
     if given.get("attention_mask") is None:
         return rows
-    masks = list(_id_rows(given["attention_mask"], "attention_mask", bools=True))
+    masks = list(_id_rows(_whole(given["attention_mask"]), "attention_mask", MASK))
     if [len(mask) for mask in masks] != [len(row) for row in rows]:
         shapes = [[len(row) for row in side] for side in (masks, rows)]
         raise ValueError(f"attention_mask has rows of {shapes[0]} entries, input_ids of {shapes[1]}")
@@ -247,30 +250,49 @@ def _tokenized(given: Mapping[str, Any], name: str) -> list[Prompt]:
 
 def _without_padding(ids: Tensor, mask: Tensor, row: int) -> Tensor:
     if ((mask != 0) & (mask != 1)).any():
-        raise ValueError(f"attention_mask has values other than 0 and 1 in row {row}")
+        raise ValueError(f"attention_mask has values other than 0 and 1 in row {row}; {MASK}")
     kept = mask.nonzero()[:, 0]
     if len(kept) and int(kept[-1] - kept[0]) + 1 != len(kept):
         raise ValueError(f"attention_mask has a gap in row {row}; 0 is for padding on the left or on the right")
     return ids[kept]
 
 
-def _id_rows(given: Any, name: str, bools: bool = False) -> Iterator[Tensor]:
-    """Rows [P] int64 of ids [P], [B, P] or of rows of different lengths. ValueError for what are no integers."""
+def _whole(mask: Any, depth: int = 2) -> Any:
+    """A mask whose floats are integers. ValueError for one that has others than 0.0 and 1.0: -inf, for one, where positions
+    are hidden, which is not what 0 means here."""
+    if isinstance(mask, list | tuple) and depth:
+        return [_whole(item, depth - 1) for item in mask]
+    if isinstance(mask, float | np.floating | np.bool_) and mask in (0, 1):
+        return int(mask)
+    if isinstance(mask, np.ndarray) and mask.dtype.kind == "f":
+        mask = torch.from_numpy(mask.astype(np.float64))
+    if isinstance(mask, Tensor) and mask.is_floating_point() and not mask.is_meta and mask.layout == torch.strided:
+        mask = mask.detach().to("cpu", torch.float64)  # sync: inputs, once
+        if ((mask != 0) & (mask != 1)).any():
+            raise ValueError(f"attention_mask has values other than 0 and 1; {MASK}")
+        return mask.long()
+    return mask
+
+
+def _id_rows(given: Any, name: str, rule: str = IDS) -> Iterator[Tensor]:
+    """Rows [P] int64 of ids [P], [B, P] or of rows of different lengths. ValueError, with the rule, for what are no integers
+    (or, of a mask, booleans)."""
+    bools = rule == MASK
     if isinstance(given, list | tuple):
         nested = given and all(isinstance(item, list | tuple | Tensor | np.ndarray) for item in given)
-        yield from (_id_row(item, name, bools) for item in given) if nested else [_id_row(given, name, bools)]
+        yield from (_id_row(item, name, rule) for item in given) if nested else [_id_row(given, name, rule)]
         return
     if isinstance(given, np.ndarray) and given.dtype.kind in ("iub" if bools else "iu"):
         given = torch.from_numpy(given.astype(np.int64))
     if not isinstance(given, Tensor):
-        raise ValueError(f"{name} is {named(given)}; token ids are integers")
+        raise ValueError(f"{name} is {named(given)}; {rule}")
     whole = not (given.dtype.is_floating_point or given.dtype.is_complex or given.is_quantized)
     if not whole or (given.dtype == torch.bool and not bools):
-        raise ValueError(f"{name} is {named(given)}; token ids are integers")
+        raise ValueError(f"{name} is {named(given)}; {rule}")
     if given.is_meta or given.layout != torch.strided:
-        raise ValueError(f"{name} is {named(given)} without plain data; token ids are a dense tensor")
+        raise ValueError(f"{name} is {named(given)} without plain data; it must be a dense tensor")
     if given.ndim not in (1, 2):
-        raise ValueError(f"{name} is {named(given)}; ids are [P] or [B, P]")
+        raise ValueError(f"{name} is {named(given)}; {'a mask is' if bools else 'ids are'} [P] or [B, P]")
     given = given.detach().to("cpu", torch.long)  # sync: inputs, once
     yield from given if given.ndim == 2 else [given]
 
@@ -282,18 +304,21 @@ def ids_row(given: Any, name: str) -> Tensor:
     if isinstance(given, Tensor | np.ndarray) and given.shape == (0,):
         return torch.empty(0, dtype=torch.long)
     if not isinstance(given, Tensor | np.ndarray | list | tuple):
-        raise ValueError(f"{name} is {named(given)}; token ids are integers")
-    return _id_row(given, name, False)
+        raise ValueError(f"{name} is {named(given)}; {IDS}")
+    return _id_row(given, name, IDS)
 
 
-def _id_row(given: Any, name: str, bools: bool) -> Tensor:
+def _id_row(given: Any, name: str, rule: str) -> Tensor:
     if isinstance(given, Tensor | np.ndarray):
-        rows = list(_id_rows(given, name, bools))
+        rows = list(_id_rows(given, name, rule))
         if len(rows) != 1:
-            raise ValueError(f"{name} has an entry that is {named(given)}; one row of ids is allowed there")
+            raise ValueError(f"{name} has an entry that is {named(given)}; one row of it is allowed there")
         return rows[0]
+    bools = rule == MASK
     if not all(_is_id(item) or (bools and isinstance(item, bool)) for item in given):
-        raise ValueError(f"{name} is {named(given)}; token ids are integers")
+        raise ValueError(f"{name} is {named(given)}; {rule}")
     if not all(-(2**63) <= item < 2**63 for item in given):
-        raise ValueError(f"{name} has token ids outside the vocabulary")
+        raise ValueError(
+            f"{name} has {'values other than 0 and 1' if bools else 'token ids outside the vocabulary'}; {rule}"
+        )
     return torch.tensor([int(item) for item in given], dtype=torch.long)

@@ -32,10 +32,11 @@ def _generate(cache: str, model: fastdllm.Model, prompt: Tensor, options: dict[s
     # By position an attention mask, which other codes' functions take there, would be the number of steps.
     steps, gen_length = (coerce(name, options[name], int) for name in ("steps", "gen_length"))
     threshold, factor = options["threshold"], options["factor"]
-    if options["remasking"] not in REMASKING:
-        raise ValueError(f"remasking={options['remasking']!r} is unknown; allowed are {', '.join(REMASKING)}")
-    if options["mask_id"] not in (PUBLISHED_MASK, model.spec.mask_id):
-        raise ValueError(f"mask_id={options['mask_id']} is not the model's, {model.spec.mask_id}")
+    remasking, mask_id = coerce("remasking", options["remasking"], str), coerce("mask_id", options["mask_id"], int)
+    if remasking not in REMASKING:
+        raise ValueError(f"remasking={shown(remasking)} is unknown; allowed are {', '.join(REMASKING)}")
+    if mask_id not in (PUBLISHED_MASK, model.spec.mask_id):
+        raise ValueError(f"mask_id={mask_id} is not the model's, {model.spec.mask_id}")
     if factor is not None:
         decoder = {"decoder": "factor", "factor": factor, "factor_rule": "published"}
     elif threshold is not None:
@@ -49,7 +50,7 @@ def _generate(cache: str, model: fastdllm.Model, prompt: Tensor, options: dict[s
         gen_length=gen_length,
         block_length=options["block_length"],
         temperature=options["temperature"],
-        confidence=REMASKING[options["remasking"]],
+        confidence=REMASKING[remasking],
         cfg_scale=options["cfg_scale"],
         stop_ids=(),
         **decoder,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections import UserDict
@@ -15,7 +16,11 @@ import numpy as np
 import pytest
 import torch
 
+import dream.generate
 import fastdllm
+import llada.generate
+import v2.generation_functions
+from tests.random_models import random_model
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +73,28 @@ def test_any_argument_is_taken_or_refused_in_one_short_line(model: fastdllm.Mode
         calls.append(lambda name=name: fastdllm.load("tiny-sudoku", **{"device": "cpu", name: value}))
     for option in fastdllm.DecodeConfig.__signature__.parameters:
         calls.append(lambda option=option: fastdllm.DecodeConfig(**{option: value}))
+    assert not faults(calls)
+
+
+PUBLISHED = [llada.generate.generate, dream.generate.diffusion_generate, v2.generation_functions.generate]
+
+
+@pytest.mark.parametrize("function", PUBLISHED, ids=lambda function: function.__module__)
+def test_any_argument_of_the_published_functions(function: Callable[..., object]) -> None:
+    model = random_model(function.__module__.split(".")[0])
+    length = "max_new_tokens" if "max_new_tokens" in inspect.signature(function).parameters else "gen_length"
+    _, _, *names = inspect.signature(function).parameters
+    calls: list[Callable[[], object]] = []
+    for value in [*WILD, Mute()]:
+        calls.append(lambda value=value: function(value, [[1, 2]], **{length: 4}))
+        calls.append(lambda value=value: function(model, value, **{length: 4}))
+        for name in names:
+            calls.append(lambda name=name, value=value: function(model, [[1, 2]], **{length: 4, name: value}))
+    assert not faults(calls)
+
+
+def faults(calls: list[Callable[[], object]]) -> list[tuple[int, str]]:
+    """The calls that end in another error than one short line, with what it says."""
     wrong = []
     for number, call in enumerate(calls):
         try:
@@ -80,4 +107,4 @@ def test_any_argument_is_taken_or_refused_in_one_short_line(model: fastdllm.Mode
                 wrong.append((number, text[:300]))
         except Exception as error:
             wrong.append((number, repr(error)[:300]))
-    assert not wrong
+    return wrong

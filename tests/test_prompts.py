@@ -149,6 +149,37 @@ def test_what_is_no_prompt_is_refused_by_its_kind(model: Model, prompts: Any, me
         encode(model, prompts)
 
 
+FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.bool, torch.uint8]
+
+
+@pytest.mark.parametrize("kind", FLOATS, ids=str)
+def test_a_mask_may_be_of_any_numbers(model: Model, kind: torch.dtype) -> None:
+    """Also of floats, as transformers takes it, where each is 0 or 1."""
+    rows, mask = torch.tensor([[0, 0, 5], [6, 7, 8]]), torch.tensor([[0, 0, 1], [1, 1, 1]]).to(kind)
+    forms = [mask, mask.tolist(), list(mask), tuple(map(tuple, mask.tolist()))]
+    forms += [mask.numpy(), list(mask.numpy()), [list(row) for row in mask.numpy()]] if kind != torch.bfloat16 else []
+    for form in forms:
+        assert ids(model, rows, form) == ids(model, {"input_ids": rows, "attention_mask": form}) == [[5], [6, 7, 8]]
+    assert ids(model, [5, 6, 7], mask[0]) == ids(model, [5, 6, 7], mask[0].tolist()) == [[7]]
+
+
+@pytest.mark.parametrize("value", [0.5, -1.0, float("-inf"), float("nan"), 2**70, 1j, "1", None, [[1]]], ids=str)
+@pytest.mark.parametrize("form", [list, torch.tensor, np.array])
+def test_a_mask_of_other_values_is_refused_as_a_mask(model: Model, value: Any, form: Any) -> None:
+    """0 and -inf are a mask of transformers' inside, in which 0 is not padding."""
+    try:
+        mask = form([[1, value, 1]]) if form is list else form([1.0, value, 1.0])
+    except (TypeError, ValueError, RuntimeError):
+        pytest.skip("there is no such mask")
+    for call in (
+        lambda: encode(model, [[5, 6, 7]], mask),
+        lambda: encode(model, {"input_ids": [5, 6, 7], "attention_mask": mask}),
+    ):
+        with pytest.raises(ValueError, match=r"^attention_mask (is|has) .*; a mask ") as error:
+            call()
+        assert "ids" not in str(error.value)
+
+
 def test_a_mask_goes_with_ids(model: Model) -> None:
     with pytest.raises(ValueError, match="input_ids is a str"):
         encode(model, "text", torch.ones(1, 4))

@@ -230,6 +230,22 @@ def test_answers_begin_where_the_given_ids_end(function: Any) -> None:
         assert function(model, ids, attention_mask=mask, **options)[0][:, 3:].tolist() == [alone.tolist()]
 
 
+@pytest.mark.parametrize("function", [*LLADA.values(), dream.diffusion_generate])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_masks_of_floats_on_either_side(function: Any, side: str) -> None:
+    """What 0.0 and 1.0 say is heeded; a mask of 0 and -inf says the reverse, and was taken for one of 0 and 1."""
+    model, prompt = random_model(function.__module__.split(".")[0]), prompt_of(5, 0)
+    alone, _ = function(model, prompt[None])
+    pad = (3, 0) if side == "left" else (0, 3)
+    ids = torch.nn.functional.pad(prompt, pad, value=STOP)[None]
+    mask = torch.nn.functional.pad(torch.ones(1, 5), pad)
+    for form in (mask, mask.bool(), mask.long(), mask.tolist(), mask.numpy()):
+        assert function(model, ids, attention_mask=form)[0][:, 3:].tolist() == alone.tolist()
+    for wrong in (mask.log(), 1 - mask * 0.5, mask * torch.nan):
+        with pytest.raises(ValueError, match="attention_mask has values other than 0 and 1; a mask has 1 at tokens"):
+            function(model, ids, attention_mask=wrong)
+
+
 @pytest.mark.parametrize("function", LLADA.values())
 def test_arguments_of_lladas_own_function(function: Any) -> None:
     """What can be honoured is; padding on the right moves to the left, so that the answer follows the prompt."""
@@ -393,8 +409,8 @@ def test_v2_reuse_options_reach_the_core() -> None:
         (llada.generate, {"threshold": 1.5}, "threshold=1.5 must lie in"),
         (dream.diffusion_generate, {"alg": "nonsense"}, "alg='nonsense' is unknown; allowed are origin"),
         (dream.diffusion_generate, {"cache": "double"}, "cache='double' is unknown; allowed are"),
-        (dream.diffusion_generate, {"attention_mask": torch.tensor([[1, 0, 1]])}, "must be 0 on the left of a prompt only"),
-        (dream.diffusion_generate, {"attention_mask": torch.ones(1, 2)}, r"attention_mask has shape \[1, 2\]"),
+        (dream.diffusion_generate, {"attention_mask": torch.tensor([[1, 0, 1]])}, "attention_mask has a gap in row 0"),
+        (dream.diffusion_generate, {"attention_mask": torch.ones(1, 2)}, r"attention_mask has rows of \[2\] entries"),
         (v2.generate, {"max_new_tokens": 8, "block_size": 8, "small_block_size": 3}, "small_block_size=3 must divide"),
         (v2.generate, {"max_new_tokens": 8, "mask_id": 3}, "mask_id=3 is not the model's, 38"),
         (v2.generate, {"max_new_tokens": 0}, "gen_length=0 must be at least 1"),

@@ -9,6 +9,7 @@ import lzma
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -213,6 +214,69 @@ def test_a_few_steps_write_a_checkpoint(family: str, text: Path, tmp_path: Path,
     weights = tiny_formats.load_published(family, out, spec, tokenizer)
     assert all(torch.isfinite(w).all() for w in weights.values())
     assert {p.name for p in tmp_path.iterdir()} <= {family, "qwen"}  # no half-written folder is left
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient", "weights"])
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_step_that_is_no_number_ends_the_run(
+    text: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str], kind: str, at: int
+) -> None:
+    """It went on, and saved weights that nothing can load over those of an earlier checkpoint."""
+    step, done = train_tiny.Trainer.step, []
+
+    def spoiled(self: train_tiny.Trainer) -> None:
+        done.append(1)
+        losses = self.network.losses
+
+        def bad(batch: train_tiny.Batch) -> tuple[torch.Tensor, torch.Tensor]:
+            out, hits = losses(batch)
+            nothing = self.parameters[0].flatten()[:1].sum() * 0
+            return (out * float("nan") if kind == "loss" else out + nothing.sqrt()), hits  # its slope at 0 is infinite
+
+        if len(done) == at and kind != "weights":
+            self.network.losses = bad
+        step(self)
+        self.network.losses = losses
+        if len(done) == at and kind == "weights":
+            self.parameters[-1].detach().view(-1)[-1] = float("inf")
+
+    monkeypatch.setattr(train_tiny.Trainer, "step", spoiled)
+    out = tmp_path / "out"
+    arguments = ["train_tiny.py", "--family", "llada", "--text", str(text), "--out", str(out), "--steps", str(at)]
+    arguments += ["--tokens", "1024", "--limit", "20", "--tiny-llada", str(TINY / "tiny-llada")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stopped:
+        train_tiny.main()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    what = "weights are no finite numbers after" if kind == "weights" else "the loss or its gradient is no finite number at"
+    good = f"the last checkpoint before it is {out}, of step 1" if at == 2 else "no checkpoint was saved before it"
+    assert line.startswith(f"train_tiny: {what} step {at}; {good}, and nothing was saved since")
+    assert list(tmp_path.iterdir()) == ([out] if at == 2 else [])
+    for path in out.glob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+
+
+def test_the_checkpoint_before_a_bad_step_stays(monkeypatch, tmp_path: Path) -> None:
+    """Steps 2 and 4 would save; the third is bad."""
+    network = torch.nn.Linear(1, 1)
+
+    class Trainer(train_tiny.Trainer):
+        def __init__(self) -> None:
+            self.recipe, self.parameters = train_tiny.FROM_SCRATCH, list(network.parameters())
+            self.watch, self.sums, self.done = train_tiny.StepWatch("cpu"), torch.ones(5), 0
+
+        def run(self, chosen: torch.Tensor, rate: float) -> None:
+            self.done += 1
+            self.watch.note(torch.tensor(float("nan") if self.done == 3 else 1.0), torch.tensor(1.0))
+
+    saved: list[int] = []
+    trainer = Trainer()
+    args = SimpleNamespace(steps=5, seconds=1e9, tokens=1, out=tmp_path)
+    sampler = SimpleNamespace(step=lambda drills: torch.zeros(1), passes=0)
+    with pytest.raises(train_tiny.Diverged, match=f"at step 3; the last checkpoint before it is {tmp_path}, of step 2"):
+        train_tiny.train(trainer, sampler, args, lambda: saved.append(trainer.done))
+    assert saved == [2]
 
 
 def test_drills_prefer_hard_lines() -> None:

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 import fastdllm
+from fastdllm.fields import coerce
 from fastdllm.prompts import encode, padded
 
 
 def _generate(cache: str, model: fastdllm.Model, input_ids: Tensor, options: dict[str, Any]) -> tuple[Tensor, int]:
     rows = encode(model, input_ids)
-    if options["mask_id"] not in (None, model.spec.mask_id):
-        raise ValueError(f"mask_id={options['mask_id']} is not the model's, {model.spec.mask_id}")
-    stop, length = options["stop_token"], options["max_new_tokens"]
+    mask_id = coerce("mask_id", options["mask_id"], int | None)
+    if mask_id not in (None, model.spec.mask_id):
+        raise ValueError(f"mask_id={mask_id} is not the model's, {model.spec.mask_id}")
+    stop, length = options["stop_token"], coerce("max_new_tokens", options["max_new_tokens"], int)
     same = ("block_size", "small_block_size", "threshold", "temperature", "top_p", "reuse_k", "layer_subset", "trim_ratio")
     given = {"block_length" if k == "block_size" else k: options[k] for k in same}
     out = fastdllm.generate(

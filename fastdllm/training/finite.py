@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Trainer that stops where training has become meaningless: a loss, a gradient or a weight that is no finite number.
+"""Training that stops where it has become meaningless: a loss, a gradient or a weight that is no finite number.
 
 One such gradient spoils every weight, and no later step mends them. So the first bad step is the one to name, and nothing of
 what follows it may be saved. Each step notes on the device whether its loss and its gradient's norm were finite. The note is
@@ -10,6 +10,8 @@ none of these: reading it at every step would keep the device waiting.
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
+# Steps left out in a row after which fp16 is given up: the scale of the loss, 65536 at first, was halved as often.
+SKIPPED = 40
 LOOK = 100  # steps after which the note is read at the latest
 
 
@@ -25,21 +29,67 @@ class Diverged(FloatingPointError):
     """Training has become meaningless; the message names the step and the last checkpoint from before it."""
 
 
+class StepWatch:
+    """Counts, on the device, the steps before the first whose loss or gradient was no finite number. `note` may be captured
+    in a CUDA graph."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._sound = torch.ones((), dtype=torch.bool, device=device)
+        self.sound_steps = torch.zeros((), dtype=torch.long, device=device)
+
+    def note(self, loss: Tensor, norm: Tensor | float | None = None) -> None:
+        """Take in a step: its loss, and the norm of its gradient where it is known."""
+        self._sound.logical_and_(loss.detach().isfinite())
+        if norm is not None:
+            local = norm.to_local() if isinstance(norm, DTensor) else torch.as_tensor(norm)
+            self._sound.logical_and_(local.to(loss.device, non_blocking=True).isfinite())
+        self.sound_steps += self._sound
+
+    def reset(self) -> None:
+        self._sound.fill_(True)
+        self.sound_steps.zero_()
+
+    def first_bad(self, steps: int, sound: int | None = None) -> int | None:
+        """Which of the `steps` that were noted was the first bad one, from 1; None where all were sound.
+
+        sound: the count of sound steps, where it is that of several processes.
+        """
+        sound = int(self.sound_steps) if sound is None else sound  # sync: at reports and saves only
+        return sound + 1 if sound < steps else None
+
+
+def not_finite(weights: Iterable[Tensor]) -> Tensor:
+    """How many of the weights hold a NaN or an infinity, on the device that they are on; reads each once."""
+    own = [(weight.to_local() if isinstance(weight, DTensor) else weight).detach() for weight in weights]
+    return torch.stack([~weight.isfinite().all() for weight in own]).sum()
+
+
+def no_number_at(step: int) -> str:
+    return f"the loss or its gradient is no finite number at step {step}"
+
+
+def told(what: str, last_good: str | None) -> str:
+    """The message of `Diverged`."""
+    last = f"the last checkpoint before it is {last_good}" if last_good else "no checkpoint was saved before it"
+    return f"{what}; {last}, and nothing was saved since. A lower learning rate may help"
+
+
 class FiniteTrainer(Trainer):
     """Raises `Diverged`, on all processes alike, before anything of the bad step is logged or saved.
 
-    With fp16 a gradient that overflows is usual: its step is left out and the scale lowered. There only the weights count.
+    With fp16 a gradient that overflows is usual: its step is left out and the scale of the loss halved. There the weights
+    count, and `SKIPPED` steps that are left out in a row, which no scale explains.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.scaled = self.args.fp16
+        # By --fp16, or by what `accelerate launch` was told.
+        self.scaled = self.accelerator.scaler is not None or self.accelerator.mixed_precision == "fp16"
         # transformers would show the mean of the losses before in place of one that is not finite, and read each to know.
         self.args.logging_nan_inf_filter &= self.scaled
         self.last_good: str | None = None
-        self._seen = self._watched = 0
-        self._sound: Tensor | None = None
-        self._sound_steps: Tensor | None = None
+        self._seen = self._steps = self._skipped = 0
+        self._watch: StepWatch | None = None
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """transformers' `train`. Raises `Diverged`."""
@@ -49,13 +99,15 @@ class FiniteTrainer(Trainer):
             out = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             self.check_steps()
             self.check_weights()
+            if self._skipped and self._skipped == self._steps:
+                warnings.warn(f"every step ({self._steps}) was left out: their gradients overflow fp16", stacklevel=2)
         except Diverged:
             self.callback_handler.on_train_end(self.args, self.state, self.control)  # progress bars and logs are closed
             raise
         return out
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Tensor | float | None, *args: Any, **kwargs: Any) -> None:
-        self._watch(tr_loss, grad_norm)
+        self._take_in(tr_loss, grad_norm)
         control = self.control
         due = control.should_log or control.should_save or control.should_evaluate
         if due or self.state.global_step % LOOK == 0:
@@ -68,46 +120,41 @@ class FiniteTrainer(Trainer):
         super()._save_checkpoint(*args, **kwargs)
         self.last_good = str(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
-    def _watch(self, loss: Tensor, norm: Tensor | float | None) -> None:
-        """Note whether the step is sound, which it is no more once one before it was not. `loss` is the sum since the last
-        logged one, so a bad micro-batch spoils it."""
-        if self.scaled or self.state.global_step <= self._seen:  # an epoch's end asks again
+    def _take_in(self, loss: Tensor, norm: Tensor | float | None) -> None:
+        """Note a step. `loss` is the sum since the last logged one, so a bad micro-batch spoils it."""
+        if self.state.global_step <= self._seen:  # an epoch's end asks again
             return
-        if self._sound is None:
-            self._sound = torch.ones((), dtype=torch.bool, device=loss.device)
-            self._sound_steps = torch.zeros((), dtype=torch.long, device=loss.device)
-        self._sound = self._sound & loss.isfinite()
-        if norm is not None:
-            local = norm.to_local() if isinstance(norm, DTensor) else torch.as_tensor(norm)
-            self._sound = self._sound & local.to(loss.device, non_blocking=True).isfinite()
-        self._sound_steps = self._sound_steps + self._sound
         self._seen = self.state.global_step
-        self._watched += 1
+        self._steps += 1
+        if self.scaled:
+            self._skipped = self._skipped + 1 if self.accelerator.optimizer_step_was_skipped else 0
+            return
+        self._watch = self._watch or StepWatch(loss.device)
+        self._watch.note(loss, norm)
 
     def check_steps(self) -> None:
         """Raise `Diverged` where a step since the start was not sound on any process."""
-        if self._sound_steps is None:
+        if self._skipped >= SKIPPED:
+            raise Diverged(
+                self._told(
+                    f"{self._skipped} steps in a row had gradients that overflow fp16, the last of them step {self._seen}"
+                )
+            )
+        if self._watch is None:
             return
-        sound = int(self.accelerator.gather(self._sound_steps[None]).min())  # sync: at logging and saving only
-        if sound < self._watched:
-            step = self._seen - self._watched + sound + 1
-            raise Diverged(self._told(f"the loss or its gradient is no finite number at step {step}"))
+        sound = int(self.accelerator.gather(self._watch.sound_steps[None]).min())  # sync: at logging and saving only
+        bad = self._watch.first_bad(self._steps, sound)
+        if bad is not None:
+            raise Diverged(self._told(no_number_at(self._seen - self._steps + bad)))
 
     def check_weights(self) -> None:
         """Raise `Diverged` where a trained weight is not finite on any process. Reads them all once, as saving does."""
-        bad = torch.zeros((), dtype=torch.long, device=self.args.device)
-        for weight in self.model.parameters():
-            if weight.requires_grad:
-                own = weight.to_local() if isinstance(weight, DTensor) else weight
-                bad += ~own.detach().isfinite().all()
+        bad = not_finite(p for p in self.model.parameters() if p.requires_grad).to(self.args.device)
         if int(self.accelerator.gather(bad[None]).max()):  # sync: once a save
             raise Diverged(self._told(f"weights are no finite numbers after step {self.state.global_step}"))
 
     def _told(self, what: str) -> str:
-        last = (
-            f"the last checkpoint before it is {self.last_good}" if self.last_good else "no checkpoint was saved before it"
-        )
-        return f"{what} of {self.state.max_steps}; {last}, and nothing was saved since. A lower learning rate may help"
+        return told(f"{what} of {self.state.max_steps}", self.last_good)
 
 
 def train_or_exit(trainer: FiniteTrainer, resume: Path | None, prog: str) -> None:

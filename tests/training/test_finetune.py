@@ -374,6 +374,49 @@ def test_a_loss_that_is_no_number_ends_the_run(
     check_that_it_stopped(stopped.value.code, capsys.readouterr().err, output, at, good)
 
 
+def with_scaler(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
+    """A Trainer whose losses are scaled as those of fp16 are, whoever asked for it; transformers has that on GPUs only."""
+    create = BlockDiffusionTrainer.create_accelerator_and_postprocess
+
+    def create_scaled(self: BlockDiffusionTrainer) -> None:
+        create(self)
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+
+    monkeypatch.setattr(BlockDiffusionTrainer, "create_accelerator_and_postprocess", create_scaled)
+
+
+def test_steps_that_a_scaler_leaves_out_do_not_end_the_run(
+    qwen2: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first scales are too large by design, and each step under them has infinite gradients."""
+    with_scaler(monkeypatch, 2.0**127)
+    extra = {"max_grad_norm": 0, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    finetune.main(options(qwen2, data, tmp_path / "out", max_steps=8, **extra))
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert not all(np.isfinite(float(entry["grad_norm"])) for entry in history if "grad_norm" in entry)
+    before, after = load_file(qwen2 / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in after.values())
+    assert not torch.equal(before["model.norm.weight"], after["model.norm.weight"])
+
+
+def test_steps_that_are_all_left_out_end_the_run(
+    qwen2: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A loss that is never a number: every step is left out, and the model that was saved had learnt nothing."""
+    sound = BlockDiffusionTrainer.compute_loss
+    monkeypatch.setattr(BlockDiffusionTrainer, "compute_loss", lambda *a, **k: sound(*a, **k) * float("nan"))
+    with_scaler(monkeypatch, 2.0**16)
+    with pytest.raises(SystemExit) as stopped:
+        finetune.main(options(qwen2, data, tmp_path / "out", max_steps=60, logging_steps=7))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and not list((tmp_path / "out").glob("*.safetensors"))
+    assert line.startswith(
+        "finetune: 42 steps in a row had gradients that overflow fp16, the last of them step 42 of 60; no checkpoint"
+    )
+    with pytest.warns(UserWarning, match=r"every step \(3\) was left out"):
+        finetune.main(options(qwen2, data, tmp_path / "out", max_steps=3))
+
+
 @pytest.mark.parametrize("name", finetune.LIMITS)
 @pytest.mark.parametrize("value", ["nan", "-1", "inf"])
 def test_numbers_of_the_optimizer_have_limits(

@@ -25,9 +25,9 @@ from torch import Tensor
 from fastdllm.arguments import AMOUNT, COUNT, SEED, Parser
 from scripts.recipes.tiny.tiny_corpus import Sampler, chat_prompt
 from scripts.recipes.tiny.tiny_data import Problem, unique, write_jsonl
-from scripts.recipes.tiny.tiny_formats import END_OF_TURN, read, save, write_json
+from scripts.recipes.tiny.tiny_formats import END_OF_TURN, read, write_json
 from scripts.recipes.tiny.tiny_network import Batch, Network, initialise
-from scripts.recipes.tiny.train_tiny import LEAST_RATIO, Recipe, Trainer, train
+from scripts.recipes.tiny.train_tiny import LEAST_RATIO, Recipe, Trainer, train_and_save
 
 TRAIN_SEED, TEST_SEED = 20251, 977
 TRAIN_PUZZLES, TEST_CANDIDATES, SPLIT_SIZE = 300_000, 1100, 500
@@ -138,10 +138,7 @@ def fit(args: argparse.Namespace) -> None:
     trainer = Trainer(network, list(parameters.values()), RECIPE, batch, digit, args.documents)
     sampler = Sampler([np.arange(len(documents))], args.documents, args.seed)
     print(f"{sum(p.numel() for p in parameters.values())} parameters, {len(documents)} puzzles", flush=True)
-    report = train(trainer, sampler, args, lambda: save(args.out, files, parameters))
-    save(args.out, files, parameters)
-    (args.out / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(files)
+    train_and_save(trainer, sampler, args, files, parameters)
 
 
 if __name__ == "__main__":

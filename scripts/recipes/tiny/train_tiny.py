@@ -19,6 +19,7 @@ import argparse
 import json
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from fastdllm.arguments import AMOUNT, COUNT, SEED, Parser
 from fastdllm.models.spec import ModelSpec
+from fastdllm.training.finite import Diverged, StepWatch, no_number_at, not_finite, told
 from fastdllm.training.masks import dense_mask
 from fastdllm.training.objective import IGNORE, Noise, choose_masked, complementary_views, noisy_and_clean
 from scripts.recipes.tiny.tiny_corpus import RESULT_FLAG, BlockRows, Corpus, Sampler, load_corpus, pack_rows
@@ -237,7 +239,7 @@ class Trainer:
         self.adam = torch.optim.Adam(rest, lr=self.rates[1], betas=(0.9, 0.98), eps=1e-9, capturable=cuda, foreach=cuda)
         self.muon = Muon(matrices, self.rates[0], recipe.weight_decay)
         self.chosen = torch.zeros(documents, dtype=torch.long, device=device)
-        self.sums = torch.zeros(5, device=device)
+        self.sums, self.watch = torch.zeros(5, device=device), StepWatch(device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def step(self) -> None:
@@ -246,6 +248,7 @@ class Trainer:
         loss = (losses * batch.weights).sum()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
+        self.watch.note(loss, norm)
         self.muon.step()
         self.adam.step()
         digits = (batch.weights > 0) & self.digit[batch.targets]
@@ -279,7 +282,15 @@ class Trainer:
             adam = [value for state in self.adam.state.values() for value in state.values()]
             for value in [*self.muon.state, *adam, self.sums]:
                 value.zero_()
+        self.watch.reset()
         torch.cuda.synchronize()
+
+    def check(self, steps: int, last_good: str | None) -> None:
+        """Raise `Diverged` where one of the `steps` so far, or a weight after them, was no finite number."""
+        if (bad := self.watch.first_bad(steps)) is not None:
+            raise Diverged(told(no_number_at(bad), last_good))
+        if int(not_finite(self.parameters)):  # sync: at reports and saves only
+            raise Diverged(told(f"weights are no finite numbers after step {steps}", last_good))
 
     def run(self, chosen: Tensor, rate: float) -> None:
         """One step at `rate` times the recipe's peak learning rates."""
@@ -352,15 +363,32 @@ def main() -> None:
         f"ready after {time.monotonic() - began:.0f} s",
         flush=True,
     )
-    report = train(trainer, sampler, args, lambda: save(args.out, files, parameters))
-    save(args.out, files, parameters)
-    (args.out / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(files)
+    train_and_save(trainer, sampler, args, files, parameters)
+
+
+def train_and_save(
+    trainer: Trainer, sampler: Sampler, args: argparse.Namespace, files: Path, parameters: dict[str, Tensor]
+) -> None:
+    """`train`, with checkpoints in `args.out`; `files` has what a checkpoint holds besides weights, and is removed.
+
+    Where training becomes meaningless: one line on stderr, exit code 2, and the last checkpoint from before stays.
+    """
+    try:
+        report = train(trainer, sampler, args, lambda: save(args.out, files, parameters))
+        save(args.out, files, parameters)
+        (args.out / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    except Diverged as error:
+        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    finally:
+        shutil.rmtree(files)
 
 
 def train(trainer: Trainer, sampler: Sampler, args: argparse.Namespace, checkpoint: Callable[[], None]) -> dict:
-    """Steps until the time or the step budget is spent. Returns the figures of the run for the model card."""
+    """Steps until the time or the step budget is spent. Returns the figures of the run for the model card. Raises `Diverged`
+    before anything of a bad step is reported or saved."""
     recipe, began, step, done, saved, curve = trainer.recipe, time.monotonic(), 0, 0.0, 0.0, []
+    last_good: str | None = None
     while done < 1:
         drills = recipe.drills if done < recipe.drills_until else recipe.drills_late
         trainer.run(sampler.step(drills), learning_rate(done, recipe.warm_up))
@@ -370,6 +398,7 @@ def train(trainer: Trainer, sampler: Sampler, args: argparse.Namespace, checkpoi
         spent = time.monotonic() - began
         done = min(1.0, max(spent / args.seconds, step / args.steps if args.steps else 0.0))
         if step % REPORT_EVERY == 0 or done >= 1:
+            trainer.check(step, last_good)
             count = step % REPORT_EVERY or REPORT_EVERY
             loss, norm, hits, digits, targets = trainer.sums.tolist()
             trainer.sums.zero_()
@@ -383,8 +412,10 @@ def train(trainer: Trainer, sampler: Sampler, args: argparse.Namespace, checkpoi
             curve.append({k: round(v, 4) for k, v in point.items()})
             print(curve[-1], flush=True)
         if done - saved > 0.3 and done < 0.95:
+            trainer.check(step, last_good)
             saved = done
             checkpoint()
+            last_good = f"{args.out}, of step {step}"
     return {
         "arguments": {k: str(v) for k, v in vars(args).items()},
         "recipe": vars(recipe),

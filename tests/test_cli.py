@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import io
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+import fastdllm
 from fastdllm import cli, registry
 from fastdllm.cli import one_line
 
@@ -253,6 +255,43 @@ def test_the_core_alone_runs_the_shipped_models_on_ids_and_says_what_texts_need(
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert done.stderr == "fastdllm chat needs transformers: pip install transformers\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["help"], ["--version"], ["no-such-command"], ["score", "--help"]])
+def test_what_needs_no_model_does_not_wait_for_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from fastdllm.cli import main\n"
+        "try:\n"
+        f"    main({arguments})\n"
+        "finally:\n"
+        "    print('torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
+
+
+def test_every_public_name_is_found_whatever_was_imported_before() -> None:
+    """They are imported when they are first used; a module of the same name, imported earlier, would hide one."""
+    code = (
+        "from importlib import import_module\n"
+        "import fastdllm\n"
+        "assert fastdllm.build.resolve, 'modules are found without an import of their own, too'\n"
+        "homes = {name: import_module(f'fastdllm.{home}') for home, names in fastdllm._HOMES.items() for name in names}\n"
+        "assert sorted(homes) == sorted(fastdllm.__all__) and not set(homes) - set(dir(fastdllm))\n"
+        "for name, home in homes.items():\n"
+        "    assert getattr(fastdllm, name) is getattr(home, name), name\n"
+        "assert not hasattr(fastdllm, 'no_such_name')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_type_checkers_see_of_the_package_is_what_it_gives() -> None:
+    tree = ast.parse((ROOT / "fastdllm" / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {(str(node.module), alias.name) for node in block.body for alias in getattr(node, "names", [])}
+    assert seen == {(f"fastdllm.{home}", name) for home, names in fastdllm._HOMES.items() for name in names}
 
 
 RULE = """\"\"\"A rule of one's own.\"\"\"

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastdllm.build import resolve
 from fastdllm.config import DecodeConfig
 from fastdllm.conversations import encode_literally
-from fastdllm.decide import decide
+from fastdllm.decisions import decide
 from fastdllm.engine import Request, check
 from fastdllm.prompts import encode
 from fastdllm.serving.errors import ApiError, Expired, as_api_error

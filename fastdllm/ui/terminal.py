@@ -96,7 +96,7 @@ def answer(session: Session, screen: PlainScreen | RichScreen, text: str) -> boo
         known = "; it knows questions like its example only" if options.about(session.model.name) else ""
         session.say(f"(an empty answer: the model ended it at once{known})", style="dim")
         return True
-    if trace.finish_reason == "length" and config.stop_ids != ():
+    if trace.finish_reason == "length":
         session.say(f"(cut at {count(trace.length, 'token')}; /set gen_length N allows more)", style="dim")
     if session.retries and text == session.answered and config.temperature == 0:
         session.say("(the same answer: at temperature 0 nothing is drawn; /set temperature 0.7 draws)", style="dim")

@@ -3,7 +3,7 @@
 
 Every kernel of this package calls `wait()` before it reads what an earlier kernel wrote. There it lets the next kernel be
 scheduled and waits until the one before has finished; since all of them wait, so has everything before that. Elsewhere
-(older cards, the interpreter, FASTDLLM_PDL=0) both are nothing, and kernels follow each other as usual.
+(older cards, a Triton that lacks it, the interpreter, FASTDLLM_PDL=0) both are nothing, and kernels run one after another.
 """
 
 from __future__ import annotations
@@ -20,14 +20,22 @@ _ENABLED = (
     and torch.cuda.is_available()
     and torch.version.hip is None
     and torch.cuda.get_device_capability() >= (9, 0)
+    and hasattr(tl.extra.cuda, "gdc_wait")
 )
-PDL = tl.constexpr(_ENABLED)
 LAUNCH = {"launch_pdl": True} if _ENABLED else {}
 
+# Two functions, not a branch in one: Triton looks up every name of a function that it compiles, of a dead branch as well.
+if _ENABLED:
 
-@triton.jit
-def wait():
-    """Let the next kernel be scheduled; wait for the one before."""
-    if PDL:
+    @triton.jit
+    def wait():
+        """Let the next kernel be scheduled; wait for the one before."""
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+
+else:
+
+    @triton.jit
+    def wait():
+        """Nothing: the one before has finished."""
+        pass

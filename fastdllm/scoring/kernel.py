@@ -17,7 +17,8 @@ from contextlib import suppress
 
 NEWNS, NEWCGROUP, NEWUTS, NEWIPC = 0x20000, 0x2000000, 0x4000000, 0x8000000
 NEWUSER, NEWPID, NEWNET, NEWTIME = 0x10000000, 0x20000000, 0x40000000, 0x80
-_PDEATHSIG, _DUMPABLE, _KEEPCAPS, _CHILD_SUBREAPER, _NO_NEW_PRIVS = 1, 4, 8, 36, 38
+_PDEATHSIG, _DUMPABLE, _KEEPCAPS, _CHILD_SUBREAPER, _NO_NEW_PRIVS, _CAP_AMBIENT = 1, 4, 8, 36, 38, 47
+_AMBIENT_RAISE = 2
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 8, 0x1000, 0x4000, 0x40000
 _MNT_DETACH, _AT_FDCWD, _AT_RECURSIVE, _ATTR_RDONLY, _ATTR_NOSUID = 2, -100, 0x8000, 1, 2
 _MOUNT_SETATTR = 442  # the same number on every architecture, as of all calls since Linux 5.1
@@ -151,11 +152,14 @@ def drop_root(number: int, keep_reading: bool) -> bool:
     if closed and not keep_reading:
         raise RuntimeError(f"{os.path.dirname(os.__file__)} is closed to other users, and programs do not run as root")
     keep_capabilities(1 << _CAP_DAC_READ_SEARCH if closed else 0)
+    if closed:  # of the interpreters that the process starts too: they find their library in the same folder
+        call("prctl", _CAP_AMBIENT, _AMBIENT_RAISE, _CAP_DAC_READ_SEARCH, 0, 0)
     return True
 
 
 def keep_capabilities(kept: int = 0) -> None:
-    call("capset", (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)(kept, kept, 0, 0, 0, 0))
+    """Give up all capabilities but the set `kept`, which a program that is started may inherit."""
+    call("capset", (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)(kept, kept, kept, 0, 0, 0))
 
 
 def forbid_new_privileges() -> None:

@@ -41,6 +41,21 @@ def test_works_without_triton() -> None:
     assert done.stdout == "torch.Size([1, 2])\n", done.stderr
 
 
+def test_every_name_in_a_kernel_is_one_that_this_triton_has() -> None:
+    """Triton looks them all up before it compiles one, those of branches that are not taken as well."""
+    code = (
+        "import importlib, pathlib, fastdllm.kernels as k\n"
+        "from triton.runtime.jit import JITFunction\n"
+        "base = pathlib.Path(k.__file__).parent\n"
+        "files = [p.relative_to(base).with_suffix('') for p in base.rglob('*.py')]\n"
+        "modules = [importlib.import_module('.'.join((k.__name__, *p.parts))) for p in files if p.name != '__init__']\n"
+        "found = {f.fn: f for m in modules for f in vars(m).values() if isinstance(f, JITFunction)}\n"
+        "print(len({f.cache_key for f in found.values()}))"
+    )
+    done = python(code, TRITON_INTERPRET="0")
+    assert done.returncode == 0 and int(done.stdout) > 20, done.stderr
+
+
 def test_environment_forces_triton() -> None:
     code = (
         "import sys, torch, fastdllm.kernels as k\n"

@@ -67,6 +67,7 @@ def pieces(quota: list[int], n: int, device: torch.device) -> Tensor:
 @pytest.mark.parametrize(("R", "W", "C"), SHAPES)
 @pytest.mark.parametrize("n", [1, 3, 8])
 @pytest.mark.parametrize("keep", [False, True], ids=["forget", "keep"])
+@pytest.mark.usefixtures("scalar_masks")
 def test_pick(device: torch.device, assert_close, R: int, W: int, C: int, n: int, keep: bool) -> None:
     """Each row's best, once each; what fills the shape writes nowhere but to the row's scratch slot. Rows that run whole, in
     part and not at all, with ties and NaN among the scores."""

@@ -394,7 +394,7 @@ GREEDY = {
     "recursion": (
         "import sys\nsys.setrecursionlimit(10**9)\ndef f(n): return f(n + 1) + 1\nf(0)",
         "forging",
-        "RecursionError",
+        "RecursionError" if sys.version_info >= (3, 11) else "signal 11",  # 3.10 keeps a frame on the C stack for each call
     ),
     "flood": (
         "import os\nwhile True:\n    for fd in range(3, 64):\n        try: os.write(fd, b'x' * 65536)\n"

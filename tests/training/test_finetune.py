@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -24,6 +25,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import TrainingArguments
 
 import fastdllm
 from fastdllm.forward import Window
@@ -34,6 +36,7 @@ from v2.train_scripts import finetune
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "v2" / "train_scripts"
+INHERITED = {field.name for field in dataclasses.fields(TrainingArguments)}
 ANSWERS = {"red": "roses are", "blue": "the sea is", "green": "grass, of course", "grey": "an elephant"}
 
 
@@ -260,6 +263,8 @@ def test_bad_records_are_skipped_or_fatal(
     ids=["unknown", "value", "needs lora", "abbreviation", "near", "replaced", "replaced by this script", "published"],
 )
 def test_bad_options_are_named(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if "use" in message and argv[0].partition("=")[0].strip("-").replace("-", "_") in INHERITED:
+        pytest.skip("this transformers still has the option")
     with pytest.raises(SystemExit) as stopped:
         finetune.main([*options(Path("m"), Path("d"), Path("o")), *argv])
     said = capsys.readouterr().err
@@ -270,8 +275,9 @@ def test_what_replaces_an_option_is_one(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit):
         finetune.parse(["--help"])
     known = set(re.findall(r"--\w+", capsys.readouterr().out))
-    for hint in finetune.REPLACED.values():
-        assert set(re.findall(r"--\w+", hint)) <= known, hint
+    for name, hint in finetune.REPLACED.items():
+        if name not in INHERITED:  # an older transformers still has the option, and not yet what replaces it
+            assert set(re.findall(r"--\w+", hint)) <= known, hint
 
 
 @pytest.mark.parametrize(("pad_with", "fill", "label"), [("mask", 259, -100), ("end", 2, 2), ("none", None, None)])

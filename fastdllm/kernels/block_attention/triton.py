@@ -72,8 +72,8 @@ def _block_attention_kernel(
 
     for j in range(0, Q, BLOCK_N):
         o_j = j + o_n
-        b_slot = tl.load(slot + i_r * Q + o_j, mask=o_j < Q, other=max_kv_len)
-        m_j = (b_slot < reach) & ((b_slot < hide_start) | (b_slot >= hide_stop))
+        b_slot = tl.load(slot + i_r * Q + o_j, mask=o_j < Q, other=0)  # Triton 3.2 compiles no other value here
+        m_j = (o_j < Q) & (b_slot < reach) & ((b_slot < hide_start) | (b_slot >= hide_stop))
         b_k = tl.load(p_k + b_slot[None, :] * stride_kt, mask=m_j[None, :] & m_d[:, None], other=0.0)
         b_s = dot(b_q, b_k, tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)) * scale
         m_s = m_j[None, :] & (b_slot[None, :] < b_len[:, None])

@@ -37,6 +37,13 @@ SPECIAL_TOKENS = {
     "qwen": [*QWEN2_TOKENS, "|<MASK>|"],
     "v2": [*QWEN2_TOKENS, "|<MASK>|"],
 }
+# What a tokenizer does to the tokens of a text, or of two, after it has found them: nothing.
+AS_THEY_ARE: dict[str, Any] = {
+    "type": "TemplateProcessing",
+    "single": [{"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {},
+}
 END_OF_TURN = {"llada": "<|eos|>", "dream": "<|im_end|>", "qwen": "<|im_end|>\n", "v2": "<|im_end|>\n"}
 END_OF_TEXT = {"llada": "<|eos|>", "dream": "<|endoftext|>", "qwen": "<|im_end|>", "v2": "<|im_end|>"}
 # What a warm start from another family takes a special token's embedding from.
@@ -159,6 +166,7 @@ def write_tokenizer(family: str, folder: Path, tiny_llada: Path) -> int:
         written = json.loads(backend(folder).to_str())
         for token in written["added_tokens"]:  # the loader keeps their ids there; the published file lists them once
             written["model"]["vocab"].pop(token["content"], None)
+        written["post_processor"] = AS_THEY_ARE  # transformers before 5 has none there, which means the same
         (folder / "tokenizer.json").write_text(json.dumps(written, indent=2, ensure_ascii=False), encoding="utf-8")
     return len(vocab)
 

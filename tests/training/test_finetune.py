@@ -374,6 +374,18 @@ def test_a_loss_that_is_no_number_ends_the_run(
     check_that_it_stopped(stopped.value.code, capsys.readouterr().err, output, at, good)
 
 
+@pytest.mark.parametrize("asked", ["--fp16", "accelerate launch"])
+def test_fp16_on_a_cpu_is_refused(
+    qwen2: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, asked: str
+) -> None:
+    """It trained in float32 without a word."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no" if asked == "--fp16" else "fp16")
+    with pytest.raises(SystemExit) as stopped:
+        finetune.main(options(qwen2, data, tmp_path / "out", max_steps=1, fp16=asked == "--fp16"))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and "fp16 needs a GPU; --bf16" in error
+
+
 def with_scaler(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
     """A Trainer whose losses are scaled as those of fp16 are, whoever asked for it; transformers has that on GPUs only."""
     create = BlockDiffusionTrainer.create_accelerator_and_postprocess

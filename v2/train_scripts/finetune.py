@@ -242,10 +242,18 @@ def check_processes(training: TrainingArguments) -> None:
         )
 
 
+def check_precision(training: TrainingArguments) -> None:
+    """ValueError for fp16 on a CPU, whoever asked for it: accelerate would train in float32 without a word."""
+    wanted = training.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16"
+    if wanted and training.device.type == "cpu":
+        raise ValueError("mixed precision fp16 needs a GPU; --bf16, or neither, trains on the CPU")
+
+
 def prepare(argv: list[str]) -> tuple[ModelArguments, FinetuneArguments, BlockDiffusionTrainer, Path | None]:
     """Everything before the first step. Raises ValueError and OSError for what the user should mend."""
     options, data, training = parse(argv)
     check_processes(training)
+    check_precision(training)
     set_seed(training.seed)
     quiet = training.process_index != 0
     flex = training.device.type == "cuda"

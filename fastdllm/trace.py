@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastdllm.config import DecodeConfig
 from fastdllm.engine import Step, check_fixed
-from fastdllm.generation import merged, stream, tokens_to_fix
+from fastdllm.generation import merged, prompts_of, stream, tokens_to_fix
 from fastdllm.models import Model
 from fastdllm.prompts import Prompts, encode
 from fastdllm.stats import Stats
@@ -231,10 +231,11 @@ class Trace:
 
 def watch(
     model: Model,
-    prompt: Prompts,
+    prompt: Prompts | None = None,
     config: DecodeConfig | None = None,
     *,
     constraints: dict[int, int] | None = None,
+    attention_mask: Any = None,
     **options: Any,
 ) -> Iterator[Trace]:
     """Answer one prompt and yield its trace before the first forward and after each one (the same object, growing).
@@ -242,8 +243,10 @@ def watch(
     Takes the arguments of `fastdllm.generate`, for a single prompt, and raises its errors, before anything is iterated.
     Closing the iterator stops the computation.
     """
+    options = dict(options)
+    prompt = prompts_of(prompt, options)
     config = merged(config, options)
-    ids: list[Tensor] = encode(model, prompt)
+    ids: list[Tensor] = encode(model, prompt, attention_mask)
     if len(ids) != 1:
         raise ValueError(f"watch follows one prompt, not {len(ids)}")
     stop_ids = model.spec.stop_ids if config.stop_ids is None else config.stop_ids

@@ -7,7 +7,8 @@ The chat, the page, the notebooks and `scripts/studies/plot_trace.py` all show t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterator
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +24,8 @@ from fastdllm.prompts import Prompts, encode
 from fastdllm.stats import Stats
 
 FORMAT, VERSION = "fastdllm-trace", 1
+
+LONGEST = 2**24  # positions of an answer in a file; more would fill the memory
 
 
 @dataclass(frozen=True)
@@ -224,9 +227,37 @@ class Trace:
             for name in ("fixed", "texts"):
                 data[name] = {int(k): v for k, v in data[name].items()}
             data["stop_ids"] = tuple(data["stop_ids"])
+            _check(data)
             return cls(**data)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is not a saved trace: {error}") from error
+
+
+def _check(data: Mapping[str, Any]) -> None:
+    """ValueError for fields of a saved trace that no answer has, which would be shown as another answer or not at all."""
+
+    def whole(*values: Any) -> bool:
+        return all(type(value) is int and value >= 0 for value in values)
+
+    def number(*values: Any) -> bool:
+        return all(type(value) in (int, float) and math.isfinite(value) for value in values)
+
+    length, steps, changes = data["length"], data["steps"], [c for step in data["steps"] for c in step.changes]
+    sizes = (length, data["prompt_length"], data["mask_id"], data.get("positions", 0), *data["stop_ids"])
+    if not whole(*sizes) or length > LONGEST:
+        raise ValueError("a length or an id is no whole number, or out of range")
+    placed = [*data["fixed"].items(), *((c.position, c.token) for c in changes)]
+    if not all(whole(*pair) and pair[0] < length for pair in placed):
+        raise ValueError(f"a token stands outside of an answer of {length} positions, or is none")
+    if not all(type(s.start) is type(s.stop) is int and number(s.seconds) and s.seconds >= 0 for s in steps):
+        raise ValueError("a step's positions or seconds are no numbers")
+    if not all(c.confidence is None or number(c.confidence) for c in changes):
+        raise ValueError("a confidence is no number")
+    texts = (data["model"], *data["texts"].values())
+    if not all(isinstance(text, str) for text in texts) or type(data["config"]) is not dict:
+        raise ValueError("a text or the settings are of another type")
+    if type(data.get("finished", False)) is not bool:
+        raise ValueError("finished is neither true nor false")
 
 
 def watch(

@@ -132,10 +132,11 @@ class AsyncEngine:
 
     async def stream_text(
         self,
-        prompt: Prompts,
+        prompt: Prompts | None = None,
         *,
         stop: str | Sequence[str] | None = None,
         constraints: dict[int, int] | None = None,
+        attention_mask: Any = None,
         **options: Any,
     ) -> AsyncGenerator[str, None]:
         """The answer to one prompt in pieces of text that will not change any more; joined, they are the answer.
@@ -144,7 +145,8 @@ class AsyncEngine:
         cancelling the task, frees the row within one forward.
         """
         given = renamed(options, stop=stop)
-        call = await self._understand(prompt, constraints, given.pop("stop", None), 1, None, given)
+        stop, prompt = given.pop("stop", None), prompts_of(prompt, given)
+        call = await self._understand(prompt, constraints, stop, 1, attention_mask, given)
         answer = answer_text(call)
         with Listening(self._scheduler, call.requests, watched=True) as listening:
             async for _, event in listening.events():

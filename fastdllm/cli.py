@@ -93,12 +93,22 @@ def shell(prog: str) -> Iterator[None]:
     except BrokenPipeError:
         _forget_output()
         raise Ended(141) from None
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:
+        if not disk_is_full(error):
             raise
         _forget_output()
-        print(f"{prog}: {error.strerror}", file=sys.stderr)
+        print(f"{prog}: {os.strerror(errno.ENOSPC)}", file=sys.stderr)
         raise Ended(2) from None
+
+
+def disk_is_full(error: Exception) -> bool:
+    """Whether something could not be written for lack of space, which safetensors and torch tell with errors of their own:
+    torch's says "unexpected pos 576 vs 534"."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOSPC
+    text = str(error)
+    torchs = "inline_container.cc" in text and ("unexpected pos" in text or "failed writing" in text)
+    return torchs or os.strerror(errno.ENOSPC) in text
 
 
 @contextmanager
@@ -118,7 +128,7 @@ def one_line(prog: str) -> Iterator[None]:
             print(libraries.hint(prog, library), file=sys.stderr)
             raise SystemExit(1) from error
         except (ValueError, OSError) as error:
-            if isinstance(error, BrokenPipeError) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+            if isinstance(error, BrokenPipeError) or disk_is_full(error):
                 raise
             print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
             raise SystemExit(2) from error

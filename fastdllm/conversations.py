@@ -365,7 +365,10 @@ def _check_message(tokenizer: PreTrainedTokenizerFast, message: Any, i: int) -> 
         what = "no content" if "content" not in message else f"content of type {type(content).__name__}"
         raise ValueError(f"message {i} (role {role!r}) has {what}; allowed are a text and a list of text parts")
     check_text(content, f"message {i}")
-    return escaped(tokenizer, {**message, "content": content})
+    try:
+        return escaped(tokenizer, {**message, "content": content})
+    except RecursionError:
+        raise ValueError(f"message {i} is nested too deep") from None
 
 
 def _part(part: Any, i: int) -> str:

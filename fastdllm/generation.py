@@ -329,11 +329,12 @@ def _bar(total: int, shown: bool) -> Iterator[Callable[[int], Any]]:
 
 def stream_text(
     model: Model,
-    prompt: Prompts,
+    prompt: Prompts | None = None,
     config: DecodeConfig | None = None,
     *,
     stop: str | Sequence[str] | None = None,
     constraints: dict[int, int] | None = None,
+    attention_mask: Any = None,
     **options: Any,
 ) -> Iterator[str]:
     """The answer to one prompt in pieces of text that will not change any more; joined, they are the answer.
@@ -343,8 +344,9 @@ def stream_text(
     tokenizer.
     """
     other = renamed(options, stop=stop)
-    stop, config = other.pop("stop", None), merged(config, other)
-    call = call_of(model, encode(model, prompt), config, constraints, stop, 1)
+    stop, prompt = other.pop("stop", None), prompts_of(prompt, other)
+    config = merged(config, other)
+    call = call_of(model, encode(model, prompt, attention_mask), config, constraints, stop, 1)
     return _pieces(call, answer_text(call))
 
 

@@ -7,7 +7,8 @@ The chat, the page, the notebooks and `scripts/studies/plot_trace.py` all show t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterator
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,12 +18,14 @@ from torch import Tensor
 
 from fastdllm.config import DecodeConfig
 from fastdllm.engine import Step, check_fixed
-from fastdllm.generation import merged, stream, tokens_to_fix
+from fastdllm.generation import merged, prompts_of, stream, tokens_to_fix
 from fastdllm.models import Model
 from fastdllm.prompts import Prompts, encode
 from fastdllm.stats import Stats
 
 FORMAT, VERSION = "fastdllm-trace", 1
+
+LONGEST = 2**24  # positions of an answer in a file; more would fill the memory
 
 
 @dataclass(frozen=True)
@@ -224,17 +227,46 @@ class Trace:
             for name in ("fixed", "texts"):
                 data[name] = {int(k): v for k, v in data[name].items()}
             data["stop_ids"] = tuple(data["stop_ids"])
+            _check(data)
             return cls(**data)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is not a saved trace: {error}") from error
+
+
+def _check(data: Mapping[str, Any]) -> None:
+    """ValueError for fields of a saved trace that no answer has, which would be shown as another answer or not at all."""
+
+    def whole(*values: Any) -> bool:
+        return all(type(value) is int and value >= 0 for value in values)
+
+    def number(*values: Any) -> bool:
+        return all(type(value) in (int, float) and math.isfinite(value) for value in values)
+
+    length, steps, changes = data["length"], data["steps"], [c for step in data["steps"] for c in step.changes]
+    sizes = (length, data["prompt_length"], data["mask_id"], data.get("positions", 0), *data["stop_ids"])
+    if not whole(*sizes) or length > LONGEST:
+        raise ValueError("a length or an id is no whole number, or out of range")
+    placed = [*data["fixed"].items(), *((c.position, c.token) for c in changes)]
+    if not all(whole(*pair) and pair[0] < length for pair in placed):
+        raise ValueError(f"a token stands outside of an answer of {length} positions, or is none")
+    if not all(type(s.start) is type(s.stop) is int and number(s.seconds) and s.seconds >= 0 for s in steps):
+        raise ValueError("a step's positions or seconds are no numbers")
+    if not all(c.confidence is None or number(c.confidence) for c in changes):
+        raise ValueError("a confidence is no number")
+    texts = (data["model"], *data["texts"].values())
+    if not all(isinstance(text, str) for text in texts) or type(data["config"]) is not dict:
+        raise ValueError("a text or the settings are of another type")
+    if type(data.get("finished", False)) is not bool:
+        raise ValueError("finished is neither true nor false")
 
 
 def watch(
     model: Model,
-    prompt: Prompts,
+    prompt: Prompts | None = None,
     config: DecodeConfig | None = None,
     *,
     constraints: dict[int, int] | None = None,
+    attention_mask: Any = None,
     **options: Any,
 ) -> Iterator[Trace]:
     """Answer one prompt and yield its trace before the first forward and after each one (the same object, growing).
@@ -242,8 +274,10 @@ def watch(
     Takes the arguments of `fastdllm.generate`, for a single prompt, and raises its errors, before anything is iterated.
     Closing the iterator stops the computation.
     """
+    options = dict(options)
+    prompt = prompts_of(prompt, options)
     config = merged(config, options)
-    ids: list[Tensor] = encode(model, prompt)
+    ids: list[Tensor] = encode(model, prompt, attention_mask)
     if len(ids) != 1:
         raise ValueError(f"watch follows one prompt, not {len(ids)}")
     stop_ids = model.spec.stop_ids if config.stop_ids is None else config.stop_ids

@@ -16,12 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 import fastdllm
 from fastdllm import cli, registry
 from fastdllm.cli import one_line
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+FULL = "fastdllm: No space left on device\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["help"]])
@@ -36,7 +40,10 @@ def test_the_overview_names_every_command(arguments: list[str], capsys: pytest.C
     ("error", "code", "told"),
     [
         (KeyboardInterrupt(), 130, "fastdllm: interrupted\n"),
-        (OSError(errno.ENOSPC, "No space left on device"), 2, "fastdllm: No space left on device\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, FULL),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), 2, FULL),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), 2, FULL),
+        (RuntimeError("[enforce fail at inline_container.cc:595] . PytorchStreamWriter failed writing file"), 2, FULL),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
     ],
 )

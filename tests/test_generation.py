@@ -127,7 +127,11 @@ def test_what_a_tokenizer_returns_may_be_passed_by_its_names(model: fastdllm.Mod
         found = fastdllm.generate(model, **{"token_type_ids": torch.zeros(2, 2)} | dict(given), gen_length=16).sequences
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     assert len(list(fastdllm.stream(model, **inputs, gen_length=16))) > 0
-    for follow in (fastdllm.generate, fastdllm.stream):
+    one = {"input_ids": inputs["input_ids"][1:], "attention_mask": inputs["attention_mask"][1:].float()}
+    text = "".join(fastdllm.stream_text(model, **one, token_type_ids=torch.zeros(1, 2), gen_length=16))
+    assert text == fastdllm.generate(model, "A pencil", gen_length=16).texts[0]
+    assert [*fastdllm.watch(model, **one, gen_length=16)][-1].prompt_length == int(one["attention_mask"].sum())
+    for follow in (fastdllm.generate, fastdllm.stream, fastdllm.stream_text, fastdllm.watch):
         with pytest.raises(ValueError, match="prompts is missing"):
             list(follow(model, gen_length=16))
         with pytest.raises(ValueError, match="prompts and input_ids are two names"):

@@ -180,6 +180,14 @@ def test_a_mask_of_other_values_is_refused_as_a_mask(model: Model, value: Any, f
         assert "ids" not in str(error.value)
 
 
+def test_a_message_nested_too_deep_is_refused(model: Model) -> None:
+    deep: Any = "x"
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(ValueError, match="message 0 is nested too deep"):
+        encode(model, [{"role": "user", "content": "x", "tool_calls": deep}])
+
+
 def test_a_mask_goes_with_ids(model: Model) -> None:
     with pytest.raises(ValueError, match="input_ids is a str"):
         encode(model, "text", torch.ones(1, 4))

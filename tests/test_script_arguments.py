@@ -22,6 +22,7 @@ from scripts.studies import pareto
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = [path for path in (ROOT / "scripts").rglob("*.py") if '"__main__"' in path.read_text(encoding="utf-8")]
 SCRIPTS = sorted(path for path in PROGRAMS if path.stem != "kernels")  # which needs triton
+OTHERS = [path for path in SCRIPTS if path.stem != "parallel"]  # which reads its options first, and then does the rest so
 NEEDED = {  # options without which a script does not begin
     "parallel": ["--model", "tiny-llada", "--data", "nowhere.jsonl", "--out", "out", "--max_steps", "1"],
     "published": ["--checkout", "nowhere"],
@@ -54,6 +55,23 @@ def run(path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(sys, "argv", [path.name, *NEEDED.get(path.stem, []), *arguments])
     runpy.run_module(name, run_name="__main__")
+
+
+@pytest.mark.parametrize("path", [*OTHERS, ROOT / "v2" / "train_scripts" / "ablation.py"], ids=lambda path: path.stem)
+def test_a_file_that_is_not_there_is_one_line(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever in a script it is missed: four of them ended in a traceback."""
+
+    def miss(*args: object) -> None:
+        raise FileNotFoundError("nowhere.json: no such file")
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", miss)
+    monkeypatch.syspath_prepend(str(ROOT / "v2" / "train_scripts"))
+    with pytest.raises(SystemExit) as stopped:
+        run(path, [], monkeypatch)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"{path.stem}: nowhere.json: no such file\n"
 
 
 BAD = ["-1", "0", "nan", "inf", "1e400", "x", "", "1.5", "9" * 30, "none"]

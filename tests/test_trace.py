@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +74,47 @@ def test_what_is_no_trace_is_refused_by_name(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ValueError, match=r"other\.json is not a saved trace"):
         Trace.load(path)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to every value within a JSON value."""
+    yield path
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(item, (*path, key))
+
+
+WRONG = [-1, 10**12, 1.5, "x", None, True, [], {}, [[1]], "9" * 5000]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda value: repr(value)[:10])
+def test_any_changed_value_is_refused_or_shown(model: fastdllm.Model, tmp_path: Path, wrong: Any) -> None:
+    """Positions beyond the answer raised an IndexError when they were shown, and negative ones were others' places."""
+    *_, trace = watch(model, MESSAGES, gen_length=8, block_length=4, constraints={3: 40})
+    path = tmp_path / "trace.json"
+    trace.save(path)
+    whole = json.loads(path.read_text())
+    for place in list(places(whole))[1:]:
+        data = copy.deepcopy(whole)
+        spot = data
+        for key in place[:-1]:
+            spot = spot[key]
+        spot[place[-1]] = wrong
+        path.write_text(json.dumps(data))
+        try:
+            read = Trace.load(path)
+        except ValueError as error:
+            assert str(error).startswith(f"{path} is not a saved trace: "), place
+            continue
+        assert len(read.at().ids) == read.length <= 2**24
+        assert read.tokens() >= 0 and read.seconds() >= 0 and read.finish_reason in ("stop", "length", None)
+        read.save(path)
+        assert Trace.load(path) == read
+
+
+def test_a_trace_nested_without_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"t\.json is not a saved trace"):
+        Trace.load(tmp_path / "t.json")
 
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])

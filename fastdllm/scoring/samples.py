@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +80,8 @@ def read_samples(path: Path, problems: Path | None = None) -> Samples:
     name, and a file without any sample, are errors.
     """
     reader = _Reader(path, problems)
-    whole = _whole(path)
-    for row in read_rows(path) if whole is None else whole:
+    rows = [*read_rows(path)]  # once: what a pipe has given is gone
+    for row in _whole(path, rows) or rows:
         reader.add(row)
     samples = reader.samples
     if not samples.found:
@@ -91,11 +90,10 @@ def read_samples(path: Path, problems: Path | None = None) -> Samples:
     return samples
 
 
-def _whole(path: Path) -> list[Row] | None:
+def _whole(path: Path, rows: list[Row]) -> list[Row] | None:
     """The entries of a file that is one JSON list of lists or of objects, on one line or, if it ends in .json, on many."""
-    rows = [*islice(read_rows(path), 2)]
     value = rows[0].value if len(rows) == 1 else None
-    if len(rows) > 1 and path.suffix == ".json":
+    if len(rows) > 1 and path.suffix == ".json" and path.is_file():
         with suppress(ValueError, RecursionError):
             value = json.loads(path.read_text(encoding="utf-8-sig"))
     if not isinstance(value, list) or not all(isinstance(one, (list, dict)) for one in value):

@@ -36,12 +36,13 @@ from fastdllm.serving.service import Service
 
 @dataclass(frozen=True)
 class Line:
-    """One request of the input: where it stood, its own id, the endpoint and the body."""
+    """One request of the input: where it stood, its own id, the endpoint, the body and the line's length in bytes."""
 
     number: int
     custom_id: str
     url: str
     body: Any
+    size: int = 0
 
 
 def read_lines(path: Path) -> list[Line]:
@@ -63,7 +64,7 @@ def read_lines(path: Path) -> list[Line]:
             raise ValueError(
                 f"{path}:{number}: custom_id {data['custom_id']!r} is that of line {lines[data['custom_id']].number}"
             )
-        lines[data["custom_id"]] = Line(number, data["custom_id"], data["url"], data.get("body"))
+        lines[data["custom_id"]] = Line(number, data["custom_id"], data["url"], data.get("body"), len(raw))
     return list(lines.values())
 
 
@@ -183,13 +184,11 @@ async def answer_all(service: Service, lines: Sequence[Line], output: Output, at
 
 
 def length_of(line: Line) -> int:
-    """How long a request is, roughly, in characters of its body and of its answer: longest first means little waiting at the
+    """How long a request is, roughly, in characters of its line and of its answer: longest first means little waiting at the
     end, and memory trouble at once."""
     body = line.body if isinstance(line.body, dict) else {}
     wanted = [body.get(name) for name in ("max_tokens", "max_completion_tokens")]
-    return len(json.dumps(body)) + 4 * max(
-        [n for n in wanted if isinstance(n, int) and not isinstance(n, bool)], default=256
-    )
+    return line.size + 4 * max([n for n in wanted if isinstance(n, int) and not isinstance(n, bool)], default=256)
 
 
 def share(lines: Sequence[Line], rank: int, size: int) -> list[Line]:

@@ -254,10 +254,10 @@ def _instruction(where: str, value: dict[str, Any]) -> list[dict[str, Any]]:
     if isinstance(value[asked], list) and isinstance(value[answer], list):  # a prompt and a completion of messages
         context = [{**message, "weight": 0} for message in _messages(where, value[asked], asked)]
         return context + _messages(where, value[answer], answer)
-    parts = [value[asked], (about and value.get(about)) or ""]
-    question = "\n\n".join(filter(None, (_text(where, repr(asked), part) for part in parts)))
+    parts = [(name, value[name]) for name in (asked, about) if name and name in value]
+    question = "\n\n".join(filter(None, (_text(where, repr(name), part) for name, part in parts)))
     turns = [("user", question), ("assistant", _text(where, repr(answer), value[answer]))]
-    earlier = _history(where, value["history"]) if value.get("history") else []
+    earlier = _history(where, value.get("history") or [])
     return earlier + [{"role": role, "content": content} for role, content in turns]
 
 
@@ -279,10 +279,13 @@ def to_conversation(record: Record) -> Conversation:
     if not isinstance(value, dict):
         raise BadRecord(f"{where}: not a JSON object")
     value = _given(value)
-    name = next((name for name in CONVERSATIONS if name in value), None)
+    named = [name for name in CONVERSATIONS if name in value]
+    others = any(keys[0] in value for keys in INSTRUCTIONS)
+    # An empty list is no conversation where there is another one, or an instruction: some tables fill up with it.
+    name = next((name for name in named if value[name] != []), None if others else next(iter(named), None))
     messages = _messages(where, value[name], name) if name else _instruction(where, value)
-    if value.get("system"):
-        messages = [{"role": "system", "content": _text(where, "'system'", value["system"])}, *messages]
+    if system := _text(where, "'system'", value.get("system", "")):
+        messages = [{"role": "system", "content": system}, *messages]
     tools = value.get("tools") or None
     if isinstance(tools, str):  # LLaMA-Factory writes the list as JSON text
         try:

@@ -33,7 +33,7 @@ from transformers.trainer_callback import PrinterCallback
 
 import fastdllm
 from fastdllm.arguments import AMOUNT, COUNT, SEED, SHARE, SIZE, Parser, number
-from fastdllm.cli import one_line
+from fastdllm.cli import one_line, shell
 from fastdllm.models import Model
 from fastdllm.training.checkpoint import checkpoint_to_resume
 from fastdllm.training.finite import train_or_exit
@@ -462,4 +462,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with shell("parallel"):
+        main()

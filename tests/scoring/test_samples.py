@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,20 @@ def test_a_byte_order_mark_belongs_to_no_line(tmp_path: Path) -> None:
     assert len(read_samples(path).found) == 1 and len([*read_lines(path)]) == 1
     path.with_suffix(".json").write_bytes(b"\xef\xbb\xbf" + json.dumps([GOOD, GOOD], indent=1).encode())
     assert [len(answers) for _, answers in read_samples(path.with_suffix(".json")).found] == [2]
+
+
+@pytest.mark.parametrize("name", ["s.jsonl", "s.json", "s.jsonl.gz"])
+def test_a_pipe_gives_every_line(tmp_path: Path, name: str) -> None:
+    """`fastdllm score <(zcat ...)`: the file was read twice, and its beginning was gone the second time."""
+    lines = [{**GOOD, "doc": {**DOC, "task_id": f"t/{n}", "x": "y" * 200}} for n in range(200)]
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    path = tmp_path / name
+    os.mkfifo(path)
+    content = gzip.compress(content) if name.endswith(".gz") else content
+    writer = threading.Thread(target=lambda: path.write_bytes(content), daemon=True)
+    writer.start()
+    assert [problem.name for problem, _ in read_samples(path).found] == [f"t/{n}" for n in range(200)]
+    writer.join()
 
 
 def test_every_tool_s_file_is_read(tmp_path: Path) -> None:

@@ -141,12 +141,27 @@ def test_a_line_that_is_no_request_is_named(tmp_path: Path, text: str, message: 
 
 
 def test_processes_share_all_lines_longest_first() -> None:
-    lines = [Line(i, str(i), "/v1/completions", {"prompt": "x" * (i * 7 % 13), "max_tokens": 1 + i % 5}) for i in range(23)]
+    lines = [
+        Line(i, str(i), "/v1/completions", {"prompt": "x" * (i * 7 % 13), "max_tokens": 1 + i % 5}, i * 7 % 13)
+        for i in range(23)
+    ]
     parts = [share(lines, rank, 3) for rank in range(3)]
     assert sorted(entry.number for part in parts for entry in part) == list(range(23))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    long = Line(99, "99", "/v1/completions", {"prompt": "x" * 500})
+    long = Line(99, "99", "/v1/completions", {"prompt": "x" * 500}, 500)
     assert share([*lines, long], 0, 1)[0] is long
+
+
+def test_a_body_nested_as_deep_as_can_be_read_is_a_request(tmp_path: Path) -> None:
+    """Its length was taken by writing it again, which cannot be done as deep."""
+    for depth in range(800, 1010):
+        body = '{"x": ' * depth + "1" + "}" * depth
+        (tmp_path / "in.jsonl").write_text(f'{{"custom_id": "1", "url": "/v1/completions", "body": {body}}}\n')
+        try:
+            lines = read_lines(tmp_path / "in.jsonl")
+        except ValueError:
+            break
+        assert share(lines, 0, 1) == lines
 
 
 def start(arguments: list[str], *launcher: str) -> subprocess.Popen:

@@ -24,10 +24,12 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
 import fastdllm
+from fastdllm import cli
 from fastdllm.forward import Window
 from fastdllm.training.checkpoint import checkpoint_to_resume, load_for_training
 from fastdllm.training.trainer import BlockDiffusionTrainer
@@ -380,6 +382,18 @@ def test_a_loss_that_is_no_number_ends_the_run(
     check_that_it_stopped(stopped.value.code, capsys.readouterr().err, output, at, good)
 
 
+@pytest.mark.parametrize("asked", ["--fp16", "accelerate launch"])
+def test_fp16_on_a_cpu_is_refused(
+    qwen2: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, asked: str
+) -> None:
+    """It trained in float32 without a word."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no" if asked == "--fp16" else "fp16")
+    with pytest.raises(SystemExit) as stopped:
+        finetune.main(options(qwen2, data, tmp_path / "out", max_steps=1, fp16=asked == "--fp16"))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and "fp16 needs a GPU; --bf16" in error
+
+
 def with_scaler(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
     """A Trainer whose losses are scaled as those of fp16 are, whoever asked for it; transformers has that on GPUs only."""
     create = BlockDiffusionTrainer.create_accelerator_and_postprocess
@@ -421,6 +435,25 @@ def test_steps_that_are_all_left_out_end_the_run(
     )
     with pytest.warns(UserWarning, match=r"every step \(3\) was left out"):
         finetune.main(options(qwen2, data, tmp_path / "out", max_steps=3))
+
+
+@pytest.mark.parametrize("when", ["checkpoint", "end"])
+def test_a_disk_that_fills_while_a_model_is_saved_is_one_line(
+    qwen2: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], when: str
+) -> None:
+    """safetensors and torch have errors of their own for it, and the user saw the trace of one."""
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(BlockDiffusionTrainer, "_save", full)
+    monkeypatch.setattr(cli, "_forget_output", lambda: None)
+    strategy = {"save_strategy": "steps", "save_steps": 1} if when == "checkpoint" else {"save_strategy": "no"}
+    with pytest.raises(SystemExit) as stopped:
+        finetune.main(options(qwen2, data, tmp_path / "out", max_steps=1, **strategy))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "Traceback" not in error
+    assert error.splitlines()[-1] == "finetune: No space left on device"
 
 
 @pytest.mark.parametrize("name", finetune.LIMITS)

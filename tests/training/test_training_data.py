@@ -197,6 +197,24 @@ def test_every_common_form_gives_the_same_conversation(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("key", ["messages", "conversations", "conversation"])
+def test_an_empty_list_does_not_hide_another_form(form: str, key: str) -> None:
+    """Tables of records of several forms fill up with it."""
+    assert to_conversation(Record("here", {key: [], **FORMS[form]})).messages == [USER, SAID]
+    assert to_conversation(Record("here", {**FORMS[form], key: FORMS[form].get(key, [])})).messages == [USER, SAID]
+
+
+@pytest.mark.parametrize("value", [0, False, 0.0, {}, 7, ["a"]])
+@pytest.mark.parametrize(
+    ("form", "key"), [("alpaca", "input"), ("dolly", "context"), ("alpaca", "system"), ("lmsys", "system")]
+)
+def test_what_is_no_text_is_reported_rather_than_left_out(form: str, key: str, value: object) -> None:
+    """Those that are false were: "Is it even?" about 0 was trained on without the 0."""
+    with pytest.raises(BadRecord, match=f"here: '{key}' is not a string"):
+        to_conversation(Record("here", {**FORMS[form], key: value}))
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_null_is_absent(form: str) -> None:
     """A table of records of several forms writes every key into every record, null where the record has none."""
     keys = {key for value in FORMS.values() for key in value} - {"role", "from"}

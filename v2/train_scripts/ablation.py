@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import fastdllm
 from fastdllm.arguments import COUNT, Parser
+from fastdllm.cli import one_line
 from fastdllm.training.checkpoint import load_for_training
 from fastdllm.training.collator import Collator, Row
 from fastdllm.training.objective import choose_masked
@@ -138,4 +139,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("ablation"):
+        main()

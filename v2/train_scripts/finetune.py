@@ -27,7 +27,7 @@ from transformers.integrations import is_tensorboard_available
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from fastdllm.arguments import Parser
-from fastdllm.cli import one_line
+from fastdllm.cli import one_line, shell
 from fastdllm.training.checkpoint import MASK_TOKEN, checkpoint_to_resume, load_for_training, save_tokenizer
 from fastdllm.training.collator import Collator, Rows
 from fastdllm.training.finite import train_or_exit
@@ -242,10 +242,18 @@ def check_processes(training: TrainingArguments) -> None:
         )
 
 
+def check_precision(training: TrainingArguments) -> None:
+    """ValueError for fp16 on a CPU, whoever asked for it: accelerate would train in float32 without a word."""
+    wanted = training.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16"
+    if wanted and training.device.type == "cpu":
+        raise ValueError("mixed precision fp16 needs a GPU; --bf16, or neither, trains on the CPU")
+
+
 def prepare(argv: list[str]) -> tuple[ModelArguments, FinetuneArguments, BlockDiffusionTrainer, Path | None]:
     """Everything before the first step. Raises ValueError and OSError for what the user should mend."""
     options, data, training = parse(argv)
     check_processes(training)
+    check_precision(training)
     set_seed(training.seed)
     quiet = training.process_index != 0
     flex = training.device.type == "cuda"
@@ -305,7 +313,14 @@ def merge(options: ModelArguments, output: Path, tokenizer: PreTrainedTokenizerF
 
 
 def main(argv: list[str]) -> None:
-    """Load, train, save. What the user should mend, a loss that is no number among it, is one line and exit code 2."""
+    """Load, train, save. What the user should mend, a loss that is no number among it, is one line and exit code 2. So is a
+    disk that fills, and an interruption is one line and exit code 130."""
+    with shell("finetune"):
+        run(argv)
+
+
+def run(argv: list[str]) -> None:
+    """`main`, without what the shell is told at its end."""
     with one_line("finetune"):
         options, training, trainer, resume = prepare(argv)
     train_or_exit(trainer, resume, "finetune")

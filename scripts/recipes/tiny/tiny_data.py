@@ -19,6 +19,7 @@ from multiprocessing import Pool
 from pathlib import Path
 
 from fastdllm.arguments import COUNT, SIZE, Parser
+from fastdllm.cli import one_line
 
 TRAIN_SEED, TEST_SEED = 20251, 977
 STAGE_PROBLEMS = 600_000
@@ -186,4 +187,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("tiny_data"):
+        main()

@@ -23,6 +23,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from fastdllm.arguments import AMOUNT, COUNT, SEED, Parser
+from fastdllm.cli import one_line
 from scripts.recipes.tiny.tiny_corpus import Sampler, chat_prompt
 from scripts.recipes.tiny.tiny_data import Problem, unique, write_jsonl
 from scripts.recipes.tiny.tiny_formats import END_OF_TURN, read, write_json
@@ -142,4 +143,5 @@ def fit(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("train_sudoku"):
+        main()

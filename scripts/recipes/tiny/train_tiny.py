@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from fastdllm.arguments import AMOUNT, COUNT, SEED, Parser
+from fastdllm.cli import one_line
 from fastdllm.models.spec import ModelSpec
 from fastdllm.training.finite import Diverged, StepWatch, no_number_at, not_finite, told
 from fastdllm.training.masks import dense_mask
@@ -447,4 +448,5 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("train_tiny"):
+        main()

@@ -281,7 +281,7 @@ def keeps_to_steps(decoder: Any) -> bool:
 def without_effect(given: Mapping[str, Any], decoder: Any) -> str:
     """What to say of steps and a schedule among the options given, where the decoder does not heed them; "" elsewhere.
 
-    They are no error: the published commands give steps beside a threshold, which takes their place.
+    They are no error: the published commands give steps with a threshold, which takes their place.
     """
     values = {name: given[name] for name in STEPPED if name in given}
     if not values or keeps_to_steps(decoder):

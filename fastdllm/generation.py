@@ -267,7 +267,7 @@ def renamed(options: Mapping[str, Any], **given: Any) -> dict[str, Any]:
 def prompts_of(prompts: Prompts | None, options: dict[str, Any]) -> Prompts:
     """The prompts, or what was passed for them as transformers' input_ids, which is taken out of the options.
 
-    So are token_type_ids beside them: some tokenizers return them for any model, and these models have no such types.
+    So are token_type_ids, which some tokenizers return for any model: these models have no such types.
     """
     given = options.pop("input_ids", None)
     if given is not None:

@@ -127,7 +127,7 @@ def import_modules(names: Sequence[str]) -> None:
 
 
 def _import_file(path: Path) -> None:
-    """Import a file under its own name, so that what it defines can be pickled; modules beside it can be imported too."""
+    """Import a file under its own name, so that what it defines can be pickled; modules of its folder may be imported."""
     if not path.is_file():
         raise ValueError("there is no such file")
     known = sys.modules.get(path.stem)

@@ -36,6 +36,12 @@ def test_figures_of_accuracy_are_in_the_data() -> None:
     pairs = {(f"{100 * row['accuracy']:.1f}", f"{row['forwards']:.1f}") for row in rows}
     cells = re.findall(r"\| (\d+\.\d) %, (\d+\.\d)", README)
     assert len(cells) >= 12 and set(cells) <= pairs
+    of_model = {study["model"]: study["settings"] for study in studies if study["template"] == "chat"}
+    shown = re.findall(r"^\| (tiny-[\w-]+) \|.*\| (\d+\.\d) %, (\d+\.\d) \|$", README, re.MULTILINE)
+    assert {name for name, *_ in shown} == of_model.keys(), "the last column is that of `balanced`"
+    for name, *cell in shown:
+        (row,) = (row for row in of_model[name] if row["preset"] == "balanced")
+        assert cell == [f"{100 * row['accuracy']:.1f}", f"{row['forwards']:.1f}"], name
     first = {row["preset"]: row for row in studies[0]["settings"] if row["preset"]}
     for name, row in first.items():
         cell = f"| {100 * row['difference']:.1f} | {row['forwards']:.1f} | {row['tokens_per_second']:,.0f} |"

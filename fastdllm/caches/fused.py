@@ -2,9 +2,9 @@
 """Sub-block cache with fewer positions: the pass that commits a block is the first step of the next one.
 
 The network is read once for both, and the new block's positions see the clean keys of the old one in the same forward, as
-they would afterwards. Inside a block this goes further than `sub_block`: what is recomputed when a sub-block begins is the
-one before it, whose last tokens are new, and not the whole block; while its first token is masked, the one position before
-it, which predicts that token. Other positions of the block keep the keys of their last pass.
+they would afterwards. When a sub-block begins, `sub_block` recomputes the whole block. `fused` recomputes only the sub-block
+before it, whose last tokens are new. While the first token is masked, it also recomputes the position before it, which
+predicts that token. Other positions of the block keep the keys of their last pass.
 """
 
 from dataclasses import dataclass

@@ -20,5 +20,5 @@ class Cache(block_cache.Cache):
     def step(self, block: Block, progress: Progress) -> Pass:
         if progress.outer_step == 0 or progress.first_masked:
             return block_cache.Cache.step(self, block, progress)
-        # To the grid, also where the answer ends before: the block's other rows see the masks behind the end.
+        # To the grid, also where the answer ends before: the block's other rows see the masks after the end.
         return Pass(block.start, max(block.stop, min(block.start + block.sub, block.outer_stop)), block.outer_stop)

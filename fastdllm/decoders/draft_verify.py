@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draft and verify (FreeDave, arXiv 2510.00294): the tokens of one-token-per-step decoding, in fewer forwards.
 
-The logits that commit one token also suggest the next ones. One forward runs several drafts of the block beside it, and each
-draft that one token per step would write gives one more step. It is the option `lossless` over one token per step.
+The logits that commit one token also suggest the next ones. One forward runs several drafts together with the block,
+and each draft that one token per step would write gives one more step. It is the option `lossless` over one token per step.
 """
 
 from dataclasses import dataclass

@@ -3,7 +3,8 @@
 
 A model that was trained to correct text may also disagree with what the block holds. Each forward commits the masks above
 the one threshold, and replaces what decoding wrote where another token is above the other one. A full block is read again
-until nothing in it changes. The model card's quality mode is the default; its speed mode is 0.5 and 0.
+until nothing in it changes. The defaults are the model card's quality mode. Its speed mode is
+`threshold=0.5` and an editing threshold of 0.
 """
 
 from dataclasses import dataclass

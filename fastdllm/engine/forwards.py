@@ -85,7 +85,7 @@ def first_branch(network: Network, ids: Tensor, window: Window, store: KVStore, 
 
 
 def lead_of(look: Look, lanes: int, width: int) -> Look:
-    """What is asked of the first lane of each row, in a forward of those alone."""
+    """What is asked of the first lane of each row, in a forward of only those."""
     lead = slice(None, None, lanes)
     row, source, slot, out = look.row[lead], look.source[lead], look.slot[lead], look.out[lead]
     hide = None if look.hide is None else look.hide[lead]

@@ -18,7 +18,7 @@ _MOST_MESSAGE = 1000
 def run(tester: remote.ChecksSide, program: str, source: str, setup: str, names: Iterable[str]) -> dict[str, str]:
     """Run the program, then `setup` and the tests `source` with `names` taken from it: status and message.
 
-    `setup` is what the problem gives, and goes before anything of that name in the program.
+    `setup` is what the problem gives. It overrides anything of that name in the program.
     """
     module = types.ModuleType("tests")
     sys.modules["tests"] = module

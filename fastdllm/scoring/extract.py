@@ -24,7 +24,7 @@ _REACH = 1024  # statements that one open bracket or string may run over
 def extract(answer: str, roots: Iterable[str]) -> str | None:
     """The part of `answer` that defines one of the names `roots`, with all it needs; None if nothing does.
 
-    Fenced blocks go before bare text, and among them the one that defines most roots, then the longest. Names
+    A fenced block is preferred to bare text: the one that defines most roots, then the longest. Names
     that it lacks are looked for in the other blocks.
     """
     answer = answer.replace("\r\n", "\n").replace("\r", "\n")

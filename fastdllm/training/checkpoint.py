@@ -267,7 +267,7 @@ def _adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def _other_optimizer(path: Path, model: torch.nn.Module) -> str | None:
     """Where an optimizer's state is not of the parameters that `model` trains."""
     if not path.is_file():
-        return None  # weights may be saved alone
+        return None  # weights may be saved without it
     state = _loaded(path)
     shapes = sorted(tuple(parameter.shape) for parameter in model.parameters() if parameter.requires_grad)
     known = [tuple(one["exp_avg"].shape) for one in state["state"].values() if isinstance(one, dict) and "exp_avg" in one]

@@ -207,7 +207,7 @@ def not_paying() -> str:
 
 
 def discount() -> str:
-    """`attention_discount` beside plain thresholds, each model with its family's default cache."""
+    """`attention_discount` next to plain thresholds, each model with its family's default cache."""
     names = {"threshold=0.9": "threshold 0.9", "threshold=0.95": "threshold 0.95"}
     names |= {f"threshold={t}:attention_discount=40": f"threshold {t}, `attention_discount=40`" for t in ("0.7", "0.9")}
     rows = []

@@ -39,6 +39,10 @@ def _connect_loopback_only(self: socket.socket, address: object) -> None:
 socket.socket.connect = _connect_loopback_only
 
 
+# On a CPU the quick tests are so many of a product of parameters that any two values meet, or that each value appears.
+TOGETHER = {"pairwise": 2, "each_choice": 1}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")
     no_browser = pytest.mark.skip(reason="needs a browser: apt-get install chromium")
@@ -49,25 +53,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_browser)
     tests = defaultdict(list)
     for item in items:
-        if "pairwise" in item.keywords and "gpu" not in item.keywords and hasattr(item, "callspec"):
-            tests[item.nodeid.split("[")[0]].append(item)
-    for test, of_one in tests.items():
+        together = next((n for mark, n in TOGETHER.items() if mark in item.keywords), 0)
+        if together and "gpu" not in item.keywords and hasattr(item, "callspec"):
+            tests[item.nodeid.split("[")[0], together].append(item)
+    for (test, together), of_one in tests.items():
         start = zlib.crc32(test.encode()) % len(of_one)  # each test leaves out others
         of_one = of_one[start:] + of_one[:start]
-        kept = pairwise([[f"{name}={value!r}" for name, value in item.callspec.params.items()] for item in of_one])
+        kept = covering([[f"{name}={value!r}" for name, value in item.callspec.params.items()] for item in of_one], together)
         for index in set(range(len(of_one))) - kept:
             of_one[index].add_marker(pytest.mark.slow)
 
 
-def pairwise(rows: Sequence[Sequence[str]]) -> set[int]:
-    """The indices of some rows in which any two values appear together that do so in all of them; greedily few."""
-    open_pairs = {i: set(itertools.combinations(row, 2)) or {tuple(row)} for i, row in enumerate(rows)}
+def covering(rows: Sequence[Sequence[str]], together: int) -> set[int]:
+    """The indices of some rows in which any so many values appear together that do so in all of them; greedily few."""
+    missing = {i: set(itertools.combinations(row, min(together, len(row)))) for i, row in enumerate(rows)}
     kept = set()
-    while open_pairs:
-        best = max(open_pairs, key=lambda i: len(open_pairs[i]))
+    while missing:
+        best = max(missing, key=lambda i: len(missing[i]))
         kept.add(best)
-        seen = set(open_pairs[best])
-        open_pairs = {i: left for i, pairs in open_pairs.items() if (left := pairs - seen)}
+        seen = set(missing[best])
+        missing = {i: left for i, values in missing.items() if (left := values - seen)}
     return kept
 
 

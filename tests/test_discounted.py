@@ -177,6 +177,7 @@ class Checked:
 RUNS: list[dict[str, Any]] = [{}, {"lossless": 3}, {"runner": "cuda_graph"}]
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("family, cache", PLACES)
 @pytest.mark.parametrize("how", RUNS, ids=str)
 def test_what_a_rule_is_told_is_the_attention_of_the_last_layer(

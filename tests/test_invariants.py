@@ -8,7 +8,6 @@ held to them too.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -37,9 +36,9 @@ FITTING = [d for d in DECODERS if testing.fits(d, "llada")]  # of families witho
 ALL = [(f, c, d) for f in FAMILIES for c, d in combinations(f)]
 
 
-def over(triples: list[tuple[str, str, str]]) -> Callable[[Callable], Callable]:
-    """Run a test for these (family, cache, decoder); the quick part has each pair of them that goes together."""
-    return lambda test: pytest.mark.pairwise(pytest.mark.parametrize("family, cache, decoder", triples)(test))
+def over(triples: list[tuple[str, str, str]]) -> pytest.MarkDecorator:
+    """Run a test for these (family, cache, decoder)."""
+    return pytest.mark.parametrize("family, cache, decoder", triples)
 
 
 by_hypothesis = settings(deadline=None, derandomize=True)
@@ -120,6 +119,7 @@ def test_a_row_of_a_ragged_batch_equals_the_row_alone(family: str, data: st.Data
     assert tokens(permuted) == [tokens(together)[row] for row in order]
 
 
+@pytest.mark.pairwise
 @over(ALL)
 def test_early_stop_equals_the_full_run_cut_at_the_stop(family: str, cache: str, decoder: str) -> None:
     saved = 0
@@ -139,6 +139,7 @@ def test_early_stop_equals_the_full_run_cut_at_the_stop(family: str, cache: str,
     assert saved > 0
 
 
+@pytest.mark.each_choice
 @over([triple for triple in ALL if triple[2] != "quota"])
 def test_steps_change_nothing_for_adaptive_decoders(family: str, cache: str, decoder: str) -> None:
     model, given = random_model(family), prompts(5)
@@ -185,6 +186,7 @@ def test_one_token_a_step_is_the_default_also_with_a_short_last_block(
             assert out.stats.row_forwards == [gen_length]
 
 
+@pytest.mark.pairwise
 @over(ALL)
 def test_shortest_answers_and_blocks_that_do_not_fit(family: str, cache: str, decoder: str) -> None:
     for gen_length, block_length in ((1, 8), (1, 32), (3, 8), (11, 32), (9, 8)):
@@ -203,7 +205,7 @@ SAMPLED = [
 ]
 
 
-@pytest.mark.pairwise
+@pytest.mark.each_choice
 @pytest.mark.parametrize("family, cache", [(f, c) for f in FAMILIES for c in caches(f)])
 @pytest.mark.parametrize("sampled", SAMPLED, ids=str)
 def test_a_seed_decides_the_output_and_each_row_has_its_own(family: str, cache: str, sampled: dict[str, Any]) -> None:
@@ -229,6 +231,7 @@ def test_one_draw_per_row_and_step(family: str, cache: str, monkeypatch: pytest.
     assert None not in draws
 
 
+@pytest.mark.each_choice
 @over(ALL)
 def test_constraints_are_kept(family: str, cache: str, decoder: str) -> None:
     """Also at block starts, at the ends, over whole blocks, and per prompt."""

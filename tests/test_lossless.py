@@ -79,6 +79,7 @@ def compare(model: fastdllm.Model, given: list[Tensor], branches: int, **options
     return sum(r.forwards for r in alone.values()), sum(r.forwards for r in fast.values())
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_rule_keeps_its_tokens_its_order_and_its_log_probabilities(family: str, rule: str) -> None:

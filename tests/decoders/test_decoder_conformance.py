@@ -36,6 +36,7 @@ def test_no_value_is_read_on_the_host(name: str) -> None:
     testing.check_no_host_read(name)
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("name, family", [(n, f) for n in DECODERS for f in FAMILIES if testing.fits(n, f)])
 def test_generation_ends_and_rows_are_independent(name: str, family: str) -> None:
     testing.check_generation(name, family)

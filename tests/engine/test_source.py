@@ -80,7 +80,7 @@ def close(a: Any, b: Any) -> bool:
     return a[0] == b[0] and a[2:] == b[2:] and torch.allclose(torch.tensor(a[1]), torch.tensor(b[1]), atol=1e-4)
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", [*range(6), *(pytest.param(n, marks=pytest.mark.slow) for n in range(6, 24))])
 @pytest.mark.parametrize("graphed", [False, True])
 def test_requests_that_come_and_go_give_what_each_gives_alone(
     seed: int, graphed: bool, monkeypatch: pytest.MonkeyPatch

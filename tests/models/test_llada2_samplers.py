@@ -43,6 +43,7 @@ def readings(length: int, answer: int) -> int:
     return (length >= SIZE) + (length + answer - 1) // SIZE - length // SIZE
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 8, 11])
 @pytest.mark.parametrize("length", [1, 8, 13])
 @pytest.mark.parametrize("threshold", [0.3, 0.95])
@@ -61,6 +62,7 @@ def test_a_block_takes_at_most_so_many_steps(model: fastdllm.Model, steps: int, 
 EDITING = {"threshold": 0.3, "editing_threshold": 0.1, "max_post_steps": 16}
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize(
     "options",
     [

@@ -28,6 +28,7 @@ from tests.reference import llada
 from tests.reference.network import PlainNetwork
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("family", MIXTURES)
 @pytest.mark.parametrize("decoder", registry.names("decoders"))
 def test_decoders_and_caches(family: str, decoder: str) -> None:

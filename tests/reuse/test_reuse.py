@@ -75,6 +75,7 @@ def test_neutral_settings_change_nothing(model: Model, cache: str, reuse: dict[s
         torch.testing.assert_close(a.confidence, b.confidence, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("reuse", REUSE, ids=str)
 def test_a_row_of_a_batch_equals_the_row_alone(model: Model, cache: str, reuse: dict[str, Any]) -> None:

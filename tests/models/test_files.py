@@ -671,7 +671,8 @@ def test_chat_templates_in_a_list(tmp_path: Path) -> None:
     tools, plain = {"name": "tool_use", "template": "t"}, {"name": "default", "template": "{{ messages[0]['content'] }}!"}
     assert render([tools, plain]) == "hi!" == render([plain])
     assert render([tools]) == "t"
-    for bad in ([tools, {"name": "rag", "template": "r"}], [], 5, {"a": 1}):
+    unnamed = [{"name": ["default"], "template": "r"}, {"name": {}, "template": "r"}]
+    for bad in ([tools, {"name": "rag", "template": "r"}], unnamed, [], 5, {"a": 1}):
         with pytest.raises(ValueError, match=r"tokenizer_config.json.*chat_template"):
             render(bad)
 

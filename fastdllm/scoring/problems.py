@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import keyword
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,7 @@ class Problem:
             return cls(name, "", (called(tests) | called(setup)) - bound(setup), setup, tests)
         if doc.keys() >= {"prompt", "test", "entry_point"}:
             entry, tests = _text(name, doc, "entry_point"), _text(name, doc, "test")
-            if not entry.isidentifier():
+            if not entry.isidentifier() or keyword.iskeyword(entry):
                 raise ValueError(f"problem {name}: entry_point {entry!r} is no name")
             _check_source(name, "test", tests)
             return cls(name, _text(name, doc, "prompt"), frozenset({entry}), "", f"{tests}\n\ncheck({entry})")

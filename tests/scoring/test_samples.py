@@ -49,6 +49,8 @@ BAD = {
     "number": (5, "not a JSON object"),
     "text": ('"x"', "not a JSON object"),
     "list": ([1], "must be a text, not int"),
+    "entry point is a keyword": (doc(entry_point="class"), "entry_point 'class' is no name"),
+    "entry point is a constant": (doc(entry_point="None"), "entry_point 'None' is no name"),
     "empty object": ({}, "needs doc and resps"),
     "cut off": ('{"doc": {', "not JSON"),
     "not UTF-8": (b'{"doc": "\xff"}', "not UTF-8"),

@@ -372,10 +372,15 @@ def write_checkpoint(
 ) -> dict[str, Tensor]:
     """A checkpoint folder of one of `ADDED`; returns its tensors. `changes`: fields of config.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = llada_config(**changes) if family == "llada" else qwen2_config(family, style, **changes)
-    write_json(folder / "config.json", config)
+
+    def described(**fields: Any) -> dict[str, Any]:
+        return llada_config(**fields) if family == "llada" else qwen2_config(family, style, **fields)
+
+    write_json(folder / "config.json", described(**changes))
     if tokenizer:
         write_tokenizer(folder, family)
+    # Whatever the changes call it, the tensors are those of the family: a new one may have the network of another.
+    config = described(**{name: value for name, value in changes.items() if name not in ("model_type", "architectures")})
     tensors = {"llada": llada_tensors, "llada2_moe": llada2_tensors}.get(family, qwen2_tensors)(config)
     stored = {n: t.to(dtype) for n, t in tensors.items()}
     if shards == 1:

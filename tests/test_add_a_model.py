@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from fastdllm.models import FAMILIES
+from tests.published_checkpoints import ADDED, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "add_a_model.md"
@@ -50,6 +52,15 @@ def test_the_page_works_as_it_stands(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert "2 passed" in done.stdout
+
+
+@pytest.mark.parametrize("family", sorted(ADDED))
+def test_a_new_family_may_have_the_network_of_any_other(tmp_path: Path, family: str) -> None:
+    """The page's helper writes that network's tensors, whatever the new family is called."""
+    own = {"model_type": "brook", "architectures": ["BrookForCausalLM"]}
+    invented = write_checkpoint(tmp_path / "invented", family, tokenizer=False, **own)
+    assert list(invented) == list(write_checkpoint(tmp_path / "known", family, tokenizer=False))
+    assert json.loads((tmp_path / "invented" / "config.json").read_text()).items() >= own.items()
 
 
 @pytest.mark.parametrize("file", sorted(set(FAMILIES.values())))

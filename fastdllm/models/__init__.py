@@ -24,7 +24,7 @@ from fastdllm.models.hub import TINY, find_adapter, find_folder, tiny_names
 from fastdllm.models.int4 import layout_of
 from fastdllm.models.quantize import KINDS
 from fastdllm.models.quantize import quantize as quantize_network
-from fastdllm.models.spec import MASK_ROLE, Family, ModelSpec
+from fastdllm.models.spec import MASK_ROLE, Family, ModelSpec, with_generation
 from fastdllm.models.transformer import Transformer
 from fastdllm.models.weights import load_weights
 
@@ -295,6 +295,8 @@ def load(
             raise ValueError(f"block_size={shown(block_size)}: the blocks of {folder} are not a choice")
         config = config.replace(family.block_field, block_size)
     tokenizer, ids = read_tokenizer(about if has_tokenizer(about) else folder, name)
+    if present(path := about / "generation_config.json"):
+        config = with_generation(config, Fields(read_object(path), f"{about}: {path.name}"), ids)
     try:
         spec = family.spec(config, ids)
     except ValueError as error:
@@ -304,7 +306,10 @@ def load(
     layout = layout_of(config.inner("quantization_config")) if "quantization_config" in config else None
     if layout and quantize:
         raise ValueError(f"quantize={quantize!r}: the weights of {folder} are quantised already ({layout})")
-    network = load_weights(folder, family, spec, dtype, device, lora, layout)
+    try:
+        network = load_weights(folder, family, spec, dtype, device, lora, layout)
+    except ValueError as error:
+        raise error if about == folder else ValueError(f"{error} (the config.json is the adapter's, in {about})") from error
     if quantize is not None:
         quantize_network(network, quantize)
     return Model(network, spec, tokenizer, str(name), Calibration.read(folder))

@@ -51,7 +51,7 @@ def find_adapter(name: str) -> Path:
     if not _is_folder(path):
         if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")) or "\0" in str(name):
             raise FileNotFoundError(f"adapter={shown(str(name), PATH)} is neither a folder nor a hub id 'owner/name'")
-        path = _download(str(name), None, "a folder works offline", ADAPTER_FILES)
+        path = _download(str(name), None, "a folder works offline", ADAPTER_FILES, "adapter")
     if not (path / ADAPTER_CONFIG).exists():
         raise FileNotFoundError(f"adapter={str(name)!r}: the folder has no adapter_config.json")
     return path
@@ -76,12 +76,14 @@ def _check_folder(name: str, path: Path) -> Path:
     raise FileNotFoundError(f"model {name!r}: the folder has no config.json")
 
 
-def _download(name: str, revision: str | None, offline: str = "", files: list[str] = PUBLISHED_FILES) -> Path:
+def _download(
+    name: str, revision: str | None, offline: str = "", files: list[str] = PUBLISHED_FILES, what: str = "model"
+) -> Path:
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
     except ImportError as error:
-        raise ImportError(f"model {name!r} looks like a hub id; `pip install huggingface_hub` to download it") from error
+        raise ImportError(f"{what} {name!r} looks like a hub id; `pip install huggingface_hub` to download it") from error
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except GatedRepoError:
@@ -95,7 +97,7 @@ def _download(name: str, revision: str | None, offline: str = "", files: list[st
     except (OSError, ValueError, RuntimeError) as error:
         # Not reached, not in the cache, cut off: whatever library of the client says so, its first line is the reason.
         reason = f"is not on this machine and could not be fetched from the hub ({_first_line(error)}); {offline}"
-    raise FileNotFoundError(f"model {name!r} {reason}".rstrip("; "))
+    raise FileNotFoundError(f"{what} {name!r} {reason}".rstrip("; "))
 
 
 def _first_line(error: BaseException) -> str:

@@ -110,6 +110,8 @@ def _read_stretch(rope: Fields, kind: str, length: int) -> tuple[Stretch | None,
             raise rope.wrong("low_freq_factor", "it must be below high_freq_factor")
         return Stretch(kind, factor, original, low, high), length
     low, high = rope.number("beta_slow", 1e-3, 1e4, 1.0), rope.number("beta_fast", 1e-3, 1e4, 32.0)
+    if low >= high:
+        raise rope.wrong("beta_slow" if "beta_slow" in rope else "beta_fast", f"{low:g} turns must be fewer than {high:g}")
     if rope.number("llama_4_scaling_beta", 0, 10, 0.0):
         # Queries are scaled by 1 + beta log(1 + floor(position / original)), which is 1 up to the original length.
         length = min(length, original)

@@ -8,10 +8,12 @@ weight names.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastdllm.fields import shown
 from fastdllm.models.files import Fields
 
 # Upper ends of what a network may be, far above every published one: a hostile config.json is refused at once.
@@ -218,6 +220,23 @@ def mask_id(config: Fields, ids: Mapping[str, int], text: str, published: int) -
     if known is not None and known != given:
         raise config.wrong("mask_token_id", f"the tokenizer's mask {text!r} is {known}")
     return given
+
+
+def with_generation(config: Fields, generation: Fields, ids: Mapping[str, int]) -> Fields:
+    """config.json with the stop tokens of generation_config.json besides its own: transformers ends answers at those.
+
+    generation: the fields of generation_config.json. ids: the tokenizer's added tokens; empty where it is not known. A stop
+    token that is none of them ends nothing, and a warning says so. Raises ValueError for another mask than config.json's.
+    """
+    mask, known = generation.integer("mask_token_id", 0, VOCAB, None), config.peek("mask_token_id")
+    if mask is not None and mask != (known := ids.get(MASK_ROLE) if known is None else known) and known is not None:
+        raise generation.wrong("mask_token_id", f"the model's mask is {shown(known)}")
+    own, stops = config.ids("eos_token_id"), generation.ids("eos_token_id")
+    more = [i for i in stops if i not in own and (not ids or i in ids.values())]
+    if lost := sorted({*stops} - {*own, *more}):
+        where = f"{generation.where} has eos_token_id={lost[0]}"
+        warnings.warn(f"{where}, which is no control token of the tokenizer and ends no answer", stacklevel=3)
+    return config.replace("eos_token_id", [*own, *more]) if more else config
 
 
 def stop_ids(config: Fields, ids: Mapping[str, int], *texts: str) -> tuple[int, ...]:

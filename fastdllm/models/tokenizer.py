@@ -147,10 +147,10 @@ class TokenizerFiles:
         if value is None and present(self.path("chat_template.json")):
             value = self._object("chat_template.json").text("chat_template")
         if isinstance(value, list):
-            named = {str(t.get("name")): t.get("template") for t in value if isinstance(t, dict)}
+            named = {str(t.get("name")): t["template"] for t in value if isinstance(t, dict) and "template" in t}
             value = named.get("default", next(iter(named.values())) if len(named) == 1 else None)
             if value is None:
-                raise ValueError(f"{self.config.where}: chat_template has {sorted(named)}, but no 'default'")
+                raise ValueError(f"{self.config.where}: chat_template has templates named {sorted(named)}, but no 'default'")
         if value is not None and not isinstance(value, str):
             raise self.config.wrong("chat_template", "it must be a text or a list of {name, template}")
         return value

@@ -163,7 +163,8 @@ def add_model_options(out: argparse.ArgumentParser, positional: bool = True) -> 
     group = out.add_argument_group("model")
     help_text = "shipped name, local folder or hub id (default tiny-llada)"
     if positional:
-        group.add_argument("model", nargs="?", default="tiny-llada", metavar="MODEL", help=help_text)
+        group.add_argument("model", nargs="?", metavar="MODEL", help=help_text)
+        group.add_argument("--model", dest="named", help=argparse.SUPPRESS)  # as the other commands have it
     else:
         group.add_argument("--model", default="tiny-llada", metavar="MODEL", help=help_text)
     group.add_argument("--served-model-name", dest="name", metavar="NAME", help="what clients call it (default: MODEL)")
@@ -206,7 +207,11 @@ def settings(args: argparse.Namespace) -> Settings:
             raise ValueError(f"--set {item!r} must be NAME=VALUE")
         decoding[name.replace("-", "_")] = value
     DecodeConfig(**decoding)  # before the weights are read: a bad option is an error at once
-    return Settings(model=args.model, name=args.name, decoding=decoding, **load_options(args), **limits(args))
+    named = getattr(args, "named", None)
+    if named and args.model:
+        raise ValueError(f"--model {named} and MODEL {args.model} are the same option; give one of them")
+    model = named or args.model or "tiny-llada"
+    return Settings(model=model, name=args.name, decoding=decoding, **load_options(args), **limits(args))
 
 
 def limits(args: argparse.Namespace) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from typing import Any
 
 QUOTES = '"""'  # around a message of several lines
@@ -87,7 +88,34 @@ def _editor() -> Read:
     session: PromptSession[str] = PromptSession(
         message="> ", multiline=True, key_bindings=keys, prompt_continuation="  ", enable_open_in_editor=False
     )
-    return lambda: unquoted(session.prompt())
+
+    def read() -> str:
+        try:
+            return unquoted(session.prompt())
+        finally:
+            _mark_pastes(True)  # the prompt has ended it
+
+    return read
+
+
+@contextmanager
+def whole_pastes() -> Iterator[None]:
+    """Meanwhile the terminal marks where a paste begins and ends, also while no prompt is open: lines that are pasted while
+    a model loads or answers are one message then. Without prompt_toolkit nobody reads the marks, and there are none."""
+    if find_spec("prompt_toolkit") is None or not sys.stdin.isatty():
+        yield
+        return
+    _mark_pastes(True)
+    try:
+        yield
+    finally:
+        _mark_pastes(False)
+
+
+def _mark_pastes(on: bool) -> None:
+    if sys.stdout.isatty():
+        sys.stdout.write(f"\x1b[?2004{'h' if on else 'l'}")
+        sys.stdout.flush()
 
 
 @contextmanager

@@ -107,7 +107,8 @@ def answer(session: Session, screen: PlainScreen | RichScreen, text: str) -> boo
 def chat(session: Session, screen: PlainScreen | RichScreen) -> None:
     """Read messages until the end of the input or /exit."""
     interactive = sys.stdin.isatty()
-    read = reader.typed() if interactive else reader.piped(session.say)
+    with reader.quiet_keys():  # until the prompt is there, what is typed waits
+        read = reader.typed() if interactive else reader.piped(session.say)
     while not session.over:
         try:
             text = read()
@@ -151,6 +152,12 @@ def main(arguments: Sequence[str] | None = None, default_model: str = "tiny-llad
     screen = make_screen()
     session = Session(options.loader(args), config, screen.say, pace=args.pace)
     session.conversation.system = args.system
+    with reader.whole_pastes():
+        return _talk(arguments_parser, args, session, screen)
+
+
+def _talk(own: Parser, args: argparse.Namespace, session: Session, screen: PlainScreen | RichScreen) -> int:
+    """Load the model and chat; returns the exit code."""
     try:
         # A model that is not there can be typed anew in the chat; an adapter comes from the command line only.
         with reader.quiet_keys():
@@ -160,13 +167,13 @@ def main(arguments: Sequence[str] | None = None, default_model: str = "tiny-llad
     except BrokenPipeError:  # whoever read the output is gone, which is no mistake
         raise
     except (ValueError, OSError) as error:
-        print(f"{arguments_parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{own.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     if session.model is not None:
         try:
             options.check(session.model, fitting(session.model, session.config))
         except ValueError as error:
-            arguments_parser.error(str(error))
+            own.error(str(error))
         session.say("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves", style="dim")
     chat(session, screen)
     return 0 if session.model is not None else 1

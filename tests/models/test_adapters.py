@@ -122,7 +122,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path, edit: Any, message: s
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "nothing", "a/b", 5])
 def test_an_adapter_that_is_not_there_is_one_line(tmp_path: Path, name: Any) -> None:
-    with pytest.raises((ValueError, FileNotFoundError), match=r"adapter=|model 'a/b'") as caught:
+    with pytest.raises((ValueError, FileNotFoundError), match=r"adapter=|adapter 'a/b'") as caught:
         fastdllm.load("tiny-sudoku", device="cpu", adapter=name)
     assert "\n" not in str(caught.value)
 
@@ -131,3 +131,12 @@ def test_a_model_is_no_adapter(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "llada")
     with pytest.raises(FileNotFoundError, match=r"has no adapter_config\.json"):
         fastdllm.load("tiny-llada", device="cpu", adapter=tmp_path)
+
+
+def test_an_adapter_whose_config_is_of_another_model_says_whose_config_it_is(tmp_path: Path) -> None:
+    tensors = write_checkpoint(tmp_path / "other", "dream")
+    module = QWEN.format(0) + "self_attn.q_proj"
+    write_adapter(tmp_path / "other", {n: tuple(t.shape) for n, t in tensors.items()}, [module])
+    write_checkpoint(tmp_path / "base", "llada")
+    with pytest.raises(ValueError, match=r"unexpected tensor .*\(the config.json is the adapter's, in .*other\)"):
+        fastdllm.load(str(tmp_path / "base"), device="cpu", adapter=tmp_path / "other")

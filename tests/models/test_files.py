@@ -174,6 +174,33 @@ def test_a_list_of_stops_is_several_stops(tmp_path: Path, kind: str) -> None:
     assert set(several) <= set(spec.stop_ids) and spec.pad_id in several
 
 
+def test_stop_tokens_of_generation_config_end_answers_too(tmp_path: Path) -> None:
+    """transformers reads them there: who adds one to a model writes that file, and config.json keeps the old one."""
+    for kind in KINDS:
+        folder = tmp_path / kind
+        write_checkpoint(folder, kind)
+        before, ids = load(folder).spec, special_ids(kind)
+        other = ids["[CLS]" if kind == "llada" else "<|im_start|>"]
+        for said in (other, [ids["<|endoftext|>"], other]):
+            write_json(folder / "generation_config.json", {"eos_token_id": said, "temperature": 0.7})
+            spec = load(folder).spec
+            assert set(spec.stop_ids) == {*before.stop_ids, other} and spec.pad_id == before.pad_id
+        write_json(folder / "generation_config.json", {"eos_token_id": [VOCAB - 1, 5], "max_length": 20})
+        with pytest.warns(UserWarning, match="generation_config.json has eos_token_id=5, which is no control token"):
+            assert load(folder).spec == before
+
+
+@pytest.mark.parametrize(
+    "content", [{"eos_token_id": "x"}, {"eos_token_id": [[1]]}, {"mask_token_id": 3}, {"mask_token_id": "3"}, [1], "{"]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_generation_config_that_contradicts_the_model_is_named(tmp_path: Path, kind: str, content: Any) -> None:
+    write_checkpoint(tmp_path, kind)
+    (tmp_path / "generation_config.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=r"generation_config.json"):
+        load(tmp_path)
+
+
 # --- config.json: what changes the network is never ignored ---------------------------------------------------------
 
 CHANGED = {
@@ -225,6 +252,7 @@ CHANGED = {
         ("rope_parameters", {"rope_theta": 1e6, "rope_type": "dynamic"}),
         ("rope_scaling", {"type": "linear", "factor": 2.0}),  # beside rope_parameters that say otherwise
         ("hidden_act", "gelu"),
+        ("rope_parameters", {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0, "beta_fast": 1, "beta_slow": 32}),
     ],
     "stable_diffcoder": [
         ("rope_interleave", True),
@@ -672,7 +700,7 @@ def test_chat_templates_in_a_list(tmp_path: Path) -> None:
     assert render([tools, plain]) == "hi!" == render([plain])
     assert render([tools]) == "t"
     unnamed = [{"name": ["default"], "template": "r"}, {"name": {}, "template": "r"}]
-    for bad in ([tools, {"name": "rag", "template": "r"}], unnamed, [], 5, {"a": 1}):
+    for bad in ([tools, {"name": "rag", "template": "r"}], unnamed, [{"name": "default"}], [], 5, {"a": 1}):
         with pytest.raises(ValueError, match=r"tokenizer_config.json.*chat_template"):
             render(bad)
 

@@ -59,3 +59,14 @@ def test_options_named_on_the_page_exist() -> None:
     known = {option for action in parser()._actions for option in action.option_strings}
     named = set(re.findall(r"`(--[\w-]+)", PAGE.split("## Requests")[0]))
     assert named and not named - known
+
+
+def test_the_model_is_named_as_for_the_other_commands_too() -> None:
+    from fastdllm.serving.command import parser, settings
+
+    def named(*arguments: str) -> str:
+        return settings(parser().parse_args(arguments)).model
+
+    assert named("tiny-dream") == named("--model", "tiny-dream", "--port", "0") == "tiny-dream" and named() == "tiny-llada"
+    with pytest.raises(ValueError, match="--model tiny-dream and MODEL tiny-llada are the same option"):
+        named("tiny-llada", "--model", "tiny-dream")

@@ -460,6 +460,37 @@ def test_on_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves_with_zero() -> 
         os.close(ours)
 
 
+@pytest.mark.slow
+def test_lines_pasted_while_no_prompt_is_open_are_one_message(question: str) -> None:
+    """A terminal marks a paste where it was asked to. Asked by the prompt only, it sends earlier lines singly."""
+    pytest.importorskip("prompt_toolkit")
+    ours, theirs = pty.openpty()
+    command = [sys.executable, str(ROOT / "llada" / "chat.py")]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=ENV, start_new_session=True)
+    os.close(theirs)
+    shown = ""
+
+    def read() -> str:
+        nonlocal shown
+        shown += (new := os.read(ours, 65536).decode("utf-8", "replace"))
+        return new
+
+    def paste(text: str) -> None:
+        marked = shown.rpartition("\x1b[?2004")[2].startswith("h")
+        os.write(ours, (f"\x1b[200~{text}\x1b[201~" if marked else text).encode())
+
+    try:
+        until(read, "loading tiny-llada")
+        paste(question.replace(". ", ".\n") + "\n")
+        until(read, "have together?")
+        os.write(ours, b"\r")
+        until(read, "tokens/forward")
+        assert "empty answer" not in shown and "new conversation)" not in shown.partition("have together?")[2]
+    finally:
+        process.kill()
+        os.close(ours)
+
+
 @pytest.mark.parametrize("given", ["pipe", "file", "null", "closed"])
 def test_the_input_need_not_be_a_terminal(given: str, question: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "llada" / "chat.py")]

@@ -534,7 +534,8 @@ def all_settings() -> str:
     for found in [*whole["studies"], *data("sudoku")["studies"]]:
         rows, machines = found["settings"], " and ".join(found["machines"])
         text += f"\n\n## {found['model']}, {found['template']} prompt\n\n"
-        text += f"{rows[0]['problems']} {found['split']} problems, {found['dtype']}, {machines}.\n\n{whole_study(found)}"
+        text += f"{rows[0]['problems']} {found['split']} problems were answered in {found['dtype']} on: {machines}.\n\n"
+        text += whole_study(found)
     text += """
 
 ## Does the prompt change the order?

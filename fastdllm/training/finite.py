@@ -30,24 +30,27 @@ class Diverged(FloatingPointError):
 
 
 class StepWatch:
-    """Counts, on the device, the steps before the first whose loss or gradient was no finite number. `note` may be captured
-    in a CUDA graph."""
+    """Counts, on the device, the steps before the first whose loss or gradient was no finite number, and how many of the
+    last ones in a row are like that. `note` may be captured in a CUDA graph."""
 
     def __init__(self, device: torch.device | str) -> None:
         self._sound = torch.ones((), dtype=torch.bool, device=device)
-        self.sound_steps = torch.zeros((), dtype=torch.long, device=device)
+        self.sound_steps, self.bad_in_a_row = (torch.zeros((), dtype=torch.long, device=device) for _ in range(2))
 
     def note(self, loss: Tensor, norm: Tensor | float | None = None) -> None:
         """Take in a step: its loss, and the norm of its gradient where it is known."""
-        self._sound.logical_and_(loss.detach().isfinite())
+        sound = loss.detach().isfinite()
         if norm is not None:
             local = norm.to_local() if isinstance(norm, DTensor) else torch.as_tensor(norm)
-            self._sound.logical_and_(local.to(loss.device, non_blocking=True).isfinite())
+            sound = sound & local.to(loss.device, non_blocking=True).isfinite()
+        self._sound.logical_and_(sound)
         self.sound_steps += self._sound
+        self.bad_in_a_row.add_(1).mul_(~sound)
 
     def reset(self) -> None:
         self._sound.fill_(True)
         self.sound_steps.zero_()
+        self.bad_in_a_row.zero_()
 
     def first_bad(self, steps: int, sound: int | None = None) -> int | None:
         """Which of the `steps` that were noted was the first bad one, from 1; None where all were sound.
@@ -88,7 +91,7 @@ class FiniteTrainer(Trainer):
         # transformers would show the mean of the losses before in place of one that is not finite, and read each to know.
         self.args.logging_nan_inf_filter &= self.scaled
         self.last_good: str | None = None
-        self._seen = self._steps = self._skipped = 0
+        self._seen = self._steps = 0
         self._watch: StepWatch | None = None
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
@@ -99,7 +102,7 @@ class FiniteTrainer(Trainer):
             out = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             self.check_steps()
             self.check_weights()
-            if self._skipped and self._skipped == self._steps:
+            if self.scaled and 0 < self._steps == self._bad_in_a_row():
                 warnings.warn(f"every step ({self._steps}) was left out: their gradients overflow fp16", stacklevel=2)
         except Diverged:
             self.callback_handler.on_train_end(self.args, self.state, self.control)  # progress bars and logs are closed
@@ -121,26 +124,29 @@ class FiniteTrainer(Trainer):
         self.last_good = str(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
     def _take_in(self, loss: Tensor, norm: Tensor | float | None) -> None:
-        """Note a step. `loss` is the sum since the last logged one, so a bad micro-batch spoils it."""
+        """Note a step. `loss` is the sum since the last logged one, so a bad micro-batch spoils it. Of scaled ones only the
+        norm counts: an optimizer that leaves steps out by itself, as fused ones do, tells nobody."""
         if self.state.global_step <= self._seen:  # an epoch's end asks again
             return
         self._seen = self.state.global_step
         self._steps += 1
-        if self.scaled:
-            self._skipped = self._skipped + 1 if self.accelerator.optimizer_step_was_skipped else 0
-            return
         self._watch = self._watch or StepWatch(loss.device)
-        self._watch.note(loss, norm)
+        self._watch.note(torch.zeros_like(loss) if self.scaled else loss, norm)
+
+    def _bad_in_a_row(self) -> int:
+        """How many of the last steps were bad, one after the other, on the process with the most of them."""
+        if self._watch is None:
+            return 0
+        return int(self.accelerator.gather(self._watch.bad_in_a_row[None]).max())  # sync: at logging and saving only
 
     def check_steps(self) -> None:
         """Raise `Diverged` where a step since the start was not sound on any process."""
-        if self._skipped >= SKIPPED:
-            raise Diverged(
-                self._told(
-                    f"{self._skipped} steps in a row had gradients that overflow fp16, the last of them step {self._seen}"
-                )
-            )
         if self._watch is None:
+            return
+        if self.scaled:
+            if (run := self._bad_in_a_row()) >= SKIPPED:
+                what = f"{run} steps in a row had gradients that overflow fp16, the last of them step {self._seen}"
+                raise Diverged(self._told(what))
             return
         sound = int(self.accelerator.gather(self._watch.sound_steps[None]).min())  # sync: at logging and saving only
         bad = self._watch.first_bad(self._steps, sound)

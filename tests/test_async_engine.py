@@ -92,7 +92,8 @@ def test_texts_stops_and_streams_are_those_of_generate(model: fastdllm.Model) ->
     async def together() -> Any:
         async with fastdllm.AsyncEngine(model, gen_length=64) as engine:
             whole = [engine.generate(QUESTION, stop="\n"), engine.generate([QUESTION, "Tom has"], n=1, max_new_tokens=32)]
-            named = [piece async for piece in engine.stream_text(**model.tokenizer([QUESTION], add_special_tokens=False))]
+            ids = fastdllm.encode(model, QUESTION)[0][None]
+            named = [p async for p in engine.stream_text(input_ids=ids, attention_mask=torch.ones_like(ids).float())]
             assert "".join(named) == "".join(await stream(engine))
             return await asyncio.gather(*whole, stream(engine), stream(engine, stop=["Together"], gen_length=48))
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fastdllm import kernels
+from fastdllm.fields import shown
 from fastdllm.reuse.base import Cursor, Work
 
 if TYPE_CHECKING:
@@ -49,10 +50,10 @@ def subset_layers(subset: str | Sequence[int], layers: int) -> tuple[int, ...]:
         chosen = tuple(sorted({int(i) for i in (subset.split("+") if isinstance(subset, str) else subset)}))
     except ValueError as error:
         raise ValueError(
-            f"layer_subset={subset!r} is unknown; allowed are first, middle, last or layer indices such as '2+3+4'"
+            f"layer_subset={shown(subset)} is unknown; allowed are first, middle, last or layer indices such as '2+3+4'"
         ) from error
     if any(not 1 <= i < layers for i in chosen):
-        raise ValueError(f"layer_subset={subset!r} must name layers of 1..{layers - 1} (layer 0 always runs)")
+        raise ValueError(f"layer_subset={shown(subset)} must name layers of 1..{layers - 1} (layer 0 always runs)")
     return chosen
 
 

@@ -236,5 +236,5 @@ def test_what_it_does_not_go_with_is_named(family: str, options: dict[str, Any],
 
 
 def test_few_rules_are_left_out() -> None:
-    left_out = {"draft_verify", "joint_threshold", "lopa", "self_speculate", "self_verify", "wino"}
+    left_out = {"draft_verify", "joint_threshold", "lopa", "psd", "self_speculate", "self_verify", "wino"}
     assert set(registry.names("decoders")) - set(RULES) == left_out

@@ -51,7 +51,7 @@ def tokens(out: fastdllm.Output) -> list[list[int]]:
 def test_few_combinations_are_refused() -> None:
     """What the other tests leave out: a lossless rule where forwards depend on history, branches, shadows and edits
     where layers skip positions, drafts where nothing can verify them."""
-    revising = ("draft_verify", "joint_threshold", "lopa", "wino")
+    revising = ("draft_verify", "joint_threshold", "lopa", "psd", "wino")
     every = {(f, c, d) for f in FAMILIES for c in caches(f) for d in DECODERS}
     skipping = {(f, "top_rho", d) for f in ("llada", "dream") for d in revising}
     home = {"self_speculate": "nemotron", "self_verify": "v2"}

@@ -220,6 +220,22 @@ def discount() -> str:
     return grid(("model", "setting", "solved", "forwards", "difference (95 %)"), rows)
 
 
+def speculative() -> str:
+    """`psd` beside plain thresholds under the same caches, on validation problems."""
+    rows = []
+    for model in [found["model"] for found in data("validation")["studies"]]:
+        found = study("validation", model, split="validation")
+        caches = {name.partition("+")[2] for name in found if name.startswith("psd")}
+        for setting, row in sorted(found.items(), key=lambda item: item[1]["forwards"]):
+            decoder, _, cache = setting.replace(":first_token=rule", "").partition("+")
+            if cache not in caches or not decoder.startswith(("psd", "threshold")) or "discount" in decoder:
+                continue
+            name = f"`{decoder}+{cache}`" + (f", `{row['preset']}`" if row["preset"] else "")
+            cells = percent(row["accuracy"]), f"{row['forwards']:.1f}", f"{row['positions']:,.0f}"
+            rows.append((model, name, *cells, difference(row) if row["difference"] or row["same"] < 1 else ""))
+    return grid(("model", "setting", "solved", "forwards", "positions", "against threshold 0.9 (95 %)"), rows)
+
+
 # docs/choosing.md
 
 
@@ -553,7 +569,8 @@ them at 5 % under both prompts.
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
-        presets, v2_presets, thresholds, remasking, not_paying, discount, lossless, lossless_threshold, self_verify, sudoku,
+        presets, v2_presets, thresholds, remasking, not_paying, discount, speculative, lossless, lossless_threshold,
+        self_verify, sudoku,
         which_threshold, which_cache, published, by_batch, by_batch_few_bits, against_limit, against_limit_few_bits,
         full_forwards, step_in_loop, measured_llada, measured_dream, layer_reuse, reuse_on_gpu, quickstart,
         training, shared_prompts, pays_speed, pays_crossings, paces_reached,

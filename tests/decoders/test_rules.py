@@ -148,6 +148,7 @@ NEUTRAL = [
     ("hierarchical", {"threshold": 0.9, "low": 0.9}),
     ("progress_threshold", {"alpha": 0}),
     ("lopa", {"branches": 1}),
+    ("psd", {"level": 0.9, "branches": 1}),
     ("credit", {"alpha": 0}),
 ]
 
@@ -240,6 +241,8 @@ BAD = [
     ("progress_threshold", "alpha", 2),
     ("draft_verify", "depth", 0),
     ("lopa", "branches", 0),
+    ("psd", "branches", 0),
+    ("psd", "rule", "nothing"),
     ("wino", "keep", 1.1),
     ("wino", "threshold", -0.1),
 ]

@@ -36,7 +36,7 @@ def job(rng: random.Random, family: str) -> tuple[tuple[tuple[int, ...], ...], t
     options: dict[str, Any] = {"decoder": decoder, "cache": cache_name, "gen_length": rng.randint(1, 14), "block_length": 8}
     if rng.random() < 0.5:
         options["stop_ids"] = ()
-    if decoder not in ("draft_verify", "lopa"):  # those are deterministic
+    if decoder not in ("draft_verify", "lopa", "psd"):  # those are deterministic
         if rng.random() < 0.3:
             options |= {"temperature": rng.choice([0.3, 1.0]), "seed": rng.randint(0, 9), "top_p": rng.choice([None, 0.9])}
         elif (

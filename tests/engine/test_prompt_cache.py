@@ -72,7 +72,7 @@ def test_requests_that_come_and_go_share_prompts_and_give_what_each_gives_alone(
         model, options = random_model(family, seed), dict(SMALL)
         if family == "v2" and decoder != "self_verify" and rng.random() < 0.3:  # A2D counts its blocks from the prompt's end
             model.spec = replace(model.spec, grid_at_prompt=True, shift=0)
-        whole = ("lopa", "draft_verify", "wino", "joint_threshold", "self_verify")
+        whole = ("lopa", "draft_verify", "psd", "wino", "joint_threshold", "self_verify")
         if family == "v2" and decoder not in whole and rng.random() < 0.4:
             options |= {"reuse_k": 2, "layer_subset": "1", "trim_ratio": rng.choice([None, 0.5])}
         kept = rng.choice([None, 1, 8, 16, 40, PromptCache(64)])

@@ -159,9 +159,10 @@ def main(arguments: Sequence[str] | None = None, default_model: str = "tiny-llad
 def _talk(own: Parser, args: argparse.Namespace, session: Session, screen: PlainScreen | RichScreen) -> int:
     """Load the model and chat; returns the exit code."""
     try:
-        # A model that is not there can be typed anew in the chat; an adapter comes from the command line only.
+        # A person can type a model that is not there anew in the chat; an adapter comes from the command line only.
+        again = sys.stdin.isatty() and not args.adapter
         with reader.quiet_keys():
-            (take_model if args.adapter else load_model)(session, args.model)
+            (load_model if again else take_model)(session, args.model)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever read the output is gone, which is no mistake

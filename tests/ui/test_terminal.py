@@ -13,14 +13,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fastdllm
 from fastdllm import DecodeConfig, Model
+from fastdllm.models import find_folder
 from fastdllm.trace import Trace
 from fastdllm.ui import options, terminal
 from fastdllm.ui.screen import PlainScreen, answer_text, printable, spans
@@ -368,11 +370,31 @@ def test_a_failing_answer_leaves_the_chat_alive(model: Model, monkeypatch: pytes
     assert "out of memory" in out.getvalue() and session.conversation.messages == []
 
 
-def test_a_model_that_does_not_load_is_named_and_another_can_be_loaded(chat: Chat, question: str) -> None:
-    code, out = chat(question, arguments=("--model", "nowhere"))
-    assert code == 1 and "could not load 'nowhere'" in out and "no model is loaded" in out
+def test_a_model_that_does_not_load_is_one_line_where_nobody_could_type_another(chat: Chat, question: str) -> None:
     code, out = chat("/model tiny-llada", question, arguments=("--model", "nowhere"))
-    assert code == 0 and "tokens/forward" in out
+    assert code == 2 and "tokens" not in out
+    code, out = chat("/model nowhere", question)
+    assert code == 0 and "could not load 'nowhere'" in out and "tokens/forward" in out, "the one before is kept"
+
+
+def test_a_person_can_type_another_model(model: Model, monkeypatch: pytest.MonkeyPatch, question: str) -> None:
+    """Not where the model comes from a pipe: there, it is a mistake of the command line."""
+    lines = iter([question, "/model tiny-llada", question])
+
+    def read() -> str:
+        if (line := next(lines, None)) is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr(fastdllm, "load", lambda name, **_: model if name == "tiny-llada" else find_folder(name))
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True, reconfigure=lambda **_: None, fileno=lambda: -1))
+    for name, stand_in in (("quiet_keys", nullcontext), ("whole_pastes", nullcontext), ("typed", lambda: read)):
+        monkeypatch.setattr(terminal.reader, name, stand_in)
+    said = io.StringIO()
+    monkeypatch.setattr(terminal, "make_screen", lambda: PlainScreen(said))
+    assert terminal.main(["--model", "nowhere", "--max-new-tokens", "64"]) == 0
+    out = said.getvalue()
+    assert "could not load 'nowhere'" in out and "no model is loaded" in out and "tokens/forward" in out
 
 
 @pytest.mark.parametrize(

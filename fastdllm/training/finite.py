@@ -93,6 +93,7 @@ class FiniteTrainer(Trainer):
         self.last_good: str | None = None
         self._seen = self._steps = 0
         self._watch: StepWatch | None = None
+        self.stepping = False
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """transformers' `train`. Raises `Diverged`."""
@@ -108,6 +109,10 @@ class FiniteTrainer(Trainer):
             self.callback_handler.on_train_end(self.args, self.state, self.control)  # progress bars and logs are closed
             raise
         return out
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.stepping = True
+        return super().training_step(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Tensor | float | None, *args: Any, **kwargs: Any) -> None:
         self._take_in(tr_loss, grad_norm)
@@ -164,11 +169,14 @@ class FiniteTrainer(Trainer):
 
 
 def train_or_exit(trainer: FiniteTrainer, resume: Path | None, prog: str) -> None:
-    """Train. Where training becomes meaningless: one line on stderr, by the first process, and exit code 2 of them all."""
+    """Train. Where training becomes meaningless: one line on stderr, by the first process, and exit code 2 of them all.
+    So it is where an option asks for something in vain: for an optimizer whose library is missing, say."""
     try:
         trainer.train(resume_from_checkpoint=resume and str(resume))
-    except Diverged as error:
+    except (Diverged, ImportError, ValueError) as error:
+        if trainer.stepping and not isinstance(error, Diverged):
+            raise
         trainer.accelerator.end_training()
         if trainer.is_world_process_zero():
-            print(f"{prog}: {error}", file=sys.stderr)
+            print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -469,6 +469,37 @@ def test_numbers_of_the_optimizer_have_limits(
     assert f"--{name} " in error and "must lie in" in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", finetune.LEAST)
+def test_whole_numbers_have_a_least_value(capsys: Any, name: str) -> None:
+    value = str(finetune.LEAST[name] - 1)
+    with pytest.raises(SystemExit) as stopped:
+        finetune.main([*options(Path("m"), Path("d"), Path("o")), f"--{name}", value])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert f"--{name} {value} must be at least" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({"optim": "adamw_bnb_8bit"}, "bitsandbytes"),
+        ({"report_to": "wandb"}, "wandb"),
+        ({"optim": "galore_adamw"}, "galore"),
+        ({"dataloader_prefetch_factor": 2}, "prefetch"),  # without a worker
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
+    ],
+    ids=str,
+)
+def test_what_an_option_asks_for_in_vain_is_one_line(
+    qwen2: Path, data: Path, tmp_path: Path, capsys: Any, extra: dict[str, Any], said: str
+) -> None:
+    """transformers notices it after the model is loaded, with an error of its own or of another library."""
+    with pytest.raises(SystemExit) as stopped:
+        finetune.main(options(qwen2, data, tmp_path / "out", max_steps=1, **extra))
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_weights_that_overflow_in_the_last_step_are_not_saved(qwen2: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
     extra = {"max_steps": 1, "learning_rate": 1e30, "max_grad_norm": 0, "warmup_share": 0, "weight_decay": 1e30}
     with pytest.raises(SystemExit) as stopped:

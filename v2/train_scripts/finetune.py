@@ -72,7 +72,10 @@ REPLACED = {
 
 # The most that a number of the optimizer may be; the least is 0, and a NaN is neither.
 LIMITS = {"learning_rate": 1e30, "weight_decay": 1e30, "max_grad_norm": 1e30, "adam_epsilon": 1e30}
-LIMITS |= {"adam_beta1": 1, "adam_beta2": 1, "warmup_share": 1}
+LIMITS |= {"adam_beta1": 1, "adam_beta2": 1, "warmup_share": 1, "num_train_epochs": 1e9}
+# The least that a whole number may be, where a smaller one fails long after the model is loaded.
+LEAST = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+LEAST |= {"dataloader_num_workers": 0}
 
 
 @dataclass
@@ -179,6 +182,9 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, FinetuneArgum
     for name, most in LIMITS.items():
         if not 0 <= (value := getattr(training, name)) <= most:
             parser.error(f"--{name} {value} must lie in [0, {most:g}]")
+    for name, least in LEAST.items():
+        if (value := getattr(training, name)) is not None and value < least:
+            parser.error(f"--{name} {value} must be at least {least}")
     if model.merge_lora and not model.lora:
         parser.error("--merge_lora needs --lora")
     return model, data, training
@@ -286,15 +292,18 @@ def prepare(argv: list[str]) -> tuple[ModelArguments, FinetuneArguments, BlockDi
     training.gradient_checkpointing_kwargs = training.gradient_checkpointing_kwargs or {"use_reentrant": False}
     # Flex attention compiles once a shape, so there every batch has the same one.
     width = data.context_length if flex else None
-    trainer = BlockDiffusionTrainer(
-        model=model,
-        args=training,
-        train_dataset=Rows(rows),
-        eval_dataset=Rows(held_out) if held_out else None,
-        data_collator=Collator(mask_id, width, data.document_mask),
-        tokenizer=tokenizer,
-        block=block,
-    )
+    try:
+        trainer = BlockDiffusionTrainer(
+            model=model,
+            args=training,
+            train_dataset=Rows(rows),
+            eval_dataset=Rows(held_out) if held_out else None,
+            data_collator=Collator(mask_id, width, data.document_mask),
+            tokenizer=tokenizer,
+            block=block,
+        )
+    except (ImportError, RuntimeError) as error:  # a library that an option needs: --report_to wandb
+        raise ValueError(error) from error
     return options, training, trainer, resume
 
 

@@ -244,7 +244,7 @@ def _tokenized(given: Mapping[str, Any], name: str) -> list[Prompt]:
     masks = list(_id_rows(_whole(given["attention_mask"]), "attention_mask", MASK))
     if [len(mask) for mask in masks] != [len(row) for row in rows]:
         shapes = [[len(row) for row in side] for side in (masks, rows)]
-        raise ValueError(f"attention_mask has rows of {shapes[0]} entries, input_ids of {shapes[1]}")
+        raise ValueError(f"attention_mask has rows of {shown(shapes[0])} entries, input_ids of {shown(shapes[1])}")
     return [_without_padding(row, mask, i) for i, (row, mask) in enumerate(zip(rows, masks, strict=True))]
 
 

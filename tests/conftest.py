@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_browser)
     tests = defaultdict(list)
     for item in items:
-        together = next((n for mark, n in TOGETHER.items() if mark in item.keywords), 0)
+        together = min((n for mark, n in TOGETHER.items() if mark in item.keywords), default=0)
         if together and "gpu" not in item.keywords and hasattr(item, "callspec"):
             tests[item.nodeid.split("[")[0], together].append(item)
     for (test, together), of_one in tests.items():

@@ -70,7 +70,9 @@ def test_every_shape_is_a_model(name: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("module", ["decode", "profile_step", "loading", "kernels"])
+@pytest.mark.parametrize(
+    "module", ["decode", *(pytest.param(name, marks=pytest.mark.slow) for name in ("profile_step", "loading", "kernels"))]
+)
 def test_a_benchmark_without_a_gpu_says_so_in_one_line(module: str) -> None:
     if module == "kernels":
         pytest.importorskip("triton")

@@ -129,7 +129,7 @@ def _gone(*_: object, **__: object) -> None:
     ("place", "arguments"),
     [
         ("lm_eval.__main__.HarnessCLI.execute", ["eval", "ls", "tasks"]),
-        ("fastdllm.ui.terminal.load_model", ["chat"]),
+        ("fastdllm.ui.terminal.take_model", ["chat"]),
         ("fastdllm.serving.batch._run", ["batch", "in.jsonl", "out.jsonl"]),
         ("fastdllm.scoring.score.score_file", ["score", "{folder}/in.jsonl", "--allow-code-execution"]),
     ],

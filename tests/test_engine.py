@@ -212,6 +212,7 @@ def test_counts_are_those_of_the_network(family: str, cache: str, monkeypatch: p
 READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "cpu", "numpy", "__contains__")
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("family, cache", PAIRS)
 def test_one_host_read_per_forward(family: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, reads = random_model(family), Counter()

@@ -119,7 +119,7 @@ def test_a_row_of_a_ragged_batch_equals_the_row_alone(family: str, data: st.Data
     assert tokens(permuted) == [tokens(together)[row] for row in order]
 
 
-@pytest.mark.pairwise
+@pytest.mark.each_choice
 @over(ALL)
 def test_early_stop_equals_the_full_run_cut_at_the_stop(family: str, cache: str, decoder: str) -> None:
     saved = 0

@@ -216,6 +216,7 @@ def test_a_few_steps_write_a_checkpoint(family: str, text: Path, tmp_path: Path,
     assert {p.name for p in tmp_path.iterdir()} <= {family, "qwen"}  # no half-written folder is left
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("kind", ["loss", "gradient", "weights"])
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_step_that_is_no_number_ends_the_run(

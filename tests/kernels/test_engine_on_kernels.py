@@ -19,20 +19,24 @@ PACKED = {"runner": "cuda_graph"}  # which lets passes of 8 and of 4 positions s
 SETTINGS = [
     ("llada", {"cache": "dual", "decoder": "draft_verify"}),  # branches, which open a block as one
     ("llada", {"cache": "suffix_window", "suffix": 4, "decoder": "threshold", "threshold": 0.3}),  # hidden slots
-    ("llada", {"cache": "top_rho", "decoder": "quota"}),  # reused layers
     ("v2", {"cache": "block", "reuse_k": 9, "layer_subset": "first", "trim_ratio": 0.3, "block_length": 8} | PACKED),  # TRIM
+    ("llada2_moe", {"cache": "block", "block_length": 8} | PACKED),  # experts, groups; heads that turn in part
+    ("v2", {"cache": "sub_block", "decoder": "entropy_bound", "small_block_size": 4, "block_length": 8} | PACKED),
+]
+MORE = [
+    ("llada", {"cache": "top_rho", "decoder": "quota"}),  # reused layers
     ("v2", {"cache": "block", "reuse_k": 2, "layer_subset": "first", "block_length": 8}),  # reused layers that none runs
-    ("llada_moe", {"cache": "dual", "decoder": "quota"}),  # experts
-    ("llada2_moe", {"cache": "block", "block_length": 8} | PACKED),  # a shared one, groups; heads that turn in part
+    ("llada_moe", {"cache": "dual", "decoder": "quota"}),
     ("dream", {"cache": "vicinity", "decoder": "lopa", "gen_length": 4}),
     ("dream", {"cache": "dual", "decoder": "wino"}),  # shadows
     ("dream", {"cfg_scale": 0.5, "decoder": "factor"}),
     ("dream", {"cache": "suffix_window", "suffix": 4, "threshold": 0.3, "attention_discount": 20}),  # between positions
-    ("v2", {"cache": "sub_block", "decoder": "entropy_bound", "small_block_size": 4, "block_length": 8} | PACKED),
 ]
 
 
-@pytest.mark.parametrize("family, options", SETTINGS, ids=str)
+@pytest.mark.parametrize(
+    "family, options", [*SETTINGS, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)], ids=str
+)
 def test_answers(device: torch.device, family: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     if device.type == "cpu":
         monkeypatch.setattr(cuda_graph.Runner, "_capture", emulated)

@@ -80,6 +80,7 @@ def test_sorted_by_expert_and_side_by_side_are_one(
         assert_close(got, want, 2e-6 if given == torch.float32 else 1e-2)
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("shape", SHAPES + WIDE, ids=str)
 @pytest.mark.parametrize("kind", [None, "fp8", "int8", "int4"])
 def test_kernel(device: torch.device, assert_close, shape: tuple[int, ...], kind: str | None, dtype: torch.dtype) -> None:

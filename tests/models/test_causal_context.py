@@ -23,6 +23,7 @@ def tokens(out: fastdllm.Output) -> list[list[int]]:
     return [s.tolist() for s in out.sequences]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("size", [1, 2, 8, 32])
 @pytest.mark.parametrize("rule", [{"threshold": 0.3}, {"threshold": 0.9}, {"steps": "all"}, {"steps": "half"}], ids=str)
@@ -44,6 +45,7 @@ def test_the_published_sampler(rule: dict[str, Any], size: int, cache: str) -> N
         assert out.stats.forwards == forwards
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 32])
 def test_self_speculation_gives_the_tokens_of_autoregressive_decoding(size: int, cache: str) -> None:

@@ -308,6 +308,7 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"])
 @pytest.mark.parametrize("harm", [truncate, Path.unlink], ids=["torn", "missing"])
 def test_a_torn_checkpoint_is_passed_over(
@@ -355,6 +356,7 @@ def check_that_it_stopped(stopped: int | str | None, errors: str, output: Path, 
         assert all(tensor.isfinite().all() for tensor in load_file(path).values())
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 @pytest.mark.parametrize("at", [1, 3, 5])
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ def test_the_counted_products_are_those_of_a_step(objective: str) -> None:
     assert shape.flops(objective) == pytest.approx(counter.get_total_flops(), rel=0.06)
 
 
+@pytest.mark.slow
 def test_the_kept_cases_are_those_that_were_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept, tiny = tmp_path / "training.json", ["--tiny", "--devices", "1", "--tokens", "32", "--output"]
     training.main(["--device", "cpu", "--steps", "1", "--warm_up", "1", *tiny, str(kept)])

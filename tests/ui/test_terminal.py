@@ -513,7 +513,9 @@ def test_lines_pasted_while_no_prompt_is_open_are_one_message(question: str) -> 
         os.close(ours)
 
 
-@pytest.mark.parametrize("given", ["pipe", "file", "null", "closed"])
+@pytest.mark.parametrize(
+    "given", ["pipe", "closed", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("file", "null"))]
+)
 def test_the_input_need_not_be_a_terminal(given: str, question: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "llada" / "chat.py")]
     (tmp_path / "in.txt").write_text(question + "\n")

@@ -506,6 +506,17 @@ def test_the_same_answer_again_is_explained(visit: Callable[..., Any], question:
 
 
 @pytest.mark.browser
+def test_a_notice_is_told_once_in_a_conversation(visit: Callable[..., Any], question: str) -> None:
+    page = visit()
+    chat(page)
+    for number in range(3):
+        ask(page, question)
+        page.locator(".answer .text:not([hidden])").nth(number).wait_for()
+        idle(page)
+    assert page.get_by_text("each one starts a new conversation").count() == 1
+
+
+@pytest.mark.browser
 def test_text_from_right_to_left_runs_so(visit: Callable[..., Any]) -> None:
     page = visit()
     page.locator("#message").fill("שלום עולם 12")

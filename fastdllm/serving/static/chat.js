@@ -115,7 +115,9 @@ export class Chat {
           begin: (begun, notices) => {
             turn.trace = begun;
             turn.answer.classList.remove("bare");
-            turn.notices.textContent = notices.map((text) => `${text.charAt(0).toUpperCase()}${text.slice(1)}.`).join(" ");
+            const sentences = notices.map((text) => `${text.charAt(0).toUpperCase()}${text.slice(1)}.`);
+            const told = this.turns.map(({ notices: earlier }) => earlier.textContent).join(" ");
+            turn.notices.textContent = sentences.filter((text) => !told.includes(text)).join(" "); // once in a conversation
             turn.about.textContent = begun.about.about;
             turn.player.begin([begun], () => this._over(turn));
           },

@@ -28,7 +28,8 @@ fastdllm_setup_env() {
             echo "setup_env: no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2
             return 1
         fi
-        installer=("$root/.venv/bin/python" -m pip --quiet --disable-pip-version-check install)
+        # Not compiled here: most of what is installed is never imported, and the rest is compiled at its first import.
+        installer=("$root/.venv/bin/python" -m pip --quiet --disable-pip-version-check install --no-compile)
         mapfile -t torch < <(grep "^torch==" "$pins") # several lines for several interpreters; their markers choose
         if command -v uv >/dev/null; then
             # Away from pyproject.toml: what it says to uv (that torch needs no CUDA libraries) is for scripts/lock.sh.

@@ -192,8 +192,13 @@ def _tiling(geometry: Geometry, widest: int) -> Geometry:
     was made for."""
 
     def blocks(prompt: int, total: int) -> list[Block]:
-        out = geometry(prompt, total)
-        ends = [prompt, *(block.stop for block in out)]
+        try:
+            out = list(geometry(prompt, total))
+            ends = [prompt, *(block.stop for block in out)]
+        except (TypeError, AttributeError) as error:
+            raise ValueError(
+                f"geometry={fields.shown(geometry)} is no function (prompt, total) -> blocks: {error}"
+            ) from error
         if not out or ends[-1] != total or any(b.start != end or b.stop <= end for b, end in zip(out, ends, strict=False)):
             raise ValueError(f"geometry must cut [{prompt}, {total}) into blocks that follow one another, not {out}")
         if max(block.stop - block.start for block in out) > widest:

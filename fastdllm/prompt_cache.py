@@ -20,6 +20,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from fastdllm.fields import shown
 from fastdllm.store import KVStore
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class PromptCache:
 
     def __init__(self, positions: int = POSITIONS) -> None:
         if isinstance(positions, bool) or not isinstance(positions, int) or positions < 1:
-            raise ValueError(f"positions={positions!r} must be an integer of at least 1")
+            raise ValueError(f"positions={shown(positions)} must be an integer of at least 1")
         self.positions = positions
         self._lock = threading.RLock()
         self._owner: Any = None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastdllm.config import DecodeConfig
 from fastdllm.engine import Step, check_fixed
+from fastdllm.fields import shown
 from fastdllm.generation import merged, prompts_of, stream, tokens_to_fix
 from fastdllm.models import Model
 from fastdllm.prompts import Prompts, encode
@@ -230,7 +231,8 @@ class Trace:
             _check(data)
             return cls(**data)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} is not a saved trace: {error}") from error
+            where = path if isinstance(path, str | Path) else shown(path)
+            raise ValueError(f"{where} is not a saved trace: {error}") from error
 
 
 def _check(data: Mapping[str, Any]) -> None:

@@ -63,13 +63,18 @@ def test_any_argument_is_taken_or_refused_in_one_short_line(model: fastdllm.Mode
         lambda: fastdllm.load(value),
         lambda: fastdllm.register("decoder", fastdllm.DecodeConfig, name=value),
         lambda: fastdllm.register("decoder", value),
+        lambda: fastdllm.PromptCache(value),
+        lambda: fastdllm.hidden_states(model, value),
+        lambda: fastdllm.generate(model, "x", gen_length=4, geometry=value),
     ]
+    if not isinstance(value, str):  # which is a path
+        calls.append(lambda: fastdllm.Trace.load(value))
     for name in ("constraints", "stop", "num_return_sequences", "progress", "trace"):
         if not (name == "num_return_sequences" and isinstance(value, int) and value > 9):
             calls.append(lambda name=name: fastdllm.generate(model, "x", gen_length=4, **{name: value}))
     for name in ("name", "type", "options", "text"):
         calls.append(lambda name=name: fastdllm.decide(model, "x", [{**question, name: value}]))
-    for name in ("device", "dtype", "quantize", "block_size", "adapter"):
+    for name in ("device", "dtype", "quantize", "block_size", "adapter", "trust_remote_code"):
         calls.append(lambda name=name: fastdllm.load("tiny-sudoku", **{"device": "cpu", name: value}))
     for option in fastdllm.DecodeConfig.__signature__.parameters:
         calls.append(lambda option=option: fastdllm.DecodeConfig(**{option: value}))

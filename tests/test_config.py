@@ -357,6 +357,14 @@ def test_a_rule_whose_option_has_the_name_of_another_is_refused() -> None:
             DecodeConfig(decoder=rule)
 
 
+@pytest.mark.parametrize(
+    "geometry", [lambda: [], lambda prompt, total: 5, lambda prompt, total: [prompt, total], int, str], ids=str
+)
+def test_what_is_no_geometry_is_named(geometry: Any) -> None:
+    with pytest.raises(ValueError, match="geometry="):
+        fastdllm.generate(random_model("llada"), prompts(5), gen_length=4, geometry=geometry)
+
+
 def test_a_geometry_of_ones_own_cuts_the_answer() -> None:
     model, given = random_model(), prompts(5, 9)
 

@@ -279,7 +279,7 @@ def load(
     for key in other:
         hint = f"use {OTHER_NAMES[key]}" if key in OTHER_NAMES else f"allowed are {ALLOWED}"
         raise ValueError(f"load has no option {key!r}; {hint}")
-    if trust_remote_code:
+    if trust_remote_code is not False and trust_remote_code is not None:
         warnings.warn("trust_remote_code has no effect: fastdllm runs its own modelling code", stacklevel=2)
     if quantize is not None and not (isinstance(quantize, str) and quantize in KINDS):
         raise ValueError(f"quantize={shown(quantize)} is unknown; allowed are {', '.join(KINDS)}")

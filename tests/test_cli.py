@@ -212,7 +212,7 @@ def test_a_script_names_its_missing_library_in_one_line(library: str, capsys: py
 def test_scripts_begin_without_the_libraries_that_only_a_part_of_them_needs() -> None:
     code = (
         "import sys\n"
-        "sys.modules |= dict.fromkeys(('peft', 'scipy', 'matplotlib', 'tensorboard', 'tensorboardX'))\n"
+        "sys.modules |= dict.fromkeys(('peft', 'scipy', 'sklearn', 'matplotlib', 'tensorboard', 'tensorboardX'))\n"
         "import scripts.recipes.parallel, scripts.studies.figures, scripts.studies.pareto\n"
         "import scripts.studies.verify_published, v2.train_scripts.finetune as finetune\n"
         "assert finetune.FinetuneArguments.report_to == 'none', 'it would end with an error'\n"

@@ -357,9 +357,7 @@ def test_a_rule_whose_option_has_the_name_of_another_is_refused() -> None:
             DecodeConfig(decoder=rule)
 
 
-@pytest.mark.parametrize(
-    "geometry", [lambda: [], lambda prompt, total: 5, lambda prompt, total: [prompt, total], int, str], ids=str
-)
+@pytest.mark.parametrize("geometry", [lambda: [], lambda prompt, total: 5, lambda prompt, total: [prompt, total], int, str])
 def test_what_is_no_geometry_is_named(geometry: Any) -> None:
     with pytest.raises(ValueError, match="geometry="):
         fastdllm.generate(random_model("llada"), prompts(5), gen_length=4, geometry=geometry)

@@ -25,7 +25,6 @@ from fastdllm.prompts import Prompts, encode
 from fastdllm.stats import Stats
 
 FORMAT, VERSION = "fastdllm-trace", 1
-
 LONGEST = 2**24  # positions of an answer in a file; more would fill the memory
 
 

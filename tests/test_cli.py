@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 import fastdllm
 from fastdllm import cli, registry
 from fastdllm.cli import one_line
+from tests.processes import python, without
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,11 +69,7 @@ def test_output_that_cannot_be_written_is_no_traceback(shell: str, code: int, li
     assert (done.returncode, len(done.stderr.splitlines())) == (code, lines), done.stderr
 
 
-# Without torch, which takes seconds to import and has no part in this; BEGINNING stands where the package would be imported.
-BEGINNING = f"""
-sys.modules["fastdllm"] = type(sys)("fastdllm")
-sys.modules["fastdllm"].__path__ = [{str(ROOT / "fastdllm")!r}]
-"""
+# BEGINNING stands for what is imported besides.
 PROGRAM = """
 import subprocess, sys
 BEGINNING
@@ -92,12 +89,12 @@ with one_line("tool"):
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
 def test_output_of_any_kind_loses_no_result(tmp_path: Path, shell: str, code: int, encoding: str) -> None:
     """Closed, the next file would take its number, and with it whatever child processes print."""
-    end_with_a_result(tmp_path, PROGRAM.replace("BEGINNING", BEGINNING), shell, code, encoding)
+    end_with_a_result(tmp_path, PROGRAM.replace("BEGINNING", ""), shell, code, encoding)
 
 
 @pytest.mark.parametrize("shell", ["", "<&- >&- 2>&-"])
 def test_nor_does_a_program_with_the_whole_package(tmp_path: Path, shell: str) -> None:
-    end_with_a_result(tmp_path, PROGRAM.replace("BEGINNING", "import fastdllm"), shell, 0, "ascii")
+    end_with_a_result(tmp_path, PROGRAM.replace("BEGINNING", "import fastdllm.generation"), shell, 0, "ascii")
 
 
 def end_with_a_result(tmp_path: Path, text: str, shell: str, code: int, encoding: str) -> None:
@@ -217,36 +214,20 @@ def test_scripts_begin_without_the_libraries_that_only_a_part_of_them_needs() ->
         "import scripts.studies.verify_published, v2.train_scripts.finetune as finetune\n"
         "assert finetune.FinetuneArguments.report_to == 'none', 'it would end with an error'\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = python(code)
     assert done.returncode == 0, done.stderr
 
 
 def test_the_command_needs_no_optional_library_to_start() -> None:
-    code = (
-        "import sys\n"
-        "class Blocked:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in ('fastapi', 'rich', 'lm_eval', 'transformers', 'tqdm', 'torch'):\n"
-        "            raise ModuleNotFoundError(name + ' is blocked', name=name)\n"
-        "sys.meta_path.insert(0, Blocked())\n"
-        "sys.modules['fastdllm'] = type(sys)('fastdllm')\n"
-        f"sys.modules['fastdllm'].__path__ = [{str(ROOT / 'fastdllm')!r}]\n"
-        "from fastdllm.cli import main\n"
-        "sys.exit(main(['--help']))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    code = without("fastapi", "rich", "lm_eval", "transformers", "tqdm", "torch")
+    code += "from fastdllm.cli import main\nsys.exit(main(['--help']))\n"
+    done = python(code)
     assert done.returncode == 0, done.stderr
 
 
 def test_the_core_alone_runs_the_shipped_models_on_ids_and_says_what_texts_need() -> None:
-    code = (
-        "import sys, warnings\n"
-        "class Blocked:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in ('fastapi', 'rich', 'lm_eval', 'transformers', 'tokenizers', 'tqdm'):\n"
-        "            raise ModuleNotFoundError(name + ' is blocked', name=name)\n"
-        "sys.meta_path.insert(0, Blocked())\n"
-        "import fastdllm\n"
+    code = without("fastapi", "rich", "lm_eval", "transformers", "tokenizers", "tqdm") + (
+        "import warnings, fastdllm\n"
         "from fastdllm.cli import main\n"
         "with warnings.catch_warnings(record=True) as told:\n"
         "    models = [fastdllm.load(name, device='cpu') for name in fastdllm.models.tiny_names()]\n"
@@ -259,7 +240,7 @@ def test_the_core_alone_runs_the_shipped_models_on_ids_and_says_what_texts_need(
         "    assert 'pip install transformers' in str(error)\n"
         "sys.exit(main(['chat']))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = python(code)
     assert done.returncode == 1, done.stderr
     assert done.stderr == "fastdllm chat needs transformers: pip install transformers\n"
 
@@ -274,7 +255,7 @@ def test_what_needs_no_model_does_not_wait_for_torch(arguments: list[str]) -> No
         "finally:\n"
         "    print('torch' in sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = python(code)
     assert done.stdout.splitlines()[-1] == "False", done.stderr
 
 
@@ -290,7 +271,7 @@ def test_every_public_name_is_found_whatever_was_imported_before() -> None:
         "    assert getattr(fastdllm, name) is getattr(home, name), name\n"
         "assert not hasattr(fastdllm, 'no_such_name')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = python(code)
     assert done.returncode == 0, done.stderr
 
 

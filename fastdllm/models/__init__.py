@@ -248,6 +248,24 @@ def check_ids(config: Fields, spec: ModelSpec, tokenizer: PreTrainedTokenizerFas
         raise ValueError(f"{config.where}: the mask is {spec.mask_id}, which is {found} in the tokenizer, no control token")
 
 
+def read_spec(
+    family: Family, config: Fields, about: Path, tokenizer: PreTrainedTokenizerFast | None, ids: Mapping[str, int]
+) -> ModelSpec:
+    """The spec of the folder `about`, from its config.json and generation_config.json. ids: the tokenizer's added tokens.
+
+    Raises ValueError naming the file and the field that is wrong, or that the tokenizer contradicts.
+    """
+    if present(path := about / "generation_config.json"):
+        config = with_generation(config, Fields(read_object(path), f"{about}: {path.name}"), ids)
+    try:
+        spec = family.spec(config, ids)
+    except ValueError as error:
+        raise error if str(about) in str(error) else ValueError(f"{about}: {error}") from error
+    if tokenizer is not None:
+        check_ids(config, spec, tokenizer)
+    return spec
+
+
 def load(
     name: str,
     device: str | torch.device | None = None,
@@ -295,14 +313,7 @@ def load(
             raise ValueError(f"block_size={shown(block_size)}: the blocks of {folder} are not a choice")
         config = config.replace(family.block_field, block_size)
     tokenizer, ids = read_tokenizer(about if has_tokenizer(about) else folder, name)
-    if present(path := about / "generation_config.json"):
-        config = with_generation(config, Fields(read_object(path), f"{about}: {path.name}"), ids)
-    try:
-        spec = family.spec(config, ids)
-    except ValueError as error:
-        raise error if str(about) in str(error) else ValueError(f"{about}: {error}") from error
-    if tokenizer is not None:
-        check_ids(config, spec, tokenizer)
+    spec = read_spec(family, config, about, tokenizer, ids)
     layout = layout_of(config.inner("quantization_config")) if "quantization_config" in config else None
     if layout and quantize:
         raise ValueError(f"quantize={quantize!r}: the weights of {folder} are quantised already ({layout})")

@@ -221,7 +221,7 @@ def discount() -> str:
 
 
 def speculative() -> str:
-    """`psd` beside plain thresholds under the same caches, on validation problems."""
+    """`psd` next to plain thresholds under the same caches, on validation problems."""
     rows = []
     for model in [found["model"] for found in data("validation")["studies"]]:
         found = study("validation", model, split="validation")

@@ -112,7 +112,8 @@ def test_fp8_products_of_some_hundred_rows(device: torch.device, assert_close, M
     for splits in (1, tile["splits"], 3):
         out = fp8.fp8_product(xq, wq, scale, added, token_scale, torch.float32, **tile | {"splits": splits})
         assert out.shape == (splits, M, N)
-        assert_close(out.sum(0), want, 1e-6 if device.type == "cpu" else 2e-3)
+        # Hopper adds fp8 products up in some 14 bits (DeepSeek-V3, arXiv 2412.19437), so that long sums err more.
+        assert_close(out.sum(0), want, 1e-6 if device.type == "cpu" else 4e-3 if C > 4096 else 2e-3)
 
 
 def test_fp8_products_of_many_tiles_belong_to_the_library(device: torch.device) -> None:

@@ -56,5 +56,7 @@ def _scaled(x: Tensor, largest: float) -> tuple[Tensor, Tensor]:
     """`x` with each row stretched to a largest magnitude of `largest`, and the scale [...] that undoes it; fp32."""
     x = x.float()
     # A row of zeros has no magnitude; any positive scale represents it.
-    scale = x.abs().amax(dim=-1).clamp(min=1e-12) / largest
+    magnitude = x.abs().amax(dim=-1).clamp(min=1e-12)
+    # By a tensor: torch divides by a number on a GPU as it multiplies by its inverse, and halves then round the other way.
+    scale = magnitude / torch.full_like(magnitude, largest)
     return (x * scale.reciprocal().unsqueeze(-1)).clamp(-largest, largest), scale

@@ -81,20 +81,20 @@ def fits(model: Model, built: Decoding) -> bool:
 def test_a_preset_is_a_name_until_the_model_is_known() -> None:
     """What all families make of it is known before; the rest is None, and each family's own once there is a model."""
     config = fastdllm.DecodeConfig(preset="balanced", gen_length=16)
-    assert config.decoder is None and config.cache is None and config.given() == {"preset": "balanced", "gen_length": 16}
-    assert fastdllm.DecodeConfig(preset="fast").decoder == "threshold", "the rule of each family"
+    assert config.threshold is None and config.cache is None and config.given() == {"preset": "balanced", "gen_length": 16}
+    assert config.decoder == "threshold", "the rule of each family"
     llada, v2 = (resolve(random_model(family).spec, config) for family in ("llada", "v2"))
     assert (llada.decoder, llada.threshold, llada.cache) == ("threshold", 0.97, "suffix_window")
-    assert (v2.decoder, v2.cache, v2.small_block_size) == ("self_verify", "block", 8), "32, cut to the block's 8"
+    assert (v2.threshold, v2.cache, v2.small_block_size) == (0.99, "fused", 8), "32, cut to the block's 8"
 
 
 @pytest.mark.parametrize(
     ("preset", "given", "expected"),
     [
-        ("balanced", {"threshold": 0.99}, {"decoder": "threshold", "threshold": 0.99, "cache": "block"}),
-        ("balanced", {"small_block_size": 4}, {"decoder": "self_verify", "small_block_size": 4}),
-        ("balanced", {"block_length": 48}, {"decoder": "self_verify", "block_length": 48, "small_block_size": 16}),
-        ("balanced", {"decoder": "quota"}, {"decoder": "quota", "cache": "block"}),
+        ("balanced", {"threshold": 0.8}, {"decoder": "threshold", "threshold": 0.8, "cache": "fused"}),
+        ("balanced", {"small_block_size": 4}, {"decoder": "threshold", "cache": "fused", "small_block_size": 4}),
+        ("balanced", {"block_length": 48}, {"cache": "fused", "block_length": 48, "small_block_size": 16}),
+        ("balanced", {"decoder": "quota"}, {"decoder": "quota", "cache": "fused"}),
         ("fast", {"cache": "block"}, {"decoder": "threshold", "threshold": 0.95, "cache": "block"}),
         ("fast", {"threshold": 0.8}, {"threshold": 0.8, "cache": "fused"}),
     ],
@@ -115,13 +115,13 @@ def test_what_a_preset_leaves_behind_goes_with_it() -> None:
     config = fastdllm.DecodeConfig(preset="balanced", suffix=16)
     assert config.replace(cache="dual") == fastdllm.DecodeConfig(preset="balanced", cache="dual")
     assert resolve(random_model("llada").spec, config.replace(gen_length=16)).suffix == 16
-    with pytest.raises(ValueError, match="suffix=16 is an option of cache suffix_window, but cache is 'block'"):
+    with pytest.raises(ValueError, match="suffix=16 is an option of cache suffix_window, but cache is 'fused'"):
         resolve(random_model("v2").spec, config.replace(gen_length=16))
 
 
 def test_an_option_of_no_family_is_refused_before_the_model_is_known() -> None:
     for options, message in (
-        ({"depth": 3}, "depth=3 is an option of decoder draft_verify, but decoder is the family's default"),
+        ({"depth": 3}, "depth=3 is an option of decoder draft_verify, but decoder is 'threshold'"),
         ({"cache": "dual", "suffix": 16}, "suffix=16 is an option of cache suffix_window, but cache is 'dual'"),
         ({"treshold": 0.9}, "did you mean 'threshold'"),
         ({"threshold": 2}, "threshold=2.0 must lie in"),
@@ -175,7 +175,7 @@ def test_the_block_length_of_a_preset_can_be_given_to_v2() -> None:
     given = prompts(5)
     options = {"gen_length": 40, "stop_ids": (), "preset": "balanced"}
     wide, plain = (fastdllm.generate(random_model("v2"), given, **options, **o) for o in ({"block_length": 64}, {}))
-    own = {**options, "preset": None, "decoder": "self_verify", "small_block_size": 32}
+    own = {**options, "preset": None, "threshold": 0.99, "cache": "fused", "small_block_size": 32}
     same = fastdllm.generate(random_model("v2"), given, block_length=64, **own)
     assert wide.sequences[0].tolist() == same.sequences[0].tolist()
     assert wide.sequences[0].tolist() != plain.sequences[0].tolist()

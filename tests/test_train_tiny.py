@@ -145,7 +145,8 @@ def test_block_diffusion_rows_and_loss_equal_the_training_package() -> None:
     """The captured step joins the package's functions by hand; its loss must be that of `fastdllm.training`."""
     folder = find_folder("tiny-fast-dllm-v2")
     spec, tokenizer = tiny_formats.read("v2", folder)
-    rows = tiny_corpus.pack_rows(corpus("v2"), 256, 32, spec.mask_id, seed=0)
+    data = corpus("v2")
+    rows = tiny_corpus.pack_rows(data, data.problems, 256, 32, spec.mask_id, seed=0)
     assert ((rows.labels == IGNORE) | (rows.labels == rows.ids)).all()
     starts = rows.positions[:, ::32]
     assert (starts % 32 == 0).all()

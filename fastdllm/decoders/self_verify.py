@@ -18,6 +18,6 @@ from fastdllm.decoders import self_speculate
 
 @dataclass(frozen=True)
 class Decoder(self_speculate.Decoder):
-    """Fast-dLLM v2 (its preset balanced): the tokens of reading a block from left to right, which it does well."""
+    """Fast-dLLM v2: the tokens of reading a block from left to right with the same weights, for models that do it well."""
 
     in_blocks = True

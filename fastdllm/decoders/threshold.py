@@ -18,7 +18,7 @@ from fastdllm.view import View
 
 @dataclass(frozen=True)
 class Decoder(DecoderRule):
-    """The default, and the rule of the presets paper, balanced (not of Fast-dLLM v2) and fast."""
+    """The default, and the rule of the presets paper, balanced and fast."""
 
     threshold: Annotated[float, "Probability from which a token is committed."] = 0.9
     strict: Annotated[bool, "Commit above the threshold (v2's published rule) instead of from it."] = False

@@ -70,7 +70,7 @@ def test_published_names_mean_what_they_meant(given: dict, defaults: dict, expec
             {"decoder": "quota", "cache": "prefix", "confidence": "entropy"},
         ),
         ({"preset": "paper", "steps": 8}, LLADA, "llada", {"decoder": "quota", "cache": "prefix", "steps": 8}),
-        ({"preset": "balanced"}, V2, "v2", {"decoder": "self_verify", "cache": "block"}),
+        ({"preset": "balanced"}, V2, "v2", {"decoder": "threshold", "cache": "fused"}),
         ({"preset": "fast"}, V2, "v2", {"decoder": "threshold", "threshold": 0.95, "cache": "fused"}),
         ({"preset": "fast", "cache": "sub_block"}, V2, "v2", {"decoder": "threshold", "cache": "sub_block"}),
         ({"preset": "exact"}, V2, "v2", {"decoder": "draft_verify", "cache": "block"}),

@@ -199,10 +199,11 @@ def best_fit(blocks: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray,
     return row_of, first, rows
 
 
-def pack_rows(corpus: Corpus, width: int, block: int, mask_token: int, seed: int) -> BlockRows:
-    """All problems of the corpus, hard ones twice, in rows of `width` tokens."""
-    chosen = np.random.default_rng(seed).permutation(np.concatenate([corpus.problems, corpus.hard]))
-    length, prompt, start = (x.cpu().numpy()[chosen] for x in (corpus.length, corpus.prompt, corpus.start))
+def pack_rows(corpus: Corpus, documents: np.ndarray, width: int, block: int, mask_token: int, seed: int) -> BlockRows:
+    """These documents of the corpus in rows of `width` tokens; of a drill only the results are targets."""
+    chosen = np.random.default_rng(seed).permutation(documents)
+    facts = corpus.length, corpus.prompt, corpus.start, corpus.drill
+    length, prompt, start, drill = (x.cpu().numpy()[chosen] for x in facts)
     blocks = -(-length // block)
     row, first, rows = best_fit(blocks, width // block)
     target = row * width + first * block
@@ -213,13 +214,15 @@ def pack_rows(corpus: Corpus, width: int, block: int, mask_token: int, seed: int
         return document, np.arange(len(document)) - (np.cumsum(counts) - counts)[document]
 
     ids = np.full(rows * width, mask_token, np.int16)
-    labels, documents = np.full(rows * width, IGNORE, np.int16), np.full(rows * width, PADDING, np.int16)
+    labels, numbers = np.full(rows * width, IGNORE, np.int16), np.full(rows * width, PADDING, np.int16)
     positions = np.zeros(rows * width, np.int16)
     document, place = spread(blocks * block)
-    positions[target[document] + place], documents[target[document] + place] = place, first[document]
+    positions[target[document] + place], numbers[target[document] + place] = place, first[document]
     document, place = spread(length)
-    tokens = corpus.flat.cpu().numpy()[start[document] + place]
+    raw = corpus.flat.cpu().numpy()[start[document] + place]
+    tokens = raw & (RESULT_FLAG - 1)
     ids[target[document] + place] = tokens
-    labels[target[document] + place] = np.where(place >= prompt[document], tokens, IGNORE)
+    asked = np.where(drill[document], raw < 0, place >= prompt[document])
+    labels[target[document] + place] = np.where(asked, tokens, IGNORE)
     device = corpus.flat.device
-    return BlockRows(*(torch.from_numpy(x.reshape(rows, width)).to(device) for x in (ids, labels, positions, documents)))
+    return BlockRows(*(torch.from_numpy(x.reshape(rows, width)).to(device) for x in (ids, labels, positions, numbers)))

@@ -46,13 +46,17 @@ AS_THEY_ARE: dict[str, Any] = {
 }
 END_OF_TURN = {"llada": "<|eos|>", "dream": "<|im_end|>", "qwen": "<|im_end|>\n", "v2": "<|im_end|>\n"}
 END_OF_TEXT = {"llada": "<|eos|>", "dream": "<|endoftext|>", "qwen": "<|im_end|>", "v2": "<|im_end|>"}
-# What a warm start from another family takes a special token's embedding from.
+# What a warm start from another family takes a special token's embedding from: the first that it has.
 SAME_ROLE = {
-    "<|endoftext|>": "<|eos|>",
-    "<|im_end|>": "<|eos|>",
-    "<|im_start|>": "<|user|>",
-    "<|beginoftext|>": "<|pad|>",
-    "<|mask|>": "<|mask|>",
+    "<|endoftext|>": ("<|eos|>",),
+    "<|im_end|>": ("<|eos|>",),
+    "<|im_start|>": ("<|user|>",),
+    "<|beginoftext|>": ("<|pad|>", "<|endoftext|>"),
+    "<|mask|>": ("|<MASK>|",),
+    "<|eos|>": ("<|im_end|>",),
+    "<|pad|>": ("<|endoftext|>",),
+    "<|user|>": ("<|im_start|>",),
+    "<|assistant|>": ("<|im_start|>",),
 }
 
 
@@ -60,10 +64,10 @@ def qwen2_config(special: list[str], first: int, **changes: Any) -> dict[str, An
     ids = {token: first + i for i, token in enumerate(special)}
     return {
         "hidden_size": 256,
-        "intermediate_size": 512,
+        "intermediate_size": 576,
         "num_hidden_layers": 8,
         "num_attention_heads": 4,
-        "num_key_value_heads": 4,
+        "num_key_value_heads": 2,
         "hidden_act": "silu",
         "vocab_size": 2048,
         "max_position_embeddings": 512,
@@ -101,11 +105,9 @@ def config_for(family: str, vocab: int) -> dict[str, Any]:
             model_type="Dream",
             mask_token_id=vocab + 4,
             eos_token_id=vocab,
-            rms_norm_eps=1e-5,  # tiny-llada's, whose weights are its start
         )
-    causal = {"num_key_value_heads": 2, "intermediate_size": 576}
     if family == "qwen":
-        return qwen2_config(special, vocab, architectures=["Qwen2ForCausalLM"], model_type="qwen2", **causal)
+        return qwen2_config(special, vocab, architectures=["Qwen2ForCausalLM"], model_type="qwen2")
     classes = {
         "AutoConfig": "configuration.Fast_dLLM_QwenConfig",
         "AutoModel": "modeling.Fast_dLLM_QwenForCausalLM",
@@ -119,7 +121,6 @@ def config_for(family: str, vocab: int) -> dict[str, Any]:
         model_type="Fast_dLLM_Qwen",
         bd_size=32,
         pad_token_id=vocab + 2,
-        **causal,
     )
 
 
@@ -232,8 +233,8 @@ def expected_shapes(family: str, spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 def load_published(family: str, folder: Path, spec: ModelSpec, tokenizer: Tokenizer) -> dict[str, Tensor]:
     """fp32 tensors under `family`'s published names, from a checkpoint of the same or of another family.
 
-    From another family: tensors are matched by what they fill in the core's network, embedding rows by token text,
-    and biases that the source lacks are zero.
+    From another family: tensors are matched by what they fill in the core's network, embedding rows by token text, biases
+    that the source lacks are zero, and keys and values that it has for a group of heads are repeated for each of them.
     """
     source = family_of(folder)
     tensors = {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
@@ -244,18 +245,30 @@ def load_published(family: str, folder: Path, spec: ModelSpec, tokenizer: Tokeni
         embed = tensors["model.embed_tokens.weight"]  # the parent never saw the mask: start it in the middle
         embed[spec.mask_id] = embed[: spec.mask_id].mean(0)
         return tensors
-    filled = {place: tensors[name] for name, place in FAMILIES[source].names(source_spec).items()}
+    parts = parts_of(source, source_spec)
+    filled = {parts[name]: tensor for name, tensor in tensors.items()}
     vocab = source_tokenizer.get_vocab()
-    table = tokenizer.get_vocab()
     embed = filled["embed.weight", 0].clone()
-    for text, row in table.items():
-        embed[row] = filled["embed.weight", 0][vocab.get(text, vocab.get(SAME_ROLE.get(text, text), 0))]
+    for text, row in tokenizer.get_vocab().items():
+        known = [vocab[name] for name in (text, *SAME_ROLE.get(text, ())) if name in vocab]
+        embed[row] = filled["embed.weight", 0][known[0] if known else 0]
     filled["embed.weight", 0] = embed
-    shapes = expected_shapes(family, spec)
-    return {
-        name: filled[place] if place in filled else torch.zeros(shapes[name])
-        for name, place in FAMILIES[family].names(spec).items()
-    }
+    shapes, start = expected_shapes(family, spec), {}
+    for name, part in parts_of(family, spec).items():
+        tensor = filled.get(part, torch.zeros(shapes[name]))
+        if len(tensor) != shapes[name][0]:
+            heads = tensor.view(source_spec.kv_heads, spec.head_dim, -1)
+            tensor = heads.repeat_interleave(spec.kv_heads // source_spec.kv_heads, 0).reshape(shapes[name])
+        start[name] = tensor
+    return start
+
+
+def parts_of(family: str, spec: ModelSpec) -> dict[str, tuple[str, int]]:
+    """Published tensor name -> (parameter of the core's network, which of the tensors that fill it, from the top)."""
+    places: dict[str, list[tuple[int, str]]] = {}
+    for name, (target, row) in FAMILIES[family].names(spec).items():
+        places.setdefault(target, []).append((row, name))
+    return {name: (target, i) for target, rows in places.items() for i, (_, name) in enumerate(sorted(rows))}
 
 
 def save(folder: Path, files: Path, tensors: dict[str, Tensor]) -> None:

@@ -22,7 +22,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +40,7 @@ from scripts.recipes.tiny.tiny_corpus import RESULT_FLAG, BlockRows, Corpus, Sam
 from scripts.recipes.tiny.tiny_formats import END_OF_TEXT, create, family_of, load_published, read, save
 from scripts.recipes.tiny.tiny_network import Batch, Network, initialise
 
-WINDOWS = (8, 16, 32, 32, 64)
+WINDOWS = (16, 32, 32, 64, 128)
 WINDOW_SHARE, AFTER_EQUAL_SIGN_SHARE, DIGITS_LATE_SHARE = 0.65, 0.5, 0.5
 WEIGHT_ANSWER, WEIGHT_WINDOW, WEIGHT_DRILL = 0.5, 2.0, 1.0
 LEAST_RATIO, LEAST_RATIO_IN_WINDOW = 1e-3, 0.02
@@ -53,7 +53,7 @@ REPORT_EVERY = 500
 
 @dataclass(frozen=True)
 class Recipe:
-    """Optimisation of one run; shares of drills are by documents, before and after `drills_until` of the run."""
+    """Optimisation of one run; shares of drills are by documents (v2: by packed rows), before and after `drills_until`."""
 
     muon: float
     adam: float
@@ -66,15 +66,19 @@ class Recipe:
 
 
 FROM_SCRATCH, CONTINUED = Recipe(muon=5e-3, adam=3e-3), Recipe(muon=3e-3, adam=1.5e-3)
-SHIFTED = Recipe(muon=4e-3, adam=2e-3)  # dream from llada
+SHIFTED = Recipe(muon=4e-3, adam=2e-3)  # from another kind of attention, or another token shift
 CONVERTED = Recipe(muon=2e-3, adam=1e-3, drills=0.0, drills_late=0.0)  # v2 from qwen
+CONVERTED_FURTHER = Recipe(muon=4e-3, adam=2e-3, drills=0.2, drills_late=0.05)
 RECIPES = {
     ("llada", None): FROM_SCRATCH,
     ("llada", "llada"): CONTINUED,
+    ("llada", "v2"): SHIFTED,
     ("dream", "llada"): SHIFTED,
+    ("dream", "v2"): SHIFTED,
     ("dream", "dream"): CONTINUED,
     ("qwen", None): FROM_SCRATCH,
     ("v2", "qwen"): CONVERTED,
+    ("v2", "v2"): CONVERTED_FURTHER,
 }
 
 
@@ -314,11 +318,13 @@ def objective(
     family: str, corpus: Corpus, spec: ModelSpec, end_token: int, args: argparse.Namespace, dtype: torch.dtype
 ) -> tuple[Callable[[Tensor], Batch], list[np.ndarray], int]:
     """What makes a batch of chosen documents, the pools that they are chosen from, and how many a step takes."""
-    if family == "v2":
-        rows = pack_rows(corpus, ROW, BLOCK, spec.mask_id, args.seed)
-        batch = partial(block_diffusion_batch, rows, mask_token=spec.mask_id, dtype=dtype)
-        return batch, [np.arange(len(rows.ids))], args.tokens // (2 * ROW)
     pools = [np.concatenate([corpus.problems, corpus.hard]), corpus.drills]
+    if family == "v2":
+        packed = [pack_rows(corpus, pool, ROW, BLOCK, spec.mask_id, args.seed) for pool in pools]
+        rows = BlockRows(*(torch.cat([getattr(part, f.name) for part in packed]) for f in fields(BlockRows)))
+        batch = partial(block_diffusion_batch, rows, mask_token=spec.mask_id, dtype=dtype)
+        numbers = np.split(np.arange(len(rows.ids)), [len(packed[0].ids)])
+        return batch, numbers, args.tokens // (2 * ROW)
     if family == "qwen":
         batch = partial(autoregressive_batch, corpus, size=args.tokens, end_token=end_token)
         return batch, pools, int(OVERFLOW * args.tokens / corpus.mean_length)

@@ -86,18 +86,17 @@ def _allowed(option: Option) -> str:
 class Measured:
     """What components cost, from the studies in a folder of docs.
 
-    folder: one with frontier.json and self_verify.json; without them nothing is known.
+    folder: one with frontier.json; without it nothing is known.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self.rows: dict[tuple[str, str], tuple[dict[str, float], dict[str, float]]] = {}  # its row, and the reference's
-        for name in ("self_verify.json", "frontier.json"):
-            if folder and (folder / name).is_file():
-                for study in json.loads((folder / name).read_text(encoding="utf-8"))["studies"]:
-                    rows = {row["setting"]: row for row in study["settings"]}
-                    one = rows[study["reference"]]
-                    if study["template"] == "chat":
-                        self.rows |= {(study["model"], setting): (row, one) for setting, row in rows.items()}
+        if folder and (folder / "frontier.json").is_file():
+            for study in json.loads((folder / "frontier.json").read_text(encoding="utf-8"))["studies"]:
+                rows = {row["setting"]: row for row in study["settings"]}
+                one = rows[study["reference"]]
+                if study["template"] == "chat":
+                    self.rows |= {(study["model"], setting): (row, one) for setting, row in rows.items()}
 
     def cost(self, kind: Kind, name: str) -> str:
         """`-4.8, 6.8 instead of 110.6`, or nothing if the component was not measured."""

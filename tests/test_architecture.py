@@ -224,11 +224,11 @@ def test_file_names_say_what_is_inside() -> None:
 
 
 def test_the_repository_stays_light() -> None:
-    """Three checkpoints of 12 MB; a fourth, and every other file, within 1 MB."""
+    """Three checkpoints within 13 MB; a fourth, and every other file, within 1 MB."""
     weights = [path for path in tracked() if path.suffix == ".safetensors"]
     large = [path for path in tracked() if path.stat().st_size > 1_000_000]
     assert len(weights) <= 4 and len(large) <= 3
-    assert not relative([path for path in large if path not in weights or path.stat().st_size > 12_000_000])
+    assert not relative([path for path in large if path not in weights or path.stat().st_size > 13_000_000])
 
 
 def listed_tree() -> list[tuple[str, ...]]:

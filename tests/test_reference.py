@@ -43,8 +43,8 @@ def test_what_was_measured_stands_next_to_every_component_but_those_that_were_no
         cost = row.strip("|").split("|")[4].strip()
         assert not cost or re.fullmatch(r"the reference|(v2: )?([+-]\d+\.\d|0\.0), [\d,.]+ instead of [\d,.]+", cost)
         unmeasured |= set() if cost else {name}
-    # No shipped model reads its context causally, or was trained to edit; docs/log.md has figures of psd.
-    assert unmeasured == {"self_speculate", "causal", "joint_threshold", "psd"}
+    # No shipped model reads its context causally, or was trained to edit.
+    assert unmeasured == {"self_speculate", "causal", "joint_threshold"}
 
 
 @pytest.mark.parametrize(("kind", "name"), COMPONENTS)

@@ -16,7 +16,7 @@ from fastdllm.caches import block as block_cache
 
 @dataclass(frozen=True)
 class Cache(block_cache.Cache):
-    """Fast-dLLM v2 in large batches, where positions are what a forward costs (its preset fast)."""
+    """Fast-dLLM v2 in large batches, where positions are what a forward costs (its presets balanced and fast)."""
 
     pure = False
     begins: ClassVar[bool] = True

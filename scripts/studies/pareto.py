@@ -145,8 +145,9 @@ def parse(setting: str) -> dict[str, Any]:
 
 
 def all_decoders(with_cache: str) -> list[str]:
-    """Every decoder at its default, its level spelled out; without those that draft, which few models verify."""
-    names = [name for name in registry.names("decoders") if not registry.find("decoders", name).drafts]
+    """Every decoder at its default, its level spelled out; without those that draft or edit, which few models are made for."""
+    rules = {name: registry.find("decoders", name) for name in registry.names("decoders")}
+    names = [name for name, rule in rules.items() if not rule.drafts and not rule.edits]
     levels = {name: list(own_options("decoders", name).values())[:1] for name in names}
     return [f"{'='.join([name, *map(str, level)])}+{with_cache}" for name, level in levels.items()]
 

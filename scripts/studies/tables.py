@@ -8,8 +8,8 @@ In a page a table stands between `<!-- table NAME: ... -->` and `<!-- end -->`. 
 
 What writes the data:
 
-* frontier.json, self_verify.json, sudoku.json, validation.json, v2_presets.json: `python -m scripts.studies.pareto report
-  --summary`
+* frontier.json, sudoku.json, validation.json: `python -m scripts.studies.pareto report --summary`; validation.json joins two,
+  since LLaDA and Dream are compared with threshold 0.9 under `dual`, and v2 under `block`
 * speed.json: `python -m scripts.benchmarks.published --output`; decode.json: `python -m scripts.benchmarks.decode --output`
 * training.json: `python -m scripts.benchmarks.training --output`
 * shared_prompts.json: `python -m scripts.benchmarks.shared_prompts --output`
@@ -101,13 +101,16 @@ def presets() -> str:
 
 def v2_presets() -> str:
     """v2's own presets on validation problems, against threshold 0.9."""
-    found = study("v2_presets", MODELS[2], split="validation")
+    found = study("validation", MODELS[2], split="validation")
+    names = {"quota+block": "one token per step", "threshold=0.9+block": "threshold 0.9"}
+    names |= {f"threshold={t}:small_block_size=32+fused": f"`{name}`" for t, name in (("0.99", "balanced"), ("0.95", "fast"))}
+    names["self_verify:small_block_size=32+block"] = "`self_verify`"
     rows: list[tuple[str, ...]] = []
-    for name, preset in (("threshold 0.9", "paper"), ("`balanced`", "balanced"), ("`fast`", "fast")):
-        row = next(row for row in found.values() if row["preset"] == preset)
-        against = difference(row) if rows else ""
+    for setting, name in names.items():
+        row = found[setting]
+        against = "" if setting == "threshold=0.9+block" else difference(row)
         rows.append((name, percent(row["accuracy"]), against, f"{row['forwards']:.1f}", f"{row['positions']:,.0f}"))
-    return grid(("tiny-fast-dllm-v2", "right", "difference (95 %)", "forwards", "positions"), rows)
+    return grid(("tiny-fast-dllm-v2", "right", "against threshold 0.9 (95 %)", "forwards", "positions"), rows)
 
 
 def thresholds() -> str:
@@ -151,19 +154,20 @@ def lossless_threshold() -> str:
 
 
 def self_verify() -> str:
-    measured, others = study("self_verify", MODELS[2]), study("frontier", MODELS[2])
-    lines = [
-        ("one token per step", measured["quota+block"]),
-        ("`self_verify:small_block_size=32`", measured["self_verify:small_block_size=32+block"]),
-        ("threshold 0.99", {**others["threshold=0.99+block"], "tokens_per_second": None}),  # timed on another machine
-        ("threshold 0.9", {**others["threshold=0.9+block"], "tokens_per_second": None}),
-    ]
-    rows = []
-    for i, (name, row) in enumerate(lines):
-        speed = f"{row['tokens_per_second']:.0f}" if row["tokens_per_second"] else ""
-        cells = percent(row["accuracy"]), difference(row) if i else "", f"{row['forwards']:.1f}", f"{row['positions']:,.0f}"
-        rows.append((name, *cells, speed))
-    return grid(("setting", "right", "difference (95 %)", "forwards", "positions", "tokens/s on the CPU"), rows)
+    found = study("frontier", MODELS[2])
+    lines = {
+        "one token per step": "quota+block",
+        "`self_verify`, sub-blocks of 8": "self_verify+block",
+        "`self_verify`, sub-blocks of 32": "self_verify:small_block_size=32+block",
+        "threshold 0.9": "threshold=0.9+block",
+        "`balanced`": "threshold=0.99:small_block_size=32+fused",
+    }
+    rows: list[tuple[str, ...]] = []
+    for name, setting in lines.items():
+        row = found[setting]
+        cells = percent(row["accuracy"]), difference(row) if rows else "", f"{row['forwards']:.1f}"
+        rows.append((name, *cells, f"{row['positions']:,.0f}"))
+    return grid(("setting", "right", "difference (95 %)", "forwards", "positions"), rows)
 
 
 def sudoku() -> str:
@@ -220,19 +224,22 @@ def discount() -> str:
     return grid(("model", "setting", "solved", "forwards", "difference (95 %)"), rows)
 
 
+SPECULATIVE = ("psd=0.97+NEAR", "psd=0.97:branches=2+NEAR", "threshold=0.9+NEAR", "threshold=0.97+NEAR")  # in blocks of 64
+
+
 def speculative() -> str:
     """`psd` next to plain thresholds under the same caches, on validation problems."""
     rows = []
-    for model in [found["model"] for found in data("validation")["studies"]]:
-        found = study("validation", model, split="validation")
-        caches = {name.partition("+")[2] for name in found if name.startswith("psd")}
-        for setting, row in sorted(found.items(), key=lambda item: item[1]["forwards"]):
-            decoder, _, cache = setting.replace(":first_token=rule", "").partition("+")
-            if cache not in caches or not decoder.startswith(("psd", "threshold")) or "discount" in decoder:
-                continue
-            name = f"`{decoder}+{cache}`" + (f", `{row['preset']}`" if row["preset"] else "")
+    for model in MODELS:
+        found, cache = study("validation", model, split="validation"), reference(model).partition("+")[2]
+        usual = [f"{rule}+{cache}" for rule in ("psd=0.95", "threshold=0.9", "threshold=0.95")]
+        first = ":first_token=rule" if "dream" in model else ""
+        wide = [setting.replace("+", f"{first}:block_length=64+") for setting in SPECULATIVE]
+        measured = [(setting, found[setting]) for setting in (*usual, *wide) if setting in found]
+        for setting, row in sorted(measured, key=lambda item: item[1]["forwards"]):
+            name = f"`{setting.replace(first, '')}`" + (f", `{row['preset']}`" if row["preset"] else "")
             cells = percent(row["accuracy"]), f"{row['forwards']:.1f}", f"{row['positions']:,.0f}"
-            rows.append((model, name, *cells, difference(row) if row["difference"] or row["same"] < 1 else ""))
+            rows.append((model, name, *cells, "" if setting == f"threshold=0.9+{cache}" else difference(row)))
     return grid(("model", "setting", "solved", "forwards", "positions", "against threshold 0.9 (95 %)"), rows)
 
 

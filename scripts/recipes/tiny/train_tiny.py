@@ -2,12 +2,12 @@
 """Train the tiny checkpoints that ship with fastdllm: minutes on one GPU, a few steps on a CPU.
 
     python -m scripts.recipes.tiny.tiny_data --train runs/data --stages 1 2
-    python -m scripts.recipes.tiny.train_tiny --family llada --init fastdllm/tiny/tiny-llada --text runs/data/stage*.xz \\
-        --seconds 440 --out runs/tiny-llada
+    python -m scripts.recipes.tiny.train_tiny --family llada --init fastdllm/tiny/tiny-fast-dllm-v2 \\
+        --text runs/data/stage*.xz --seconds 400 --out runs/tiny-llada
 
 Families: `llada` and `dream` (masked diffusion, the second with token shift), `qwen` (the autoregressive parent of v2)
-and `v2` (its conversion to block diffusion). A checkpoint of another family is a valid `--init`: dream starts from llada,
-v2 from qwen.
+and `v2` (its conversion to block diffusion). A checkpoint of another family is a valid `--init`: v2 starts from qwen, llada
+and dream from v2.
 
 The masks are those of decoding: most documents get a window of block size with everything before it known and everything
 after it masked. A step (packing, masking, forward, backward, both optimisers) is one captured CUDA graph.

@@ -8,6 +8,7 @@ import json
 import lzma
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,10 +16,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
 from fastdllm.models import TINY, find_folder
+from fastdllm.models.spec import ModelSpec
 from fastdllm.models.tokenizer import load_tokenizer
 from fastdllm.tasks import TASKS_DIR
+from fastdllm.training.masks import PADDING
 from fastdllm.training.model import Fast_dLLM_QwenForCausalLM
 from fastdllm.training.objective import IGNORE
 from scripts.recipes.tiny import tiny_corpus, tiny_data, tiny_formats, train_tiny
@@ -27,6 +31,17 @@ from scripts.recipes.tiny.tiny_network import Network
 
 CPU = torch.device("cpu")
 SHIPPED = {"llada": "tiny-llada", "dream": "tiny-dream", "v2": "tiny-fast-dllm-v2"}
+EMBEDDING = "model.embed_tokens.weight"
+# Of a layer, LLaDA's name -> that of Qwen2, where both have the same tensor.
+LLADA_FROM_QWEN2 = {
+    "attn_norm": "input_layernorm",
+    "q_proj": "self_attn.q_proj",
+    "attn_out": "self_attn.o_proj",
+    "ff_norm": "post_attention_layernorm",
+    "ff_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "ff_out": "mlp.down_proj",
+}
 PROBLEMS = [
     (f"Mia has {a} cups and buys {b} more. How many?", f"She has {a} + {b} = {a + b} cups.\n#### {a + b}")
     for a in range(3, 33)
@@ -91,7 +106,7 @@ def test_shipped_files_are_what_the_script_writes(family: str, tmp_path: Path) -
     spec, _ = tiny_formats.read(family, folder)
     weights = load_file(folder / "model.safetensors")
     assert {k: tuple(v.shape) for k, v in weights.items()} == tiny_formats.expected_shapes(family, spec)
-    assert (folder / "model.safetensors").stat().st_size <= 12_000_000
+    assert (folder / "model.safetensors").stat().st_size <= 16_000_000
 
 
 def test_drills_ask_for_results_only() -> None:
@@ -103,6 +118,38 @@ def test_drills_ask_for_results_only() -> None:
         document = flat[start : start + int(data.length[number])]
         asked = tokenizer.decode([int(t) & (RESULT_FLAG - 1) for t in document if t >= RESULT_FLAG])
         assert asked.split() and all(part.isdigit() for part in asked.split())
+
+
+def test_drills_are_packed_for_v2_and_only_their_results_are_labels() -> None:
+    data = corpus("v2")
+    spec, tokenizer = tiny_formats.read("v2", find_folder(SHIPPED["v2"]))
+    rows = tiny_corpus.pack_rows(data, data.drills, 256, 32, spec.mask_id, seed=0)
+    flat, lengths = data.flat.numpy().view(np.uint16), data.length.numpy()
+    expected = []
+    for number in data.drills:
+        document = flat[int(data.start[number]) :][: lengths[number]]
+        expected.append([(int(t) & (RESULT_FLAG - 1), bool(t & RESULT_FLAG)) for t in document])
+    packed = []
+    for ids, labels, numbers in zip(rows.ids, rows.labels, rows.documents, strict=True):
+        for number in numbers[numbers != PADDING].unique():
+            here = (numbers == number) & (ids != spec.mask_id)
+            asked = labels[here] != IGNORE
+            assert (labels[here][asked] == ids[here][asked]).all() and asked.any()
+            assert all(part.isdigit() for part in tokenizer.decode(ids[here][asked].tolist()).split())
+            packed.append(list(zip(ids[here].tolist(), asked.tolist(), strict=True)))
+    assert sorted(packed) == sorted(expected)
+    assert (rows.labels[rows.ids == spec.mask_id] == IGNORE).all()
+
+
+def test_a_step_of_v2_draws_rows_of_drills_and_rows_of_problems() -> None:
+    data, spec = corpus("v2"), tiny_formats.read("v2", find_folder(SHIPPED["v2"]))[0]
+    args = SimpleNamespace(seed=0, tokens=8 * 2 * train_tiny.ROW)
+    batch, (problems, drills), rows = train_tiny.objective("v2", data, spec, 0, args, torch.float32)
+    assert rows == 8 and len(problems) and len(drills) and not set(problems) & set(drills)
+    chosen = tiny_corpus.Sampler([problems, drills], rows, seed=0).step(0.25)
+    assert np.isin(chosen.numpy(), drills).sum() == 2
+    of_drills, of_problems = (batch(torch.from_numpy(pool)).weights > 0 for pool in (drills, problems))
+    assert 0 < of_drills.float().mean() < of_problems.float().mean(), "of a drill only the results are targets"
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
@@ -169,16 +216,89 @@ def test_block_diffusion_rows_and_loss_equal_the_training_package() -> None:
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_warm_start_from_another_family_keeps_what_the_tokens_mean() -> None:
-    spec, tokenizer = tiny_formats.read("dream", find_folder("tiny-dream"))
-    llada_spec, llada_tokenizer = tiny_formats.read("llada", TINY / "tiny-llada")
-    dream = tiny_formats.load_published("dream", TINY / "tiny-llada", spec, tokenizer)
-    llada = tiny_formats.load_published("llada", TINY / "tiny-llada", llada_spec, llada_tokenizer)
-    new, old = dream["model.embed_tokens.weight"], llada["model.transformer.wte.weight"]
-    for word in ("Ġcups", "7", "####"):
-        assert torch.equal(new[tokenizer.token_to_id(word)], old[llada_tokenizer.token_to_id(word)])
-    assert torch.equal(new[spec.mask_id], old[llada_spec.mask_id])
-    assert not dream["model.layers.0.self_attn.q_proj.bias"].any()
+def test_dream_starts_from_the_tensors_of_v2_and_its_own_tokens() -> None:
+    """Both have Qwen2's names and shapes: only the rows of the embeddings go by what a token means."""
+    start, spec, tokenizer = start_from_v2("dream")
+    parent, parent_spec, parent_tokenizer = start_from_v2("v2")
+    assert shapes(start) == tiny_formats.expected_shapes("dream", spec)
+    new, old = start.pop(EMBEDDING), parent.pop(EMBEDDING)
+    assert start.keys() == parent.keys()
+    assert all(torch.equal(start[name], parent[name]) for name in start)
+    check_embeddings(new, spec, tokenizer, old, parent_spec, parent_tokenizer)
+
+
+def test_llada_starts_from_v2_with_its_keys_and_values_for_each_head() -> None:
+    start, spec, tokenizer = start_from_v2("llada")
+    parent, parent_spec, parent_tokenizer = start_from_v2("v2")
+    assert shapes(start) == tiny_formats.expected_shapes("llada", spec)
+    assert (spec.kv_heads, parent_spec.kv_heads) == (4, 2)
+    for i in range(spec.layers):
+        new, old = f"model.transformer.blocks.{i}.", f"model.layers.{i}."
+        for name, parent_name in LLADA_FROM_QWEN2.items():
+            assert torch.equal(start[f"{new}{name}.weight"], parent[f"{old}{parent_name}.weight"]), (i, name)
+        for name in ("k_proj", "v_proj"):
+            heads = start[f"{new}{name}.weight"].view(4, spec.head_dim, -1)
+            groups = parent[f"{old}self_attn.{name}.weight"].view(2, spec.head_dim, -1)
+            assert not torch.equal(groups[0], groups[1])
+            for head in range(4):
+                assert torch.equal(heads[head], groups[head // 2]), (i, name, head)
+    assert torch.equal(start["model.transformer.ln_f.weight"], parent["model.norm.weight"])
+    new, old = start["model.transformer.wte.weight"], parent[EMBEDDING]
+    check_embeddings(new, spec, tokenizer, old, parent_spec, parent_tokenizer)
+
+
+def test_a_start_without_biases_gets_zeros() -> None:
+    spec, tokenizer = tiny_formats.read("v2", find_folder(SHIPPED["v2"]))
+    start = tiny_formats.load_published("v2", TINY / "tiny-llada", replace(spec, kv_heads=4), tokenizer)
+    biases = [tensor for name, tensor in start.items() if name.endswith("_proj.bias")]
+    assert len(biases) == 3 * spec.layers and not any(bias.any() for bias in biases)
+
+
+def start_from_v2(family: str) -> tuple[dict[str, torch.Tensor], ModelSpec, Tokenizer]:
+    spec, tokenizer = tiny_formats.read(family, find_folder(SHIPPED[family]))
+    return tiny_formats.load_published(family, find_folder(SHIPPED["v2"]), spec, tokenizer), spec, tokenizer
+
+
+def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_embeddings(
+    new: torch.Tensor,
+    spec: ModelSpec,
+    tokenizer: Tokenizer,
+    old: torch.Tensor,
+    parent: ModelSpec,
+    parent_tokenizer: Tokenizer,
+) -> None:
+    """Every token that both have keeps its row, and so does the mask; the tokens' numbers differ."""
+    vocab, known = tokenizer.get_vocab(), parent_tokenizer.get_vocab()
+    shared = vocab.keys() & known.keys()
+    assert len(shared) > 2000 and torch.equal(new[[vocab[t] for t in shared]], old[[known[t] for t in shared]])
+    assert spec.mask_id != parent.mask_id and torch.equal(new[spec.mask_id], old[parent.mask_id])
+
+
+@pytest.mark.parametrize(
+    ("family", "init", "message"),
+    [
+        ("dream", "tiny-llada", "is one of llada, but dream starts from a checkpoint of v2, a checkpoint of dream"),
+        (
+            "llada",
+            "tiny-dream",
+            "is one of dream, but llada starts from random weights, a checkpoint of llada, a checkpoint",
+        ),
+        ("dream", None, "--init is not given, but dream starts from a checkpoint of v2"),
+    ],
+)
+def test_a_start_without_a_recipe_is_refused_before_anything_is_written(
+    family: str, init: str | None, message: str, text: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train_tiny", "--family", family, "--text", str(text), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", [*arguments, *(["--init", str(TINY / init)] if init else [])])
+    with pytest.raises(SystemExit) as stopped:
+        train_tiny.main()
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_learning_rate_warms_up_and_ends_low() -> None:
@@ -206,7 +326,7 @@ def test_a_few_steps_write_a_checkpoint(family: str, text: Path, tmp_path: Path,
         tiny_formats.save(parent, parent, train_tiny.initialise("qwen", spec, seed=0))
         arguments += ["--init", str(parent)]
     elif family != "qwen":
-        arguments += ["--init", str(TINY / "tiny-llada")]
+        arguments += ["--init", str(find_folder(SHIPPED["v2"]))]
     monkeypatch.setattr(sys, "argv", arguments)
     train_tiny.main()
     report = json.loads((out / "training.json").read_text(encoding="utf-8"))

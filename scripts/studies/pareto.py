@@ -145,7 +145,7 @@ def parse(setting: str) -> dict[str, Any]:
 
 
 def all_decoders(with_cache: str) -> list[str]:
-    """Every decoder at its default, its level spelled out; without those that draft or edit, which few models are made for."""
+    """Every decoder at its default, its level spelled out; without those that draft or edit, as few models can."""
     rules = {name: registry.find("decoders", name) for name in registry.names("decoders")}
     names = [name for name, rule in rules.items() if not rule.drafts and not rule.edits]
     levels = {name: list(own_options("decoders", name).values())[:1] for name in names}
@@ -170,7 +170,7 @@ def settings_of(model: str, task: str, thorough: bool) -> list[str]:
         found += [f"{s}+{base}" for s in ("draft_verify=8", "factor=0.5", "entropy_bound=0.3", "hierarchical=0.9:low=0.75")]
     if causal:
         found += [f"threshold=0.9:small_block_size=32+{base}", f"self_verify:small_block_size=32+{base}"]
-        return [*found, *(f"threshold={t}:small_block_size=32+fused" for t in ((0.95, 0.9) if thorough else (0.95,)))]
+        return [*found, *(f"threshold={t}:small_block_size=32+fused" for t in (0.99, 0.97, 0.95, 0.9))]
     found += [f"{s}+{NEAR}" for s in ("threshold=0.9", "threshold=0.9:block_length=64", "threshold=0.97:block_length=64")]
     found += [f"threshold=0.9:block_length=64+{base}"]
     if thorough:

@@ -8,8 +8,8 @@ In a page a table stands between `<!-- table NAME: ... -->` and `<!-- end -->`. 
 
 What writes the data:
 
-* frontier.json, sudoku.json, validation.json: `python -m scripts.studies.pareto report --summary`; validation.json joins two,
-  since LLaDA and Dream are compared with threshold 0.9 under `dual`, and v2 under `block`
+* frontier.json, sudoku.json, validation.json: `python -m scripts.studies.pareto report --summary`; validation.json joins
+  two, since LLaDA and Dream are compared with threshold 0.9 under `dual`, and v2 under `block`
 * speed.json: `python -m scripts.benchmarks.published --output`; decode.json: `python -m scripts.benchmarks.decode --output`
 * training.json: `python -m scripts.benchmarks.training --output`
 * shared_prompts.json: `python -m scripts.benchmarks.shared_prompts --output`
@@ -103,7 +103,7 @@ def v2_presets() -> str:
     """v2's own presets on validation problems, against threshold 0.9."""
     found = study("validation", MODELS[2], split="validation")
     names = {"quota+block": "one token per step", "threshold=0.9+block": "threshold 0.9"}
-    names |= {f"threshold={t}:small_block_size=32+fused": f"`{name}`" for t, name in (("0.99", "balanced"), ("0.95", "fast"))}
+    names |= {"threshold=0.99:small_block_size=32+fused": "`balanced`", "threshold=0.95:small_block_size=32+fused": "`fast`"}
     names["self_verify:small_block_size=32+block"] = "`self_verify`"
     rows: list[tuple[str, ...]] = []
     for setting, name in names.items():

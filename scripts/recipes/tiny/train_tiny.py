@@ -7,7 +7,7 @@
 
 Families: `llada` and `dream` (masked diffusion, the second with token shift), `qwen` (the autoregressive parent of v2)
 and `v2` (its conversion to block diffusion). A checkpoint of another family is a valid `--init`: v2 starts from qwen, llada
-and dream from v2.
+and dream start from v2.
 
 The masks are those of decoding: most documents get a window of block size with everything before it known and everything
 after it masked. A step (packing, masking, forward, backward, both optimisers) is one captured CUDA graph.
@@ -73,7 +73,6 @@ RECIPES = {
     ("llada", None): FROM_SCRATCH,
     ("llada", "llada"): CONTINUED,
     ("llada", "v2"): SHIFTED,
-    ("dream", "llada"): SHIFTED,
     ("dream", "v2"): SHIFTED,
     ("dream", "dream"): CONTINUED,
     ("qwen", None): FROM_SCRATCH,
@@ -360,7 +359,7 @@ def main() -> None:
     end_token = tokenizer.token_to_id(END_OF_TEXT[args.family])
     assert end_token is not None, END_OF_TEXT[args.family]
     batch, pools, documents = objective(args.family, corpus, spec, end_token, args, dtype)
-    recipe = RECIPES[args.family, family_of(args.init) if args.init else None]
+    recipe = RECIPES[args.family, start_of(args)]
     trainer = Trainer(network, list(parameters.values()), recipe, batch, corpus.digit, documents)
     sampler = Sampler(pools, documents, args.seed)
     if cuda and not args.no_graph:
@@ -450,7 +449,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=SEED, default=2)
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--no-graph", action="store_true")
-    return parser.parse_args()
+    args = parser.parse_args()
+    starts = [start for family, start in RECIPES if family == args.family]
+    if start_of(args) not in starts:
+        known = ", ".join(f"a checkpoint of {start}" if start else "random weights" for start in starts)
+        given = f"--init={args.init} is one of {start_of(args)}" if args.init else "--init is not given"
+        parser.error(f"{given}, but {args.family} starts from {known}")
+    return args
+
+
+def start_of(args: argparse.Namespace) -> str | None:
+    """The family of the checkpoint that the run starts from; None: random weights."""
+    return family_of(args.init) if args.init else None
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def test_every_listed_setting_fits_its_model_and_every_decoder_is_listed(model: 
     for setting in settings:
         config = fastdllm.DecodeConfig(**pareto.options_of(setting, args))
         assemble(random_model(FAMILY[model]), config.replace(gen_length=128))
-    other = {"self_speculate"} if FAMILY[model] == "v2" else {"self_speculate", "self_verify"}
+    other = {"self_speculate", "joint_threshold"} | (set() if FAMILY[model] == "v2" else {"self_verify"})
     assert {pareto.parse(s)["decoder"] for s in settings} == set(registry.names("decoders")) - other
 
 

@@ -73,7 +73,7 @@ def create(folder: Path, tiny_llada: Path) -> None:
     shutil.copyfile(tiny_llada / "chat_template.jinja", folder / "chat_template.jinja")
     shutil.copyfile(tiny_llada / "tokenizer_config.json", folder / "tokenizer_config.json")
     config = json.loads((tiny_llada / "config.json").read_text(encoding="utf-8"))
-    sizes = {"vocab_size": len(TOKENS), "embedding_size": len(TOKENS), "max_sequence_length": 64}
+    sizes = {"vocab_size": len(TOKENS), "embedding_size": len(TOKENS), "max_sequence_length": 64, "rms_norm_eps": 1e-5}
     write_json(folder / "config.json", {**config, **SHAPE, **sizes})
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(TOKENS)}, unk_token=TOKENS[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")

@@ -86,7 +86,11 @@ def ids_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def _tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    """Raises ValueError for a text that the vocabulary has no tokens for, of one that cannot leave out what it lacks."""
+    try:
+        return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"the tokenizer has no tokens for {shown(text)} ({error})") from error
 
 
 def _literal(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:

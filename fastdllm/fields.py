@@ -132,7 +132,7 @@ def coerce(name: str, value: Any, kind: Any) -> Any:
         if kind is int:
             return _int(value)
         # Not a number and infinity pass range checks, and end as masks that are never filled.
-        if kind is float and not isinstance(value, bool) and math.isfinite(float(value)) and abs(float(value)) <= LARGEST:
+        if kind is float and not _is_flag(value) and math.isfinite(float(value)) and abs(float(value)) <= LARGEST:
             return float(value)
         if kind is str and isinstance(value, str):
             return value
@@ -155,8 +155,13 @@ def _items(value: Any) -> Sequence[Any]:
     return [value] if isinstance(value, int) else value
 
 
+def _is_flag(value: Any) -> bool:
+    """Whether it is true or false, of Python, numpy or torch: no number, though each converts it to one."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")).removeprefix("torch.") == "bool"
+
+
 def _int(value: Any) -> int:
-    if isinstance(value, bool):
+    if _is_flag(value):
         raise ValueError
     try:
         if isinstance(value, int | str):

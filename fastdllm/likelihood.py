@@ -21,6 +21,7 @@ vocabulary.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -307,10 +308,10 @@ def read(model: Model, probes: Iterable[Asked], batch_size: int, cfg_scale: floa
     """What the model says of each probe, `batch_size` canvases to a forward, in order."""
     use_threads(model)
     probes, store = iter(probes), None
-    while batch := list(islice(probes, batch_size)):
+    while batch := list(islice(probes, min(batch_size, sys.maxsize))):
         length = max(len(probe.ids) for _, _, probe in batch)
         if store is None or store.k.shape[3] <= length:
-            store = model.network.new_store(batch_size, length + 1)
+            store = model.network.new_store(len(batch), length + 1)  # no later batch has more
         yield from zip(batch, _forward(model, [probe for _, _, probe in batch], length, store, cfg_scale), strict=True)
 
 

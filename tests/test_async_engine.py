@@ -14,6 +14,7 @@ import torch
 
 import fastdllm
 from fastdllm.serving.errors import Closed, NotANumber, Overloaded
+from tests.processes import python
 from tests.random_models import prompts, random_model
 
 QUESTION = [
@@ -220,6 +221,28 @@ def test_an_error_in_the_context_ends_the_others(model: fastdllm.Model) -> None:
             await tasks[0]
 
     asyncio.run(main())
+
+
+FORGOTTEN = """
+import asyncio, fastdllm
+model = fastdllm.load("tiny-llada", device="cpu")
+async def main():
+    engine = fastdllm.AsyncEngine(model, gen_length=400, decoder="quota", stop_ids=())
+    task = asyncio.create_task(engine.generate("Tom has 3 apples."))
+    while {waits} and not task.done() and not engine._scheduler.positions_in_flight:
+        await asyncio.sleep(0)
+    {end}
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("return", 0), ("raise ValueError('mine')", 1), ("raise SystemExit(7)", 7)])
+@pytest.mark.parametrize("waits", [False, True], ids=["starting", "decoding"])
+def test_an_engine_that_nobody_closes_does_not_abort_the_process(waits: bool, end: str, code: int) -> None:
+    """The interpreter ends while the engine's thread is within torch."""
+    program = FORGOTTEN.format(waits=waits, end=end)
+    run = python(program)
+    assert run.returncode == code and "terminate" not in run.stderr
 
 
 def test_what_the_model_or_the_loop_raises_reaches_the_caller() -> None:

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -71,6 +72,15 @@ def test_values_are_coerced_by_their_declared_type(name: str, given_value: Any, 
     value = getattr(config, name)
     assert value == expected
     assert type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    "flag", [True, np.bool_(True), np.array(True), torch.tensor(True)], ids=lambda flag: type(flag).__name__
+)
+@pytest.mark.parametrize("option", ["gen_length", "top_k", "temperature", "top_p", "stop_ids"])
+def test_a_flag_is_no_number_whoever_made_it(option: str, flag: Any) -> None:
+    with pytest.raises(ValueError, match=f"{option}=.*must be of type"):
+        DecodeConfig(**{option: (flag,) if option == "stop_ids" else flag})
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def test_a_pair_scores_in_a_batch_what_it_scores_alone(family: str) -> None:
     model = tiny(family)
     pairs = [pair(context, length) for context, length in [(3, 2), (9, 1), (1, 5), (6, 0), (2, 7), (20, 3)]]
     alone = [log_likelihoods(model, [one], mc_num=9, batch_size=1)[0] for one in pairs]
-    for batch in (2, 7, 64):
+    for batch in (2, 7, 64, 10**12, 10**30):  # more than there is: no memory is taken for what does not come
         together = log_likelihoods(model, pairs, mc_num=9, batch_size=batch)
         for one, other in zip(alone, together, strict=True):
             assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-4)

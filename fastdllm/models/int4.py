@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fastdllm.kernels.linear.int4 import HALF, UNIT, by_group, group_size, pack
 
+WORDS = ("qweight", "qzeros", "g_idx")  # of int32; scales are floats
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 Headers = dict[str, tuple[Path, list[int]]]  # tensor name -> (its file, its shape)
 LAYOUTS = ("gptq", "gptq_v2", "awq")
@@ -93,15 +94,36 @@ def take_packed(found: Headers, table: Mapping[str, tuple[str, int]], layout: st
         stem = name.removesuffix("weight")
         if stem + "qweight" not in found:
             continue
-        path, (rows, columns) = found[stem + "qweight"]
+        path, shape = _check_parts(found, stem, layout)
         parts = [*PARTS, "bias"] if stem + "bias" not in table else PARTS
         packed[name] = {part: (found.pop(stem + part)[0], stem + part) for part in parts if stem + part in found}
-        if missing := [part for part in PARTS[:3] if part not in packed[name]]:
-            raise ValueError(f"{path}: {stem}qweight comes without {stem}{missing[0]}")
-        found[name] = path, [8 * columns, rows] if layout == "awq" else [columns, 8 * rows]
+        found[name] = path, shape
     if not packed:
         raise ValueError(f"config.json has a quantization_config ({layout}), but the checkpoint has no packed weights")
     return packed
+
+
+def _check_parts(found: Headers, stem: str, layout: str) -> tuple[Path, list[int]]:
+    """The file and the shape [N, C] of the weight whose parts are called `stem` and PARTS. Raises ValueError where a part is
+    missing, or where its shape is not that of the table above."""
+    path = found[stem + "qweight"][0]
+    shapes = {part: found[stem + part][1] for part in PARTS if stem + part in found}
+    if missing := [part for part in PARTS[:3] if part not in shapes]:
+        raise ValueError(f"{path}: {stem}qweight comes without {stem}{missing[0]}")
+    for part in ("qweight", "scales"):
+        if len(shapes[part]) != 2:
+            raise ValueError(f"{path}: {stem}{part} has shape {shapes[part]}, not two dimensions")
+    rows, columns = shapes["qweight"]
+    outputs, channels = (8 * columns, rows) if layout == "awq" else (columns, 8 * rows)
+    groups = shapes["scales"][0]
+    expected = {"scales": [groups, outputs], "qzeros": [groups, outputs // 8], "g_idx": [channels]}
+    for part, shape in expected.items():
+        if part in shapes and (shapes[part] != shape or not groups):
+            raise ValueError(
+                f"{path}: {stem}{part} has shape {shapes[part]}; with {stem}qweight of {shapes['qweight']} and "
+                f"{groups} groups {layout} has {shape}"
+            )
+    return path, [outputs, channels]
 
 
 def make_room(network: nn.Module, table: Mapping[str, tuple[str, int]], scales: Mapping[str, Tensor]) -> None:

@@ -211,6 +211,10 @@ def _with_added(described: dict[str, Any], files: TokenizerFiles, path: Path) ->
         raise ValueError(f"{path}: added_tokens is not a list")
     tokens = files.tokens(listed)
     model = described.get("model")
+    # What a training left behind: it would cut or lengthen prompts, or split them otherwise each time.
+    described = {**described, "truncation": None, "padding": None}
+    if isinstance(model, dict) and "dropout" in model:
+        model = described["model"] = {**model, "dropout": None}
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocab, dict):  # a Unigram's list: its added tokens follow one after the other
         tokenizer = _build(described, path)

@@ -78,7 +78,8 @@ def open_shard(path: Path) -> safe_open:
 
 
 def headers(paths: list[Path]) -> dict[str, tuple[Path, list[int]]]:
-    """Tensor name -> (its file, its shape). Raises ValueError for a tensor in two files, or one that is not of floats."""
+    """Tensor name -> (its file, its shape). Raises ValueError for a tensor in two files, or one that is not of floats (of
+    a packed weight's words: not of int32)."""
     found: dict[str, tuple[Path, list[int]]] = {}
     for path in paths:
         with open_shard(path) as file:
@@ -86,9 +87,9 @@ def headers(paths: list[Path]) -> dict[str, tuple[Path, list[int]]]:
                 part = file.get_slice(name)
                 if name in found:
                     raise ValueError(f"tensor {name!r} is in {found[name][0].name} and again in {path.name}")
-                packed = name.rpartition(".")[2] in int4.PARTS and part.get_dtype() == "I32"
-                if part.get_dtype() not in FLOATS and not packed:
-                    raise ValueError(f"{path}: tensor {name!r} holds {part.get_dtype()}, not one of {', '.join(FLOATS)}")
+                allowed = ("I32",) if name.rpartition(".")[2] in int4.WORDS else FLOATS
+                if part.get_dtype() not in allowed:
+                    raise ValueError(f"{path}: tensor {name!r} holds {part.get_dtype()}, not {' or '.join(allowed)}")
                 found[name] = path, part.get_shape()
     return found
 
@@ -201,7 +202,10 @@ def load_weights(
     if adapter is not None:
         adapter.check(expected)
     network = Transformer(spec, dtype, "meta")
-    int4.make_room(network, table, {name: read_tensor(*parts["scales"]) for name, parts in packed.items()})
+    try:
+        int4.make_room(network, table, {name: read_tensor(*parts["scales"]) for name, parts in packed.items()})
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
     network.to_empty(device=device)
     if spec.tied_head:
         network.head.weight = network.embed.weight
@@ -212,10 +216,13 @@ def load_weights(
         target, row = table[name]
         if name in packed:
             tensors = {part: read_tensor(*where).to(device) for part, where in packed[name].items()}
-            weight, scale = int4.convert(tensors, str(layout))
+            try:
+                weight, scale = int4.convert(tensors, str(layout))
+            except ValueError as error:
+                raise ValueError(f"{path}: {name!r} in 4 bits: {error}") from error
             module, rows = network.get_submodule(target.removesuffix(".weight")), slice(row, row + len(weight))
             module.weight.data[rows].copy_(weight)
-            check_finite(module.scale[rows].copy_(scale), *packed[name]["scales"])
+            check_finite(module.scale[rows].copy_(scale).float(), *packed[name]["scales"])  # as products are computed
             continue
         tensor = read_tensor(path, name)
         tensor = tensor if adapter is None else adapter(name, tensor)

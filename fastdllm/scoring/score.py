@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -206,6 +207,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "fastdllm score") -
     output = None
     try:
         inputs = [options.file, *([options.problems] if options.problems else [])]
+        if not options.file.name:  # of "." and "/" no name of an output can be made
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(options.file))
         output = _Output(options.output or options.file.with_suffix(".scored.json"), inputs)
         results = score_file(options.file, limits, options.k, options.workers, options.problems, progress=True)
         _report(results, options)
@@ -213,7 +216,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "fastdllm score") -
     except BrokenPipeError:  # whoever read the output is gone, which is no mistake
         raise
     except (OSError, ValueError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         print(f"{prog}: {error}", file=sys.stderr)

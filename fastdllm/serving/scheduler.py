@@ -16,6 +16,7 @@ that raises again fails. The others start anew and write the same tokens once mo
 
 from __future__ import annotations
 
+import atexit
 import logging
 import sys
 import threading
@@ -47,6 +48,7 @@ log = logging.getLogger("fastdllm.serving")
 T = TypeVar("T")
 CRASHES = 3  # times that the loop may raise with nothing in it before it is given up
 HANDOVER = 5e-4  # seconds for which a thread of the process may keep the interpreter while another waits
+LEAVE = 10.0  # seconds in which the thread must end with the interpreter: a forward takes less
 SILENT = 60.0  # seconds of one round or call after which the log says where it is
 
 
@@ -126,6 +128,8 @@ class Scheduler:
     # Callers' side: any thread.
 
     def start(self) -> Scheduler:
+        # Nobody may have closed it when the interpreter ends, and a thread that is within torch then aborts the process.
+        atexit.register(self._leave)
         self._thread.start()
         self._watch.start()
         return self
@@ -236,6 +240,11 @@ class Scheduler:
             self._joined(timeout)
         return ended
 
+    def _leave(self) -> None:
+        """Stop because the interpreter ends, as soon as the forward at work is over."""
+        self.close(0.0)
+        self._joined(LEAVE)
+
     def _joined(self, timeout: float | None) -> bool:
         """Wait for the decoding thread; whether it has ended, or was never started."""
         if self._thread.ident is not None:
@@ -264,6 +273,7 @@ class Scheduler:
             raise
         finally:
             self._end_all(self.broken or Closed("the server is shutting down"))
+            atexit.unregister(self._leave)
 
     def _run_until_closed(self) -> None:
         executor = runner(self.model, self.config)

@@ -328,7 +328,7 @@ def test_a_tensor_says_which_network_it_is_from(tmp_path: Path) -> None:
     for name, what in (("model.layers.0.self_attn.q_norm.weight", "norms on queries and keys"), ("x.g.qweight", "GPTQ")):
         write_checkpoint(tmp_path / what[:4], "dream")
         path = tmp_path / what[:4] / "model.safetensors"
-        save_file({**load_file(path), name: torch.ones(8)}, path)
+        save_file({**load_file(path), name: torch.ones(8).to(torch.int32 if "qweight" in name else torch.float32)}, path)
         with pytest.raises(ValueError, match=f"unexpected tensor '{name}'.*{what}"):
             load(tmp_path / what[:4])
 
@@ -569,6 +569,40 @@ def test_a_vocabulary_by_bytes_without_its_split_is_called_so(tmp_path: Path) ->
     edit(tmp_path / "tokenizer.json", lambda described: described.update(pre_tokenizer=None))
     with pytest.warns(UserWarning, match="the tokenizer has no tokens for .*prompts lose them"):
         load(tmp_path)
+
+
+TRAINING = {
+    "truncation": {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0},
+    "padding": {
+        **{"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None},
+        **{"pad_id": 0, "pad_type_id": 0, "pad_token": "!"},
+    },
+}
+
+
+@pytest.mark.parametrize("left", ["truncation", "padding", "dropout"])
+def test_what_a_training_left_in_the_tokenizer_changes_no_prompt(tmp_path: Path, left: str) -> None:
+    write_tokenizer(tmp_path, "v2")
+    text = "Tom has 12 apples and the lazy dog"
+    expected = load_tokenizer(tmp_path)(text)["input_ids"]
+    part = {left: TRAINING[left]} if left in TRAINING else {}
+    edit(tmp_path / "tokenizer.json", lambda t: (t.update(part), t["model"].update({} if part else {"dropout": 0.9})))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that characters are lost, since the text was cut
+        tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.backend_tokenizer.encode(text).ids == tokenizer(text)["input_ids"] == expected
+
+
+@pytest.mark.parametrize("kind", ["WordLevel", "WordPiece"])
+def test_a_text_that_a_vocabulary_cannot_encode_is_named(tmp_path: Path, kind: str) -> None:
+    """Its unknown token is missing: the library then raises a bare Exception for every other word."""
+    write_checkpoint(tmp_path, "v2")
+    words = {"type": kind, "vocab": {"Tom": 0, "has": 1}, "unk_token": "[UNK]"}
+    words |= {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100} if kind == "WordPiece" else {}
+    edit(tmp_path / "tokenizer.json", lambda t: t.update(model=words))
+    model = load(tmp_path)
+    with pytest.raises(ValueError, match="the tokenizer has no tokens for 'apples'"):
+        fastdllm.generate(model, "apples", gen_length=4)
 
 
 @pytest.mark.parametrize("kind", sorted(ADDED))

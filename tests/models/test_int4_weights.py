@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +201,38 @@ def test_a_packed_checkpoint_of_another_kind_is_named_with_its_file(
 ) -> None:
     write_checkpoint(tmp_path, "dream", quantization_config={**AUTOGPTQ, **change})
     with pytest.raises(ValueError, match=f"^{tmp_path}: config.json: quantization_config: {message}"):
+        load(tmp_path)
+
+
+DAMAGE: dict[str, Callable[[Tensor], Tensor]] = {
+    "flat": lambda t: t.flatten(),
+    "one number": lambda t: t.flatten()[0],
+    "a dimension more": lambda t: t[None],
+    "no rows": lambda t: t[:0],
+    "half the rows": lambda t: t[: len(t) // 2],
+    "twice the rows": lambda t: torch.cat([t, t]),
+    "turned": lambda t: t.T if t.ndim == 2 else t.flip(0),
+    "of another type": lambda t: t.int() if t.is_floating_point() else t.float(),
+    "of 64 bits": lambda t: t.double() * 1e300 if t.is_floating_point() else t.long(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("part", int4.PARTS)
+@pytest.mark.parametrize("layout", ["gptq", "awq"])
+def test_a_damaged_part_of_a_packed_weight_is_named_with_its_file(
+    tmp_path: Path, layout: str, part: str, damage: str
+) -> None:
+    if part == "g_idx" and (layout == "awq" or damage == "flat"):
+        pytest.skip("AWQ has no g_idx, and GPTQ's is flat")
+    write_checkpoint(tmp_path, "dream", quantization_config=quantization(layout))
+    pack_checkpoint(tmp_path, layout, 16)
+    path = tmp_path / "model.safetensors"
+    stored = load_file(path)
+    name = next(n for n in stored if n.endswith(f"q_proj.{part}"))
+    save_file(stored | {name: DAMAGE[damage](stored[name]).contiguous()}, path)
+    stem = name.removesuffix(part)
+    with pytest.raises(ValueError, match=f"^{path}: .*{re.escape(stem)}"):
         load(tmp_path)
 
 

@@ -333,3 +333,15 @@ def test_results_of_before_stay_until_there_are_new_ones(tmp_path: Path, monkeyp
     assert score.main([str(path), "--allow-code-execution"]) == 1
     assert output.read_text() == "before"
     assert len([*tmp_path.iterdir()]) == 2
+
+
+@pytest.mark.parametrize("name", [".", "..", "/", "a\nb.jsonl", "a\r\nb.jsonl"])
+def test_a_file_of_any_name_that_holds_no_samples_is_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if name.endswith("jsonl"):
+        Path(name).write_text("not JSON")
+    assert score.main([name, "--allow-code-execution"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and ("no samples" in said or f"Is a directory: {name!r}" in said)

@@ -40,21 +40,25 @@ class About:
 SAMPLE_QUESTION = (
     "A student has 23 pencils. His sister has 7 fewer pencils than he has. How many pencils do they have together?"
 )
-PROBLEMS = (
-    (SAMPLE_QUESTION, "39"),
-    (
-        "Bobby finished half of a 404 piece puzzle, and then started and finished another 730 piece puzzle within an hour. "
-        "How many puzzle pieces did Bobby place during that hour?",
-        "932",
-    ),
+PUZZLES = (
+    "Bobby finished half of a 404 piece puzzle, and then started and finished another 730 piece puzzle within an hour. "
+    "How many puzzle pieces did Bobby place during that hour?",
+    "932",
+)
+PIZZA = (
+    "A pizza has 54 pieces. If Olivia can eat 3 pieces a day while Emma can eat 2 times as much, how many days will the "
+    "pizza last?",
+    "6",
 )
 WORD_PROBLEMS = About(
     "a small model that shows the method: it solves word problems of the kinds it was trained on, like the examples, and "
     "nothing else; it learnt from single questions, so each one starts a new conversation",
     128,
-    PROBLEMS,
-    "16:In total",
+    ((SAMPLE_QUESTION, "39"), PUZZLES),
+    "17:In all",
 )
+# tiny-dream loses a digit of the pencils under the presets balanced and fast.
+DREAM = dataclasses.replace(WORD_PROBLEMS, examples=(PIZZA, PUZZLES), words="16:In all")
 SUDOKU = About(
     "a small model that fills 4x4 sudokus and nothing else, each in a new conversation",
     20,
@@ -75,9 +79,8 @@ EXAMPLE_WORDS = "0:Sure"
 
 def about(name: str) -> About | None:
     """What there is to know of a shipped model; None for any other."""
-    if name == "tiny-sudoku":
-        return SUDOKU
-    return WORD_PROBLEMS if name.startswith("tiny-") else None
+    known = {"tiny-sudoku": SUDOKU, "tiny-dream": DREAM}
+    return known.get(name, WORD_PROBLEMS if name.startswith("tiny-") else None)
 
 
 def add_model_options(parser: argparse.ArgumentParser, default: str, more: bool = False) -> None:

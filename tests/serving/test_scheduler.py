@@ -24,6 +24,7 @@ from fastdllm.serving.scheduler import Scheduler
 from tests.random_models import random_model
 
 CONFIG = DecodeConfig(gen_length=32, block_length=16)
+SLOW = CONFIG.replace(decoder="quota", stop_ids=())  # 32 forwards, whatever the model would say
 
 
 class Listener:
@@ -269,7 +270,7 @@ def test_a_request_that_breaks_the_loop_fails_alone(
 
 def test_a_lost_device_ends_every_request_and_is_not_hidden(model: fastdllm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     Poisoned(monkeypatch, {5}, RuntimeError("device-side assert"), after=0)
-    scheduler = Scheduler(model, CONFIG, rows=4).start()
+    scheduler = Scheduler(model, SLOW, rows=4).start()
     monkeypatch.setattr(scheduler, "_device_works", lambda: False)
     listeners = [Listener() for _ in range(3)]
     for listener in listeners:
@@ -319,7 +320,7 @@ def test_a_request_ends_at_its_deadline_though_a_round_does_not(
 def test_no_request_is_left_alone_when_the_thread_ends(model: fastdllm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever fails, also what handles failures."""
     Poisoned(monkeypatch, {5}, RuntimeError("device-side assert"), after=0)
-    scheduler = Scheduler(model, CONFIG, rows=4)
+    scheduler = Scheduler(model, SLOW, rows=4)
 
     def lost(*_: Any) -> None:
         raise KeyError("lost")

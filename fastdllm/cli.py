@@ -6,7 +6,9 @@ from __future__ import annotations
 import errno
 import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -75,14 +77,16 @@ class Ended(SystemExit):
 
 @contextmanager
 def shell(prog: str) -> Iterator[None]:
-    """What every program needs around it: an interruption is one line on stderr and exit code 130. So is output that nobody
-    takes: 141 where its reader is gone (`| head`), as of a program that the signal ends, and 2 where it cannot be written (a
-    full disk). Characters that the encoding of the output lacks are written as escapes.
+    """What every program needs around it: an interruption is one line on stderr and exit code 130, SIGTERM one line and 143,
+    once the program has ended the processes and removed the folders that it made for itself. So is output that nobody takes:
+    141 where its reader is gone (`| head`), as of a program that the signal ends, and 2 where it cannot be written (a full
+    disk). Characters that the encoding of the output lacks are written as escapes.
     """
     _open_streams()
     try:
         try:
-            yield
+            with _ended_by_sigterm(prog):
+                yield
         except SystemExit:
             sys.stdout.flush()
             raise
@@ -99,6 +103,31 @@ def shell(prog: str) -> Iterator[None]:
         _forget_output()
         print(f"{prog}: {os.strerror(errno.ENOSPC)}", file=sys.stderr)
         raise Ended(2) from None
+
+
+@contextmanager
+def _ended_by_sigterm(prog: str) -> Iterator[None]:
+    """Meanwhile SIGTERM is an exception, as SIGINT is; a second one ends the program at once.
+
+    A handler that is there already stays. So does the default where a launcher ends several processes: one that waits for
+    the others in a collective operation would not hear an exception.
+    """
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if not ours or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        yield
+        return
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        print(f"{prog}: terminated", file=sys.stderr)
+        raise Ended(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is end:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def disk_is_full(error: Exception) -> bool:

@@ -9,6 +9,7 @@ import io
 import os
 import pickle
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -58,6 +59,54 @@ def test_an_interruption_and_output_that_nobody_takes_are_one_line(
     monkeypatch.setattr(cli, "_forget_output", lambda: None)
     assert cli.main(["score"]) == code
     assert capfd.readouterr().err == told
+
+
+TIDYING = """
+import signal
+from fastdllm.cli import main, COMMANDS
+def command(_):
+    try:
+        print("begun", flush=True)
+        signal.pause()
+    finally:
+        print("tidied up", flush=True)
+COMMANDS["score"] = command
+raise SystemExit(main(["score"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "processes", "code", "out", "told"),
+    [
+        (signal.SIGINT, "1", 130, "tidied up\n", "fastdllm: interrupted\n"),
+        (signal.SIGTERM, "1", 143, "tidied up\n", "fastdllm: terminated\n"),
+        (signal.SIGTERM, "2", -signal.SIGTERM, "", ""),
+    ],
+)
+def test_a_program_that_is_ended_tidies_up_and_says_so_in_one_line(
+    number: int, processes: str, code: int, out: str, told: str
+) -> None:
+    """Without, the processes that it had started went on; of several processes a launcher ends each at once."""
+    streams = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    env = {**os.environ, "WORLD_SIZE": processes}
+    with subprocess.Popen([sys.executable, "-c", TIDYING], cwd=ROOT, env=env, text=True, **streams) as program:
+        assert program.stdout.readline() == "begun\n"
+        program.send_signal(number)
+        assert program.communicate(timeout=60) == (out, told)
+    assert program.returncode == code
+
+
+def test_the_handler_of_a_signal_is_what_it_was_when_a_command_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    during = []
+    monkeypatch.setitem(cli.COMMANDS, "score", lambda _: during.append(signal.getsignal(signal.SIGTERM)) or 0)
+    for before in (signal.SIG_DFL, signal.SIG_IGN):
+        kept = signal.signal(signal.SIGTERM, before)
+        try:
+            assert cli.main(["score"]) == 0
+            assert signal.getsignal(signal.SIGTERM) is before
+        finally:
+            signal.signal(signal.SIGTERM, kept)
+    assert callable(during[0]) and during[1] is signal.SIG_IGN
 
 
 @pytest.mark.parametrize(("shell", "code", "lines"), [(">/dev/full", 2, 1), ("| true", 141, 0)])

@@ -7,9 +7,11 @@ import ast
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from itertools import combinations
 from pathlib import Path
 
@@ -368,3 +370,31 @@ def test_every_entry_scores_a_file(
     assert code == 0
     assert "pass@1 1.0000 (1 of 1 programs, 1 problems)" in out
     assert json.loads((tmp_path / "samples.scored.json").read_text())["passed"] == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_does_not_wait_for_the_programs_that_run(number: int, code: int, tmp_path: Path) -> None:
+    begun, samples = tmp_path / "begun", tmp_path / "samples.jsonl"
+    problem = {"prompt": "def f():\n", "entry_point": "f", "test": "def check(f):\n    f()"}
+    slow = "    while True:\n        pass\n"
+    lines = [json.dumps({"task_id": f"HumanEval/{i}", "completion": slow, **problem}) for i in range(2)]
+    samples.write_text("\n".join(lines))
+    given = ["score", "--allow-code-execution", "--timeout", "3000", "--problems", str(samples), str(samples)]
+    program = f"""
+import pathlib
+from fastdllm.scoring import sandbox
+class Running(set):
+    def add(self, supervisor):
+        super().add(supervisor)
+        pathlib.Path({str(begun)!r}).touch()
+sandbox._running = Running()
+from fastdllm.cli import main
+raise SystemExit(main({given}))
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) as process:
+        while not begun.exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, told = process.communicate(timeout=120)
+    assert process.returncode == code and "Traceback" not in told

@@ -14,13 +14,12 @@ import logging
 import os
 import sqlite3
 import sys
-import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from fastdllm.evaluation import ADAPTERS, task_folders
+from fastdllm.evaluation.checks import check, check_folders
 from fastdllm.evaluation.options import V2Options, check_names, parse_arguments, rename
 from fastdllm.registry import take_imports
 
@@ -75,6 +74,7 @@ def main(model: str = "fastdllm", prog: str = "fastdllm eval", arguments: Sequen
         if args.command == "run":
             _prepare(args, model)
         elif hasattr(args, "include_path"):
+            check_folders(args.include_path)
             args.include_path = task_folders(args.include_path)
         tasks, kwargs = (getattr(args, name, None) for name in ("tasks", "gen_kwargs"))
         with _checked_tasks(tasks, kwargs) as left_out, _noted_losses() as lost:
@@ -82,7 +82,7 @@ def main(model: str = "fastdllm", prog: str = "fastdllm eval", arguments: Sequen
         sys.stdout.flush()  # the table, while it can still be told that nobody takes it
     except BrokenPipeError:  # whoever read the output is gone, which is no mistake
         raise
-    except (ValueError, OSError, sqlite3.Error) as error:
+    except (ValueError, OSError, AssertionError, sqlite3.Error) as error:  # lm-eval asserts what is right of a value
         if logging.getLogger("lm_eval").isEnabledFor(logging.DEBUG):
             raise
         print(f"{prog}: {describe(error)}", file=sys.stderr)
@@ -176,7 +176,12 @@ def _parse(harness: Any, prog: str, model: str) -> Namespace:
         if not stopped.code:
             raise
         last = (said.getvalue().strip().splitlines() or [""])[-1]  # after the usage, which is long
-        raise ValueError(last.partition("error: ")[2] or last) from None
+        last = last.partition("error: ")[2] or last
+        # A function that reads a value says what is wrong with it; argparse says the function's name in place of that.
+        reason = stopped.__context__ and stopped.__context__.__context__
+        if isinstance(reason, ValueError) and " invalid int " not in last and " invalid float " not in last:
+            last = f"{last.partition(': ')[0]}: {reason}"
+        raise ValueError(last) from None
     finally:
         print(page.getvalue().replace("lm-eval", prog).replace("(default: hf)", f"(default: {model})"), end="")
 
@@ -185,9 +190,10 @@ def _prepare(args: Namespace, model: str) -> None:
     """Fill in what lm-eval would not find by itself: model, task folder, this project's names of options."""
     file = _read_config(args.config) if args.config else {}
     args.model = args.model or file.get("model") or model
+    given = {name: value for name, value in vars(args).items() if value or value == 0}  # what lm-eval prefers to the file's
+    check({**file, **given}, args.model in ADAPTERS)
     args.include_path = task_folders(args.include_path or file.get("include_path"))
     args.tasks = args.tasks or file.get("tasks")
-    _check_output(args.output_path or file.get("output_path"))
     if args.model not in ADAPTERS:
         return
     for name in ("model_args", "gen_kwargs"):
@@ -198,19 +204,6 @@ def _prepare(args: Namespace, model: str) -> None:
                 check_names(parsed, V2Options)  # also those that are left open, of which the adapter hears nothing
             # lm-eval names the results folder after `pretrained`, and otherwise at random.
             setattr(args, name, rename(parsed))
-
-
-def _check_output(path: str | None) -> None:
-    """ValueError where results cannot be written: lm-eval would say so in a log line, after everything is computed."""
-    if path is None:
-        return
-    folder = Path(path).parent if path.endswith(".json") else Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-            file.write(bytes(4096))  # a full disk takes a name, but nothing in it
-    except OSError as error:
-        raise ValueError(f"output_path={path!r} is no folder that can be written to: {error.strerror}") from error
 
 
 def _read_config(path: str) -> dict[str, Any]:

@@ -10,22 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdllm.models import read_device
+
 log = logging.getLogger("lm_eval.fastdllm")  # below lm-eval's, which shows only its own
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name; the CPU with a warning where lm-eval's default, cuda:0, does not exist."""
-    if name is None:
-        name = "cuda:0" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        if name not in ("cuda", "cuda:0"):
-            raise ValueError(f"device={name!r}: torch sees no CUDA device")
+    """The device of that name; the CPU with a warning where lm-eval's default, cuda:0, does not exist.
+
+    ValueError for one that is not here. No device of CUDA is touched: other processes may share it.
+    """
+    cuda = torch.cuda.is_available()
+    if name is None or name == "auto":
+        name = "cuda:0" if cuda else "cpu"
+    if name in ("cuda", "cuda:0") and not cuda:
         log.warning("no CUDA device: running on the CPU")
         name = "cpu"
-    try:
+    if cuda and name in ("cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
         return torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device={name!r} is unknown; allowed are cpu, cuda, cuda:0, ...") from error
+    return read_device(name)
 
 
 class Distributed:

@@ -9,6 +9,7 @@ commands keep working, both spellings are accepted, and contradictions are error
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -197,9 +198,12 @@ def read_batch_size(value: int | str | None, largest: int | None = None) -> int:
     """`--batch_size` as a number: "8", 8, "auto" or "auto:4" (then `--max_batch_size`, or 8)."""
     if value is None:
         return 1
-    if isinstance(value, str) and value.partition(":")[0] == "auto":
+    if isinstance(value, str) and re.fullmatch(r"auto(:\d+(\.\d*)?)?", value):
         return largest or AUTO_BATCH
-    size = coerce("batch_size", value, int)
+    try:
+        size = coerce("batch_size", value, int)
+    except ValueError:
+        size = 0
     if size < 1:
-        raise ValueError(f"batch_size={size} must be at least 1")
+        raise ValueError(f"batch_size={shown(value)} must be a number of at least 1, auto or auto:N")
     return size

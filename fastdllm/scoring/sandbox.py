@@ -94,6 +94,20 @@ def _folder() -> Iterator[str]:
             subprocess.run(["rm", "-rf", "--", made.name], stderr=subprocess.DEVNULL, check=False)
 
 
+_running: set[subprocess.Popen[bytes]] = set()  # supervisors, of all threads
+
+
+def _kill(supervisor: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(supervisor.pid, signal.SIGKILL)
+
+
+def end_programs() -> None:
+    """End all programs that run, in whatever thread; to those who wait for them they have failed."""
+    for supervisor in list(_running):
+        _kill(supervisor)
+
+
 def run_program(program: str, limits: Limits | None = None, checks: Checks | None = None) -> Verdict:
     """Run `program` confined, then `checks` against it in another process. All must end without an exception.
 
@@ -114,14 +128,15 @@ def run_program(program: str, limits: Limits | None = None, checks: Checks | Non
             env={"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
             start_new_session=True,
         )
+        _running.add(supervisor)
         try:
             out, complaints = supervisor.communicate(job + tests, timeout=_PATIENCE * limits.seconds + _GRACE)
         except subprocess.TimeoutExpired:
             return Verdict("timed out", "the supervisor did not answer", limits.seconds, {})
         finally:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(supervisor.pid, signal.SIGKILL)
+            _kill(supervisor)
             supervisor.wait()
+            _running.discard(supervisor)
     if supervisor.returncode < 0:  # without namespaces, a program may find and kill what watches it
         return Verdict("failed", "its supervisor was killed", limits.seconds, {})
     if supervisor.returncode > 0:

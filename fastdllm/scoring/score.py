@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from fastdllm.arguments import Parser, number
 from fastdllm.scoring.problems import Problem
 from fastdllm.scoring.samples import read_samples
-from fastdllm.scoring.sandbox import Checks, Limits, Verdict, run_program
+from fastdllm.scoring.sandbox import Checks, Limits, Verdict, end_programs, run_program
 
 # What a program may do where a protection is missing, most serious first.
 PROTECTIONS = {
@@ -116,6 +116,10 @@ def _run_all(pairs: list[tuple[str | None, Checks]], limits: Limits, workers: in
             for future in as_completed(running):
                 verdicts[running[future]] = future.result()
                 bar.update()
+    except BaseException:  # an interruption too: nobody waits for what the programs that run would have given
+        pool.shutdown(wait=False, cancel_futures=True)
+        end_programs()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
     return [verdicts[i] for i in range(len(pairs))]

@@ -29,10 +29,10 @@ class Session:
     """What one chat remembers.
 
     load: turns a name into a model. config: what was asked for, whatever the model. model: None until loading has worked
-    once. pace: seconds to wait after each forward. asked, trace: the last question and its answer's history. again: a
-    question that a command wants asked once more; retries: how often that happened, which changes the draws; answered: what
-    it was answered before; put_back: remembers that answer again, should there be no other. prompts: what the turns share of
-    their prompts.
+    once. goes_on: whether an interruption stops an answer only; without a person at the keyboard it ends the chat. pace:
+    seconds to wait after each forward. asked, trace: the last question and its answer's history. again: a question that a
+    command wants asked once more; retries: how often that happened, which changes the draws; answered: what it was answered
+    before; put_back: remembers that answer again, should there be no other. prompts: what the turns share of their prompts.
     """
 
     load: Callable[[str], Model]
@@ -43,6 +43,7 @@ class Session:
     total: Stats = field(default_factory=Stats)
     told: set[str] = field(default_factory=set)
     over: bool = False
+    goes_on: bool = True
     pace: float = 0.0
     asked: str | None = None
     trace: Trace | None = None

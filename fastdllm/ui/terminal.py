@@ -82,6 +82,8 @@ def answer(session: Session, screen: PlainScreen | RichScreen, text: str) -> boo
     except Exception as error:  # one answer may fail (memory, a bad option), the chat goes on
         session.say(str(error) or type(error).__name__, style="red")
         return False
+    if stopped and not session.goes_on:
+        raise KeyboardInterrupt
     if trace is not None:
         session.trace = trace
         session.total.add(trace.stats())
@@ -116,6 +118,8 @@ def chat(session: Session, screen: PlainScreen | RichScreen) -> None:
             session.say("")
             break
         except KeyboardInterrupt:
+            if not session.goes_on:
+                raise
             session.say("(Ctrl-D or /exit leaves)", style="dim")
             continue
         if text.strip().lower() in LEAVING:
@@ -150,7 +154,7 @@ def main(arguments: Sequence[str] | None = None, default_model: str = "tiny-llad
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")
     screen = make_screen()
-    session = Session(options.loader(args), config, screen.say, pace=args.pace)
+    session = Session(options.loader(args), config, screen.say, goes_on=sys.stdin.isatty(), pace=args.pace)
     session.conversation.system = args.system
     with reader.whole_pastes():
         return _talk(arguments_parser, args, session, screen)

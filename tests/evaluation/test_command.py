@@ -71,15 +71,16 @@ def config_file(folder: Path, **options: Any) -> str:
 )
 @pytest.mark.parametrize("name", list(ADAPTERS))
 def test_every_way_in_gets_the_same_names_and_tasks(given: Any, name: str, seen: list, tmp_path: Path) -> None:
+    elsewhere = str(tmp_path)
     if isinstance(given, dict):
-        given = ["--config", config_file(tmp_path, tasks=["gsm_symbolic"], include_path="elsewhere", model=name, **given)]
+        given = ["--config", config_file(tmp_path, tasks=["gsm_symbolic"], include_path=elsewhere, model=name, **given)]
     else:
-        given = ["--tasks", "gsm_symbolic", "--include_path", "elsewhere", "--model", name, *given]
+        given = ["--tasks", "gsm_symbolic", "--include_path", elsewhere, "--model", name, *given]
     for more in ([], ["--gen_kwargs", "max_new_tokens=16"]):
         assert main(arguments=[*given, *more]) == 0
         args = seen.pop()
         assert args.model == name and args.model_args == EXPECTED
-        assert args.include_path == [str(TASKS_DIR), "elsewhere"]
+        assert args.include_path == [str(TASKS_DIR), elsewhere]
         assert args.gen_kwargs == ({"gen_length": 16} if more else None)
 
 
@@ -126,6 +127,10 @@ def test_help_names_this_command_and_its_model(model: str, capsys: pytest.Captur
         (["--tasks", "gsm_symbolic", "--model_args", "threshold=0.9"], "pretrained (or model_path) is missing"),
         (["--tasks", "gsm_symbolik", "--model_args", "pretrained=tiny-llada"], "Tasks not found: gsm_symbolik"),
         (["--tasks", "gsm_symbolic", "--model", "nosuch"], "nosuch"),
+        (
+            ["--tasks", "gsm_symbolic", "--model_args", "pretrained=tiny-sudoku", "--samples", '{"gsm_symbolic": [999999]}'],
+            "--samples should be in the interval",
+        ),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
@@ -148,6 +153,83 @@ def test_a_place_for_results_that_cannot_be_written_is_told_first(
     assert main(arguments=["--tasks", "gsm_symbolic", "--model_args", "pretrained=tiny-llada", *given]) == 2
     said = capsys.readouterr().err
     assert not seen and len(said.splitlines()) == 1 and f"output_path={place!r}" in said
+
+
+WRONG = {
+    "limit": ["-1", "0", "nan", "inf", "2.5", "x", ""],
+    "batch_size": ["0", "-1", "1.5", "many", "auto:", "auto:x"],
+    "max_batch_size": ["0", "-1"],
+    "num_fewshot": ["-1", "x"],
+    "device": ["nope", "cuda:99", "meta", "3"],
+    "seed": ["abc", "1,2", "1,-2,3,4", "1,2,99999999999999999999,4", ""],
+    "include_path": ["{folder}/nowhere", "{folder}/file"],
+    "use_cache": ["{folder}/file/below", "/proc/nowhere", "{folder}/damaged"],
+    "samples": ["{{x", "[1]", "nowhere.json", '{{"gsm_symbolic": 3}}', '{{"gsm_symbolic": [-1]}}', "{folder}"],
+    "verbosity": ["loud"],
+}
+
+
+@pytest.mark.parametrize(("option", "value"), [(option, value) for option, values in WRONG.items() for value in values])
+@pytest.mark.parametrize("way", ["flag", "file"])
+def test_a_value_that_makes_no_sense_is_one_line_before_lm_eval_begins(
+    option: str, value: str, way: str, seen: list, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "damaged_rank0.db").write_text("no database")
+    value = value.format(folder=tmp_path)
+    flag = [f"--{option}={value}"] if value else [f"--{option}", value]
+    given = flag if way == "flag" else ["--config", config_file(tmp_path, **{option: value})]
+    code = main(arguments=["--tasks", "gsm_symbolic", "--model_args", "pretrained=tiny-llada", *given])
+    said = capsys.readouterr().err
+    assert code == 2 and not seen, said
+    assert len(said.splitlines()) == 1 and said.startswith("fastdllm eval: ") and option in said
+    assert "functools" not in said and "try_parse" not in said
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tasks": 3},
+        {"tasks": {"a": 1}},
+        {"output_path": 3},
+        {"use_cache": True},
+        {"limit": True},
+        {"limit": [1]},
+        {"device": 0},
+        {"model_args": [1]},
+        {"log_samples": "yes"},
+        {"verbosity": 1},
+        {"seed": [0, -1, 0, 0]},
+        {"include_path": ["nowhere"]},
+    ],
+)
+def test_a_value_of_another_type_in_a_config_file_is_one_line(
+    options: dict, seen: list, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    given = {"tasks": ["gsm_symbolic"], "model_args": "pretrained=tiny-llada", **options}
+    assert main(arguments=["--config", config_file(tmp_path, **given)]) == 2
+    said = capsys.readouterr().err
+    assert not seen and len(said.splitlines()) == 1 and next(iter(options)) in said
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *(["--limit", value] for value in ("1", "0.25", "1.0", "1e3")),
+        *(["--batch_size", value] for value in ("4", "auto", "auto:4")),
+        *(["--seed", value] for value in ("3", "None", "0,None,8,52", "1,2,3,-4")),
+        *(["--device", value] for value in ("cpu", "auto", "cuda:0")),
+        ["--num_fewshot", "0"],
+        ["--verbosity", "debug"],
+        ["--samples", '{"gsm_symbolic": [0, 3]}'],
+        ["--use_cache", "answers"],
+        ["--model", "hf", "--device", "mps:0", "--batch_size", "1"],
+    ],
+)
+def test_what_lm_eval_allows_is_kept(given: list[str], seen: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments=["--tasks", "gsm_symbolic", "--model_args", "pretrained=tiny-llada", *given]) == 0
+    assert len(seen) == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("shipped_tasks_only")

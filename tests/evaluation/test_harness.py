@@ -308,9 +308,10 @@ def test_batch_sizes(value: Any, largest: int | None, size: int) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": "many"}, "batch_size='many' must be of type int"),
-        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
-        ({"device": "quantum"}, "device='quantum' is unknown; allowed are cpu, cuda"),
+        ({"batch_size": "many"}, "batch_size='many' must be a number of at least 1, auto or auto:N"),
+        ({"batch_size": 0}, "batch_size=0 must be a number of at least 1"),
+        ({"batch_size": "automatic"}, "batch_size='automatic' must be"),
+        ({"device": "quantum"}, "device='quantum' cannot be used here .* allowed are auto, cpu"),
         ({"pretrained": None}, r"pretrained \(or model_path\) is missing"),
         ({"pretrained": None, "model_path": "nowhere"}, "'nowhere' is neither a folder nor a shipped name"),
         ({"gen_lenght": 8}, "did you mean 'gen_length'"),

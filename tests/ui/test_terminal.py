@@ -331,6 +331,27 @@ def test_an_interrupt_stops_the_answer_and_forgets_the_turn(model: Model, monkey
     assert "stopped" in out.getvalue()
 
 
+def test_without_a_person_an_interrupt_ends_the_chat(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waited for the next line of the pipe, which only the program at the other end could close."""
+
+    def interrupted(*_: object) -> object:
+        raise KeyboardInterrupt
+
+    screen = PlainScreen(io.StringIO())
+    session = Session(lambda _: model, DecodeConfig(gen_length=64), screen.say, model, goes_on=False)
+    monkeypatch.setattr(terminal, "watch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        terminal.answer(session, screen, "Why?")
+    command = [sys.executable, "-m", "fastdllm.cli", "chat"]
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, env=ENV, text=True, **streams) as process:
+        while "/help lists" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+        assert process.stderr.read() == "fastdllm: interrupted\n"
+
+
 @pytest.mark.parametrize("end", [KeyboardInterrupt(), RuntimeError("out of memory")])
 def test_a_retry_that_does_not_end_keeps_the_earlier_answer(
     end: BaseException, model: Model, question: str, monkeypatch: pytest.MonkeyPatch

@@ -113,7 +113,7 @@ def _ended_by_sigterm(prog: str) -> Iterator[None]:
     the others in a collective operation would not hear an exception.
     """
     ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if not ours or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if not ours or os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         yield
         return
 

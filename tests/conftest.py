@@ -10,6 +10,7 @@ import itertools
 import os
 import random
 import shutil
+import signal
 import socket
 import sys
 import zlib
@@ -26,6 +27,8 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+# Children inherit it where a shell has started the tests in the background with interruptions ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # No test asserts a time, and a machine that is busy takes as long as it takes.
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")

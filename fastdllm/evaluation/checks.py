@@ -91,7 +91,7 @@ def _check_samples(samples: Any) -> None:
         return
     if isinstance(samples, str):
         try:
-            samples = json.loads(samples if samples.lstrip().startswith("{") else Path(samples).read_text())
+            samples = json.loads(samples if samples.lstrip().startswith("{") else Path(samples).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"samples={shown(samples)} is no JSON object and no file with one: {error}") from error
     rows = samples.values() if isinstance(samples, dict) else [samples]

@@ -176,6 +176,21 @@ def check_finite(tensor: Tensor, path: Path, name: str) -> None:
         raise ValueError(f"{path}: tensor {name!r} has NaN or infinity, or values beyond {tensor.dtype}")
 
 
+def fill_packed(module: torch.nn.Module, row: int, parts: dict[str, tuple[Path, str]], layout: str, name: str) -> None:
+    """Convert a weight in 4 bits, `name` of the checkpoint, and put it and its scale into `module` from `row` on.
+
+    Raises ValueError naming file and tensor where its parts do not fit, or the scale is not finite.
+    """
+    tensors = {part: read_tensor(*where).to(module.weight.device) for part, where in parts.items()}
+    try:
+        weight, scale = int4.convert(tensors, layout)
+    except ValueError as error:
+        raise ValueError(f"{parts['qweight'][0]}: {name!r} in 4 bits: {error}") from error
+    rows = slice(row, row + len(weight))
+    module.weight.data[rows].copy_(weight)
+    check_finite(module.scale[rows].copy_(scale).float(), *parts["scales"])  # as products are computed
+
+
 def load_weights(
     folder: Path,
     family: Family,
@@ -215,14 +230,7 @@ def load_weights(
             continue
         target, row = table[name]
         if name in packed:
-            tensors = {part: read_tensor(*where).to(device) for part, where in packed[name].items()}
-            try:
-                weight, scale = int4.convert(tensors, str(layout))
-            except ValueError as error:
-                raise ValueError(f"{path}: {name!r} in 4 bits: {error}") from error
-            module, rows = network.get_submodule(target.removesuffix(".weight")), slice(row, row + len(weight))
-            module.weight.data[rows].copy_(weight)
-            check_finite(module.scale[rows].copy_(scale).float(), *packed[name]["scales"])  # as products are computed
+            fill_packed(network.get_submodule(target.removesuffix(".weight")), row, packed[name], str(layout), name)
             continue
         tensor = read_tensor(path, name)
         tensor = tensor if adapter is None else adapter(name, tensor)

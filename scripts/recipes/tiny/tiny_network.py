@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastdllm.models.spec import ModelSpec
 from fastdllm.training.objective import target_states
-from scripts.recipes.tiny.tiny_formats import FAMILIES, expected_shapes
+from scripts.recipes.tiny.tiny_formats import FAMILIES, expected_shapes, parts_of
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -74,10 +74,10 @@ def initialise(family: str, spec: ModelSpec, seed: int) -> Parameters:
 
 def group(family: str, spec: ModelSpec, parameters: Parameters) -> dict[str, list[Tensor]]:
     """Name in the core's network -> the published tensors that fill it, top row first."""
-    places: dict[str, list[tuple[int, str]]] = {}
-    for name, (target, row) in FAMILIES[family].names(spec).items():
-        places.setdefault(target, []).append((row, name))
-    return {target: [parameters[name] for _, name in sorted(parts)] for target, parts in places.items()}
+    grouped: dict[str, list[Tensor]] = {}
+    for name, (target, _) in sorted(parts_of(family, spec).items(), key=lambda part: part[1]):
+        grouped.setdefault(target, []).append(parameters[name])
+    return grouped
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -109,6 +109,7 @@ class Scheduler:
         self.model, self.config, self.turns = model, config, turns or Turns()
         self.run = assemble(model, for_any_length(model, config))
         self.positions, self.rows, self.max_queue = positions, rows or ROWS, max_queue
+        self.largest = positions  # request that is taken; `positions` shrinks when memory runs out, this does not
         self.alternatives = 0 if self.run.decoder.branches > 1 else ALTERNATIVES
         self.revocable = self.run.decoder.revocable()
         self.tokens = self.forwards = self.finished = self.failed = self.aborted = 0  # totals, for the metrics
@@ -174,9 +175,9 @@ class Scheduler:
         for request, to in zip(requests, deliver, strict=True):
             check(self.model, self.run, request)
             positions = size_of(request, self.run, self.model.spec) * UNIT * self.run.lanes
-            if self.positions is not None and positions > self.positions:
+            if self.largest is not None and positions > self.largest:
                 raise TooLong(
-                    f"{len(request.prompt)} tokens of prompt and an answer of {request.length} exceed the {self.positions} "
+                    f"{len(request.prompt)} tokens of prompt and an answer of {request.length} exceed the {self.largest} "
                     "positions that this server holds at once"
                 )
             jobs.append(Job(request, to, watched, deadline, positions, time.monotonic()))
@@ -329,7 +330,7 @@ class Scheduler:
         positions, count = sum(job.positions for job in held), len(held)
         while self._waiting:
             positions, count = positions + self._waiting[0].positions, count + 1
-            # The budget may have shrunk below a request that was taken before. By itself, each is tried.
+            # The budget may have shrunk below a request, for a while or for good. By itself, each is tried.
             if count > 1 and (count > self.rows or (self.positions is not None and positions > self.positions)):
                 break
             jobs.append(self._waiting.popleft())

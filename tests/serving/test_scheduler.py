@@ -191,7 +191,7 @@ def test_memory_admits_what_fits_and_the_rest_waits(model: fastdllm.Model) -> No
     scheduler = Scheduler(model, CONFIG, positions=None, rows=64)
     listeners = [Listener() for _ in range(8)]
     size = scheduler.submit(one, listeners[0]).positions
-    scheduler.positions = 2 * size
+    scheduler.positions = scheduler.largest = 2 * size
     for listener in listeners[1:]:
         scheduler.submit(one, listener)
     peak = []
@@ -265,6 +265,24 @@ def test_a_request_that_breaks_the_loop_fails_alone(
     scheduler.submit(requests[0], later)
     assert isinstance(later.wait(), Finished)
     wait_until(lambda: empty(scheduler))
+    assert scheduler.close(30)
+
+
+def test_a_request_as_long_as_the_server_takes_is_taken_after_memory_ran_out(
+    model: fastdllm.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Poisoned(monkeypatch, {666}, torch.OutOfMemoryError("40 GiB"))
+    scheduler = Scheduler(model, CONFIG.replace(threshold=0.999), positions=256).start()
+    short = [Request(prompt(model, "Hello"), 8, seed) for seed in (1, 666, 2)]
+    listeners = [Listener() for _ in short]
+    scheduler.submit_all(short, listeners)
+    assert sum(isinstance(listener.wait(), Finished) for listener in listeners) == 2
+    assert scheduler.positions is not None and scheduler.positions < 200
+    tokens, last = prompt(model, "Tom has 3 apples and"), Listener()
+    scheduler.submit(Request(tokens, 200, 3), last)
+    assert isinstance(last.wait(), Finished)
+    with pytest.raises(TooLong, match="256 positions"):
+        scheduler.submit(Request(tokens, 300, 3), Listener())
     assert scheduler.close(30)
 
 

@@ -1,54 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The terminal chat as people use it: piped, on a terminal, interrupted, with wrong input. It always stays alive."""
+"""The terminal chat on lines from a pipe: questions, commands, settings, wrong input. It always stays alive."""
 
 from __future__ import annotations
 
 import copy
 import io
 import json
-import os
-import pty
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fastdllm
 from fastdllm import DecodeConfig, Model
-from fastdllm.models import find_folder
 from fastdllm.trace import Trace
 from fastdllm.ui import options, terminal
 from fastdllm.ui.screen import PlainScreen, answer_text, printable, spans
 from fastdllm.ui.session import COMMANDS, Session
 
-ROOT = Path(__file__).resolve().parents[2]
-ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "xterm-256color"}
 Chat = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def chat(model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Chat:
-    """Run the chat on piped lines; gives the exit code and what was written."""
-
-    def load(name: str, **_: object) -> Model:
-        if name != "tiny-llada":
-            raise FileNotFoundError(f"model {name!r} is not here")
-        return model
-
-    def run(*lines: str, arguments: tuple[str, ...] = ()) -> tuple[int, str]:
-        monkeypatch.setattr(fastdllm, "load", load)
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode("utf-8", "surrogatepass"))))
-        code = terminal.main(["--max-new-tokens", "64", *arguments])
-        return code, capsys.readouterr().out
-
-    return run
 
 
 def test_a_piped_question_is_answered_with_its_figures(chat: Chat, question: str) -> None:
@@ -313,111 +285,6 @@ def test_history_goes_into_the_next_turn_until_reset(model: Model, monkeypatch: 
     assert sent[2] == "<|user|>Anew?<|assistant|>"
 
 
-def test_an_interrupt_stops_the_answer_and_forgets_the_turn(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    closed = []
-
-    def interrupted(*_: object) -> object:
-        try:
-            yield Trace("m", {}, 1, 4, 1, (2,))
-            raise KeyboardInterrupt
-        finally:
-            closed.append(True)
-
-    monkeypatch.setattr(terminal, "watch", interrupted)
-    out = io.StringIO()
-    session = Session(lambda _: model, DecodeConfig(gen_length=64), PlainScreen(out).say, model)
-    terminal.answer(session, PlainScreen(out), "Why?")
-    assert closed and session.conversation.messages == []
-    assert "stopped" in out.getvalue()
-
-
-def test_without_a_person_an_interrupt_ends_the_chat(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It waited for the next line of the pipe, which only the program at the other end could close."""
-
-    def interrupted(*_: object) -> object:
-        raise KeyboardInterrupt
-
-    screen = PlainScreen(io.StringIO())
-    session = Session(lambda _: model, DecodeConfig(gen_length=64), screen.say, model, goes_on=False)
-    monkeypatch.setattr(terminal, "watch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        terminal.answer(session, screen, "Why?")
-    command = [sys.executable, "-m", "fastdllm.cli", "chat"]
-    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    with subprocess.Popen(command, env=ENV, text=True, **streams) as process:
-        while "/help lists" not in process.stdout.readline():
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130
-        assert process.stderr.read() == "fastdllm: interrupted\n"
-
-
-@pytest.mark.parametrize("end", [KeyboardInterrupt(), RuntimeError("out of memory")])
-def test_a_retry_that_does_not_end_keeps_the_earlier_answer(
-    end: BaseException, model: Model, question: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def ending(*_: object) -> object:
-        yield Trace("m", {}, 1, 4, 1, (2,))
-        raise end
-
-    out, lines = io.StringIO(), iter([question, "/retry"])
-    session = Session(lambda _: model, DecodeConfig(gen_length=64), PlainScreen(out).say, model)
-
-    def read() -> str:
-        text = next(lines, None)
-        if text is None:
-            raise EOFError
-        if text == "/retry":
-            monkeypatch.setattr(terminal, "watch", ending)
-        return text
-
-    monkeypatch.setattr(terminal.reader, "piped", lambda say: read)
-    monkeypatch.setattr(terminal.sys, "stdin", io.StringIO())
-    terminal.chat(session, PlainScreen(out))
-    for turns in (session.conversation.messages, session.conversation.said):
-        assert [turn["role"] for turn in turns] == ["user", "assistant"] and "#### 39" in turns[1]["content"]
-    assert "the earlier answer is kept" in out.getvalue() or "out of memory" in out.getvalue()
-
-
-def test_a_failing_answer_leaves_the_chat_alive(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(*_: object) -> object:
-        yield Trace("m", {}, 1, 4, 1, (2,))
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(terminal, "watch", failing)
-    out = io.StringIO()
-    session = Session(lambda _: model, DecodeConfig(gen_length=64), PlainScreen(out).say, model)
-    terminal.answer(session, PlainScreen(out), "Why?")
-    assert "out of memory" in out.getvalue() and session.conversation.messages == []
-
-
-def test_a_model_that_does_not_load_is_one_line_where_nobody_could_type_another(chat: Chat, question: str) -> None:
-    code, out = chat("/model tiny-llada", question, arguments=("--model", "nowhere"))
-    assert code == 2 and "tokens" not in out
-    code, out = chat("/model nowhere", question)
-    assert code == 0 and "could not load 'nowhere'" in out and "tokens/forward" in out, "the one before is kept"
-
-
-def test_a_person_can_type_another_model(model: Model, monkeypatch: pytest.MonkeyPatch, question: str) -> None:
-    """Not where the model comes from a pipe: there, it is a mistake of the command line."""
-    lines = iter([question, "/model tiny-llada", question])
-
-    def read() -> str:
-        if (line := next(lines, None)) is None:
-            raise EOFError
-        return line
-
-    monkeypatch.setattr(fastdllm, "load", lambda name, **_: model if name == "tiny-llada" else find_folder(name))
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True, reconfigure=lambda **_: None, fileno=lambda: -1))
-    for name, stand_in in (("quiet_keys", nullcontext), ("whole_pastes", nullcontext), ("typed", lambda: read)):
-        monkeypatch.setattr(terminal.reader, name, stand_in)
-    said = io.StringIO()
-    monkeypatch.setattr(terminal, "make_screen", lambda: PlainScreen(said))
-    assert terminal.main(["--model", "nowhere", "--max-new-tokens", "64"]) == 0
-    out = said.getvalue()
-    assert "could not load 'nowhere'" in out and "no model is loaded" in out and "tokens/forward" in out
-
-
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -461,96 +328,6 @@ def test_spans_show_old_new_and_masked_tokens(model: Model) -> None:
 
 def test_printable_shows_control_characters_and_keeps_the_rest() -> None:
     assert printable("a\x1b[2J\x07\n\té😀\u202e\x9b") == "a␛[2J␇\n\té😀\ufffd\ufffd"
-
-
-def until(read: Callable[[], str], text: str, seconds: float = 600) -> str:
-    seen, end = "", time.monotonic() + seconds
-    while text not in seen:
-        assert time.monotonic() < end, f"no {text!r} in {seen!r}"
-        seen += read()
-    return seen
-
-
-@pytest.mark.slow
-def test_on_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves_with_zero() -> None:
-    ours, theirs = pty.openpty()
-    # 384 one-token forwards without a cache give the interrupt something to stop.
-    flags = ["--gen_length", "384", "--steps", "384", "--cache", "none", "--set", "stop_ids=9"]
-    command = [sys.executable, str(ROOT / "llada" / "chat.py"), *flags]
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=ENV, start_new_session=True)
-    os.close(theirs)
-
-    def read() -> str:
-        return os.read(ours, 65536).decode("utf-8", "replace")
-
-    try:
-        until(read, "/help lists the commands")
-        os.write(ours, b"How many apples are there?\n")
-        until(read, "░")
-        process.send_signal(signal.SIGINT)
-        until(read, "this turn is not remembered")
-        os.write(ours, b"/stats\n")
-        until(read, "1 answer ")
-        # Typed before the prompt is there, it would be lost.
-        for _ in range(60):
-            os.write(ours, b"\x04")
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(0.5)
-                break
-        assert process.returncode == 0
-    finally:
-        process.kill()
-        os.close(ours)
-
-
-@pytest.mark.slow
-def test_lines_pasted_while_no_prompt_is_open_are_one_message(question: str) -> None:
-    """A terminal marks a paste where it was asked to. Asked by the prompt only, it sends earlier lines singly."""
-    pytest.importorskip("prompt_toolkit")
-    ours, theirs = pty.openpty()
-    command = [sys.executable, str(ROOT / "llada" / "chat.py")]
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=ENV, start_new_session=True)
-    os.close(theirs)
-    shown = ""
-
-    def read() -> str:
-        nonlocal shown
-        shown += (new := os.read(ours, 65536).decode("utf-8", "replace"))
-        return new
-
-    def paste(text: str) -> None:
-        marked = shown.rpartition("\x1b[?2004")[2].startswith("h")
-        os.write(ours, (f"\x1b[200~{text}\x1b[201~" if marked else text).encode())
-
-    try:
-        until(read, "loading tiny-llada")
-        paste(question.replace(". ", ".\n") + "\n")
-        until(read, "have together?")
-        os.write(ours, b"\r")
-        until(read, "tokens/forward")
-        assert "empty answer" not in shown and "new conversation)" not in shown.partition("have together?")[2]
-    finally:
-        process.kill()
-        os.close(ours)
-
-
-@pytest.mark.parametrize(
-    "given", ["pipe", "closed", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("file", "null"))]
-)
-def test_the_input_need_not_be_a_terminal(given: str, question: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "llada" / "chat.py")]
-    (tmp_path / "in.txt").write_text(question + "\n")
-    if given == "closed":
-        command = ["bash", "-c", 'exec "$@" <&-', "bash", *command]
-    with (tmp_path / "in.txt").open() as file:
-        stdin = {"file": file, "null": subprocess.DEVNULL}.get(given)
-        text = question + "\n" if given == "pipe" else None
-        done = subprocess.run(command, env=ENV, stdin=stdin, input=text, capture_output=True, text=True, timeout=600)
-    if given == "closed":
-        assert done.returncode == 2 and "the input is closed" in done.stderr.splitlines()[-1]
-        return
-    assert done.returncode == 0, done.stderr
-    assert ("39" in done.stdout) == (given != "null")
 
 
 def test_turns_share_their_prompts_where_a_models_blocks_never_change(model: Model) -> None:

@@ -14,6 +14,7 @@ from fastdllm.cli import COMMANDS
 from fastdllm.models.supported import SUPPORTED
 from scripts import quickstart
 from scripts.studies import figures, memory, tables
+from scripts.studies.accuracy_tables import all_settings
 from scripts.studies.diffusion_pays import AR, STEPS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +48,7 @@ def test_an_unknown_table_and_an_old_page_are_named(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(tables, "PAGES", ("page.md",))
     (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "frontier_tables.md").write_text(tables.all_settings(), encoding="utf-8")
+    (tmp_path / "docs" / "frontier_tables.md").write_text(all_settings(), encoding="utf-8")
     page = tmp_path / "page.md"
     page.write_text("<!-- table sudoku: from docs/sudoku.json -->\nstale\n<!-- end -->\n", encoding="utf-8")
     assert tables.main(["--check"]) == 1 and "stale" in page.read_text()

@@ -41,7 +41,8 @@ from fastdllm.arguments import COUNT, SIZE, Parser
 from fastdllm.cli import one_line
 from fastdllm.training.model import Fast_dLLM_QwenConfig, Fast_dLLM_QwenForCausalLM
 from fastdllm.training.objective import choose_masked, draw_noise
-from scripts.studies.tables import TRAINING, grid, training_cells
+from scripts.studies.cells import grid
+from scripts.studies.speed_tables import TRAINING, training_cells
 
 BLOCK = 32
 OBJECTIVES = ("block diffusion", "causal")

@@ -12,7 +12,7 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.benchmarks import training
-from scripts.studies.tables import TRAINING, training_cells
+from scripts.studies.speed_tables import TRAINING, training_cells
 
 
 @pytest.mark.parametrize("objective", training.OBJECTIVES)

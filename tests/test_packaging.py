@@ -74,16 +74,27 @@ def test_pre_commit_runs_the_pinned_ruff() -> None:
 
 
 PROGRAM = """#!/bin/sh
-echo "$(basename "$0") $*" >> "$LOG"
+echo "$(basename "$0") $* links=$UV_FIND_LINKS" >> "$LOG"
 case "$(basename "$0") $*" in
     *"-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && touch "$3/bin/activate" ;;
+    "python "*" uv") cp "$0" "$(dirname "$0")/uv" ;;
     "uv "*) exit "$UV_STATUS" ;;
 esac
 """
 
 
-@pytest.mark.parametrize("uv", [None, 0, 1], ids=["no uv", "uv", "uv that cannot install"])
-def test_the_environment_gets_torch_first_with_every_pin_of_it(uv: int | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("found", "status", "installers"),
+    [
+        (False, 0, ["python torch", "python uv", "uv rest"]),  # pip brings uv
+        (True, 0, ["uv torch", "uv rest"]),
+        (False, 1, ["python torch", "python uv", "uv rest", "python rest"]),
+        (True, 1, ["uv torch", "python torch", "uv rest", "python rest"]),
+    ],
+)
+def test_the_environment_gets_torch_first_with_every_pin_of_it(
+    found: bool, status: int, installers: list[str], tmp_path: Path
+) -> None:
     """A lock for several interpreters pins torch in several lines, of which pip and uv pick one by its marker."""
     tree, programs, log = tmp_path / "tree", tmp_path / "bin", tmp_path / "log"
     (tree / "scripts").mkdir(parents=True)
@@ -92,20 +103,20 @@ def test_the_environment_gets_torch_first_with_every_pin_of_it(uv: int | None, t
         shutil.copy(ROOT / name, tree / name)
     pins = ["torch==2.14.1 ; python_full_version < '3.11'", "torch==2.15.0 ; python_full_version >= '3.11'"]
     (tree / "requirements.txt").write_text("\n".join(["numpy==2.0.0", *pins]) + "\n")
-    for name in ("python3", *(["uv"] if uv is not None else [])):
+    for name in ("python3", *(["uv"] if found else [])):
         (programs / name).write_text(PROGRAM)
         (programs / name).chmod(0o755)
-    env = {"PATH": f"{programs}:/usr/bin:/bin", "LOG": str(log), "UV_STATUS": str(uv)}
+    env = {"PATH": f"{programs}:/usr/bin:/bin", "LOG": str(log), "UV_STATUS": str(status), "PIP_FIND_LINKS": "/wheels"}
     done = subprocess.run(
         ["bash", "-c", "source scripts/setup_env.sh studies"], cwd=tree, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    pinned = f"--constraint {tree}/requirements.txt"
+    ends = {"torch": " ".join(pins), "uv": f"{pinned} uv", "rest": f"{pinned} --editable {tree}[studies]"}
     installs = [line for line in log.read_text().splitlines() if " install " in line]
-    tool = "python" if uv != 0 else "uv"
-    *tried, torch, rest = installs
-    assert len(tried) == (uv is not None) and all(line.startswith("uv ") for line in tried)
-    assert torch.startswith(f"{tool} ") and torch.endswith(" ".join(pins))
-    assert rest.startswith(f"{tool} ") and rest.endswith(f"--constraint {tree}/requirements.txt --editable {tree}[studies]")
-    assert ("going on with pip" in done.stderr) == (uv == 1)
-    # In the tree uv would read [tool.uv] of pyproject.toml, by which torch comes without its CUDA libraries.
-    assert all("--directory / " in line for line in installs if line.startswith("uv "))
+    for line, (tool, what) in zip(installs, map(str.split, installers), strict=True):
+        links = "/wheels" if tool == "uv" else ""  # pip reads its variable itself
+        assert line.startswith(f"{tool} ") and line.endswith(f"{ends[what]} links={links}")
+        # In the tree uv would read [tool.uv] of pyproject.toml, by which torch comes without its CUDA libraries.
+        assert tool == "python" or "--directory / " in line
+    assert done.stderr.count("going on with pip") == status * sum(line.startswith("uv") for line in installers)

@@ -113,7 +113,7 @@ def random_model(family: str = "llada", seed: int = 0) -> Model:
         experts=MIXTURES.get(family),
         rotary=4 if family == "llada2_moe" else 0,
     )
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed notes the stack for each kind of device that may come
     network = Transformer(spec)
     with torch.no_grad():
         for name, weight in network.named_parameters():
@@ -286,7 +286,7 @@ def check_lossless(decoder: Chosen, family: str) -> None:
     caches: dict[str, Any] = {n: registry.find(Kind.CACHES, n) for n in caches_of(family)}
     plans = [name for name, kind in caches.items() if kind.pure]
     spent = saved = 0
-    for seed in range(3):
+    for seed in range(2):
         model, given = random_model(family, seed), prompts(4, 9)
         for plan in plans:
             options: dict[str, Any] = {"cache": plan, "gen_length": 24, "block_length": 8}

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
 
@@ -62,7 +63,8 @@ def runtime_nodes(node: ast.AST) -> Iterator[ast.AST]:
         yield from runtime_nodes(child)
 
 
-def imports(path: Path) -> set[str]:
+@cache
+def imports(path: Path) -> frozenset[str]:
     """Dotted names of everything the file imports when run, relative imports resolved."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
     names: set[str] = set()
@@ -74,7 +76,7 @@ def imports(path: Path) -> set[str]:
             source = ".".join([*above, *([node.module] if node.module else [])])
             # `from fastdllm import engine` imports a module, `from fastdllm.engine import run` a name of it.
             names.update(f"{source}.{alias.name}" for alias in node.names)
-    return names
+    return frozenset(names)
 
 
 def imports_any(path: Path, *modules: str) -> set[str]:

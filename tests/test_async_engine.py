@@ -236,6 +236,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize(("end", "code"), [("return", 0), ("raise ValueError('mine')", 1), ("raise SystemExit(7)", 7)])
 @pytest.mark.parametrize("waits", [False, True], ids=["starting", "decoding"])
 def test_an_engine_that_nobody_closes_does_not_abort_the_process(waits: bool, end: str, code: int) -> None:

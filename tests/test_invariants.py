@@ -186,7 +186,7 @@ def test_one_token_a_step_is_the_default_also_with_a_short_last_block(
             assert out.stats.row_forwards == [gen_length]
 
 
-@pytest.mark.pairwise
+@pytest.mark.each_choice
 @over(ALL)
 def test_shortest_answers_and_blocks_that_do_not_fit(family: str, cache: str, decoder: str) -> None:
     for gen_length, block_length in ((1, 8), (1, 32), (3, 8), (11, 32), (9, 8)):

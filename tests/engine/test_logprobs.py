@@ -18,7 +18,7 @@ from tests.random_models import MASK, prompts, random_model, triples
 OPTIONS: dict[str, Any] = {"gen_length": 13, "block_length": 8, "small_block_size": 4, "stop_ids": ()}
 
 
-@pytest.mark.pairwise
+@pytest.mark.each_choice
 @pytest.mark.parametrize("family, cache, decoder", triples())
 def test_committed_at_is_what_the_steps_say(family: str, cache: str, decoder: str) -> None:
     """For every decoder and cache, in a batch, with a constraint: the last commit of a position counts."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastdllm.kernels.block_attention import reference as block_attention
 from fastdllm.kernels.discount import reference as discount
 
-pytestmark = pytest.mark.pairwise
+pytestmark = pytest.mark.each_choice
 
 # (W, H, K, D, keys, Q): one position, ragged tiles, GQA 1, 4 and 7, head sizes that are no power of two, a wide block.
 SHAPES = [

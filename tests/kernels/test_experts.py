@@ -10,7 +10,7 @@ from torch import Tensor
 from fastdllm.kernels.experts import reference
 from fastdllm.kernels.linear.reference import quantize_weight
 
-pytestmark = pytest.mark.pairwise
+pytestmark = pytest.mark.each_choice
 # rows, experts, how many of them work, channels of one, channels that work always, C
 SHAPES = [(1, 1, 1, 4, 0, 8), (5, 6, 2, 12, 4, 20), (33, 8, 3, 16, 16, 64), (9, 5, 5, 7, 3, 24)]
 WIDE = [(65, 6, 2, 16, 0, 32), (130, 8, 3, 24, 8, 64)]  # more positions than those for which all experts compute
@@ -80,7 +80,6 @@ def test_sorted_by_expert_and_side_by_side_are_one(
         assert_close(got, want, 2e-6 if given == torch.float32 else 1e-2)
 
 
-@pytest.mark.each_choice
 @pytest.mark.parametrize("shape", SHAPES + WIDE, ids=str)
 @pytest.mark.parametrize("kind", [None, "fp8", "int8", "int4"])
 def test_kernel(device: torch.device, assert_close, shape: tuple[int, ...], kind: str | None, dtype: torch.dtype) -> None:

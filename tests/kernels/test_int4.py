@@ -8,7 +8,7 @@ import torch
 
 from fastdllm.kernels.linear import int4, reference
 
-pytestmark = pytest.mark.pairwise
+pytestmark = pytest.mark.each_choice
 
 
 @pytest.mark.parametrize("C", [1, 60, 128, 130, 256, 700])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdllm.kernels.partial import reference
 
-pytestmark = pytest.mark.pairwise
+pytestmark = pytest.mark.each_choice
 
 NAN = float("nan")
 EPS = 1e-5

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytestmark = pytest.mark.pairwise
+pytestmark = pytest.mark.each_choice
 
 UNIT, ROWS, LENGTH = 16, 6, 56
 SLOTS = (ROWS - 1) * UNIT + LENGTH

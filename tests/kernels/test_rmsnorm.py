@@ -9,7 +9,7 @@ import torch
 from fastdllm.kernels.linear.reference import quantize_weight
 from fastdllm.kernels.rmsnorm import reference
 
-pytestmark = pytest.mark.pairwise
+pytestmark = pytest.mark.each_choice
 
 
 @pytest.mark.parametrize("residual", [False, True])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdllm.kernels.rope_store import reference
 
-pytestmark = pytest.mark.pairwise
+pytestmark = pytest.mark.each_choice
 
 T = 40
 

@@ -11,7 +11,7 @@ import torch
 from fastdllm.kernels.linear.reference import quantize_weight
 from fastdllm.kernels.silu_mul import reference
 
-pytestmark = pytest.mark.pairwise
+pytestmark = pytest.mark.each_choice
 
 
 def test_reference_against_float64() -> None:

@@ -391,7 +391,7 @@ def test_keys_queues_deadlines_and_an_orderly_end() -> None:
         url,
         process,
     ):
-        long = {"prompt": "Tom has", "max_tokens": 450, "constraints": {"449": 44}}
+        long = {"prompt": "Tom has", "max_tokens": 300, "constraints": {"299": 44}}
         key = {"Authorization": "Bearer s3cret"}
         for wrong in ({}, {"Authorization": "Bearer guess"}, {"Authorization": "s3cret"}):
             status, answer, _ = post(url, "/v1/completions", long, **wrong)

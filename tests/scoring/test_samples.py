@@ -278,9 +278,9 @@ def never_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_name_as_long_as_names_may_be_is_one(tmp_path: Path) -> None:
     path = tmp_path / ("x" * 250)
-    output = score._Output(path, [])
-    output.write({})
-    assert path.read_text() == "{}\n"
+    with score._output(path, []) as place:
+        place.write_text("{}")
+    assert path.read_text() == "{}"
 
 
 def test_outputs_are_opened_before_anything_runs(tmp_path: Path, capsys: Any, never_run: None) -> None:
@@ -314,6 +314,13 @@ def test_bad_lines_are_counted_and_named(tmp_path: Path, capsys: Any, monkeypatc
     assert "warning" not in said.err
     results = json.loads((tmp_path / "s.scored.json").read_text())
     assert [one["line"] for one in results["skipped"]] == [1, *range(3, 23)]
+
+
+def test_a_value_that_is_asked_for_twice_is_told_once(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score, "run_program", fake(True))
+    path = write(tmp_path / "s.jsonl", GOOD)
+    assert score.main([str(path), "--allow-code-execution", "--k", "1", "1", "1"]) == 0
+    assert capsys.readouterr().out.count("pass@1") == 1
 
 
 def test_what_a_machine_cannot_give_is_one_warning(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

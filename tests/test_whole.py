@@ -25,7 +25,9 @@ ELSEWHERE = {
         "scripts/recipes/tiny/tiny_formats.py",
         "partial / 'model.safetensors'",
     ): "a folder that is put in place when it is whole",
-    ("scripts/recipes/tiny/train_sudoku.py", "files / name"): "a temporary folder",
+    ("scripts/recipes/tiny/tiny_formats.py", "folder / name"): "a temporary folder",
+    ("scripts/recipes/tiny/train_sudoku.py", "folder / 'chat_template.jinja'"): "a temporary folder",
+    ("scripts/recipes/tiny/train_sudoku.py", "folder / 'tokenizer_config.json'"): "a temporary folder",
     ("v2/train_scripts/ablation.py", "folder"): "a temporary folder",
     ("v2/train_scripts/ablation.py", "os.devnull"): "nothing",
 }

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+_DESCRIPTORS = ("/dev/fd/", "/dev/stdout", "/dev/stderr", "/proc/self/fd/")  # names of what a process has open
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -24,10 +26,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        if target.is_dir():
+    if path.is_file() and str(path.absolute()).startswith(_DESCRIPTORS):
+        raise OSError(errno.EBUSY, "the file behind it is open, and would be written to twice; give its own name", str(path))
+    if path.exists() and not path.is_file():  # of a pipe that is open the real path is none
+        if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if not os.access(target, os.W_OK):
+        if not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         yield path
         return

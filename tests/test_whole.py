@@ -143,6 +143,18 @@ def test_devices_are_written_to_and_bad_places_are_named(tmp_path: Path) -> None
         assert error.value.filename == str(place)
 
 
+def test_a_file_that_is_open_is_not_written_to_twice(tmp_path: Path) -> None:
+    """What is printed afterwards would go into the file that was replaced, or over the results."""
+    path = tmp_path / "said"
+    with path.open("w") as file, pytest.raises(OSError, match="give its own name"):
+        whole.write_text(f"/dev/fd/{file.fileno()}", "results")
+    read, write = os.pipe()
+    whole.write_text(f"/dev/fd/{write}", "results")
+    assert os.read(read, 99) == b"results" and path.read_text() == ""
+    os.close(read)
+    os.close(write)
+
+
 def test_filling_puts_each_file_over_the_one_of_its_name(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("before")
     (tmp_path / "kept").write_text("kept")

@@ -60,7 +60,9 @@ def score_file(
     limits = limits or Limits()
     samples = read_samples(path, problems)
     found = [(problem, answers) for problem, answers in samples.found if answers]
-    fewest = min((len(answers) for _, answers in found), default=0)
+    if not found:
+        raise ValueError(f"{path} holds no answers")
+    fewest = min(len(answers) for _, answers in found)
     if not ks or not all(1 <= k <= fewest for k in ks):
         raise ValueError(f"k={list(ks)} must lie between 1 and {fewest}, the fewest answers that a problem has")
     jobs = [(problem, number, answer) for problem, answers in found for number, answer in enumerate(answers)]

@@ -76,6 +76,8 @@ _REFUSED = {
     "fsmount": (432, 432),
     "fspick": (433, 433),
     "mount_setattr": (442, 442),
+    "statmount": (457, 457),
+    "listmount": (458, 458),
     # machinery of the kernel
     "bpf": (321, 280),
     "perf_event_open": (298, 241),

@@ -316,6 +316,22 @@ def test_bad_lines_are_counted_and_named(tmp_path: Path, capsys: Any, monkeypatc
     assert [one["line"] for one in results["skipped"]] == [1, *range(3, 23)]
 
 
+@pytest.mark.parametrize("problems", ["nowhere", ".", "bad.jsonl"])
+def test_problems_that_cannot_be_read_are_told_though_the_samples_carry_theirs(
+    problems: str, tmp_path: Path, capsys: Any, never_run: None
+) -> None:
+    (tmp_path / "bad.jsonl").write_text("{")
+    path = write(tmp_path / "s.jsonl", GOOD)
+    assert score.main([str(path), "--allow-code-execution", "--problems", str(tmp_path / problems)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_samples_without_an_answer_are_told(tmp_path: Path, capsys: Any, never_run: None) -> None:
+    path = write(tmp_path / "s.jsonl", json.dumps({**json.loads(GOOD), "resps": []}))
+    assert score.main([str(path), "--allow-code-execution"]) == 2
+    assert "holds no answers" in capsys.readouterr().err
+
+
 def test_a_value_that_is_asked_for_twice_is_told_once(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score, "run_program", fake(True))
     path = write(tmp_path / "s.jsonl", GOOD)

@@ -10,7 +10,14 @@ from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """A mistake is one line on stderr and exit code 2; `--help` shows the usage."""
+    """A mistake is one line on stderr and exit code 2; `--help` shows the usage. A list holds each of its values once."""
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        options, rest = super().parse_known_args(*args, **kwargs)
+        for action in self._actions:
+            if action.nargs in ("+", "*") and isinstance(values := getattr(options, action.dest, None), list):
+                setattr(options, action.dest, [*dict.fromkeys(values)])
+        return options, rest
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")

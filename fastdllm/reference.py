@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fastdllm import registry
+from fastdllm import registry, whole
 from fastdllm.config import ALIASES, ELSEWHERE, OPTIONS
 from fastdllm.fields import Option
 from fastdllm.presets import OWN, PRESETS
@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the pages into a folder, `docs` unless another is named."""
     folder = Path(*(sys.argv[1:] if arguments is None else arguments) or ["docs"])
     for name, text in pages(folder).items():
-        (folder / name).write_text(text, encoding="utf-8")
+        whole.write_text(folder / name, text)
         print(folder / name)
     return 0
 

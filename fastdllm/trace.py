@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastdllm import whole
 from fastdllm.config import DecodeConfig
 from fastdllm.engine import Step, check_fixed
 from fastdllm.fields import shown
@@ -210,7 +211,7 @@ class Trace:
             }
             for step in self.steps
         ]
-        Path(path).write_text(json.dumps(data, ensure_ascii=False) + "\n", encoding="utf-8")
+        whole.write_text(path, json.dumps(data, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:

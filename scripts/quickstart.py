@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastdllm import whole
 from fastdllm.arguments import COUNT, Parser
 from fastdllm.cli import one_line
 from scripts.studies.paired import interval
@@ -179,7 +180,8 @@ def plot(rows: dict[str, Row], path: Path) -> None:
     speed.invert_yaxis()
     for axis in (speed, right):
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150, facecolor="white")
+    with whole.replacing(path) as place:
+        figure.savefig(place, dpi=150, facecolor="white")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -205,8 +207,8 @@ def main(arguments: list[str] | None = None) -> None:
     where = f"GSM-Symbolic, {args.limit} problems, batches of {args.batch_size}{beside}, {device}, torch {torch.__version__}"
     args.output.mkdir(parents=True, exist_ok=True)
     saved = {"where": where, "machine": platform.machine(), "settings": rows}
-    (args.output / "quickstart.json").write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
-    (args.output / "quickstart.md").write_text(f"{where}.\n\n{table(rows)}\n", encoding="utf-8")
+    whole.write_text(args.output / "quickstart.json", json.dumps(saved, indent=1) + "\n")
+    whole.write_text(args.output / "quickstart.md", f"{where}.\n\n{table(rows)}\n")
     plot(rows, args.output / "quickstart.png")
     print(f"\n{where}, {time.monotonic() - started:.0f} s\n\n{table(rows)}\n\nwritten to {args.output}: quickstart.*")
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import math
@@ -12,11 +13,12 @@ import tempfile
 import types
 import typing
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from fastdllm.evaluation.distributed import choose_device
-from fastdllm.evaluation.options import read_batch_size
+from fastdllm.evaluation.options import parse_arguments, read_batch_size
 from fastdllm.fields import coerce, shown
 
 SEEDS = {"random": (-math.inf, math.inf), "numpy": (0, 2**32 - 1), "torch": (-(2**63), 2**64 - 1)}  # in lm-eval's order
@@ -31,6 +33,14 @@ def check(options: Mapping[str, Any], own: bool) -> None:
     """
     given = {name: value for name, value in options.items() if value is not None}
     _check_types(given)
+    if not given.get("tasks", True):
+        raise ValueError(f"tasks={given['tasks']!r} names no task")
+    _check_texts("tasks", given.get("tasks", []))
+    _check_hub(given.get("hf_hub_log_args"))
+    for name in ("wandb_args", "trackio_args"):
+        library = name.removesuffix("_args")
+        if given.get(name) and not find_spec(library):
+            raise ValueError(f"{name}={shown(given[name])} needs a library that is not installed: pip install {library}")
     check_folders(given.get("include_path"))
     _check_limit(given.get("limit"))
     for name, least in (("num_fewshot", 0), ("max_batch_size", 1)):
@@ -48,8 +58,14 @@ def check(options: Mapping[str, Any], own: bool) -> None:
     _check_answers(given.get("use_cache"))
 
 
+def _check_texts(name: str, value: Any) -> None:
+    if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
+        raise ValueError(f"{name}={shown(value)} must be a text or a list of texts")
+
+
 def check_folders(given: str | list[str] | None) -> None:
     """ValueError for folders of tasks that do not exist: lm-eval finds nothing there, and goes on."""
+    _check_texts("include_path", given or [])
     for folder in [given] if isinstance(given, str) else given or ():
         if not Path(folder).is_dir():
             raise ValueError(f"include_path={shown(folder)}: no such folder")
@@ -57,17 +73,27 @@ def check_folders(given: str | list[str] | None) -> None:
 
 def _check_types(given: Mapping[str, Any]) -> None:
     """ValueError for a value of another type than lm-eval declares, which only a config file can have."""
-    from lm_eval.config.evaluate_config import EvaluatorConfig
+    from lm_eval.config.evaluate_config import DICT_KEYS, EvaluatorConfig
 
     for name, hint in typing.get_type_hints(EvaluatorConfig).items():
         if name not in given or name in OF_SEVERAL_TYPES:
             continue
         members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         kinds = {typing.get_origin(kind) or kind for kind in members} - {type(None)}
-        kinds |= {str} if dict in kinds else set()  # name=value,name=value
+        kinds |= {str} if name in DICT_KEYS else set()  # name=value,name=value
         if type(given[name]) not in kinds:
             words = " or ".join(sorted(kind.__name__ for kind in kinds))
             raise ValueError(f"{name}={shown(given[name])} must be of type {words}")
+
+
+def _check_hub(arguments: str | dict[str, Any] | None) -> None:
+    """ValueError for arguments that lm-eval's tracker of results does not have."""
+    from lm_eval.loggers import EvaluationTracker
+
+    known = inspect.signature(EvaluationTracker).parameters
+    for name, value in parse_arguments(arguments or {}, "hf_hub_log_args").items():
+        if name not in known:
+            raise ValueError(f"hf_hub_log_args: unknown {name}={shown(value)}; known are {', '.join(known)}")
 
 
 def _check_limit(limit: Any) -> None:

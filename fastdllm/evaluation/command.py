@@ -16,11 +16,13 @@ import sqlite3
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from fastdllm.evaluation import ADAPTERS, task_folders
 from fastdllm.evaluation.checks import check, check_folders
 from fastdllm.evaluation.options import V2Options, check_names, parse_arguments, rename
+from fastdllm.evaluation.saving import noted_losses
 from fastdllm.registry import take_imports
 
 OFFLINE = "WITHOUT_A_NETWORK"  # scripts name in it the command that needs none
@@ -71,13 +73,15 @@ def main(model: str = "fastdllm", prog: str = "fastdllm eval", arguments: Sequen
     try:
         harness = HarnessCLI()
         args = _parse(harness, prog, model)
+        file: dict[str, Any] = {}
         if args.command == "run":
-            _prepare(args, model)
+            file = _read_config(args.config) if args.config else {}
+            _prepare(args, file, model)
         elif hasattr(args, "include_path"):
             check_folders(args.include_path)
             args.include_path = task_folders(args.include_path)
         tasks, kwargs = (getattr(args, name, None) for name in ("tasks", "gen_kwargs"))
-        with _checked_tasks(tasks, kwargs) as left_out, _noted_losses() as lost:
+        with _already_read(file), _checked_tasks(tasks, kwargs) as left_out, noted_losses() as lost:
             harness.execute(args)
         sys.stdout.flush()  # the table, while it can still be told that nobody takes it
     except BrokenPipeError:  # whoever read the output is gone, which is no mistake
@@ -90,31 +94,8 @@ def main(model: str = "fastdllm", prog: str = "fastdllm eval", arguments: Sequen
     for name, fault in left_out.items():
         print(f"{prog}: task {name} was left out: {fault}", file=sys.stderr)
     if lost:
-        print(f"{prog}: results were lost: {'; '.join(lost)}", file=sys.stderr)
+        print(f"{prog}: results were lost: {'; '.join(dict.fromkeys(lost))}", file=sys.stderr)
     return 2 if left_out or lost else 0
-
-
-@contextlib.contextmanager
-def _noted_losses() -> Iterator[list[str]]:
-    """Meanwhile what lm-eval could not save is noted, each reason once: it logs that it could not, and ends as if it had."""
-    from lm_eval.loggers import evaluation_tracker
-
-    lost: list[str] = []
-    logger = evaluation_tracker.eval_logger
-    warning = logger.warning
-
-    def noting(message: str, *args: Any, **options: Any) -> None:
-        error = sys.exc_info()[1]  # what it is about to pass over
-        text = " ".join(f"{message % args if args else message}: {error}".split())
-        if error is not None and text not in lost:
-            lost.append(text)
-        warning(message, *args, **options)
-
-    logger.warning = noting
-    try:
-        yield lost
-    finally:
-        del logger.warning
 
 
 @contextlib.contextmanager
@@ -186,12 +167,11 @@ def _parse(harness: Any, prog: str, model: str) -> Namespace:
         print(page.getvalue().replace("lm-eval", prog).replace("(default: hf)", f"(default: {model})"), end="")
 
 
-def _prepare(args: Namespace, model: str) -> None:
+def _prepare(args: Namespace, file: dict[str, Any], model: str) -> None:
     """Fill in what lm-eval would not find by itself: model, task folder, this project's names of options."""
-    file = _read_config(args.config) if args.config else {}
     args.model = args.model or file.get("model") or model
     given = {name: value for name, value in vars(args).items() if value or value == 0}  # what lm-eval prefers to the file's
-    check({**file, **given}, args.model in ADAPTERS)
+    check({**file, **given}, str(args.model) in ADAPTERS)
     args.include_path = task_folders(args.include_path or file.get("include_path"))
     args.tasks = args.tasks or file.get("tasks")
     if args.model not in ADAPTERS:
@@ -206,21 +186,54 @@ def _prepare(args: Namespace, model: str) -> None:
             setattr(args, name, rename(parsed))
 
 
+@contextlib.contextmanager
+def _already_read(file: dict[str, Any]) -> Iterator[None]:
+    """Meanwhile lm-eval, which would read its config file once more, gets the options that were found there and checked."""
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    known = EvaluatorConfig.load_yaml_config
+    EvaluatorConfig.load_yaml_config = staticmethod(lambda path: dict(file))
+    try:
+        yield
+    finally:
+        EvaluatorConfig.load_yaml_config = staticmethod(known)
+
+
 def _read_config(path: str) -> dict[str, Any]:
-    """The options in a YAML file. ValueError for what lm-eval does not know."""
+    """The options in a YAML file. ValueError for what lm-eval does not know, and for a name that is there twice.
+
+    An option that is null is not given. Only for the seed, null is a value: it means that nothing is seeded.
+    """
+    import yaml
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
     try:
         options = EvaluatorConfig.load_yaml_config(path)
+        _check_names_differ(yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader), path)
     except TypeError as error:
         raise ValueError(str(error)) from error
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deep") from None
     known = [field.name for field in dataclasses.fields(EvaluatorConfig)]
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(f"{path}: unknown option {name!r}; {hint}known are {', '.join(known)}")
-    return options
+    return {name: value for name, value in options.items() if value is not None or name == "seed"}
+
+
+def _check_names_differ(node: Any, path: str) -> None:
+    """ValueError for a name that a table of a YAML file has twice: YAML's readers take the last one."""
+    if not isinstance(node.value, list):
+        return
+    seen = set()
+    for one in node.value:
+        key, value = one if isinstance(one, tuple) else (None, one)
+        if key and isinstance(key.value, str) and key.value in seen:
+            raise ValueError(f"{path}:{key.start_mark.line + 1}: {key.value!r} is there twice")
+        seen.add(key and str(key.value))
+        _check_names_differ(value, path)
 
 
 def describe(error: BaseException) -> str:

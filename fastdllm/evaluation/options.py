@@ -80,6 +80,8 @@ def parse_arguments(given: str | Mapping[str, Any], option: str = "model_args") 
     """ "name=value,name=value" as lm-eval reads it, but for the text none, which is the name of a cache. ValueError for a
     name that is there twice, with different values: lm-eval takes the last one."""
     if isinstance(given, Mapping):
+        if unnamed := [name for name in given if not isinstance(name, str)]:
+            raise ValueError(f"{option}: {unnamed[0]!r} is no name of an option")
         return dict(given)
     if not isinstance(given, str):
         raise ValueError(f"{option}={shown(given)} must be a text, name=value,name=value, or a table of names and values")

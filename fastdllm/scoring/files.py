@@ -9,6 +9,7 @@ import sys
 import sysconfig
 from collections.abc import Iterable
 from functools import cache
+from glob import escape, glob
 
 _SYSTEM = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/nix/store", "/usr/share/zoneinfo")
 _FILES = ("/etc/ld.so.cache", "/etc/ld-musl-x86_64.path", "/etc/ld-musl-aarch64.path")
@@ -35,10 +36,20 @@ def readable() -> list[str]:
 
 def solutions(shown: Iterable[str]) -> list[str]:
     """Folders below `shown` that hold canonical solutions, by every path that leads to them."""
-    folders = [os.path.realpath(f"{base}/{name}") for base in packages() for name in _SOLUTIONS]
-    folders = sorted({folder for folder in folders if os.path.isdir(folder)})
+    shown = [*shown]
     real = {path: os.path.realpath(path) for path in shown}
+    folders = [os.path.realpath(f"{base}/{name}") for base in _site_folders(*packages(), *shown) for name in _SOLUTIONS]
+    folders = sorted({folder for folder in folders if os.path.isdir(folder)})
     return [path + one[len(real[path]) :] for path in shown for one in folders if one.startswith(f"{real[path]}/")]
+
+
+@cache
+def _site_folders(*paths: str) -> list[str]:
+    """`paths`, and the folders of packages below them: those of other interpreters too, whose files can be read as well."""
+    below = ("", "python*/", "*/lib/python*/")  # the last in a store of Nix
+    found = {one for path in paths for step in below for one in glob(f"{escape(path)}/{step}*-packages/")}
+    eggs = {one for folder in [*paths, *found] for one in glob(f"{escape(folder)}/*.egg/")}
+    return sorted({*paths, *found, *eggs})
 
 
 def packages() -> list[str]:

@@ -183,9 +183,10 @@ class ProgramSide(_Side):
             return {"value": None}
         if message["ask"] == "name":
             return self._named(message["name"])
-        before = message["args"]
-        args, kwargs = self.decode(before), self.decode(message["kwargs"])
-        value = _OPERATIONS[message["ask"]](*args, **dict(kwargs))
+        before, names = message["args"], message["names"]
+        args = self.decode(before)
+        plain = len(args) - len(names)
+        value = _OPERATIONS[message["ask"]](*args[:plain], **dict(zip(names, args[plain:], strict=True)))
         after = [self.encode(argument) if _holds(data) else data for argument, data in zip(args, before, strict=True)]
         return {"value": self.encode(value), **({"args": after} if after != before else {})}
 
@@ -242,12 +243,25 @@ class ChecksSide(_Side):
         return self._value(reply)
 
     def perform(self, operation: str, *args: Any, **kwargs: Any) -> Any:
-        before = self.encode([*args])
-        reply = self.ask({"ask": operation, "args": before, "kwargs": self.encode(kwargs)})
-        value = self._value(reply)
+        given = [*args, *kwargs.values()]
+        before = self.encode(given)
+        reply = self.ask({"ask": operation, "args": before, "names": [*kwargs]})
+        try:
+            value = self._value(reply)
+        except StopIteration as error:
+            if operation == "__next__":
+                raise
+            # map, zip and the like would take it for the end of the cases that they go through.
+            raise _exception({**vars(error)["described"], "classes": ["RuntimeError"]}) from None
         if "args" in reply:
-            values.restore(args, self._trusting_nothing(reply["args"]))
+            self._restore(given, before, reply["args"])
         return value
+
+    def _restore(self, given: list[Any], before: list[Any], after: Any) -> None:
+        """Change the arguments that the program has changed: one that it got twice has two copies there."""
+        for one, was, now in zip(given, before, after if isinstance(after, list) else (), strict=False):
+            if now != was:
+                values.restore(one, self._trusting_nothing(now))
 
     def _value(self, reply: dict[str, Any]) -> Any:
         if "raised" in reply:

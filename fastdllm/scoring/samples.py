@@ -80,6 +80,8 @@ def read_samples(path: Path, problems: Path | None = None) -> Samples:
     name, and a file without any sample, are errors.
     """
     reader = _Reader(path, problems)
+    if problems:
+        reader.catalogue()  # a fault of theirs shows, whether they are needed or not
     rows = [*read_rows(path)]  # once: what a pipe has given is gone
     for row in _whole(path, rows) or rows:
         reader.add(row)

@@ -9,13 +9,13 @@ import json
 import math
 import os
 import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from fastdllm import whole
 from fastdllm.arguments import Parser, number
 from fastdllm.scoring.problems import Problem
 from fastdllm.scoring.samples import read_samples
@@ -60,7 +60,9 @@ def score_file(
     limits = limits or Limits()
     samples = read_samples(path, problems)
     found = [(problem, answers) for problem, answers in samples.found if answers]
-    fewest = min((len(answers) for _, answers in found), default=0)
+    if not found:
+        raise ValueError(f"{path} holds no answers")
+    fewest = min(len(answers) for _, answers in found)
     if not ks or not all(1 <= k <= fewest for k in ks):
         raise ValueError(f"k={list(ks)} must lie between 1 and {fewest}, the fewest answers that a problem has")
     jobs = [(problem, number, answer) for problem, answers in found for number, answer in enumerate(answers)]
@@ -135,43 +137,13 @@ def _attempt(program: str | None, limits: Limits, checks: Checks) -> Verdict:
     return run_program(program, limits, checks)
 
 
-class _Output:
-    """The file of results, opened before anything runs and put in place once it is whole."""
-
-    def __init__(self, path: Path, inputs: Sequence[Path]) -> None:
-        if any(one.exists() and path.exists() and path.samefile(one) for one in inputs):
-            raise ValueError(f"--output {path} would overwrite what is read")
-        self.path = path
-        self._partial: str | None = None
-        self._target = Path(os.path.realpath(path))
-        try:
-            self._file: TextIO = self._open()
-        except OSError as error:  # of the file that stands in for it, whose name nobody gave
-            raise OSError(error.errno, error.strerror, str(path)) from error
-
-    def _open(self) -> TextIO:
-        if self.path.exists() and not self.path.is_file():  # a device or a pipe; a folder is an error here
-            return self.path.open("w", encoding="utf-8")
-        start = f".{self._target.name[:40]}."  # a name as long as names may be has no room for more
-        number, self._partial = tempfile.mkstemp(prefix=start, dir=self._target.parent)
-        return os.fdopen(number, "w", encoding="utf-8")
-
-    def write(self, results: dict[str, Any]) -> None:
-        self._file.write(json.dumps(results, indent=1) + "\n")
-        self._file.close()
-        if self._partial:
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(self._partial, 0o666 & ~umask)
-            os.replace(self._partial, self._target)
-            self._partial = None
-
-    def discard(self) -> None:
-        """Close the file, and take it away unless it is whole."""
-        with suppress(OSError):
-            self._file.close()
-        if self._partial:
-            os.unlink(self._partial)
+@contextmanager
+def _output(path: Path, inputs: Sequence[Path]) -> Iterator[Path]:
+    """Where the results are written, made before anything runs, and put in place once they are whole."""
+    if any(one.exists() and path.exists() and path.samefile(one) for one in inputs):
+        raise ValueError(f"--output {path} would overwrite what is read")
+    with whole.replacing(path) as place:
+        yield place
 
 
 def parser(prog: str) -> Parser:
@@ -208,15 +180,15 @@ def main(arguments: Sequence[str] | None = None, prog: str = "fastdllm score") -
         )
         return 2
     limits = Limits(seconds=options.timeout, memory=options.memory << 20)
-    output = None
+    inputs = [options.file, *([options.problems] if options.problems else [])]
     try:
-        inputs = [options.file, *([options.problems] if options.problems else [])]
         if not options.file.name:  # of "." and "/" no name of an output can be made
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(options.file))
-        output = _Output(options.output or options.file.with_suffix(".scored.json"), inputs)
-        results = score_file(options.file, limits, options.k, options.workers, options.problems, progress=True)
-        _report(results, options)
-        output.write(results)
+        output = options.output or options.file.with_suffix(".scored.json")
+        with _output(output, inputs) as place:
+            results = score_file(options.file, limits, options.k, options.workers, options.problems, progress=True)
+            _report(results, options)
+            place.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     except BrokenPipeError:  # whoever read the output is gone, which is no mistake
         raise
     except (OSError, ValueError) as error:
@@ -225,13 +197,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "fastdllm score") -
     except RuntimeError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 1
-    finally:
-        if output:
-            output.discard()
     scores = ", ".join(f"pass@{k} {results[f'pass@{k}']:.4f}" for k in options.k)
     left_out = f", lines left out: {len(results['skipped'])}" if results["skipped"] else ""
     counts = f"{results['passed']} of {results['samples']} programs, {results['problems']} problems{left_out}"
-    print(f"{scores} ({counts}) -> {output.path}")
+    print(f"{scores} ({counts}) -> {output}")
     return 0
 
 

@@ -45,6 +45,8 @@ _REFUSED = {
     "name_to_handle_at": (303, 264),
     "open_by_handle_at": (304, 265),
     "fanotify_init": (300, 262),
+    "inotify_init": (253, -1),
+    "inotify_init1": (294, 26),
     # other processes
     "ptrace": (101, 117),
     "process_vm_readv": (310, 270),
@@ -57,6 +59,8 @@ _REFUSED = {
     # memory that belongs to no limit
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
+    "vmsplice": (278, 75),  # a page in a pipe keeps all of its huge page, unmapped
+    "setsockopt": (54, 208),  # larger buffers of the sockets in a pair
     "userfaultfd": (323, 282),
     # namespaces and mounts
     "unshare": (272, 97),
@@ -72,6 +76,8 @@ _REFUSED = {
     "fsmount": (432, 432),
     "fspick": (433, 433),
     "mount_setattr": (442, 442),
+    "statmount": (457, 457),
+    "listmount": (458, 458),
     # machinery of the kernel
     "bpf": (321, 280),
     "perf_event_open": (298, 241),

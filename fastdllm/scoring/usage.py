@@ -18,13 +18,15 @@ _SLOWEST = 10.0  # times the limit, by the clock
 class Usage:
     """The clock of one run: processor time while one of its processes is ready to run, else time by the wall.
 
-    A program that others keep waiting for a processor is not charged for it, up to `_SLOWEST` times its limit.
+    A program that others keep waiting for a processor is not charged for it, up to `_SLOWEST` times its limit. While
+    processes come and go it is: what those used that nobody waits for is told nowhere.
     """
 
     def __init__(self) -> None:
         self._started = time.monotonic()
         self._looked = self._elapsed = 0.0
         self._baseline = _memory(os.getpid())
+        self._found: set[int] = set()
         self._first = self._last = sum(map(_processor_seconds, descendants()))
 
     def wall(self) -> float:
@@ -49,9 +51,10 @@ class Usage:
         processor = sum(map(_processor_seconds, found))
         passed, used = now - self._looked, max(0.0, processor - self._last)
         ready = any(_stat(pid)[:1] in (["R"], ["D"]) for pid in found)
+        known = ready and found == self._found
         # A look that comes late says that this process was kept waiting, and so the program may have been.
-        self._elapsed += min(passed, used) if ready else min(passed, 2 * _INTERVAL)
-        self._looked, self._last = now, max(processor, self._last)
+        self._elapsed += min(passed, used) if known else min(passed, max(used, 2 * _INTERVAL))
+        self._looked, self._last, self._found = now, max(processor, self._last), found
 
 
 def descendants(root: int | None = None) -> set[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import importlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -45,8 +46,8 @@ _FORMS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
         lambda pairs: _library("collections", "Counter")(dict(pairs)),
     ),
     "collections.defaultdict": (
-        lambda value: [[*pair] for pair in dict.items(value)],
-        lambda pairs: _library("collections", "defaultdict")(None, pairs),
+        lambda value: [_builtin(value.default_factory), [[*pair] for pair in dict.items(value)]],
+        lambda parts: _library("collections", "defaultdict")(*parts),
     ),
     "collections.deque": (
         lambda value: [[*value], value.maxlen],
@@ -68,6 +69,10 @@ _FORMS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
         lambda parts: _library("datetime", "timedelta")(*parts),
     ),
 }
+
+
+def _builtin(factory: Any) -> type[Any] | None:
+    return factory if isinstance(factory, type) and vars(builtins).get(factory.__name__) is factory else None
 
 
 def encode(value: Any, refer: Refer) -> Any:
@@ -137,7 +142,7 @@ def restore(old: Any, new: Any) -> None:
         merged_items = {key: _merged(old[key], value) if key in old else value for key, value in new.items()}
         old.clear()
         old.update(merged_items)
-    elif hasattr(old, "clear") and type(new) is type(old):  # sets and deques
+    elif isinstance(old, (set, deque)) and type(new) is type(old):
         items = [*new]
         old.clear()
         (old.update if isinstance(old, set) else old.extend)(items)
@@ -145,7 +150,7 @@ def restore(old: Any, new: Any) -> None:
 
 def _merged(old: Any, new: Any) -> Any:
     """`old` with the contents of `new` if both are containers of one type, else `new`."""
-    if type(old) is not type(new) or not isinstance(old, (list, tuple, dict, set, bytearray)):
+    if type(old) is not type(new) or not isinstance(old, (list, tuple, dict, set, bytearray, deque)):
         return new
     if isinstance(old, tuple) and len(old) != len(new):
         return new

@@ -15,6 +15,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 from transformers.trainer_callback import TrainerState
 
+from fastdllm import whole
 from fastdllm.fields import shown
 from fastdllm.models import find_folder, tiny_names
 from fastdllm.models.files import present, read_object
@@ -309,4 +310,4 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     fields.pop("backend", None)
     if isinstance(extra := fields.pop("extra_special_tokens", None), list):
         fields["additional_special_tokens"] = extra
-    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    whole.write_text(path, json.dumps(fields, indent=2, ensure_ascii=False, sort_keys=True) + "\n")

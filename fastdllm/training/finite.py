@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
+from fastdllm import whole
+
 # Steps left out in a row after which fp16 is given up: the scale of the loss, 65536 at first, was halved as often.
 SKIPPED = 40
 LOOK = 100  # steps after which the note is read at the latest
@@ -127,6 +129,16 @@ class FiniteTrainer(Trainer):
         self.check_weights()
         super()._save_checkpoint(*args, **kwargs)
         self.last_good = str(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Whole files only. Weights of an earlier session under other names are taken away: they would be read, too."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        with whole.filling(folder) as partial:
+            super()._save(str(partial), state_dict)
+            written = {path.name for path in partial.glob("model*.safetensors*")}
+        for path in folder.glob("model*.safetensors*") if written else ():
+            if path.name not in written:
+                path.unlink()
 
     def _take_in(self, loss: Tensor, norm: Tensor | float | None) -> None:
         """Note a step. `loss` is the sum since the last logged one, so a bad micro-batch spoils it. Of scaled ones only the

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from fastdllm import whole
 from fastdllm.training.masks import dense_mask, flex_mask
 from fastdllm.training.objective import (
     complementary_views,
@@ -55,7 +56,7 @@ class Fast_dLLM_QwenConfig(Qwen2Config):
         fields["use_cache"] = True  # the Trainer turns it off while it trains
         fields["torch_dtype"] = fields.pop("dtype", fields.get("torch_dtype"))
         fields["auto_map"] = {name: PUBLISHED_CODE + target for name, target in AUTO_MAP.items()}
-        path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        whole.write_text(path, json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
 class Fast_dLLM_QwenForCausalLM(Qwen2ForCausalLM):

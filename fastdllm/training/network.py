@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers import PreTrainedTokenizerFast
 
+from fastdllm import whole
 from fastdllm.models import find_folder, read_family
 from fastdllm.models.files import read_object
 from fastdllm.models.spec import Family, ModelSpec
@@ -163,10 +164,10 @@ def load_network(name: str, dtype: torch.dtype = torch.float32) -> tuple[Network
 
 def save_network(tensors: dict[str, Tensor], source: Path, folder: Path) -> None:
     """Write `tensors` as a checkpoint in `source`'s format and number format, with its other files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in source.iterdir():
-        if path.is_file() and path.suffix in {".json", ".jinja", ".txt"} and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, folder / path.name)
     kinds = {name: tensor.dtype for path in shards(source) for name, tensor in load_file(path).items()}
     own = {name: tensor.detach().to("cpu", kinds[name]).contiguous() for name, tensor in tensors.items()}
-    save_file(own, folder / "model.safetensors", metadata={"format": "pt"})
+    with whole.filling(folder) as partial:
+        for path in source.iterdir():
+            if path.is_file() and path.suffix in {".json", ".jinja", ".txt"} and not path.name.endswith(".index.json"):
+                shutil.copyfile(path, partial / path.name)
+        save_file(own, partial / "model.safetensors", metadata={"format": "pt"})

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
+from fastdllm import whole
 from fastdllm.models.spec import ModelSpec
 from fastdllm.training.finite import FiniteTrainer
 from fastdllm.training.masks import PADDING, dense_mask
@@ -367,4 +368,4 @@ class ParallelTrainer(FiniteTrainer):
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "spent.json").write_text(f"{self.clock.spent:.1f}\n", encoding="utf-8")
+            whole.write_text(folder / "spent.json", f"{self.clock.spent:.1f}\n")

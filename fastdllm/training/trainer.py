@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from fastdllm import whole
 from fastdllm.training.checkpoint import save_tokenizer
 from fastdllm.training.finite import FiniteTrainer
 from fastdllm.training.objective import Noise, choose_masked, draw_noise
@@ -73,8 +73,8 @@ class BlockDiffusionTrainer(FiniteTrainer):
         """Every saved folder, checkpoints included, holds the tokenizer with the mask, and an adapter its model's config."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            save_tokenizer(self.tokenizer_to_save, folder)
             model = self.accelerator.unwrap_model(self.model)
-            if hasattr(model, "peft_config"):  # an adapter of a plain Qwen2 says nothing of blocks and of the mask
-                model.get_base_model().config.save_pretrained(folder)
+            with whole.filling(output_dir or self.args.output_dir) as partial:
+                save_tokenizer(self.tokenizer_to_save, partial)
+                if hasattr(model, "peft_config"):  # an adapter of a plain Qwen2 says nothing of blocks and of the mask
+                    model.get_base_model().config.save_pretrained(partial)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastdllm import registry
+from fastdllm import registry, whole
 from fastdllm.build import resolve
 from fastdllm.config import DecodeConfig, nearest
 from fastdllm.fields import shown
@@ -183,7 +183,7 @@ def save(session: Session, rest: str) -> None:
         text = json.dumps(talk, indent=1, ensure_ascii=False)
     else:
         text = "\n\n".join(f"**{message['role']}**\n\n{message['content'].strip()}" for message in talk)
-    Path(rest).expanduser().write_text(text + "\n", encoding="utf-8")
+    whole.write_text(Path(rest).expanduser(), text + "\n")
     session.say(f"{count(len(talk), 'message')} -> {rest}")
 
 

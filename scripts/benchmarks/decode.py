@@ -35,6 +35,7 @@ from typing import Any
 import torch
 
 import fastdllm
+from fastdllm import whole
 from fastdllm.arguments import COUNT, Parser
 from fastdllm.build import assemble
 from fastdllm.cli import one_line
@@ -381,7 +382,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, float]:
 def keep(path: Path, weights: str, report: dict[str, Any]) -> None:
     """Put a run into a file of one run for each kind of weights."""
     runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    path.write_text(json.dumps(runs | {weights: report}, indent=1) + "\n", encoding="utf-8")
+    whole.write_text(path, json.dumps(runs | {weights: report}, indent=1) + "\n")
 
 
 def measured(model: Model, peak: dict[str, float], args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from fastdllm import whole
 from fastdllm.arguments import Parser
 from fastdllm.cli import one_line
 
@@ -131,8 +132,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     line = json.dumps({"device": device, "torch": torch.__version__, "copy": copy, "matmul": matmul, "results": report})
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as f:
-            f.write(line)
+        whole.write_text(args.json, line)
     print(line)
 
 

@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import fastdllm
+from fastdllm import whole
 from fastdllm.arguments import COUNT, Parser
 from fastdllm.cli import one_line
 from fastdllm.models.llada import FAMILY
@@ -85,8 +86,8 @@ def write_checkpoint(folder: Path, config: dict[str, Any], shards: int) -> list[
         save_file({name: values[name] for name in part}, path, metadata={"format": "pt"})
         where |= dict.fromkeys(part, path.name)
     index = {"metadata": {"total_size": total}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    whole.write_text(folder / "model.safetensors.index.json", json.dumps(index))
+    whole.write_text(folder / "config.json", json.dumps(config))
     return [part[-1] for part in parts if part]
 
 

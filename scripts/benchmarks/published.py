@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from fastdllm import whole
 from fastdllm.arguments import COUNT, Parser
 from fastdllm.cli import one_line
 from scripts.benchmarks import decode
@@ -150,7 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(json.dumps(report, indent=1))
     if args.output:
         before = json.loads(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
-        args.output.write_text(json.dumps(before | report, indent=1) + "\n", encoding="utf-8")
+        whole.write_text(args.output, json.dumps(before | report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import fastdllm
-from fastdllm import DecodeConfig
+from fastdllm import DecodeConfig, whole
 from fastdllm.arguments import COUNT, SIZE, Parser
 from fastdllm.cli import one_line
 from fastdllm.models import Model
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(name, json.dumps(report[name]), flush=True)
     print(json.dumps(report))
     if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        whole.write_text(args.output, json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
+from fastdllm import whole
 from fastdllm.arguments import COUNT, SIZE, Parser
 from fastdllm.cli import one_line
 from fastdllm.training.model import Fast_dLLM_QwenConfig, Fast_dLLM_QwenForCausalLM
@@ -177,7 +178,7 @@ def one_device(rank: int, world: int, port: int, shape: Shape, objective: str, a
     seconds = timed(step, device, args.steps, args.warm_up)
     if rank == 0:
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-        out.write_text(f"{seconds} {rate} {peak}", encoding="utf-8")
+        whole.write_text(out, f"{seconds} {rate} {peak}")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -246,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
                 cases.append({"shape": label} | measured(shape, objective, world, args))
                 print(f"| {' | '.join(training_cells(cases[-1]))} |", flush=True)
                 if args.output:  # also what was measured before a run that is cut short
-                    args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+                    whole.write_text(args.output, json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArgum
 from transformers.trainer_callback import PrinterCallback
 
 import fastdllm
+from fastdllm import whole
 from fastdllm.arguments import AMOUNT, COUNT, SEED, SHARE, SIZE, Parser, number
 from fastdllm.cli import one_line, shell
 from fastdllm.models import Model
@@ -338,7 +339,7 @@ def check_same_run(args: argparse.Namespace, held_out: list[Conversation]) -> No
     own = {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in own.items()}
     path = args.out / "run.json"
     if not path.exists():
-        path.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
+        whole.write_text(path, json.dumps(own, indent=1) + "\n")
         return
     for name, before in read_json(path).items():
         if own.get(name) != before:
@@ -354,7 +355,7 @@ def evaluated(path: Path, name: str, held_out: list[Conversation], args: argpars
     settings = [Setting(blocks[0], 1.0)]
     settings += [Setting(block, threshold) for block in blocks for threshold in args.thresholds]
     results = measure(model, held_out, settings, args)
-    path.write_text(json.dumps(results) + "\n", encoding="utf-8")
+    whole.write_text(path, json.dumps(results) + "\n")
     return results
 
 

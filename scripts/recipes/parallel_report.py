@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fastdllm import whole
 from scripts.results import read_json
 from scripts.studies.paired import mcnemar
 
@@ -38,7 +39,7 @@ def report(before: list[dict], after: list[dict], out: Path) -> str:
             figures = f"{100 * mean(line['right']):.1f} | {mean(line['forwards']):.2f} | {p:.2g}"
             lines.append(f"| {model} | {line['setting']} | {figures} |")
     table = "\n".join(lines) + "\n"
-    (out / "report.md").write_text(table, encoding="utf-8")
+    whole.write_text(out / "report.md", table)
     draw(before, after, out / "report.png")
     return table
 
@@ -65,7 +66,8 @@ def draw(before: list[dict], after: list[dict], path: Path) -> None:
     axes.axhline(level, color="black", linewidth=0.8, linestyle=":", label=f"before, {REFERENCE}")
     axes.set(xlabel="forwards an answer", ylabel="accuracy, %", xscale="log")
     axes.legend(title="model, block length", fontsize=8)
-    figure.savefig(path, dpi=150)
+    with whole.replacing(path) as place:
+        figure.savefig(place, dpi=150)
     plt.close(figure)
 
 

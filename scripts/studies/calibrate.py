@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 import fastdllm
+from fastdllm import whole
 from fastdllm.arguments import COUNT, Parser
 from fastdllm.build import assemble, device_name
 from fastdllm.cli import one_line
@@ -192,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.settings:
         on = f"{device_name(model.device)}, {platform.python_implementation()} torch {torch.__version__}, {model.dtype}"
         file["measured"] = f"{date.today()}, {args.limit} problems, {on}"
-    out.write_text(written(file), encoding="utf-8")
+    whole.write_text(out, written(file))
     print(out)
 
 

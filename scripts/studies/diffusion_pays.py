@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
 import sys
 import time
@@ -36,6 +35,7 @@ import torch
 from torch import Tensor
 
 import fastdllm
+from fastdllm import whole
 from fastdllm.arguments import AMOUNT, COUNT, Parser
 from fastdllm.build import assemble
 from fastdllm.cli import one_line
@@ -256,9 +256,7 @@ def merged(report: dict[str, Any], path: Path) -> dict[str, Any]:
 def write(report: dict[str, Any], path: Path) -> None:
     """Put the report in the place of the file, at once, so that a run that is stopped leaves a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(merged(report, path), indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    whole.write_text(path, json.dumps(merged(report, path), indent=1) + "\n")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdllm import whole
 from fastdllm.arguments import Parser
 from fastdllm.cli import one_line
 
@@ -52,7 +53,8 @@ def new(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axe
 def save(figure: Figure, name: str) -> None:
     from matplotlib import pyplot
 
-    figure.savefig(DOCS / f"{name}.png", dpi=200, facecolor="white", metadata={"Software": None})
+    with whole.replacing(DOCS / f"{name}.png") as place:
+        figure.savefig(place, dpi=200, facecolor="white", metadata={"Software": None})
     pyplot.close(figure)
 
 

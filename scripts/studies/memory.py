@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from fastdllm import whole
 from fastdllm.arguments import Parser
 from fastdllm.cli import one_line
 from fastdllm.kernels.experts.reference import CHUNK
@@ -154,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.check:
         return int(PAGE.read_text(encoding="utf-8") != page())
-    PAGE.write_text(page(), encoding="utf-8")
+    whole.write_text(PAGE, page())
     return 0
 
 

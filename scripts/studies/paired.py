@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from fastdllm import whole
+
 COSTS = ("forwards", "positions", "tokens")
 
 
@@ -154,7 +156,8 @@ def plot(panels: list[tuple[str, list[dict[str, Any]]]], columns: int, path: Pat
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8)
     figure.set_layout_engine("constrained")
-    figure.savefig(path)
+    with whole.replacing(path) as place:
+        figure.savefig(place)
     pyplot.close(figure)
 
 

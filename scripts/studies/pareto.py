@@ -51,7 +51,7 @@ import torch
 from tqdm import tqdm
 
 import fastdllm
-from fastdllm import registry
+from fastdllm import registry, whole
 from fastdllm.arguments import COUNT, Parser
 from fastdllm.cli import one_line
 from fastdllm.config import merge
@@ -360,9 +360,9 @@ def report(args: argparse.Namespace, studies: list[Study]) -> None:
         found.append({**dataclasses.asdict(study), "machines": machines, "reference": reference, "settings": rows})
         panels.append((study.title, rows))
         plot(panels[-1:], 1, study.path.with_suffix(".png"))
-        study.path.with_suffix(".json").write_text(json.dumps(found[-1], indent=1) + "\n", encoding="utf-8")
-        study.path.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
-        with study.path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+        whole.write_text(study.path.with_suffix(".json"), json.dumps(found[-1], indent=1) + "\n")
+        whole.write_text(study.path.with_suffix(".md"), markdown(rows))
+        with whole.replacing(study.path.with_suffix(".csv")) as place, place.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
@@ -375,8 +375,8 @@ def report(args: argparse.Namespace, studies: list[Study]) -> None:
             print(f"{one.title} against {two.template}: {json.dumps(templates[-1])}\n")
     if args.summary:
         args.summary.parent.mkdir(parents=True, exist_ok=True)
-        whole = {"studies": found, "templates": templates}
-        args.summary.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        every = {"studies": found, "templates": templates}
+        whole.write_text(args.summary.with_suffix(".json"), json.dumps(every, indent=1) + "\n")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastdllm import registry
+from fastdllm import registry, whole
 from fastdllm.arguments import Parser
 from fastdllm.cli import one_line
 from fastdllm.trace import Trace, watch
@@ -129,7 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         own.error(str(error))
     if args.save:
         trace.save(args.save)
-    draw(trace).savefig(args.output, dpi=120)
+    with whole.replacing(args.output) as place:
+        draw(trace).savefig(place, dpi=120)
     print(f"{title(trace)} -> {args.output}")
     return 0
 

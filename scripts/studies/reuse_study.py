@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 import fastdllm
+from fastdllm import whole
 from fastdllm.arguments import COUNT, SHARE, Parser
 from fastdllm.cli import one_line
 from fastdllm.tasks import TASKS_DIR
@@ -87,7 +88,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axis.grid(alpha=0.2)
     axes[0].set_ylabel("exact match, %")
     axes[1].legend(frameon=False)
-    figure.savefig(path, dpi=130)
+    with whole.replacing(path) as place:
+        figure.savefig(place, dpi=130)
 
 
 def main() -> None:
@@ -114,7 +116,7 @@ def main() -> None:
             options = {"gen_length": 256, "cache": cache, "threshold": args.threshold, **setting}
             done[key] = {"cache": cache, "name": name(setting), "mode": setting.get("reuse_mode", "delta")}
             done[key] |= measure(model, problems, options, args.batch_size)
-            path.write_text(json.dumps(done), encoding="utf-8")
+            whole.write_text(path, json.dumps(done))
     rows = [done[f"{args.model} {args.split} {len(problems)} {args.threshold} {c} {name(s)}"] for c, s in plan]
     table = [
         "| cache | setting | accuracy | vs k=1, points | layer-token products | forwards | tokens/s |",
@@ -129,7 +131,7 @@ def main() -> None:
             f"| {row['cache']} | {row['name']} | {100 * row['accuracy']:.1f} % | {change:+.1f} [{low:+.1f}, {high:+.1f}] | "
             f"{100 * row['share']:.1f} % | {row['nfe']:.1f} | {row['tokens_per_second']:.0f} |"
         )
-    (args.out / "study.md").write_text("\n".join(table) + "\n", encoding="utf-8")
+    whole.write_text(args.out / "study.md", "\n".join(table) + "\n")
     plot(rows, args.out / "study.png")
     print("\n".join(table))
 

@@ -27,6 +27,7 @@ import re
 import sys
 from collections.abc import Callable
 
+from fastdllm import whole
 from fastdllm.arguments import Parser
 from fastdllm.cli import one_line
 from scripts.studies import accuracy_tables as accuracy
@@ -94,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     old = [page for page, text in pages().items() if (ROOT / page).read_text(encoding="utf-8") != text]
     for page in old:
         if not args.check:
-            (ROOT / page).write_text(filled(page) if page in PAGES else accuracy.all_settings(), encoding="utf-8")
+            whole.write_text(ROOT / page, filled(page) if page in PAGES else accuracy.all_settings())
         print(f"{page} is out of date" if args.check else f"wrote {page}")
     return int(args.check and bool(old))
 

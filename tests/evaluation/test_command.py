@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import sys
@@ -17,7 +18,7 @@ from fastdllm import cli
 pytest.importorskip("lm_eval")
 from lm_eval._cli import HarnessCLI
 
-from fastdllm.evaluation import ADAPTERS, task_folders, task_manager
+from fastdllm.evaluation import ADAPTERS, checks, task_folders, task_manager
 from fastdllm.evaluation.command import main
 from fastdllm.tasks import TASKS_DIR
 
@@ -166,16 +167,26 @@ WRONG = {
     "use_cache": ["{folder}/file/below", "/proc/nowhere", "{folder}/damaged"],
     "samples": ["{{x", "[1]", "nowhere.json", '{{"gsm_symbolic": 3}}', '{{"gsm_symbolic": [-1]}}', "{folder}"],
     "verbosity": ["loud"],
+    "wandb_args": ["project=x"],
+    "trackio_args": ["project=x"],
+    "hf_hub_log_args": ["nowhere=1", "output=x"],
 }
 
 
 @pytest.mark.parametrize(("option", "value"), [(option, value) for option, values in WRONG.items() for value in values])
 @pytest.mark.parametrize("way", ["flag", "file"])
 def test_a_value_that_makes_no_sense_is_one_line_before_lm_eval_begins(
-    option: str, value: str, way: str, seen: list, capsys: pytest.CaptureFixture, tmp_path: Path
+    option: str,
+    value: str,
+    way: str,
+    seen: list,
+    capsys: pytest.CaptureFixture,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "damaged_rank0.db").write_text("no database")
+    monkeypatch.setattr(checks, "find_spec", lambda library: None)  # libraries that a machine may have
     value = value.format(folder=tmp_path)
     flag = [f"--{option}={value}"] if value else [f"--{option}", value]
     given = flag if way == "flag" else ["--config", config_file(tmp_path, **{option: value})]
@@ -201,6 +212,16 @@ def test_a_value_that_makes_no_sense_is_one_line_before_lm_eval_begins(
         {"verbosity": 1},
         {"seed": [0, -1, 0, 0]},
         {"include_path": ["nowhere"]},
+        {"include_path": 3},
+        {"include_path": [None]},
+        {"tasks": [1]},
+        {"tasks": [["gsm_symbolic"]]},
+        {"tasks": []},
+        {"tasks": ""},
+        {"model": ["fastdllm"]},
+        {"model": {"a": None}},
+        {"cache_requests": "true"},
+        {"hf_hub_log_args": {"a": None}},
     ],
 )
 def test_a_value_of_another_type_in_a_config_file_is_one_line(
@@ -210,6 +231,46 @@ def test_a_value_of_another_type_in_a_config_file_is_one_line(
     assert main(arguments=["--config", config_file(tmp_path, **given)]) == 2
     said = capsys.readouterr().err
     assert not seen and len(said.splitlines()) == 1 and next(iter(options)) in said
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("limit: 1\nlimit: 2", "2: 'limit' is there twice"),
+        ("model_args:\n  pretrained: tiny-llada\n  pretrained: tiny-dream", "3: 'pretrained' is there twice"),
+        ("metadata: [{a: 1, a: 2}]", "'a' is there twice"),
+        ("metadata: &a {b: *a}", "nested too deep"),
+        ("metadata: " + "[" * 5000 + "]" * 5000, "nested too deep"),
+        ("model_args: {1: 2}", "model_args: 1 is no name"),
+        ("model_args: {null: 2}", "model_args: None is no name"),
+    ],
+)
+def test_a_config_file_that_says_two_things_or_nothing_that_ends_is_one_line(
+    text: str, word: str, seen: list, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    arguments = ["--tasks", "gsm_symbolic", "--config", str(tmp_path / "run.yaml")]
+    assert main(arguments=arguments) == 2
+    said = capsys.readouterr().err
+    assert not seen and len(said.splitlines()) == 1 and word in said
+
+
+@pytest.mark.usefixtures("shipped_tasks_only")
+def test_what_is_null_in_a_config_file_is_not_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """To lm-eval either, which takes null for the value where it has a default of its own."""
+    import lm_eval
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    runs: list[dict[str, Any]] = []
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda **options: runs.append(options))
+    given = {"tasks": ["gsm_symbolic"], "model_args": {"pretrained": "tiny-llada"}}
+    nulls = [field.name for field in dataclasses.fields(EvaluatorConfig) if field.name not in {*given, "seed"}]
+    for null in ([], *([name] for name in nulls), nulls):
+        path = config_file(tmp_path, **given, **dict.fromkeys(null))
+        assert main(arguments=["--config", path]) == 0, null
+        for name in ("task_manager", "evaluation_tracker"):
+            runs[-1].pop(name)
+        assert runs[-1] == runs[0], null
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,19 @@ PASSING = {
         "def f(): pass",
         "assert not hasattr(f, 'nothing')\ntry: f.x\nexcept AttributeError: pass\nelse: assert 0",
     ),
+    "changed, given by name": (
+        "def f(data, k): data[k].sort()",
+        "d = {'k': [2, 1]}\nf(data=d, k='k')\nassert d == {'k': [1, 2]}",
+    ),
+    "changed, given twice": ("def f(a, b): a.append(1)", "d = []\nf(d, d)\nf(d, b=d)\nassert d == [1, 1]"),
+    "changed deques": (
+        "def f(d): d.append(1)",
+        "from collections import deque\nd, e = deque(), [deque()]\nf(d)\nf(e)\nassert [*d] == [1] and e[1] == 1",
+    ),
+    "default values": (
+        "from collections import defaultdict\ndef f(d):\n    d['a'].append(1)\n    return defaultdict(int, d)",
+        "from collections import defaultdict\nd = defaultdict(list)\nassert f(d)['b'] == 0 and d == {'a': [1]}",
+    ),
     "set before": ("def f(): return K\nK = 2", "assert f() == K"),
     "the same object": ("x = object()\ndef f(): return x", "assert f() is f() and f() == f() and f() in [f()]"),
 }
@@ -276,6 +289,31 @@ def f(): return Spy()
     with running(program) as tester:
         assert checks.run(tester, program, REFUSED[name], "", ("f",))["status"] == "failed"
         assert tester.name("told") == []
+
+
+# Each goes through cases, and takes StopIteration for their end.
+ENDED_EARLY = {
+    "map": "assert all(map(lambda n: f(n) == n + 1, [1, 2]))",
+    "zip": "assert all(a == b for a, b in zip(map(f, [1, 2]), [2, 3]))",
+    "filter": "assert not [*filter(lambda n: f(n) != n + 1, [1, 2])]",
+    "starmap": "import itertools\nassert all(itertools.starmap(lambda n, m: f(n) == m, [(1, 2)]))",
+    "iter": "assert [*iter(lambda: f(1), 2)] == []",
+    "conversion": "assert all(map(lambda n: bool(g(n)), [1, 2]))",
+    "attribute": "assert all(map(lambda n: g(n).x == n, [1, 2]))",
+}
+
+
+@pytest.mark.parametrize("name", ENDED_EARLY)
+def test_a_program_cannot_end_its_tests_by_an_exception_that_iteration_swallows(name: str) -> None:
+    program = """
+class End(StopIteration): pass
+class G:
+    def __bool__(self): raise End
+    __getattr__ = __len__ = lambda self, *name: bool(self)
+def f(n): raise End
+def g(n): return G()
+"""
+    assert outcome(program, ENDED_EARLY[name], names=("f", "g"))["status"] == "failed"
 
 
 def test_the_problem_s_own_definitions_go_before_the_program_s() -> None:

@@ -278,9 +278,9 @@ def never_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_name_as_long_as_names_may_be_is_one(tmp_path: Path) -> None:
     path = tmp_path / ("x" * 250)
-    output = score._Output(path, [])
-    output.write({})
-    assert path.read_text() == "{}\n"
+    with score._output(path, []) as place:
+        place.write_text("{}")
+    assert path.read_text() == "{}"
 
 
 def test_outputs_are_opened_before_anything_runs(tmp_path: Path, capsys: Any, never_run: None) -> None:
@@ -314,6 +314,29 @@ def test_bad_lines_are_counted_and_named(tmp_path: Path, capsys: Any, monkeypatc
     assert "warning" not in said.err
     results = json.loads((tmp_path / "s.scored.json").read_text())
     assert [one["line"] for one in results["skipped"]] == [1, *range(3, 23)]
+
+
+@pytest.mark.parametrize("problems", ["nowhere", ".", "bad.jsonl"])
+def test_problems_that_cannot_be_read_are_told_though_the_samples_carry_theirs(
+    problems: str, tmp_path: Path, capsys: Any, never_run: None
+) -> None:
+    (tmp_path / "bad.jsonl").write_text("{")
+    path = write(tmp_path / "s.jsonl", GOOD)
+    assert score.main([str(path), "--allow-code-execution", "--problems", str(tmp_path / problems)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_samples_without_an_answer_are_told(tmp_path: Path, capsys: Any, never_run: None) -> None:
+    path = write(tmp_path / "s.jsonl", json.dumps({**json.loads(GOOD), "resps": []}))
+    assert score.main([str(path), "--allow-code-execution"]) == 2
+    assert "holds no answers" in capsys.readouterr().err
+
+
+def test_a_value_that_is_asked_for_twice_is_told_once(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score, "run_program", fake(True))
+    path = write(tmp_path / "s.jsonl", GOOD)
+    assert score.main([str(path), "--allow-code-execution", "--k", "1", "1", "1"]) == 0
+    assert capsys.readouterr().out.count("pass@1") == 1
 
 
 def test_what_a_machine_cannot_give_is_one_warning(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

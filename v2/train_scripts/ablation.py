@@ -22,6 +22,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import fastdllm
+from fastdllm import whole
 from fastdllm.arguments import COUNT, Parser
 from fastdllm.cli import one_line
 from fastdllm.training.checkpoint import load_for_training
@@ -130,7 +131,7 @@ def main() -> None:
                 folder = Path(place)
                 new_model(folder / "model", seed)
                 lines = (json.dumps({"messages": talk}) for talk in samples(8000, seed))
-                (folder / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+                whole.write_text(folder / "train.jsonl", "\n".join(lines))
                 norm = train(folder, seed, arguments.steps, VARIANTS[name])
                 scores = (100 * solved(folder / "out", talks, threshold) for threshold in (1.0, 0.9))
                 results.append((held_out_loss(folder / "out", talks), *scores, norm))

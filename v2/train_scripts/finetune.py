@@ -26,6 +26,7 @@ from transformers import HfArgumentParser, PreTrainedTokenizerFast, TrainingArgu
 from transformers.integrations import is_tensorboard_available
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from fastdllm import whole
 from fastdllm.arguments import Parser
 from fastdllm.cli import one_line, shell
 from fastdllm.training.checkpoint import MASK_TOKEN, checkpoint_to_resume, load_for_training, save_tokenizer
@@ -317,8 +318,9 @@ def merge(options: ModelArguments, output: Path, tokenizer: PreTrainedTokenizerF
     unset_hf_deepspeed_config()  # ZeRO-3 would spread this model, too
     base, _ = load_for_training(options.model_name_or_path, options.bd_size, dtype)
     merged = PeftModel.from_pretrained(base, output).merge_and_unload()
-    merged.save_pretrained(output / "merged")
-    save_tokenizer(tokenizer, output / "merged")
+    with whole.filling(output / "merged") as partial:
+        merged.save_pretrained(partial)
+        save_tokenizer(tokenizer, partial)
 
 
 def main(argv: list[str]) -> None:

@@ -18,6 +18,7 @@ import re
 from multiprocessing import Pool
 from pathlib import Path
 
+from fastdllm import whole
 from fastdllm.arguments import COUNT, SIZE, Parser
 from fastdllm.cli import one_line
 
@@ -96,7 +97,7 @@ def multiple_choice(problem: Problem, rng: random.Random) -> dict | None:
 
 
 def write_jsonl(path: Path, records: list[dict]) -> None:
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    whole.write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
 
 def write_tasks(folder: Path, workers: int) -> None:
@@ -124,7 +125,8 @@ def write_training_text(folder: Path, stages: list[int], workers: int) -> None:
     for stage in stages:
         problems = sorted(unique(stage_problems(stage, workers), held_out_questions(TASKS_DIR / "gsm_symbolic")))
         text = "\0".join(f"{q}\1{a}" for q, a in problems)
-        (folder / f"stage{stage}.xz").write_bytes(lzma.compress(text.encode(), preset=6))
+        with whole.replacing(folder / f"stage{stage}.xz") as place:
+            place.write_bytes(lzma.compress(text.encode(), preset=6))
 
 
 def read_training_text(path: Path) -> list[Problem]:

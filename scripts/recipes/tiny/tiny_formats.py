@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from fastdllm import whole
 from fastdllm.models import dream, fast_dllm_v2, llada, qwen2
 from fastdllm.models.spec import Family, ModelSpec
 from fastdllm.models.tokenizer import load_tokenizer, special_ids
@@ -125,7 +126,7 @@ def config_for(family: str, vocab: int) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    whole.write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_tokenizer(family: str, folder: Path, tiny_llada: Path) -> int:
@@ -133,8 +134,8 @@ def write_tokenizer(family: str, folder: Path, tiny_llada: Path) -> int:
     model = json.loads((tiny_llada / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     vocab = {t: i - LLADA_SPECIAL for t, i in model["vocab"].items() if i >= LLADA_SPECIAL}
     merges = [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    whole.write_text(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False))
+    whole.write_text(folder / "merges.txt", "#version: 0.2\n" + "\n".join(merges) + "\n")
     ids = {token: len(vocab) + i for i, token in enumerate(SPECIAL_TOKENS[family])}
     write_json(folder / "added_tokens.json", ids)
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
@@ -168,7 +169,7 @@ def write_tokenizer(family: str, folder: Path, tiny_llada: Path) -> int:
         for token in written["added_tokens"]:  # the loader keeps their ids there; the published file lists them once
             written["model"]["vocab"].pop(token["content"], None)
         written["post_processor"] = AS_THEY_ARE  # transformers before 5 has none there, which means the same
-        (folder / "tokenizer.json").write_text(json.dumps(written, indent=2, ensure_ascii=False), encoding="utf-8")
+        whole.write_text(folder / "tokenizer.json", json.dumps(written, indent=2, ensure_ascii=False))
     return len(vocab)
 
 

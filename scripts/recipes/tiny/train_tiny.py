@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdllm import whole
 from fastdllm.arguments import AMOUNT, COUNT, SEED, Parser
 from fastdllm.cli import one_line
 from fastdllm.models.spec import ModelSpec
@@ -382,7 +383,7 @@ def train_and_save(
     try:
         report = train(trainer, sampler, args, lambda: save(args.out, files, parameters))
         save(args.out, files, parameters)
-        (args.out / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        whole.write_text(args.out / "training.json", json.dumps(report, indent=1) + "\n")
     except Diverged as error:
         print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -225,6 +225,15 @@ def test_alpaca_script_runs_offline(qwen2: Path, data: Path, tmp_path: Path) -> 
     assert json.loads((output / "config.json").read_text())["model_type"] == "Fast_dLLM_Qwen"
 
 
+@pytest.mark.parametrize("wrong", [{"GPUS": text} for text in ("x", "1.5", "1 2", "-1", "0x10", "a[0]", "9" * 20)], ids=str)
+def test_settings_of_the_alpaca_script_that_are_none_are_one_line(data: Path, wrong: dict[str, str]) -> None:
+    """1.5 GPUs trained on the CPU."""
+    script, env = SCRIPTS / "finetune_alpaca.sh", {**os.environ, "DATA": str(data), **wrong}
+    done = subprocess.run(["bash", script], env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("finetune_alpaca: GPUS=") and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("folder", [ROOT, ROOT / "v2"], ids=["root", "v2"])
 def test_alpaca_script_finds_its_program_from_any_folder(
     data: Path, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from fastdllm import whole
-from fastdllm.arguments import COUNT, Parser
+from fastdllm.arguments import COUNT, Parser, output_folder
 from fastdllm.cli import one_line
 from scripts.studies.paired import interval
 
@@ -197,7 +197,9 @@ def main(arguments: list[str] | None = None) -> None:
         default=at_once(),
         help="settings measured at a time, on a core each (default %(default)s)",
     )
-    parser.add_argument("--output", type=Path, default=ROOT / "results", help="folder of quickstart.json, .md and .png")
+    parser.add_argument(
+        "--output", type=output_folder, default=ROOT / "results", help="folder of quickstart.json, .md and .png"
+    )
     args = parser.parse_args(arguments)
     started = time.monotonic()
     rows = measure(list(dict.fromkeys(args.only)), args.limit, args.batch_size, args.jobs)

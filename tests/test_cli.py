@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import errno
 import io
 import os
@@ -12,7 +13,8 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,11 @@ def test_the_overview_names_every_command(arguments: list[str], capsys: pytest.C
         (SafetensorError("I/O error: No space left on device (os error 28)"), 2, FULL),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), 2, FULL),
         (RuntimeError("[enforce fail at inline_container.cc:595] . PytorchStreamWriter failed writing file"), 2, FULL),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 2, "fastdllm: Disk quota exceeded\n"),
+        (OSError(errno.EFBIG, "File too large"), 2, "fastdllm: File too large\n"),
+        (SafetensorError("I/O error: Disk quota exceeded (os error 122)"), 2, "fastdllm: Disk quota exceeded\n"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "a"), 2, "fastdllm: [Errno 21] Is a directory: 'a'\n"),
+        (SafetensorError("Is a directory (os error 21)"), 2, "fastdllm: Is a directory (os error 21)\n"),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
     ],
 )
@@ -80,6 +87,7 @@ raise SystemExit(main(["score"]))
     [
         (signal.SIGINT, "1", 130, "tidied up\n", "fastdllm: interrupted\n"),
         (signal.SIGTERM, "1", 143, "tidied up\n", "fastdllm: terminated\n"),
+        (signal.SIGHUP, "1", 129, "tidied up\n", "fastdllm: hung up\n"),
         (signal.SIGTERM, "2", -signal.SIGTERM, "", ""),
     ],
 )
@@ -96,17 +104,117 @@ def test_a_program_that_is_ended_tidies_up_and_says_so_in_one_line(
     assert program.returncode == code
 
 
-def test_the_handler_of_a_signal_is_what_it_was_when_a_command_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_the_handler_of_a_signal_is_what_it_was_when_a_command_is_over(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """What `nohup` ignores stays so."""
     during = []
-    monkeypatch.setitem(cli.COMMANDS, "score", lambda _: during.append(signal.getsignal(signal.SIGTERM)) or 0)
+    monkeypatch.setitem(cli.COMMANDS, "score", lambda _: during.append(signal.getsignal(number)) or 0)
     for before in (signal.SIG_DFL, signal.SIG_IGN):
-        kept = signal.signal(signal.SIGTERM, before)
+        kept = signal.signal(number, before)
         try:
             assert cli.main(["score"]) == 0
-            assert signal.getsignal(signal.SIGTERM) is before
+            assert signal.getsignal(number) is before
         finally:
-            signal.signal(signal.SIGTERM, kept)
+            signal.signal(number, kept)
     assert callable(during[0]) and during[1] is signal.SIG_IGN
+
+
+SIGNALS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "hung up")]
+
+
+class Dropping:
+    """Python drops exceptions that a destructor raises."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        signal.raise_signal(self.number)
+
+
+def in_a_destructor(number: int) -> None:
+    Dropping(number)
+    for _ in range(1000):
+        time.sleep(0.01)
+
+
+def beside_a_line_of_progress(number: int) -> None:
+    try:
+        signal.raise_signal(number)
+    finally:
+        print("3 of 5 done", file=sys.stderr)
+
+
+def with_processes_that_end_as_well(number: int) -> None:
+    try:
+        signal.raise_signal(number)
+    finally:
+        raise RuntimeError("a worker exited unexpectedly")
+
+
+def in_a_library_that_goes_on(number: int) -> None:
+    with contextlib.suppress(SystemExit):
+        signal.raise_signal(number)
+
+
+@pytest.fixture
+def default_handlers() -> Iterator[None]:
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("default_handlers")
+@pytest.mark.parametrize(("number", "code", "told"), SIGNALS)
+@pytest.mark.parametrize(
+    "work", [in_a_destructor, beside_a_line_of_progress, with_processes_that_end_as_well, in_a_library_that_goes_on]
+)
+def test_a_signal_is_heard_wherever_it_comes(
+    capfd: pytest.CaptureFixture, work: Callable[[int], None], number: int, code: int, told: str
+) -> None:
+    with pytest.raises(cli.Ended) as ended, cli.shell("program"):
+        work(number)
+    assert ended.value.code == code
+    assert capfd.readouterr().err.splitlines()[-1] == f"program: {told}"
+
+
+@pytest.mark.usefixtures("default_handlers")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_process_that_a_program_forked_ends_without_a_word(capfd: pytest.CaptureFixture, number: int) -> None:
+    """Those that tokenise would each say the line of the program."""
+    with cli.shell("program"):
+        child = os.fork()
+        if not child:
+            try:
+                signal.raise_signal(number)
+            finally:
+                os._exit(0)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == number
+    assert capfd.readouterr().err == ""
+
+
+def test_an_interruption_while_libraries_are_imported_is_one_line(capfd: pytest.CaptureFixture) -> None:
+    assert sys.modules["fastdllm.cli"]._say_interrupted is cli._say_interrupted
+    cli._say_interrupted(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capfd.readouterr().err.endswith(": interrupted\n")
+
+
+SOURCES = [path for name in ("llada", "dream", "v2") for path in sorted((ROOT / name).rglob("*.py"))]
+OWN = [path for path in SOURCES if path.stem != "ablation" and "__main__" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", OWN, ids=lambda path: path.stem)
+def test_programs_import_first_what_tells_an_interruption(path: Path) -> None:
+    """Those of scripts/ do by their package, and the ablation by finetune."""
+    imports = [
+        line.split()[1] for line in path.read_text(encoding="utf-8").splitlines() if line.startswith(("import ", "from "))
+    ]
+    assert next(name for name in imports if name.split(".")[0] not in sys.stdlib_module_names) == "fastdllm.cli"
+    assert "import fastdllm.cli" in (ROOT / "scripts" / "__init__.py").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("shell", "code", "lines"), [(">/dev/full", 2, 1), ("| true", 141, 0)])
@@ -325,7 +433,7 @@ def test_every_public_name_is_found_whatever_was_imported_before() -> None:
 
 
 def test_what_type_checkers_see_of_the_package_is_what_it_gives() -> None:
-    tree = ast.parse((ROOT / "fastdllm" / "__init__.py").read_text())
+    tree = ast.parse((ROOT / "fastdllm" / "__init__.py").read_text(encoding="utf-8"))
     block = next(node for node in tree.body if isinstance(node, ast.If))
     seen = {(str(node.module), alias.name) for node in block.body for alias in getattr(node, "names", [])}
     assert seen == {(f"fastdllm.{home}", name) for home, names in fastdllm._HOMES.items() for name in names}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import os
 import runpy
 import sys
 from collections.abc import Callable, Iterator
@@ -13,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fastdllm
-from fastdllm.arguments import AMOUNT, COUNT, SEED, SHARE, SIZE, Parser, number
+from fastdllm.arguments import AMOUNT, COUNT, SEED, SHARE, SIZE, Parser, number, output_file, output_folder
+from fastdllm.cli import one_line
+from scripts.benchmarks import decode
 from scripts.results import read_json, read_lines
 from scripts.studies import pareto
 
@@ -29,6 +33,9 @@ NEEDED = {  # options without which a script does not begin
     "train_tiny": ["--family", "llada", "--text", "nowhere", "--out", "out"],
     "pareto": ["run"],
 }
+
+
+PATHS = (Path, output_file, output_folder)
 
 
 class Began(BaseException):
@@ -86,7 +93,7 @@ def test_numbers_out_of_range_are_refused(
         run(path, [], monkeypatch)
     (parser,) = parsers
     assert isinstance(parser, Parser)
-    numbers = [action for action in parser._actions if action.type not in (None, Path, str)]
+    numbers = [action for action in parser._actions if action.type not in (None, str, *PATHS)]
     assert not [action.dest for action in numbers if action.type in (int, float)], "a number without a range"
     for action in numbers:
         for text in BAD:
@@ -203,3 +210,59 @@ def test_no_text_is_read_or_written_in_the_machines_own_encoding() -> None:
         for call in calls:
             if isinstance(call.func, ast.Attribute) and call.func.attr in ("read_text", "write_text"):
                 assert any(keyword.arg == "encoding" for keyword in call.keywords), f"{path}:{call.lineno}"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_what_is_no_value_is_refused(
+    path: Path, parsers: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An empty path meant the present folder, and argparse makes a list without an entry of `--name=--`."""
+    with pytest.raises(Began):
+        run(path, [], monkeypatch)
+    for action in [action for action in parsers[0]._actions if action.option_strings and action.nargs != 0]:
+        name = action.option_strings[-1]
+        for given in [f"{name}=--", *([f"{name}="] if action.type in PATHS else [])]:
+            with pytest.raises(SystemExit) as stopped:
+                parsers[0].parse_known_args([given])
+            said = capsys.readouterr().err
+            assert stopped.value.code == 2 and len(said.splitlines()) == 1 and name in said
+
+
+@pytest.mark.parametrize("name", ["", "x", "cuda:99", "meta", "/nowhere", "cpu,cuda", "é\udcff", "cuda"])
+def test_a_device_that_is_none_is_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if name.startswith("cuda") and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit) as stopped, one_line("decode"):
+        decode.usable(name)
+    assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_place_that_cannot_be_written_shows_before_any_work(tmp_path: Path) -> None:
+    """Minutes or hours of work were lost, and the place was named at their end."""
+    (tmp_path / "file").write_text("kept")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in (".", "file/x", "missing/x", "a" * 300, "pipe", "loop"):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"cannot be written \(.+\)"):
+            output_file(str(tmp_path / name))
+    for name in ("file", "file/x/y", "a" * 300, "pipe", "loop/x"):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"cannot be made \(.+\)"):
+            output_folder(str(tmp_path / name))
+    before = sorted(tmp_path.iterdir())
+    assert output_file(str(tmp_path / "file")).read_text() == "kept"
+    assert output_file(str(tmp_path / "new")) == tmp_path / "new"
+    for name in (".", "new", "new/er"):
+        assert output_folder(str(tmp_path / name)) == tmp_path / name
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_every_script_looks_at_its_output_first(parsers: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that write after every problem look by themselves."""
+    for path in SCRIPTS:
+        with pytest.raises(Began):
+            run(path, [], monkeypatch)
+    unchecked = {(p.prog, a.dest) for p in parsers for a in p._actions if a.dest in OUTPUTS and a.type not in PATHS[1:]}
+    assert unchecked == {("lossless.py", "out"), ("diffusion_pays.py", "output")}
+
+
+OUTPUTS = ("out", "output", "save", "json")

@@ -70,6 +70,18 @@ def test_training_text_keeps_problems_apart_and_held_out_questions_out(tmp_path:
     assert tiny_data.read_training_text(tmp_path / "stage3.xz") == sorted(PROBLEMS)
 
 
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"a text", lzma.compress(b"a\1b")[:-9], *map(lzma.compress, (b"", b"\xff", b"a", b"a\1b\0c", b"a\1", b"\1b"))],
+    ids=repr,
+)
+def test_what_is_no_training_text_is_named(tmp_path: Path, data: bytes) -> None:
+    """Some of it was a traceback; another text was one long question without an answer."""
+    (tmp_path / "stage1.xz").write_bytes(data)
+    with pytest.raises(ValueError, match=r"stage1\.xz"):
+        tiny_data.read_training_text(tmp_path / "stage1.xz")
+
+
 def test_the_generator_still_gives_the_shipped_problems() -> None:
     pytest.importorskip("reasoning_gym")
     shipped = [json.loads(line) for line in (TASKS_DIR / "gsm_symbolic" / "test.jsonl").open(encoding="utf-8")]

@@ -12,14 +12,16 @@ import argparse
 import asyncio
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
+import re
 import sys
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -36,13 +38,19 @@ from fastdllm.serving.service import Service
 
 @dataclass(frozen=True)
 class Line:
-    """One request of the input: where it stood, its own id, the endpoint, the body and the line's length in bytes."""
+    """One request of the input: where it stood, its own id, the endpoint, the body, the line's length in bytes and a hash of
+    it."""
 
     number: int
     custom_id: str
     url: str
     body: Any
     size: int = 0
+    hash: bytes = b""
+
+    def digest(self, options: Mapping[str, Any]) -> str:
+        """What the answer depends on, in 64 hexadecimal digits: the line, and the options of the model and of decoding."""
+        return hashlib.sha256(self.hash + json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def read_lines(path: Path) -> list[Line]:
@@ -64,11 +72,26 @@ def read_lines(path: Path) -> list[Line]:
             raise ValueError(
                 f"{path}:{number}: custom_id {data['custom_id']!r} is that of line {lines[data['custom_id']].number}"
             )
-        lines[data["custom_id"]] = Line(number, data["custom_id"], data["url"], data.get("body"), len(raw))
+        named = data["custom_id"], data["url"], data.get("body")
+        lines[data["custom_id"]] = Line(number, *named, len(raw), hashlib.sha256(raw.strip()).digest())
     return list(lines.values())
 
 
 START = b'{"id": "batch_req_'  # of every line of output
+DIGEST = re.compile("batch_req_([0-9a-f]{64})")
+
+
+class Lost(RuntimeError):
+    """The model answers no more, whatever it is asked: its device has failed, say."""
+
+
+class Answered(NamedTuple):
+    """A line of output: whose answer it is, to which request (see `Line.digest`; None where it does not say), and whether it
+    is an error."""
+
+    custom_id: str
+    digest: str | None
+    failed: bool
 
 
 class Output:
@@ -77,17 +100,17 @@ class Output:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def done(self) -> set[str]:
-        """custom_ids that have a line. ValueError where the file holds something else; then nothing in it is changed."""
+    def done(self) -> dict[str, Answered]:
+        """The lines by custom_id. ValueError where the file holds something else; then nothing in it is changed."""
         if not self.path.exists():
             self.path.open("ab").close()  # so that a folder that is missing or closed shows before anything is computed
         if not self.path.is_file():
             raise ValueError(f"{self.path} is not a file; a batch that can go on needs one for its output")
         with self.path.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            found = {id_of(raw, f"{self.path}:{number}") for number, raw in enumerate(file, start=1)}
+            found = [answer_of(raw, f"{self.path}:{number}") for number, raw in enumerate(file, start=1)]
             _repair(file)
-            return {name for name in found if name is not None}
+            return {answer.custom_id: answer for answer in found if answer is not None}
 
     def add(self, line: dict[str, Any]) -> None:
         """Append a line."""
@@ -99,12 +122,13 @@ class Output:
             os.fsync(file.fileno())
 
 
-def id_of(raw: bytes, where: str) -> str | None:
-    """The custom_id of a line of output; None for one that a killed writer left without its end. ValueError for others."""
+def answer_of(raw: bytes, where: str) -> Answered | None:
+    """What a line of output says; None for one that a killed writer left without its end. ValueError for others."""
     try:
         line = json.loads(raw)
         if raw.endswith(b"\n") and "response" in line and isinstance(line["custom_id"], str):
-            return line["custom_id"]
+            digest = DIGEST.fullmatch(str(line.get("id")))
+            return Answered(line["custom_id"], digest and digest[1], line.get("error") is not None)
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     if not raw.endswith(b"\n") and START.startswith(raw[: len(START)]):
@@ -154,26 +178,31 @@ ENDPOINTS: dict[str, Callable[[Service, Any], Awaitable[dict[str, Any]]]] = {
 }
 
 
-async def respond(service: Service, line: Line) -> dict[str, Any]:
-    """The output line of one request: the response, or the error that it got."""
+async def respond(service: Service, line: Line, digest: str) -> dict[str, Any]:
+    """The output line of one request: the response, or the error that it got. Raises `Lost`."""
     try:
         status, body = 200, await ENDPOINTS[line.url](service, line.body)
     except Exception as error:
+        if service.health == "failed":  # which says nothing about this request, nor about those after it
+            raise Lost("the model's device has failed") from error
         known = describe(error) if isinstance(error, ValidationError) else as_api_error(error)
         status, body = known.status, known.body()
     failed = None if status == 200 else {"code": body["error"]["code"] or str(status), "message": body["error"]["message"]}
     response = {"status_code": status, "request_id": uuid.uuid4().hex, "body": body}
-    return {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line.custom_id, "response": response, "error": failed}
+    return {"id": f"batch_req_{digest}", "custom_id": line.custom_id, "response": response, "error": failed}
 
 
-async def answer_all(service: Service, lines: Sequence[Line], output: Output, at_once: int, show: bool = True) -> int:
-    """Answer the lines in their order, `at_once` at a time; returns how many got an error."""
+async def answer_all(
+    service: Service, lines: Sequence[tuple[Line, str]], output: Output, at_once: int, show: bool = True
+) -> int:
+    """Answer the lines, each given with its digest, in their order, `at_once` at a time; returns how many got an error.
+    Raises `Lost`."""
     failed, waiting = 0, iter(lines)
 
     async def work() -> None:
         nonlocal failed
-        for line in waiting:
-            result = await respond(service, line)
+        for line, digest in waiting:
+            result = await respond(service, line, digest)
             failed += result["error"] is not None
             output.add(result)
             bar.update()
@@ -214,12 +243,16 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """The command; returns 0 when every line has an answer, 1 when some got an error, 2 for bad options or input."""
+    """The command; returns 0 when every line has an answer, 1 when some got an error or none because the device failed, 2
+    for bad options or input."""
     own, args = registry.parse(lambda: parser(prog), arguments)
     try:
         return _run(args)
     except BrokenPipeError:  # whoever read the output is gone, which is no mistake
         raise
+    except Lost as error:
+        print(f"{own.prog}: {error}; the same command asks again what has no answer in {args.output}", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(f"{own.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -229,21 +262,39 @@ def _run(args: argparse.Namespace) -> int:
     chosen, output = settings(args), Output(args.output)
     if args.output.exists() and args.input.exists() and args.output.samefile(args.input):
         raise ValueError(f"{args.output} is the input as well; the responses need a file of their own")
-    lines, done = read_lines(args.input), output.done()
-    rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    own = [line for line in share(lines, rank, size) if line.custom_id not in done]
+    lines = read_lines(args.input)
+    options = {name: getattr(chosen, name) for name in ("model", "revision", "quantize", "adapter", "decoding")}
+    digests = {line.custom_id: line.digest(options) for line in lines}
+    done = {name: answer for name, answer in output.done().items() if name in digests}
+    for name, answer in done.items():
+        if answer.digest not in (None, digests[name]):
+            raise ValueError(
+                f"{args.output} answers {name!r} for another body, model or options than now; give another output"
+            )
+    rank, size = _place()
+    own = [(line, digests[line.custom_id]) for line in share(lines, rank, size) if line.custom_id not in done]
+    if not lines:
+        print(f"{args.input} holds no request", file=sys.stderr)
     if done:
         print(f"{len(done)} of {len(lines)} requests have an answer already", file=sys.stderr)
-    if not own:
-        return 0
-    service = _service(chosen, chosen.device or _own_device(size))
-    try:
-        failed = asyncio.run(answer_all(service.start(), own, output, 2 * chosen.max_batch, rank == 0))
-    finally:
-        service.close(timeout=10)
+    failed = sum(answer.failed for answer in done.values())
+    if own:
+        service = _service(chosen, chosen.device or _own_device(size))
+        try:
+            failed += asyncio.run(answer_all(service.start(), own, output, 2 * chosen.max_batch, rank == 0))
+        finally:
+            service.close(timeout=10)
     if failed:
         print(f"{failed} requests got an error; their lines in {args.output} say why", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _place() -> tuple[int, int]:
+    """Which of how many processes this one is, as its launcher says. ValueError where that makes no sense."""
+    rank, size = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise ValueError(f"RANK={rank[:20]!r} and WORLD_SIZE={size[:20]!r}, which a launcher sets, name no process")
+    return int(rank), int(size)
 
 
 def _own_device(size: int) -> str | None:

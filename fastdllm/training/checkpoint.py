@@ -34,6 +34,8 @@ MODEL_TYPES = ("qwen2", Fast_dLLM_QwenConfig.model_type)
 WEIGHTS, ADAPTER = "model.safetensors", "adapter_config.json"
 # What a training checkpoint may hold its weights in: a model, an adapter, FSDP's and DeepSpeed's own form.
 CHECKPOINT_WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "pytorch_model_fsdp*", "global_step*")
+# What a run writes, of which another run's must not be there: it would be overwritten, or read in place of this one's.
+OUTPUTS = ("checkpoint-*", "config.json", "*.safetensors", "*.safetensors.index.json", ADAPTER, "merged")
 OWN_FIELDS = {"model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype"}
 OWN_FIELDS |= {
     "attn_implementation",
@@ -97,6 +99,8 @@ def load_for_training(
         base = read_object(local / ADAPTER).get("base_model_name_or_path")
         raise ValueError(f"{name}: a LoRA adapter of {base}; train from a whole model (--merge_lora writes one)")
     folder = find_folder(name)
+    if (folder / ADAPTER).is_file():  # transformers would add it, frozen
+        raise ValueError(f"{folder}: holds a LoRA adapter next to the model; train from a folder that holds one of them")
     found = tensor_shapes(folder)
     config = read_config(folder, block, len(found))
     with torch.device("meta"):
@@ -275,6 +279,20 @@ def _other_optimizer(path: Path, model: torch.nn.Module) -> str | None:
     if sum(len(group["params"]) for group in state["param_groups"]) != len(shapes) or (known and sorted(known) != shapes):
         return f"{path.name} is of another model"
     return None
+
+
+def check_output(folder: Path, resume: str | None) -> None:
+    """Raise ValueError where a run would write into a folder that holds a model, an adapter or checkpoints of another one:
+    what is there would be lost, or taken for the new run's. A run that goes on with a checkpoint of the folder may.
+
+    resume: what `checkpoint_to_resume` is asked for, None for a run that begins.
+    """
+    if resume == "latest" or (resume and Path(resume).resolve().parent == folder.resolve()):
+        return
+    if found := next((path for kind in OUTPUTS for path in sorted(folder.glob(kind))), None):
+        raise ValueError(
+            f"output_dir={str(folder)!r} holds {found.name} already; give another, or go on with resume_from_checkpoint"
+        )
 
 
 def checkpoint_to_resume(

@@ -182,10 +182,13 @@ class FiniteTrainer(Trainer):
 
 def train_or_exit(trainer: FiniteTrainer, resume: Path | None, prog: str) -> None:
     """Train. Where training becomes meaningless: one line on stderr, by the first process, and exit code 2 of them all.
-    So it is where an option asks for something in vain: for an optimizer whose library is missing, say."""
+    So it is where an option asks for something in vain before the first step: for an optimizer whose library is missing, or
+    a mode of torch.compile that there is none of; and where no step was made, since there is no record or no epoch."""
     try:
         trainer.train(resume_from_checkpoint=resume and str(resume))
-    except (Diverged, ImportError, ValueError) as error:
+        if not (trainer.stepping or resume):
+            raise ValueError("no step was made: there are fewer rows than a batch that is not dropped needs, or no epochs")
+    except (Diverged, ImportError, ValueError, RuntimeError) as error:
         if trainer.stepping and not isinstance(error, Diverged):
             raise
         trainer.accelerator.end_training()

@@ -36,12 +36,12 @@ import torch
 
 import fastdllm
 from fastdllm import whole
-from fastdllm.arguments import COUNT, Parser
+from fastdllm.arguments import COUNT, Parser, output_file
 from fastdllm.build import assemble
 from fastdllm.cli import one_line
 from fastdllm.engine import Request, decode
 from fastdllm.forward import Window
-from fastdllm.models import Family, Model
+from fastdllm.models import Family, Model, read_device
 from fastdllm.models.a2d import FAMILY as A2D
 from fastdllm.models.dream import FAMILY as DREAM
 from fastdllm.models.fast_dllm_v2 import FAMILY as V2
@@ -140,11 +140,10 @@ def random_model(name: str, device: torch.device, kind: str | None) -> Model:
 
 
 def usable(name: str) -> torch.device:
-    """The device of this name. Raises ValueError for a GPU where there is none."""
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    """The device of this name. Raises ValueError for one that is not here."""
+    if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("a GPU is needed, and torch finds none; some benchmarks take --cpu, others --device cpu")
-    return device
+    return read_device(name)
 
 
 def synchronise(device: torch.device) -> None:
@@ -437,7 +436,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--cpu", action="store_true", help="the shipped tiny models on the CPU")
     parser.add_argument("--skip-checks", action="store_true", help="do not run the op tests first")
-    parser.add_argument("--output", type=Path, help="also write the figures to this file, under the kind of weights")
+    parser.add_argument("--output", type=output_file, help="also write the figures to this file, under the kind of weights")
     parser.add_argument("--compare", help="a file whose last line is an earlier run's JSON")
     parser.add_argument("--repeats", type=COUNT, help="of which the median is taken")
     args = parser.parse_args(arguments)

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from fastdllm import whole
-from fastdllm.arguments import Parser
+from fastdllm.arguments import Parser, output_file
 from fastdllm.cli import one_line
 
 with one_line("kernels"):  # an environment without Triton is one line
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="time the candidate tilings and library alternatives too")
     parser.add_argument("--only", help="one op: attention, linear, head_confidence, ..., layers")
     parser.add_argument("--kind", help="only weights of one kind: bf16, fp8, int8, int4 (of the ops that have weights)")
-    parser.add_argument("--json", help="also write every figure to this file")
+    parser.add_argument("--json", type=output_file, help="also write every figure to this file")
     args = parser.parse_args()
     usable("cuda")
     copy, matmul = ceilings()

@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import fastdllm
 from fastdllm import kernels
-from fastdllm.arguments import COUNT, Parser
+from fastdllm.arguments import COUNT, Parser, output_folder
 from fastdllm.cli import one_line
 from fastdllm.models.quantize import KINDS
 from scripts.benchmarks.decode import (
@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--keys", type=COUNT, default=1256, help="positions it sees")
     parser.add_argument("--rows", type=COUNT, default=1, help="sequences in the batch")
     parser.add_argument("--cpu", action="store_true", help="the shipped tiny model on the CPU")
-    parser.add_argument("--out", type=Path, default=Path("results/profile"))
+    parser.add_argument("--out", type=output_folder, default=Path("results/profile"))
     args = parser.parse_args(arguments)
     if args.cpu and args.model not in TINY:
         parser.error(f"--cpu: no shipped model has the format of {args.model}")

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from fastdllm import whole
-from fastdllm.arguments import COUNT, Parser
+from fastdllm.arguments import COUNT, Parser, output_file
 from fastdllm.cli import one_line
 from scripts.benchmarks import decode
 
@@ -43,8 +43,10 @@ class Published:
 
     def __init__(self, checkout: Path, device: torch.device) -> None:
         folder = checkout.resolve() / "llada"
-        if not (folder / "generate.py").is_file():
-            raise ValueError(f"--checkout {checkout} has no llada/generate.py; give a checkout of NVlabs/Fast-dLLM")
+        if not (folder / "generate.py").is_file() or not (folder / "model" / "modeling_llada.py").is_file():
+            raise ValueError(
+                f"--checkout {checkout} has no llada/generate.py and model/; give a checkout of NVlabs/Fast-dLLM"
+            )
         sys.path.insert(0, str(folder))  # its modules import one another as top-level names
         self.answer: Callable[..., Any] = importlib.import_module("generate").generate_with_dual_cache
         network = importlib.import_module("model.modeling_llada").LLaDAModelLM
@@ -131,7 +133,7 @@ def measured(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkout", type=Path, required=True, help="a checkout of NVlabs/Fast-dLLM")
-    parser.add_argument("--output", type=Path, help="a JSON file whose figures are replaced; default: print only")
+    parser.add_argument("--output", type=output_file, help="a JSON file whose figures are replaced; default: print only")
     parser.add_argument("--prompts", nargs="+", type=COUNT, default=[1000, 128], help="lengths; forwards have the first")
     parser.add_argument("--batches", nargs="+", type=COUNT, default=[1, 32], help="of this code; default: %(default)s")
     parser.add_argument("--gen", type=COUNT, default=256, help="new tokens, whole blocks of 32; default: %(default)s")

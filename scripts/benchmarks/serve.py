@@ -119,10 +119,12 @@ def serving(model: Model, config: DecodeConfig, rows: int) -> Iterator[str]:
 
 
 def measure(url: str, model: str, load: Load, rate: float | None, at_once: int) -> dict[str, Any]:
-    """Send the load from another process; its figures."""
+    """Send the load from another process; its figures. Raises ValueError where the server does not answer."""
     job = {"url": url, "model": model, "prompts": load.prompts, "length": load.length, "rate": rate, "at_once": at_once}
     command = [sys.executable, "-m", "scripts.benchmarks.serve", "--send"]
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True)
+    if done.returncode == 2:
+        raise ValueError(done.stderr.strip().rpartition("\n")[2])
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
     return json.loads(done.stdout)
@@ -172,13 +174,13 @@ async def stream(client: Any, body: dict[str, Any]) -> dict[str, float]:
     times: dict[str, float] = {}
     async with client.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:
-            raise RuntimeError((await response.aread()).decode())
+            raise ValueError((await response.aread()).decode())
         async for line in response.aiter_lines():
             if not line.startswith("data: {"):
                 continue
             chunk, now = json.loads(line[6:]), time.perf_counter() - started
             if "error" in chunk:
-                raise RuntimeError(chunk["error"]["message"])
+                raise ValueError(chunk["error"]["message"])
             if "denoising" in chunk:
                 times.setdefault("first_forward", now)
             elif chunk["choices"] and chunk["choices"][0]["text"]:
@@ -194,9 +196,9 @@ def load_model(args: argparse.Namespace, length: int) -> tuple[Model, DecodeConf
     decoding = dict(item.split("=", 1) for item in args.set)
     if args.shape is None:
         return fastdllm.load(args.model, args.device), DecodeConfig(**{"gen_length": length, **decoding})
-    from scripts.benchmarks.decode import random_model
+    from scripts.benchmarks.decode import random_model, usable
 
-    model = random_model(args.shape, torch.device(args.device or "cuda"), args.quantize)
+    model = random_model(args.shape, usable(args.device or "cuda"), args.quantize)
     model.tokenizer = fastdllm.load("tiny-llada", "cpu").tokenizer  # any: what is written means nothing
     fixed = {"gen_length": length, "decoder": "quota", "steps": length // args.per_step, "stop_ids": ()}
     return model, DecodeConfig(**{**fixed, **decoding})
@@ -225,7 +227,13 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     if args.send:
-        print(json.dumps(asyncio.run(send(json.load(sys.stdin)))))
+        import httpx
+
+        job = json.load(sys.stdin)
+        try:
+            print(json.dumps(asyncio.run(send(job))))
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise ValueError(f"{job['url']} does not answer: {str(error) or type(error).__name__}") from error
         return 0
     if args.url:
         tokenizer = fastdllm.load(args.model, "cpu").tokenizer

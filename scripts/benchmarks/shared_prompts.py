@@ -15,14 +15,13 @@ import argparse
 import json
 import platform
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastdllm
 from fastdllm import DecodeConfig, whole
-from fastdllm.arguments import COUNT, SIZE, Parser
+from fastdllm.arguments import COUNT, SIZE, Parser, output_file
 from fastdllm.cli import one_line
 from fastdllm.models import Model
 from fastdllm.tasks import TASKS_DIR
@@ -64,7 +63,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shots", type=SIZE, default=5, help="worked examples before each problem (default 5)")
     parser.add_argument("--batch", type=COUNT, default=32, help="prompts at a time (default 32)")
     parser.add_argument("--gen", type=COUNT, default=256, help="tokens of a whole answer (default 256)")
-    parser.add_argument("--output", type=Path, help="also write the figures to this file, docs/shared_prompts.json for one")
+    parser.add_argument(
+        "--output", type=output_file, help="also write the figures to this file, docs/shared_prompts.json for one"
+    )
     args = parser.parse_args(arguments)
     device = usable(args.device)
     model = fastdllm.load(args.model, device=device) if args.model else random_model("v2", device, None)

@@ -38,7 +38,7 @@ from transformers import Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from fastdllm import whole
-from fastdllm.arguments import COUNT, SIZE, Parser
+from fastdllm.arguments import COUNT, SIZE, Parser, output_file
 from fastdllm.cli import one_line
 from fastdllm.training.model import Fast_dLLM_QwenConfig, Fast_dLLM_QwenForCausalLM
 from fastdllm.training.objective import choose_masked, draw_noise
@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=COUNT, default=8)
     parser.add_argument("--warm_up", type=SIZE, default=3)
     parser.add_argument("--tiny", action="store_true", help="a network of no use, to see that everything runs")
-    parser.add_argument("--output", type=Path, help="a JSON file for the cases, of which it then holds no others")
+    parser.add_argument("--output", type=output_file, help="a JSON file for the cases, of which it then holds no others")
     args = parser.parse_args(argv)
     present = torch.cuda.device_count() if args.device == "cuda" else os.cpu_count() or 1
     devices = args.devices or [n for n in (1, 2) if n <= present]

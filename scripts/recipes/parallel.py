@@ -33,7 +33,7 @@ from transformers.trainer_callback import PrinterCallback
 
 import fastdllm
 from fastdllm import whole
-from fastdllm.arguments import AMOUNT, COUNT, SEED, SHARE, SIZE, Parser, number
+from fastdllm.arguments import AMOUNT, COUNT, SEED, SHARE, SIZE, Parser, number, output_folder
 from fastdllm.cli import one_line, shell
 from fastdllm.models import Model
 from fastdllm.training.checkpoint import checkpoint_to_resume
@@ -375,7 +375,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, help="a shipped name, a folder or a hub id")
     add("--data", type=Path, required=True, help="training prompts with answers")
-    add("--out", type=Path, required=True)
+    add("--out", type=output_folder, required=True)
     add("--held_out", type=Path, help="problems to measure on; default: the first --problems of --data, kept from training")
     add("--problems", type=COUNT, default=500)
     add("--limit", type=COUNT, help="use only this many records of --data")

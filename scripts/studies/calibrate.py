@@ -22,7 +22,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from torch import Tensor
 
 import fastdllm
 from fastdllm import whole
-from fastdllm.arguments import COUNT, Parser
+from fastdllm.arguments import COUNT, Parser, output_file
 from fastdllm.build import assemble, device_name
 from fastdllm.cli import one_line
 from fastdllm.decoders.base import DecoderRule
@@ -177,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--costs", action="store_true", help="time a forward on this device too")
     parser.add_argument("--device")
     parser.add_argument("--dtype")
-    parser.add_argument("--out", type=Path, help=f"default {FILE} in the model's folder")
+    parser.add_argument("--out", type=output_file, help=f"default {FILE} in the model's folder")
     args = parser.parse_args(arguments)
     model = fastdllm.load(args.model, device=args.device, dtype=args.dtype)
     out = args.out or find_folder(args.model) / FILE

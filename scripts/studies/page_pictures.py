@@ -21,7 +21,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from fastdllm.arguments import Parser
+from fastdllm.arguments import Parser, output_folder
 from fastdllm.cli import one_line
 from fastdllm.ui.options import SAMPLE_QUESTION
 
@@ -96,7 +96,7 @@ def save_moving(pictures: list[Any], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--question", default=SAMPLE_QUESTION, help="what the two settings are asked")
-    parser.add_argument("-o", "--output", type=Path, default=DOCS, metavar="FOLDER", help="where (default: docs/)")
+    parser.add_argument("-o", "--output", type=output_folder, default=DOCS, metavar="FOLDER", help="where (default: docs/)")
     args = parser.parse_args(arguments)
     from playwright.sync_api import sync_playwright
 

@@ -156,8 +156,8 @@ def plot(panels: list[tuple[str, list[dict[str, Any]]]], columns: int, path: Pat
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8)
     figure.set_layout_engine("constrained")
-    with whole.replacing(path) as place:
-        figure.savefig(place)
+    with whole.replacing(path) as partial:
+        figure.savefig(partial)
     pyplot.close(figure)
 
 

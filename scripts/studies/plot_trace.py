@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdllm import registry, whole
-from fastdllm.arguments import Parser
+from fastdllm.arguments import Parser, output_file
 from fastdllm.cli import one_line
 from fastdllm.trace import Trace, watch
 from fastdllm.ui.options import about
@@ -110,8 +110,8 @@ def parser() -> Parser:
     out.add_argument("--prompt", help="record the answer to this question (default without a file: one the model knows)")
     out.add_argument("--model", default="tiny-llada", help="that answers (default tiny-llada)")
     out.add_argument("--set", dest="options", action="append", default=[], metavar="NAME=VALUE", help="for --prompt")
-    out.add_argument("--save", type=Path, help="also write the recorded trace here")
-    out.add_argument("-o", "--output", type=Path, default=Path("trace.png"), help="figure (default trace.png)")
+    out.add_argument("--save", type=output_file, help="also write the recorded trace here")
+    out.add_argument("-o", "--output", type=output_file, default=Path("trace.png"), help="figure (default trace.png)")
     registry.add_import_option(out)
     return out
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import fastdllm
 from fastdllm import whole
-from fastdllm.arguments import COUNT, SHARE, Parser
+from fastdllm.arguments import COUNT, SHARE, Parser, output_folder
 from fastdllm.cli import one_line
 from fastdllm.tasks import TASKS_DIR
 from scripts.results import read_json
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--threshold", type=SHARE, default=0.9)
     parser.add_argument("--caches", nargs="+", default=["block", "sub_block"])
     parser.add_argument("--batch-size", type=COUNT, default=16)
-    parser.add_argument("--out", type=Path, default=Path("results/reuse"))
+    parser.add_argument("--out", type=output_folder, default=Path("results/reuse"))
     args = parser.parse_args()
 
     model = fastdllm.load(args.model)

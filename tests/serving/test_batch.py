@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import fastdllm
+from fastdllm.serving import batch
 from fastdllm.serving.batch import Line, Output, main, read_lines, share
 from tests.serving.conftest import ROOT
 
@@ -58,8 +60,98 @@ def test_every_line_gets_the_answer_it_gets_alone_or_its_error(tmp_path: Path, m
     for name in ("request-90", "request-91", "nothing"):
         assert found[name]["response"]["status_code"] == 400 and found[name]["error"]["message"]
     before = out.read_bytes()
-    assert main([str(source), str(out)]) == 0, "everything has a line already"
+    assert main([str(source), str(out)]) == 1, "everything has a line already, some of them errors"
     assert out.read_bytes() == before
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A service that answers at once; its state is "ready" until it is set."""
+    service = SimpleNamespace(health="ready", close=lambda timeout: None)
+    service.start = lambda: service
+
+    async def endpoint(service: Any, body: Any) -> dict[str, Any]:
+        if body == "lose the device":
+            service.health = "failed"
+        if service.health == "failed" or body == "fail":
+            raise RuntimeError("CUDA error")
+        return {"body": body}
+
+    monkeypatch.setitem(batch.ENDPOINTS, "/v1/completions", endpoint)
+    monkeypatch.setattr(batch, "_service", lambda *_: service)
+    return service
+
+
+def ask(name: str, body: Any) -> dict[str, Any]:
+    return {"custom_id": name, "url": "/v1/completions", "body": body}
+
+
+def test_what_has_no_answer_when_the_device_fails_is_asked_again(
+    tmp_path: Path, silent: SimpleNamespace, capsys: pytest.CaptureFixture
+) -> None:
+    """Each such line had got an error for good, and the next run had nothing left to do."""
+    lines = [ask("a", "1234567"), ask("b", "lose the device"), *(ask(str(i), i) for i in range(100))]
+    source, out = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    command = [str(source), str(out), "--max-batch", "1"]
+    assert main(command, prog="fastdllm batch") == 1
+    assert "the same command asks again" in capsys.readouterr().err
+    assert 0 < len(before := results(out)) + 1 < len(lines) and not [one for one in before.values() if one["error"]]
+    silent.health = "ready"
+    batch.ENDPOINTS["/v1/completions"] = answer_anything
+    assert main(command) == 0
+    assert set(results(out)) == {entry["custom_id"] for entry in lines}
+
+
+@pytest.mark.usefixtures("silent")
+@pytest.mark.parametrize(("rank", "size"), [("x", "2"), ("2", "2"), ("-1", "2"), ("0", "0"), ("0", "1e3"), ("0", "-1")])
+def test_a_process_that_none_of_the_lines_are_for_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, rank: str, size: str
+) -> None:
+    """It ended with success, and nothing was done."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    source = write(tmp_path / "in.jsonl", [ask("a", 1)])
+    assert main([str(source), str(tmp_path / "out.jsonl")], prog="fastdllm batch") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "RANK" in error
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "\r\n", "  \n"])
+def test_a_file_without_a_request_says_so(tmp_path: Path, capsys: pytest.CaptureFixture, text: str) -> None:
+    (tmp_path / "in.jsonl").write_text(text, newline="")
+    assert main([str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]) == 0
+    assert "in.jsonl holds no request" in capsys.readouterr().err
+
+
+async def answer_anything(service: Any, body: Any) -> dict[str, Any]:
+    return {"body": body}
+
+
+@pytest.mark.usefixtures("silent")
+def test_errors_of_an_earlier_session_count(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source, out = write(tmp_path / "in.jsonl", [ask("a", 1), ask("b", "fail")]), tmp_path / "out.jsonl"
+    for _ in range(3):
+        assert main([str(source), str(out)]) == 1
+        assert "1 requests got an error" in capsys.readouterr().err
+    write(source, [ask("a", 1)])
+    assert main([str(source), str(out)]) == 0, "a line that nobody asks for any more"
+
+
+@pytest.mark.usefixtures("silent")
+@pytest.mark.parametrize("change", ["body", "url", "model", "option"])
+def test_an_answer_to_another_request_is_not_taken_for_this_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(batch.ENDPOINTS, "/v1/decide", answer_anything)
+    source, out = write(tmp_path / "in.jsonl", [ask("a", 1), ask("b", 2)]), tmp_path / "out.jsonl"
+    assert main([str(source), str(out)]) == 0
+    kept = out.read_bytes()
+    changed = {**ask("a", 7 if change == "body" else 1), **({"url": "/v1/decide"} if change == "url" else {})}
+    write(source, [changed, ask("b", 2)])
+    options = {"model": ["--model", "tiny-dream"], "option": ["--gen-length", "32"]}
+    assert main([str(source), str(out), *options.get(change, [])]) == 2
+    assert "answers 'a' for another body, model or options" in capsys.readouterr().err
+    assert out.read_bytes() == kept
 
 
 def answered(name: str) -> dict[str, Any]:
@@ -75,11 +167,11 @@ def test_a_torn_line_is_cut_off_and_asked_again(tmp_path: Path) -> None:
     for cut in (1, 5, len(whole) // 3 - 1, len(whole) // 3):
         output.path.write_bytes(whole[:-cut])
         done = output.done()
-        assert done == {f"request-{i}" for i in range(whole[:-cut].count(b"\n"))}
+        assert done.keys() == {f"request-{i}" for i in range(whole[:-cut].count(b"\n"))}
         output.add(answered("next"))
-        assert output.done() == done | {"next"}
+        assert output.done().keys() == done.keys() | {"next"}
     output.path.write_bytes(whole[: len(whole) // 3 - 9])
-    assert output.done() == set() and output.path.read_bytes() == b""
+    assert output.done() == {} and output.path.read_bytes() == b""
 
 
 @pytest.mark.parametrize(

@@ -225,6 +225,15 @@ def test_alpaca_script_runs_offline(qwen2: Path, data: Path, tmp_path: Path) -> 
     assert json.loads((output / "config.json").read_text())["model_type"] == "Fast_dLLM_Qwen"
 
 
+@pytest.mark.parametrize("wrong", [{"GPUS": text} for text in ("x", "1.5", "1 2", "-1", "0x10", "a[0]", "9" * 20)], ids=str)
+def test_settings_of_the_alpaca_script_that_are_none_are_one_line(data: Path, wrong: dict[str, str]) -> None:
+    """1.5 GPUs trained on the CPU."""
+    script, env = SCRIPTS / "finetune_alpaca.sh", {**os.environ, "DATA": str(data), **wrong}
+    done = subprocess.run(["bash", script], env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("finetune_alpaca: GPUS=") and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("folder", [ROOT, ROOT / "v2"], ids=["root", "v2"])
 def test_alpaca_script_finds_its_program_from_any_folder(
     data: Path, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -462,26 +471,43 @@ def test_a_disk_that_fills_while_a_model_is_saved_is_one_line(
     assert error.splitlines()[-1] == "finetune: No space left on device"
 
 
-@pytest.mark.parametrize("name", finetune.LIMITS)
-@pytest.mark.parametrize("value", ["nan", "-1", "inf"])
-def test_numbers_of_the_optimizer_have_limits(
-    qwen2: Path, data: Path, tmp_path: Path, capsys: Any, name: str, value: str
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        finetune.main(options(qwen2, data, tmp_path / "out", **{name: value}))
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert f"--{name} " in error and "must lie in" in error and error.count("\n") == 1
+@pytest.mark.parametrize("name", finetune.RANGES)
+def test_numbers_have_limits(capsys: Any, name: str) -> None:
+    least, most = finetune.RANGES[name]
+    kinds = {field.name: str(field.type) for kind in finetune.KINDS for field in dataclasses.fields(kind)}
+    wrong = [least - 1, int(most) + 1] if "int" in kinds[name] else ["nan", least - 1, most * 2 + 1]
+    for value in wrong:
+        with pytest.raises(SystemExit) as stopped:
+            finetune.main([*options(Path("m"), Path("d"), Path("o")), f"--{name}", str(value)])
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert f"--{name} " in error and "must lie in" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", finetune.LEAST)
-def test_whole_numbers_have_a_least_value(capsys: Any, name: str) -> None:
-    value = str(finetune.LEAST[name] - 1)
+ODD = ["", "-1", "nan", "inf", "1e400", "x", "9" * 30, "1.5", "{", "[1]", '{"a": 1}', "a\nb"]
+
+
+def test_no_value_of_any_option_is_a_traceback(capsys: Any) -> None:
+    """Whatever transformers makes of it: an infinite --save_steps and an unknown key of --accelerator_config were some."""
+    names = [field.name for kind in finetune.KINDS for field in dataclasses.fields(kind) if field.init]
+    for name in names:
+        for value in ODD:
+            try:
+                finetune.parse([*options(Path("m"), Path("d"), Path("o")), f"--{name}={value}"])
+                assert value, name
+            except SystemExit as stopped:
+                assert stopped.code == 2, name
+                assert len(capsys.readouterr().err.splitlines()) <= 2, name
+
+
+@pytest.mark.parametrize("name", ["dataset_path", "eval_dataset_path", "resume_from_checkpoint", "output_dir"])
+@pytest.mark.parametrize("given", [["--{}", ""], ["--{}="]])
+def test_an_empty_option_is_named(capsys: Any, name: str, given: list[str]) -> None:
+    """As of a variable of the shell that is not set: it would train on the present folder, without tests, or anew."""
     with pytest.raises(SystemExit) as stopped:
-        finetune.main([*options(Path("m"), Path("d"), Path("o")), f"--{name}", value])
+        finetune.main([*options(Path("m"), Path("d"), Path("o")), *(part.format(name) for part in given)])
     assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert f"--{name} {value} must be at least" in error and error.count("\n") == 1
+    assert f"--{name} is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -661,6 +687,58 @@ def test_a_checkpoint_of_the_other_kind_is_passed_over(
     model = models[not (checkpoint / "adapter_config.json").is_file()]
     with pytest.raises(ValueError, match=r"checkpoint-1: passed over, there is no .*safetensors"):
         checkpoint_to_resume("latest", tmp_path, model)
+
+
+THERE = ["checkpoint-6", "config.json", "model.safetensors", "model.safetensors.index.json", "adapter_config.json", "merged"]
+
+
+@pytest.mark.parametrize("found", THERE)
+@pytest.mark.parametrize("extra", [{}, {"lora": True}, {"resume_from_checkpoint": "elsewhere/checkpoint-6"}], ids=str)
+def test_what_another_run_left_is_neither_lost_nor_taken_for_this_ones(
+    data: Path, tmp_path: Path, capsys: Any, found: str, extra: dict[str, Any]
+) -> None:
+    """New weights next to an old index did not load, an adapter next to an old model was not used, and `latest` went on with
+    a checkpoint of the run before."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / found).write_text("kept")
+    with pytest.raises(SystemExit) as stopped:
+        finetune.main(options(tmp_path / "nowhere", data, tmp_path / "out", **extra))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and f"holds {found} already" in error
+    assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ["kept"]
+
+
+def test_a_model_with_an_adapter_beside_it_is_refused(qwen2: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    """transformers adds the adapter, frozen, and nothing is left to train."""
+    shutil.copytree(qwen2, tmp_path / "model")
+    (tmp_path / "model" / "adapter_config.json").write_text("{}")
+    with pytest.raises(SystemExit) as stopped:
+        finetune.main(options(tmp_path / "model", data, tmp_path / "out"))
+    assert stopped.value.code == 2 and "holds a LoRA adapter next to the model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("extra", [{"dataloader_drop_last": True, "max_steps": 2}, {"num_train_epochs": 0}], ids=str)
+def test_a_run_without_a_step_saves_no_model(
+    qwen2: Path, data: Path, tmp_path: Path, capsys: Any, extra: dict[str, Any]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        finetune.main(options(qwen2, data, tmp_path / "out", per_device_train_batch_size=100, **extra))
+    assert stopped.value.code == 2 and "no step was made" in capsys.readouterr().err.splitlines()[-1]
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.json", "tokenizer.json"])
+def test_what_stands_in_the_way_of_a_file_is_one_line(
+    qwen2: Path, data: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """It was a traceback, of a kind that depends on the library which writes the file."""
+    monkeypatch.setattr(finetune, "check_output", lambda *_: None)
+    monkeypatch.setattr(cli, "_forget_output", lambda: None)
+    (tmp_path / "out" / name).mkdir(parents=True)
+    with pytest.raises(SystemExit) as stopped:
+        finetune.main(options(qwen2, data, tmp_path / "out", max_steps=1))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "Traceback" not in error and "Is a directory" in error.splitlines()[-1]
 
 
 def test_without_a_whole_checkpoint_there_is_nothing_to_resume(qwen2: Path, data: Path, tmp_path: Path) -> None:

@@ -10,7 +10,11 @@ Options are those below and all of transformers' TrainingArguments. On several d
 
 from __future__ import annotations
 
+from fastdllm.cli import one_line, shell  # first: from here on an interruption is one line
+
+# isort: split
 import difflib
+import itertools
 import math
 import os
 import sys
@@ -28,12 +32,11 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from fastdllm import whole
 from fastdllm.arguments import Parser
-from fastdllm.cli import one_line, shell
-from fastdllm.training.checkpoint import MASK_TOKEN, checkpoint_to_resume, load_for_training, save_tokenizer
+from fastdllm.training.checkpoint import MASK_TOKEN, check_output, checkpoint_to_resume, load_for_training, save_tokenizer
 from fastdllm.training.collator import Collator, Rows
 from fastdllm.training.finite import train_or_exit
 from fastdllm.training.objective import IGNORE
-from fastdllm.training.records import Conversation, Record, keep_good, read_records, to_conversation
+from fastdllm.training.records import Conversation, Record, encodable, keep_good, read_records, to_conversation
 from fastdllm.training.samples import FAST_DLLM_V2_TEMPLATE, Sample, encode, fit, pack, pad_to_block
 from fastdllm.training.trainer import BlockDiffusionTrainer
 
@@ -71,12 +74,18 @@ REPLACED = {
     "xpu_backend": "use --ddp_backend",
 }
 
-# The most that a number of the optimizer may be; the least is 0, and a NaN is neither.
-LIMITS = {"learning_rate": 1e30, "weight_decay": 1e30, "max_grad_norm": 1e30, "adam_epsilon": 1e30}
-LIMITS |= {"adam_beta1": 1, "adam_beta2": 1, "warmup_share": 1, "num_train_epochs": 1e9}
-# The least that a whole number may be, where a smaller one fails long after the model is loaded.
-LEAST = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
-LEAST |= {"dataloader_num_workers": 0}
+# The least and the most that a number may be; a NaN is neither. Outside, some fail long after the model is loaded, some
+# train no model (a rate of -1), save no checkpoint (every -1 steps), or start processes until the machine is full.
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "neftune_noise_alpha"), (0, 1e30)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "warmup_share", "lora_dropout"), (0, 1)),
+    **dict.fromkeys(("num_train_epochs", "save_steps", "logging_steps", "eval_steps", "eval_delay"), (0, 1e9)),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "lora_alpha"), (1, 1e9)),
+    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps"), (1, 1e9)),
+    "dataloader_num_workers": (0, 256),
+    "lora_rank": (1, 65536),
+    "label_smoothing_factor": (0, 0),  # the objective has none
+}
 
 
 @dataclass
@@ -154,21 +163,25 @@ class FinetuneArguments(TrainingArguments):
         return math.ceil(self.warmup_share * num_training_steps)
 
 
+KINDS = (ModelArguments, DataArguments, FinetuneArguments)
+
+
 class OptionParser(Parser, HfArgumentParser):
     """transformers' parser of dataclasses, without its hundreds of lines of usage around a mistake."""
 
 
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, FinetuneArguments]:
     """Command line to options; abbreviations and unknown names are errors."""
-    parser = OptionParser(
-        (ModelArguments, DataArguments, FinetuneArguments),
-        description=__doc__.splitlines()[0],
-        allow_abbrev=False,
-    )
+    parser = OptionParser(KINDS, description=__doc__.splitlines()[0], allow_abbrev=False)
+    for name, value in itertools.pairwise(["", *argv]):
+        if not value or (value.startswith("--") and value.endswith("=")):
+            parser.error(f"{value.rstrip('=') or name} is empty; leave it out where nothing is meant")
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except PackageNotFoundError as error:  # of what an option needs, DeepSpeed among them
         parser.error(str(error).removeprefix("No package metadata was found for ").strip())
+    except Exception as error:  # of whatever transformers does with a value: an infinite --save_steps, an unknown key
+        parser.error(str(error))
     if unknown:
         name = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
         if name in REPLACED:
@@ -180,12 +193,14 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, FinetuneArgum
     model, data, training = parsed
     if training.output_dir is None:
         parser.error("--output_dir is needed")
-    for name, most in LIMITS.items():
-        if not 0 <= (value := getattr(training, name)) <= most:
-            parser.error(f"--{name} {value} must lie in [0, {most:g}]")
-    for name, least in LEAST.items():
-        if (value := getattr(training, name)) is not None and value < least:
-            parser.error(f"--{name} {value} must be at least {least}")
+    given = {**vars(training), **vars(model)}
+    for name, (least, most) in RANGES.items():
+        if given[name] is not None and not least <= given[name] <= most:
+            parser.error(f"--{name} {given[name]} must lie in [{least:g}, {most:g}]")
+    if training.metric_for_best_model not in (None, "loss", "eval_loss"):
+        parser.error(f"--metric_for_best_model {training.metric_for_best_model} is unknown; allowed is eval_loss")
+    if not encodable(training.output_dir):
+        parser.error(f"--output_dir {training.output_dir!r} is not UTF-8, which tokenizers are saved under only")
     if model.merge_lora and not model.lora:
         parser.error("--merge_lora needs --lora")
     return model, data, training
@@ -261,6 +276,7 @@ def prepare(argv: list[str]) -> tuple[ModelArguments, FinetuneArguments, BlockDi
     options, data, training = parse(argv)
     check_processes(training)
     check_precision(training)
+    check_output(Path(training.output_dir), training.resume_from_checkpoint)
     set_seed(training.seed)
     quiet = training.process_index != 0
     flex = training.device.type == "cuda"

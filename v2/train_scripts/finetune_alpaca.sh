@@ -14,7 +14,11 @@ gpus=${GPUS:-$(python -c 'import torch; print(torch.cuda.device_count())')}
 
 if [[ ! -e $data ]]; then
     echo "finetune_alpaca: no data at $data; set DATA to a conversation or Alpaca JSON file (v2/train_scripts/README.md has a link)" >&2
-    exit 1
+    exit 2
+fi
+if [[ ! $gpus =~ ^(0|[1-9][0-9]{0,3})$ ]]; then
+    echo "finetune_alpaca: GPUS=${gpus@Q} is no number of GPUs; 0 trains on the CPU" >&2
+    exit 2
 fi
 
 if ((gpus > 0)); then

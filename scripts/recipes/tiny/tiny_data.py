@@ -130,8 +130,15 @@ def write_training_text(folder: Path, stages: list[int], workers: int) -> None:
 
 
 def read_training_text(path: Path) -> list[Problem]:
-    text = lzma.decompress(path.read_bytes()).decode()
-    return [(question, answer) for question, _, answer in (record.partition("\1") for record in text.split("\0"))]
+    """The problems that `write_training_text` wrote. Raises ValueError, which names the file, for anything else."""
+    try:
+        text = lzma.decompress(path.read_bytes()).decode()
+    except (lzma.LZMAError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no whole training text ({error}); tiny_data writes it") from error
+    parts = [record.partition("\1") for record in text.split("\0")]
+    if not all(question and answer for question, _, answer in parts):
+        raise ValueError(f"{path} holds records that are no question with an answer; tiny_data writes it")
+    return [(question, answer) for question, _, answer in parts]
 
 
 # Drills: reasoning lines out of context, in which only the results are to be predicted. What a stage-1 model still got

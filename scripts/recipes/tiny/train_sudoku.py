@@ -22,7 +22,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from fastdllm.arguments import AMOUNT, COUNT, SEED, Parser
+from fastdllm.arguments import AMOUNT, COUNT, SEED, Parser, output_folder
 from fastdllm.cli import one_line
 from scripts.recipes.tiny.tiny_corpus import Sampler, chat_prompt
 from scripts.recipes.tiny.tiny_data import Problem, unique, write_jsonl
@@ -108,7 +108,7 @@ def masked_batch(documents: Tensor, prompt: int, mask_token: int, chosen: Tensor
 def main() -> None:
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--tasks", type=Path, help="write the test and validation files here")
-    parser.add_argument("--out", type=Path, help="train, and write the checkpoint to this folder")
+    parser.add_argument("--out", type=output_folder, help="train, and write the checkpoint to this folder")
     parser.add_argument("--tiny-llada", type=Path, default=Path("fastdllm/tiny/tiny-llada"), help="whose config is followed")
     parser.add_argument("--puzzles", type=COUNT, default=TRAIN_PUZZLES)
     parser.add_argument("--documents", type=COUNT, default=128, help="of one step")

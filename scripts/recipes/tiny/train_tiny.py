@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fastdllm import whole
-from fastdllm.arguments import AMOUNT, COUNT, SEED, Parser
+from fastdllm.arguments import AMOUNT, COUNT, SEED, Parser, output_folder
 from fastdllm.cli import one_line
 from fastdllm.models.spec import ModelSpec
 from fastdllm.training.finite import Diverged, StepWatch, no_number_at, not_finite, told
@@ -440,7 +440,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--family", choices=("llada", "dream", "qwen", "v2"), required=True)
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="files that tiny_data --train wrote")
-    parser.add_argument("--out", type=Path, required=True, help="checkpoint folder, in the published format")
+    parser.add_argument("--out", type=output_folder, required=True, help="checkpoint folder, in the published format")
     parser.add_argument("--init", type=Path, help="checkpoint folder to start from, of this or another family")
     parser.add_argument("--tiny-llada", type=Path, default=Path("fastdllm/tiny/tiny-llada"), help="whose tokens all use")
     parser.add_argument("--seconds", type=AMOUNT, default=440.0, help="training time, set-up excluded")

@@ -209,7 +209,7 @@ def test_lm_eval_and_the_chat_take_the_folder(tmp_path: Path, kind: str, monkeyp
     pytest.importorskip("lm_eval")
     from fastdllm.evaluation.harness import DiffusionLM
     from fastdllm.ui import terminal
-    from tests.evaluation.test_harness import evaluate
+    from tests.evaluation.asking import evaluate
 
     write_checkpoint(tmp_path, kind, shards=2, max_position_embeddings=2048)
     adapter = DiffusionLM(pretrained=str(tmp_path), device="cpu", batch_size=2, gen_length=16, show_speed=True)

@@ -85,7 +85,7 @@ def test_a_slot_is_read_like_an_open_block(model: fastdllm.Model) -> None:
 def test_lm_eval_takes_the_folder(folder: Path, options: dict[str, Any]) -> None:
     pytest.importorskip("lm_eval")
     from fastdllm.evaluation.harness import DiffusionLM
-    from tests.evaluation.test_harness import evaluate
+    from tests.evaluation.asking import evaluate
 
     adapter = DiffusionLM(pretrained=str(folder), device="cpu", batch_size=2, gen_length=24, show_speed=True, **options)
     speed = evaluate(adapter, "gsm_symbolic", limit=3, num_fewshot=0, apply_chat_template=True)["config"]["speed"]

@@ -165,7 +165,15 @@ WRONG = {
     "seed": ["abc", "1,2", "1,-2,3,4", "1,2,99999999999999999999,4", ""],
     "include_path": ["{folder}/nowhere", "{folder}/file"],
     "use_cache": ["{folder}/file/below", "/proc/nowhere", "{folder}/damaged"],
-    "samples": ["{{x", "[1]", "nowhere.json", '{{"gsm_symbolic": 3}}', '{{"gsm_symbolic": [-1]}}', "{folder}"],
+    "samples": ["{{x", "[1]", "nowhere.json", '{{"gsm_symbolic": 3}}', '{{"gsm_symbolic": [-1]}}', "{folder}"]],
+        "{{x",
+        "[1]",
+        "nowhere.json",
+        '{{"gsm_symbolic": 3}}',
+        '{{"gsm_symbolic": [-1]}}',
+        "{folder}",
+        '{{"gsm_symbolic": []}}',
+    ],
     "verbosity": ["loud"],
     "wandb_args": ["project=x"],
     "trackio_args": ["project=x"],
@@ -231,6 +239,14 @@ def test_a_value_of_another_type_in_a_config_file_is_one_line(
     assert main(arguments=["--config", config_file(tmp_path, **given)]) == 2
     said = capsys.readouterr().err
     assert not seen and len(said.splitlines()) == 1 and next(iter(options)) in said
+
+
+@pytest.mark.parametrize("samples", ['{"gsm_symbolc": [1]}', {"gsm_symbolic": [0], "other": [1]}])
+def test_questions_of_a_task_that_does_not_run_are_told(samples: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """lm-eval would ask all questions of the others."""
+    given = ["--samples", samples] if isinstance(samples, str) else ["--config", config_file(tmp_path, samples=samples)]
+    assert main(arguments=["--tasks", "gsm_symbolic", "--model_args", "pretrained=tiny-llada", *given]) == 2
+    assert "is no task that runs; those are gsm_symbolic" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -333,6 +333,9 @@ def test_results_that_are_lost_are_told_at_the_end(
                 disk.setattr(evaluation_tracker, "sanitize_list", full)  # which it calls on each line that it writes
             assert main(arguments=arguments) == (2 if wrong else 0)
         told = capsys.readouterr()
+        kinds = {path.name.partition("_")[0] for path in tmp_path.rglob("*") if path.is_file()}
+        names = {"aggregated": "results", "sample": "samples"}
+        assert kinds == {kind for name, kind in names.items() if name not in wrong}, "nothing torn is left"
         lines = [line for line in told.err.splitlines() if line.startswith("fastdllm eval: ")]
         assert "|gsm_symbolic" in told.out, "the scores are told all the same"
         assert len(lines) == bool(wrong)

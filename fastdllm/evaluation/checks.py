@@ -47,7 +47,8 @@ def check(options: Mapping[str, Any], own: bool) -> None:
         if name in given and coerce(name, given[name], int) < least:
             raise ValueError(f"{name}={given[name]} must be at least {least}")
     _check_seeds(given.get("seed"))
-    _check_samples(given.get("samples"))
+    if "samples" in given:
+        read_samples(given["samples"])
     if not isinstance(logging.getLevelName(level := given.get("verbosity", "INFO").upper()), int):
         raise ValueError(f"verbosity={level!r} is unknown; allowed are DEBUG, INFO, WARNING, ERROR, CRITICAL")
     if own:
@@ -112,17 +113,17 @@ def _check_seeds(seed: Any) -> None:
             raise ValueError(f"seed={value} of {name} must lie between {least} and {most}")
 
 
-def _check_samples(samples: Any) -> None:
-    if samples is None:
-        return
+def read_samples(samples: Any) -> Any:
+    """The questions that `samples` chooses, by their tasks' names, from JSON or from a file of it. ValueError for others."""
     if isinstance(samples, str):
         try:
             samples = json.loads(samples if samples.lstrip().startswith("{") else Path(samples).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"samples={shown(samples)} is no JSON object and no file with one: {error}") from error
     rows = samples.values() if isinstance(samples, dict) else [samples]
-    if not all(isinstance(row, list) and all(type(i) is int and i >= 0 for i in row) for row in rows):
+    if not all(row and isinstance(row, list) and all(type(i) is int and i >= 0 for i in row) for row in rows):
         raise ValueError(f"samples={shown(samples)} must give each task's name a list of question numbers from 0")
+    return samples
 
 
 def _check_output(path: str | None) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdllm.evaluation import ADAPTERS, task_folders
-from fastdllm.evaluation.checks import check, check_folders
+from fastdllm.evaluation.checks import check, check_folders, read_samples
 from fastdllm.evaluation.options import V2Options, check_names, parse_arguments, rename
 from fastdllm.evaluation.saving import noted_losses
 from fastdllm.registry import take_imports
@@ -81,7 +81,9 @@ def main(model: str = "fastdllm", prog: str = "fastdllm eval", arguments: Sequen
             check_folders(args.include_path)
             args.include_path = task_folders(args.include_path)
         tasks, kwargs = (getattr(args, name, None) for name in ("tasks", "gen_kwargs"))
-        with _already_read(file), _checked_tasks(tasks, kwargs) as left_out, noted_losses() as lost:
+        samples = getattr(args, "samples", None) or file.get("samples")
+        chosen = read_samples(samples) if samples else None
+        with _already_read(file), _checked_tasks(tasks, kwargs, chosen) as left_out, noted_losses() as lost:
             harness.execute(args)
         sys.stdout.flush()  # the table, while it can still be told that nobody takes it
     except BrokenPipeError:  # whoever read the output is gone, which is no mistake
@@ -99,10 +101,13 @@ def main(model: str = "fastdllm", prog: str = "fastdllm eval", arguments: Sequen
 
 
 @contextlib.contextmanager
-def _checked_tasks(tasks: str | list[str] | None, gen_kwargs: dict[str, Any] | None) -> Iterator[dict[str, str]]:
+def _checked_tasks(
+    tasks: str | list[str] | None, gen_kwargs: dict[str, Any] | None, samples: dict[str, Any] | None = None
+) -> Iterator[dict[str, str]]:
     """Meanwhile lm-eval leaves out the tasks whose options the model cannot honour; what is wrong with each, by its name.
 
-    A member of a group is not left out, since the group's score would be another one: there it is a ValueError.
+    A member of a group is not left out, since the group's score would be another one: there it is a ValueError. So is a task
+    in `samples` that does not run: lm-eval would ask all questions of those that do.
     """
     import lm_eval.tasks
 
@@ -119,6 +124,9 @@ def _checked_tasks(tasks: str | list[str] | None, gen_kwargs: dict[str, Any] | N
 
         def load(self, task_list: Any) -> Any:
             loaded = super().load(task_list)
+            for name in samples or ():
+                if name not in loaded["tasks"]:
+                    raise ValueError(f"samples: {name!r} is no task that runs; those are {', '.join(loaded['tasks'])}")
             model = _model_in_use()
             if model is None:
                 return loaded

@@ -165,7 +165,15 @@ WRONG = {
     "seed": ["abc", "1,2", "1,-2,3,4", "1,2,99999999999999999999,4", ""],
     "include_path": ["{folder}/nowhere", "{folder}/file"],
     "use_cache": ["{folder}/file/below", "/proc/nowhere", "{folder}/damaged"],
-    "samples": ["{{x", "[1]", "nowhere.json", '{{"gsm_symbolic": 3}}', '{{"gsm_symbolic": [-1]}}', "{folder}"],
+    "samples": [
+        "{{x",
+        "[1]",
+        "nowhere.json",
+        '{{"gsm_symbolic": 3}}',
+        '{{"gsm_symbolic": [-1]}}',
+        "{folder}",
+        '{{"gsm_symbolic": []}}',
+    ],
     "verbosity": ["loud"],
     "wandb_args": ["project=x"],
     "trackio_args": ["project=x"],
@@ -231,6 +239,14 @@ def test_a_value_of_another_type_in_a_config_file_is_one_line(
     assert main(arguments=["--config", config_file(tmp_path, **given)]) == 2
     said = capsys.readouterr().err
     assert not seen and len(said.splitlines()) == 1 and next(iter(options)) in said
+
+
+@pytest.mark.parametrize("samples", ['{"gsm_symbolc": [1]}', {"gsm_symbolic": [0], "other": [1]}])
+def test_questions_of_a_task_that_does_not_run_are_told(samples: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """lm-eval would ask all questions of the others."""
+    given = ["--samples", samples] if isinstance(samples, str) else ["--config", config_file(tmp_path, samples=samples)]
+    assert main(arguments=["--tasks", "gsm_symbolic", "--model_args", "pretrained=tiny-llada", *given]) == 2
+    assert "is no task that runs; those are gsm_symbolic" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -317,6 +333,9 @@ def test_results_that_are_lost_are_told_at_the_end(
                 disk.setattr(evaluation_tracker, "sanitize_list", full)  # which it calls on each line that it writes
             assert main(arguments=arguments) == (2 if wrong else 0)
         told = capsys.readouterr()
+        kinds = {path.name.partition("_")[0] for path in tmp_path.rglob("*") if path.is_file()}
+        names = {"aggregated": "results", "sample": "samples"}
+        assert kinds == {kind for name, kind in names.items() if name not in wrong}, "nothing torn is left"
         lines = [line for line in told.err.splitlines() if line.startswith("fastdllm eval: ")]
         assert "|gsm_symbolic" in told.out, "the scores are told all the same"
         assert len(lines) == bool(wrong)

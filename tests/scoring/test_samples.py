@@ -327,7 +327,7 @@ def test_problems_that_cannot_be_read_are_told_though_the_samples_carry_theirs(
 
 
 def test_samples_without_an_answer_are_told(tmp_path: Path, capsys: Any, never_run: None) -> None:
-    path = write(tmp_path / "s.jsonl", json.dumps({**json.loads(GOOD), "resps": []}))
+    path = write(tmp_path / "s.jsonl", json.dumps({**GOOD, "resps": []}))
     assert score.main([str(path), "--allow-code-execution"]) == 2
     assert "holds no answers" in capsys.readouterr().err
 

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +33,7 @@ import fastdllm
 from fastdllm import cli
 from fastdllm.forward import Window
 from fastdllm.training.checkpoint import checkpoint_to_resume, load_for_training
+from fastdllm.training.finite import FiniteTrainer
 from fastdllm.training.trainer import BlockDiffusionTrainer
 from tests.training.conftest import tiny_qwen2
 from v2.train_scripts import finetune
@@ -529,6 +530,32 @@ def test_what_an_option_asks_for_in_vain_is_one_line(
         finetune.main(options(qwen2, data, tmp_path / "out", max_steps=1, **extra))
     assert stopped.value.code == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "names", [["model.safetensors"], ["model-00001-of-00001.safetensors", "model.safetensors.index.json"]]
+)
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_saved_model_is_whole_and_alone(
+    names: list[str], killed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a part of it beside the weights of an earlier session, which would be read with it or in its place."""
+    before = {"model-00001-of-00002.safetensors", "model.safetensors.index.json", "model.safetensors", "notes.txt"}
+    for name in before:
+        (tmp_path / name).write_text("before")
+
+    def save(self: Any, folder: str, state_dict: Any = None) -> None:
+        for name in names:
+            Path(folder, name).write_text("after")
+        if killed:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(transformers.Trainer, "_save", save)
+    trainer = FiniteTrainer.__new__(FiniteTrainer)
+    with suppress(KeyboardInterrupt):
+        FiniteTrainer._save(trainer, str(tmp_path))
+    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert found == (dict.fromkeys(before, "before") if killed else {**dict.fromkeys(names, "after"), "notes.txt": "before"})
 
 
 def test_weights_that_overflow_in_the_last_step_are_not_saved(qwen2: Path, data: Path, tmp_path: Path, capsys: Any) -> None:

@@ -44,7 +44,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield partial
         if target.exists():
             shutil.copymode(target, partial)
-        os.replace(partial, target)
+        try:
+            os.replace(partial, target)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            shutil.copyfile(partial, target)  # a file that a container has as a mount of its own cannot be replaced
     finally:
         partial.unlink(missing_ok=True)
 

@@ -187,8 +187,8 @@ def _heard_anywhere(heard: list[signal.Signals]) -> Iterator[None]:
 
 
 def _say_last(line: str) -> None:
-    """The last line of a program, after what it printed. Where neither can be written, as to a terminal that is gone, they are
-    dropped."""
+    """The last line of a program, after what it printed. Where they cannot be written, as to a terminal that is gone, they
+    are dropped."""
     try:
         sys.stdout.flush()
     except OSError:

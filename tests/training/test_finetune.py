@@ -256,7 +256,7 @@ def test_bad_records_are_skipped_or_fatal(
     assert "alpaca.json[1]" in errors
     assert "12 samples in 12 rows" in errors
     with pytest.raises(SystemExit) as stopped:
-        finetune.main(options(qwen2, data, tmp_path / "out", max_steps=1, on_bad_record="error"))
+        finetune.main(options(qwen2, data, tmp_path / "another", max_steps=1, on_bad_record="error"))
     assert stopped.value.code == 2
     assert "alpaca.json[1]" in capsys.readouterr().err.strip().splitlines()[-1]
 

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -120,8 +120,7 @@ def shell(prog: str) -> Iterator[None]:
             raise Ended(130) from None
         if not (reason := of_the_system(error)):
             raise
-        _forget_output()
-        print(f"{prog}: {reason}", file=sys.stderr)
+        _say_last(f"{prog}: {reason}")
         raise Ended(2) from None
 
 
@@ -188,12 +187,14 @@ def _heard_anywhere(heard: list[signal.Signals]) -> Iterator[None]:
 
 
 def _say_last(line: str) -> None:
-    """The last line of a program, whose terminal may be gone."""
+    """The last line of a program, after what it printed. Where they cannot be written, as to a terminal that is gone, they
+    are dropped."""
     try:
         sys.stdout.flush()
-        print(line, file=sys.stderr)
     except OSError:
         _forget_output()
+    with suppress(OSError):
+        print(line, file=sys.stderr)
 
 
 def _end_at_once_if_interrupted_again() -> None:

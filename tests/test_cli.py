@@ -121,6 +121,16 @@ def test_the_handler_of_a_signal_is_what_it_was_when_a_command_is_over(
     assert callable(during[0]) and during[1] is signal.SIG_IGN
 
 
+def test_what_was_printed_is_not_lost_where_a_file_cannot_be_written(capfd: pytest.CaptureFixture) -> None:
+    def work() -> None:
+        print("a result")
+        raise IsADirectoryError(errno.EISDIR, "Is a directory", "a")
+
+    with pytest.raises(cli.Ended), cli.shell("program"):
+        work()
+    assert capfd.readouterr() == ("a result\n", "program: [Errno 21] Is a directory: 'a'\n")
+
+
 SIGNALS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "hung up")]
 
 

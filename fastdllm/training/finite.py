@@ -183,13 +183,15 @@ class FiniteTrainer(Trainer):
 def train_or_exit(trainer: FiniteTrainer, resume: Path | None, prog: str) -> None:
     """Train. Where training becomes meaningless: one line on stderr, by the first process, and exit code 2 of them all.
     So it is where an option asks for something in vain before the first step: for an optimizer whose library is missing, or
-    a mode of torch.compile that there is none of; and where no step was made, since there is no record or no epoch."""
+    a mode of torch.compile that there is none of; where no step was made, since there is no record or no epoch; and
+    where a process that prepares batches was killed."""
     try:
         trainer.train(resume_from_checkpoint=resume and str(resume))
         if not (trainer.stepping or resume):
             raise ValueError("no step was made: there are fewer rows than a batch that is not dropped needs, or no epochs")
     except (Diverged, ImportError, ValueError, RuntimeError) as error:
-        if trainer.stepping and not isinstance(error, Diverged):
+        a_worker_ended = "DataLoader worker" in str(error)  # killed for its memory, say
+        if trainer.stepping and not (isinstance(error, Diverged) or a_worker_ended):
             raise
         trainer.accelerator.end_training()
         if trainer.is_world_process_zero():

@@ -411,7 +411,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--thresholds", type=SHARE, nargs="+", default=[0.5, 0.7, 0.8, 0.9, 0.95, 0.98], help="thresholds to measure")
     add("--decode_batch", type=COUNT, default=250)
     add("--chunk", type=COUNT, default=1000, help="trajectories between two writes")
-    add("--workers", type=SIZE, default=4, help="processes that tokenise")
+    add("--workers", type=number(int, 0, 256), default=4, help="processes that tokenise")
     add("--log_every", type=COUNT, default=100)
     add("--save_every", type=COUNT, default=2000)
     add("--seed", type=SEED, default=0)

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -256,7 +257,7 @@ def test_bad_records_are_skipped_or_fatal(
     assert "alpaca.json[1]" in errors
     assert "12 samples in 12 rows" in errors
     with pytest.raises(SystemExit) as stopped:
-        finetune.main(options(qwen2, data, tmp_path / "out", max_steps=1, on_bad_record="error"))
+        finetune.main(options(qwen2, data, tmp_path / "another", max_steps=1, on_bad_record="error"))
     assert stopped.value.code == 2
     assert "alpaca.json[1]" in capsys.readouterr().err.strip().splitlines()[-1]
 
@@ -742,6 +743,17 @@ def test_a_model_with_an_adapter_beside_it_is_refused(qwen2: Path, data: Path, t
     with pytest.raises(SystemExit) as stopped:
         finetune.main(options(tmp_path / "model", data, tmp_path / "out"))
     assert stopped.value.code == 2 and "holds a LoRA adapter next to the model" in capsys.readouterr().err
+
+
+def test_a_worker_that_is_killed_is_one_line(
+    qwen2: Path, data: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by the system, where memory runs out."""
+    monkeypatch.setattr(finetune.Collator, "__call__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(SystemExit) as stopped:
+        finetune.main(options(qwen2, data, tmp_path / "out", max_steps=1, dataloader_num_workers=1))
+    error = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and error[-1].startswith("finetune: DataLoader worker")
 
 
 @pytest.mark.parametrize("extra", [{"dataloader_drop_last": True, "max_steps": 2}, {"num_train_epochs": 0}], ids=str)

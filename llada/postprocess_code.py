@@ -3,7 +3,9 @@
 
 import sys
 
-from fastdllm.cli import shell
+from fastdllm.shell import shell  # first: from here on an interruption is one line
+
+# isort: split
 from fastdllm.scoring.score import main
 
 if __name__ == "__main__":

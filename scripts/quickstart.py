@@ -24,7 +24,7 @@ import torch
 
 from fastdllm import whole
 from fastdllm.arguments import COUNT, Parser, output_folder
-from fastdllm.cli import one_line
+from fastdllm.shell import one_line
 from scripts.studies.paired import interval
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,7 +18,7 @@ import torch
 
 import fastdllm
 from fastdllm.arguments import AMOUNT, COUNT, SEED, SHARE, SIZE, Parser, number, output_file, output_folder
-from fastdllm.cli import one_line
+from fastdllm.shell import one_line
 from scripts.benchmarks import decode
 from scripts.results import read_json, read_lines
 from scripts.studies import pareto

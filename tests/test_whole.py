@@ -15,7 +15,7 @@ from tests.test_architecture import ROOT, tracked
 
 # File and target of what is written by other means, and why that does no harm.
 ELSEWHERE = {
-    ("fastdllm/cli.py", "number"): "a stream that is open already",
+    ("fastdllm/shell.py", "number"): "a stream that is open already",
     ("fastdllm/scoring/kernel.py", "f'/proc/self/{name}'"): "the kernel's",
     ("fastdllm/scoring/cgroup.py", "f'{self.folder}/{name}'"): "the kernel's",
     ("fastdllm/training/checkpoint.py", "folder"): "its callers have the folder from whole.filling",

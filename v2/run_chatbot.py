@@ -3,7 +3,7 @@
 
 import sys
 
-from fastdllm.cli import shell
+from fastdllm.shell import shell
 from fastdllm.ui.terminal import main
 
 if __name__ == "__main__":

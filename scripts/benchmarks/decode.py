@@ -38,7 +38,6 @@ import fastdllm
 from fastdllm import whole
 from fastdllm.arguments import COUNT, Parser, output_file
 from fastdllm.build import assemble
-from fastdllm.cli import one_line
 from fastdllm.engine import Request, decode
 from fastdllm.forward import Window
 from fastdllm.models import Family, Model, read_device
@@ -57,6 +56,7 @@ from fastdllm.models.transformer import Transformer
 from fastdllm.runners import cuda_graph, eager
 from fastdllm.runners.base import Runner
 from fastdllm.runners.cuda_graph import CAPTURED_POSITIONS
+from fastdllm.shell import one_line
 
 # config.json of LLaDA-8B-Instruct, Dream-v0-Instruct-7B and Fast_dLLM_v2_7B: the fields that shape the network.
 LLADA_8B = {

@@ -17,7 +17,7 @@ import torch
 
 from fastdllm import whole
 from fastdllm.arguments import Parser, output_file
-from fastdllm.cli import one_line
+from fastdllm.shell import one_line
 
 with one_line("kernels"):  # an environment without Triton is one line
     import triton

@@ -34,10 +34,10 @@ from torch import Tensor
 import fastdllm
 from fastdllm import whole
 from fastdllm.arguments import COUNT, Parser
-from fastdllm.cli import one_line
 from fastdllm.models.llada import FAMILY
 from fastdllm.models.spec import ModelSpec
 from fastdllm.models.weights import expected_shapes, parameter_shapes
+from fastdllm.shell import one_line
 from scripts.benchmarks.decode import LLADA_8B, commit, median_ms, synchronise, usable
 
 HEAD_DIM = LLADA_8B["d_model"] // LLADA_8B["n_heads"]

@@ -30,8 +30,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import fastdllm
 from fastdllm import kernels
 from fastdllm.arguments import COUNT, Parser, output_folder
-from fastdllm.cli import one_line
 from fastdllm.models.quantize import KINDS
+from fastdllm.shell import one_line
 from scripts.benchmarks.decode import (
     SHAPES,
     TINY,

@@ -27,7 +27,7 @@ import torch
 
 from fastdllm import whole
 from fastdllm.arguments import COUNT, Parser, output_file
-from fastdllm.cli import one_line
+from fastdllm.shell import one_line
 from scripts.benchmarks import decode
 
 BLOCK, PER_STEP = 32, 4

@@ -33,10 +33,10 @@ import fastdllm
 from fastdllm import DecodeConfig
 from fastdllm.arguments import COUNT, SIZE, Parser, number
 from fastdllm.build import assemble, runner
-from fastdllm.cli import one_line
 from fastdllm.engine import Request, decode
 from fastdllm.models import Model
 from fastdllm.models.quantize import KINDS
+from fastdllm.shell import one_line
 from fastdllm.tasks import TASKS_DIR
 
 RATE = number(float, 1e-3, 1e6)

@@ -22,8 +22,8 @@ import torch
 import fastdllm
 from fastdllm import DecodeConfig, whole
 from fastdllm.arguments import COUNT, SIZE, Parser, output_file
-from fastdllm.cli import one_line
 from fastdllm.models import Model
+from fastdllm.shell import one_line
 from fastdllm.tasks import TASKS_DIR
 from scripts.benchmarks.decode import commit, random_model, usable
 

@@ -39,7 +39,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from fastdllm import whole
 from fastdllm.arguments import COUNT, SIZE, Parser, output_file
-from fastdllm.cli import one_line
+from fastdllm.shell import one_line
 from fastdllm.training.model import Fast_dLLM_QwenConfig, Fast_dLLM_QwenForCausalLM
 from fastdllm.training.objective import choose_masked, draw_noise
 from scripts.studies.cells import grid

@@ -34,8 +34,8 @@ from transformers.trainer_callback import PrinterCallback
 import fastdllm
 from fastdllm import whole
 from fastdllm.arguments import AMOUNT, COUNT, SEED, SHARE, SIZE, Parser, number, output_folder
-from fastdllm.cli import one_line, shell
 from fastdllm.models import Model
+from fastdllm.shell import one_line, shell
 from fastdllm.training.checkpoint import checkpoint_to_resume
 from fastdllm.training.finite import train_or_exit
 from fastdllm.training.network import Network, load_network, save_network

@@ -31,11 +31,11 @@ import fastdllm
 from fastdllm import whole
 from fastdllm.arguments import COUNT, Parser, output_file
 from fastdllm.build import assemble, device_name
-from fastdllm.cli import one_line
 from fastdllm.decoders.base import DecoderRule
 from fastdllm.drafts import FILE, Draft, Graph
 from fastdllm.forward import Window
 from fastdllm.models import Model, find_folder
+from fastdllm.shell import one_line
 from fastdllm.tasks import TASKS_DIR
 from fastdllm.view import View
 from scripts.results import read_json

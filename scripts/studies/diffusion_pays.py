@@ -38,11 +38,11 @@ import fastdllm
 from fastdllm import whole
 from fastdllm.arguments import AMOUNT, COUNT, Parser
 from fastdllm.build import assemble
-from fastdllm.cli import one_line
 from fastdllm.engine import Request, decode
 from fastdllm.models import Model
 from fastdllm.models.quantize import KINDS
 from fastdllm.runners import cuda_graph, eager
+from fastdllm.shell import one_line
 from fastdllm.stats import Stats
 from scripts.benchmarks.decode import commit, random_model, random_prompts, synchronise, usable
 from scripts.studies.autoregression import autoregress

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdllm import whole
 from fastdllm.arguments import Parser
-from fastdllm.cli import one_line
+from fastdllm.shell import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,10 +22,10 @@ import torch
 
 import fastdllm
 from fastdllm.arguments import COUNT, Parser
-from fastdllm.cli import one_line
 from fastdllm.drafts import milliseconds
 from fastdllm.generation import Output
 from fastdllm.models import Model
+from fastdllm.shell import one_line
 from fastdllm.tasks import TASKS_DIR
 from scripts.results import read_lines
 from scripts.studies.pareto import parse

@@ -20,10 +20,10 @@ import torch
 
 from fastdllm import whole
 from fastdllm.arguments import Parser
-from fastdllm.cli import one_line
 from fastdllm.kernels.experts.reference import CHUNK
 from fastdllm.models.spec import ModelSpec
 from fastdllm.models.transformer import Transformer
+from fastdllm.shell import one_line
 from scripts.benchmarks.decode import SHAPES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "memory.md"

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdllm.arguments import Parser, output_folder
-from fastdllm.cli import one_line
+from fastdllm.shell import one_line
 from fastdllm.ui.options import SAMPLE_QUESTION
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

@@ -53,10 +53,10 @@ from tqdm import tqdm
 import fastdllm
 from fastdllm import registry, whole
 from fastdllm.arguments import COUNT, Parser
-from fastdllm.cli import one_line
 from fastdllm.config import merge
 from fastdllm.models import FAMILIES, Model, find_folder
 from fastdllm.presets import PRESETS, for_family
+from fastdllm.shell import one_line
 from fastdllm.tasks import TASKS_DIR
 from scripts.results import read_lines
 from scripts.studies.paired import by_setting, compare, markdown, plot, summarise

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from fastdllm import registry, whole
 from fastdllm.arguments import Parser, output_file
-from fastdllm.cli import one_line
+from fastdllm.shell import one_line
 from fastdllm.trace import Trace, watch
 from fastdllm.ui.options import about
 

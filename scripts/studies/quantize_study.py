@@ -25,12 +25,12 @@ from tqdm import tqdm
 
 import fastdllm
 from fastdllm.arguments import COUNT, Parser
-from fastdllm.cli import one_line
 from fastdllm.conversations import encode_text
 from fastdllm.forward import Window
 from fastdllm.likelihood import Probe
 from fastdllm.models import Model
 from fastdllm.prompts import encode
+from fastdllm.shell import one_line
 from scripts.studies.paired import summarise
 from scripts.studies.pareto import TASKS, Job, Study, decoded, problems, prompt, reference_of
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import fastdllm
 from fastdllm import whole
 from fastdllm.arguments import COUNT, SHARE, Parser, output_folder
-from fastdllm.cli import one_line
+from fastdllm.shell import one_line
 from fastdllm.tasks import TASKS_DIR
 from scripts.results import read_json
 from scripts.studies.paired import interval

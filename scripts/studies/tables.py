@@ -29,7 +29,7 @@ from collections.abc import Callable
 
 from fastdllm import whole
 from fastdllm.arguments import Parser
-from fastdllm.cli import one_line
+from fastdllm.shell import one_line
 from scripts.studies import accuracy_tables as accuracy
 from scripts.studies import speed_tables as speed
 from scripts.studies.cells import grid

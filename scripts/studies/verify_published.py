@@ -22,12 +22,12 @@ import torch
 
 import fastdllm
 from fastdllm.arguments import COUNT, Parser
-from fastdllm.cli import one_line
 from fastdllm.loading import add_place_options, add_weight_options, load_options
 from fastdllm.models import Model, find_folder
 from fastdllm.models.int4 import PARTS
 from fastdllm.models.supported import DREAM, LLADA, SUPPORTED, V2
 from fastdllm.models.weights import headers, shards
+from fastdllm.shell import one_line
 
 GSM8K, HUMANEVAL = "GSM8K", "HumanEval"
 HEAD = ("model", "task", "problems", "accuracy (95 %)", "published", "tokens/forward", "published", "tokens/s", "published")

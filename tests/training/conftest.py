@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plain Qwen2 checkpoint with a byte-level ChatML tokenizer, small enough to train within a test."""
+"""A plain Qwen2 checkpoint with a byte-level ChatML tokenizer, small enough to train within a test, and records for it."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,11 @@ def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return byte_tokenizer()
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "alpaca.json"
+    records = [{"instruction": f"Say {n}.", "output": "one " * n} for n in range(1, 13)]
+    path.write_text(json.dumps(records))
+    return path

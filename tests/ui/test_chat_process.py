@@ -22,8 +22,6 @@ from fastdllm.ui.screen import PlainScreen
 from fastdllm.ui.session import Session
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "xterm-256color"}
 
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 import fastdllm
 from fastdllm import whole
 from fastdllm.arguments import COUNT, Parser
-from fastdllm.cli import one_line
+from fastdllm.shell import one_line
 from fastdllm.training.checkpoint import load_for_training
 from fastdllm.training.collator import Collator, Row
 from fastdllm.training.objective import choose_masked

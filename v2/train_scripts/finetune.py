@@ -10,7 +10,7 @@ Options are those below and all of transformers' TrainingArguments. On several d
 
 from __future__ import annotations
 
-from fastdllm.cli import one_line, shell  # first: from here on an interruption is one line
+from fastdllm.shell import one_line, shell  # first: from here on an interruption is one line
 
 # isort: split
 import difflib

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from fastdllm import whole
 from fastdllm.arguments import COUNT, SIZE, Parser
-from fastdllm.cli import one_line
+from fastdllm.shell import one_line
 
 TRAIN_SEED, TEST_SEED = 20251, 977
 STAGE_PROBLEMS = 600_000

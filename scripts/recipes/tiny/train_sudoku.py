@@ -23,7 +23,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from fastdllm.arguments import AMOUNT, COUNT, SEED, Parser, output_folder
-from fastdllm.cli import one_line
+from fastdllm.shell import one_line
 from scripts.recipes.tiny.tiny_corpus import Sampler, chat_prompt
 from scripts.recipes.tiny.tiny_data import Problem, unique, write_jsonl
 from scripts.recipes.tiny.tiny_formats import END_OF_TURN, read, write_json

@@ -32,8 +32,8 @@ from torch import Tensor
 
 from fastdllm import whole
 from fastdllm.arguments import AMOUNT, COUNT, SEED, Parser, output_folder
-from fastdllm.cli import one_line
 from fastdllm.models.spec import ModelSpec
+from fastdllm.shell import one_line
 from fastdllm.training.finite import Diverged, StepWatch, no_number_at, not_finite, told
 from fastdllm.training.masks import dense_mask
 from fastdllm.training.objective import IGNORE, Noise, choose_masked, complementary_views, noisy_and_clean

@@ -243,7 +243,7 @@ def test_an_engine_that_nobody_closes_does_not_abort_the_process(waits: bool, en
     """The interpreter ends while the engine's thread is within torch."""
     program = FORGOTTEN.format(waits=waits, end=end)
     run = python(program)
-    assert run.returncode == code and "terminate" not in run.stderr
+    assert run.returncode == code and "terminate" not in run.stderr, run.stderr
 
 
 def test_what_the_model_or_the_loop_raises_reaches_the_caller() -> None:

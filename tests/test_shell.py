@@ -54,6 +54,7 @@ def test_an_interruption_and_output_that_nobody_takes_are_one_line(
 
 TIDYING = """
 import signal
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that `nohup` started inherit that it is ignored
 from fastdllm.cli import main, COMMANDS
 def command(_):
     try:
@@ -81,7 +82,9 @@ def test_a_program_that_is_ended_tidies_up_and_says_so_in_one_line(
     """Without, the processes that it had started went on; of several processes a launcher ends each at once."""
     streams = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
     env = {**os.environ, "WORLD_SIZE": processes}
-    with subprocess.Popen([sys.executable, "-c", TIDYING], cwd=ROOT, env=env, text=True, **streams) as program:
+    with subprocess.Popen(
+        [sys.executable, "-c", TIDYING], cwd=ROOT, env=env, text=True, **streams
+    ) as program:
         assert program.stdout.readline() == "begun\n"
         program.send_signal(number)
         assert program.communicate(timeout=60) == (out, told)

@@ -48,7 +48,7 @@ log = logging.getLogger("fastdllm.serving")
 T = TypeVar("T")
 CRASHES = 3  # times that the loop may raise with nothing in it before it is given up
 HANDOVER = 5e-4  # seconds for which a thread of the process may keep the interpreter while another waits
-LEAVE = 10.0  # seconds in which the thread must end with the interpreter: a forward takes less
+LEAVE = 60.0  # seconds that the interpreter waits at its end for the forward at work: long ones of a CPU take less
 SILENT = 60.0  # seconds of one round or call after which the log says where it is
 
 

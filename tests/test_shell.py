@@ -82,9 +82,7 @@ def test_a_program_that_is_ended_tidies_up_and_says_so_in_one_line(
     """Without, the processes that it had started went on; of several processes a launcher ends each at once."""
     streams = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
     env = {**os.environ, "WORLD_SIZE": processes}
-    with subprocess.Popen(
-        [sys.executable, "-c", TIDYING], cwd=ROOT, env=env, text=True, **streams
-    ) as program:
+    with subprocess.Popen([sys.executable, "-c", TIDYING], cwd=ROOT, env=env, text=True, **streams) as program:
         assert program.stdout.readline() == "begun\n"
         program.send_signal(number)
         assert program.communicate(timeout=60) == (out, told)

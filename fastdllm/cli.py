@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
+from fastdllm.fields import shown
 from fastdllm.shell import Ended, shell
 
 Command = Callable[[Sequence[str]], int]
@@ -98,7 +99,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         print(f"fastdllm {_version()}")
         return 0
     if name not in COMMANDS:
-        print(f"fastdllm: unknown command {name!r}\n\n{USAGE}" if name else USAGE, end="", file=sys.stderr)
+        known = f"{', '.join(COMMANDS)}; fastdllm --help explains them"
+        print(f"fastdllm: unknown command {shown(name)}; known are {known}\n" if name else USAGE, end="", file=sys.stderr)
         return 2
     from fastdllm import libraries
 

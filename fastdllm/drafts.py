@@ -8,7 +8,6 @@ drafts.json next to the weights (the offline calibration of Spiffy, arXiv 2509.1
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -54,11 +53,13 @@ class Calibration:
     @classmethod
     def read(cls, folder: Path) -> Calibration:
         """What the folder of a model says; ValueError for a file that is wrong."""
+        from fastdllm.models.files import present, read_object  # which import this module
+
         path = folder / FILE
-        if not path.is_file():
+        if not present(path):
             return cls()
+        file = read_object(path)
         try:
-            file = json.loads(path.read_text(encoding="utf-8"))
             decoders = dict(file["decoders"])
             if any(rank < 0 for d in decoders.values() for draft in d["drafts"] for rank in draft):
                 raise ValueError("a rank below 0")

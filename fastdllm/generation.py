@@ -33,6 +33,7 @@ from fastdllm.text import AnswerText, cut, is_cut, text_of
 
 ROWS = 64  # prompts decoded together unless batch_size says otherwise, as far as memory allows
 # What transformers, vLLM and lm-eval call the arguments of `generate`.
+MOST_COPIES = 2**16  # answers to one prompt: each has a place in memory from the beginning
 ALIASES = {"stop_strings": "stop", "until": "stop", "n": "num_return_sequences", "use_tqdm": "progress"}
 Constraints = Sequence[dict[int, int]] | dict[int, int] | None
 
@@ -124,8 +125,8 @@ def _check_room(model: Model, ids: list[Tensor], length: int) -> None:
 def _checked_copies(copies: Any, drawn: bool) -> int:
     """How many answers each prompt gets. ValueError for none, and for several where nothing is drawn."""
     copies = fields.coerce("num_return_sequences", copies, int)
-    if copies < 1:
-        raise ValueError(f"num_return_sequences={copies} must be at least 1")
+    if not 1 <= copies <= MOST_COPIES:
+        raise ValueError(f"num_return_sequences={copies} must lie in [1, {MOST_COPIES}]")
     if copies > 1 and not drawn:
         raise ValueError(
             f"num_return_sequences={copies} would give the same answer {copies} times; it needs a temperature, an alg_temp "

@@ -55,6 +55,7 @@ class Reads(Enum):
 
 
 METHODS = {"monte_carlo": Reads.BOTH_WAYS, "chain": Reads.ANY_WAY, "first_token": Reads.BY_BLOCKS}
+MOST_SAMPLES = 2**16  # of Monte Carlo, whose masks are drawn all at once
 HEAD_ROWS = 256  # positions whose logits are held at once: [256, 152064] in fp32 is 150 MB
 
 
@@ -139,6 +140,8 @@ def log_likelihoods(
     check_model(model)
     method = _method(model, method)
     mc_num, batch_size = _at_least("mc_num", mc_num, 1), _at_least("batch_size", batch_size, 1)
+    if mc_num > MOST_SAMPLES:
+        raise ValueError(f"mc_num={mc_num} must be at most {MOST_SAMPLES}")
     seed, check_greedy = coerce("seed", seed, int), coerce("check_greedy", check_greedy, bool)
     cfg_scale = _at_least("cfg_scale", cfg_scale, 0.0)
     if abs(seed) > 2**62:

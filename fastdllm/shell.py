@@ -31,6 +31,18 @@ _hook_before = sys.excepthook
 sys.excepthook = _say_interrupted  # Python then ends the program by SIGINT
 
 
+def _send_again(dropped: Any) -> None:
+    """For an interruption that comes in a destructor meanwhile, where Python drops it."""
+    if isinstance(dropped.exc_value, KeyboardInterrupt):
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        _dropped_before(dropped)
+
+
+_dropped_before = sys.unraisablehook
+sys.unraisablehook = _send_again
+
+
 class Ended(SystemExit):
     """The end of a program that `shell` has told the reason of, where there is one to tell."""
 

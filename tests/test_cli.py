@@ -26,9 +26,12 @@ def test_the_overview_names_every_command(arguments: list[str], capsys: pytest.C
     assert all(f"\n  {name} " in out.out + out.err for name in cli.COMMANDS)
 
 
-def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture) -> None:
-    assert cli.main(["chart"]) == 2
-    assert "unknown command 'chart'" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["chart", "--temperature", "x" * 9999, "two\nlines"])
+def test_an_unknown_command_is_one_line(name: str, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main([name]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("fastdllm: unknown command ") and repr(name)[:50] in err and "chat, app, eval" in err
+    assert err.count("\n") == 1 and len(err) < 250
 
 
 @pytest.mark.parametrize("name", list(cli.COMMANDS))

@@ -112,6 +112,8 @@ def test_a_flag_is_no_number_whoever_made_it(option: str, flag: Any) -> None:
         ({"max_length": 64}, "unknown option max_length=64: gen_length counts the new tokens only"),
         ({"stop": ["x"]}, r"stop=\['x'\] needs a tokenizer"),
         ({"do_sample": True}, "unknown option do_sample=True: temperature=0"),
+        *(({"decoder": d, "rule": "x" * 9999}, "rule='x+[.]{3} is unknown") for d in ("adablock", "credit", "psd")),
+        ({"decoder": "factor", "factor_rule": "x" * 9999}, "factor_rule='x+[.]{3} is unknown"),
         ({"num_return_sequences": 2}, "num_return_sequences=2 would give the same answer 2 times"),
         ({"attention_mask": torch.ones(40, 40)}, r"attention_mask has rows of \[40, [40, ]*\.\.\. entries"),
         ({"gen_length": 8, "max_new_tokens": 9}, "gen_length=8 and max_new_tokens=9 are the same option"),

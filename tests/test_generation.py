@@ -80,8 +80,10 @@ def test_several_answers_to_a_prompt_lie_side_by_side_and_draw_apart() -> None:
     [
         ({"stop": [3]}, "stop=.3. must be a text or a list of texts"),
         ({"stop": "a", "until": "b"}, "are the same option"),
-        ({"num_return_sequences": 0}, "num_return_sequences=0 must be"),
+        ({"num_return_sequences": 0}, "num_return_sequences=0 must lie in"),
         ({"num_return_sequences": 1.5}, "num_return_sequences=1.5 must be"),
+        ({"n": 10**9, "temperature": 1.0}, "num_return_sequences=1000000000 must lie in"),
+        ({"n": 10**30, "temperature": 1.0}, "num_return_sequences=10+ must lie in"),
         ({"max_tokens": 8, "gen_length": 9}, "are the same option"),
         ({"streamer": 1}, "fastdllm.stream_text yields text"),
         ({"treshold": 0.5}, "did you mean 'threshold'"),

@@ -201,6 +201,7 @@ def test_guidance_moves_the_score_away_from_the_unconditional_one() -> None:
         ("dream", {"cfg_scale": math.nan}, "cfg_scale=nan must be of type float, and finite"),
         ("dream", {"cfg_scale": math.inf}, "cfg_scale=inf must be of type float, and finite"),
         ("llada", {"method": []}, r"likelihood=\[\] does not fit"),
+        ("llada", {"mc_num": 10**12}, "mc_num=1000000000000 must be at most 65536"),
         ("llada", {"mc_num": "many"}, "mc_num='many' must be of type int"),
         ("llada", {"mc_num": 1.5}, "mc_num=1.5 must be of type int"),
         ("llada", {"batch_size": None}, "batch_size=None must be of type int"),

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors import SafetensorError
@@ -190,6 +191,14 @@ def test_a_process_that_a_program_forked_ends_without_a_word(capfd: pytest.Captu
                 os._exit(0)
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == number
     assert capfd.readouterr().err == ""
+
+
+def test_an_interruption_in_a_destructor_meanwhile_is_sent_again(capfd: pytest.CaptureFixture) -> None:
+    """It was lost, and the program went on."""
+    shell._send_again(SimpleNamespace(exc_value=KeyboardInterrupt()))  # a moment later
+    with pytest.raises(KeyboardInterrupt):
+        time.sleep(60)
+    assert not capfd.readouterr().err
 
 
 def test_an_interruption_while_libraries_are_imported_is_one_line(capfd: pytest.CaptureFixture) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastdllm.decoders.base import DecoderRule
 from fastdllm.decoders.credit import RULES, decider
+from fastdllm.fields import shown
 from fastdllm.view import View
 
 
@@ -34,7 +35,7 @@ class Decoder(DecoderRule):
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
-            raise ValueError(f"rule={self.rule!r} is unknown; allowed are {', '.join(RULES)}")
+            raise ValueError(f"rule={shown(self.rule)} is unknown; allowed are {', '.join(RULES)}")
         if not 0 < self.ahead <= 1:
             raise ValueError(f"ahead={self.ahead} must lie in (0, 1]")
         if self.delimiter_probability < 0:

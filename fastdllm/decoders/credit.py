@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastdllm.decoders import factor, frechet, threshold
 from fastdllm.decoders.base import DecoderRule
+from fastdllm.fields import shown
 from fastdllm.view import View
 
 RULES = {"threshold": threshold.Decoder, "factor": factor.Decoder, "frechet": frechet.Decoder}
@@ -38,7 +39,7 @@ class Decoder(DecoderRule):
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
-            raise ValueError(f"rule={self.rule!r} is unknown; allowed are {', '.join(RULES)}")
+            raise ValueError(f"rule={shown(self.rule)} is unknown; allowed are {', '.join(RULES)}")
         if self.alpha < 0 or self.gamma < 0:
             raise ValueError(f"alpha={self.alpha} and gamma={self.gamma} must be at least 0")
         if not 0 <= self.beta <= 1:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastdllm import kernels
 from fastdllm.decoders.base import DecoderRule
+from fastdllm.fields import shown
 from fastdllm.view import View
 
 RULES = {"paper": "factor", "published": "factor_published"}
@@ -30,7 +31,7 @@ class Decoder(DecoderRule):
         if self.factor <= 0:
             raise ValueError(f"factor={self.factor} must be above 0")
         if self.factor_rule not in RULES:
-            raise ValueError(f"factor_rule={self.factor_rule!r} is unknown; allowed are {', '.join(RULES)}")
+            raise ValueError(f"factor_rule={shown(self.factor_rule)} is unknown; allowed are {', '.join(RULES)}")
 
     def step(self, view: View) -> Tensor:
         rule = RULES[self.factor_rule]

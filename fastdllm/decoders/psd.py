@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastdllm.decoders.base import DecoderRule
 from fastdllm.decoders.credit import RULES, decider
-from fastdllm.fields import Bounds
+from fastdllm.fields import Bounds, shown
 from fastdllm.view import View
 
 
@@ -33,7 +33,7 @@ class Decoder(DecoderRule):
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
-            raise ValueError(f"rule={self.rule!r} is unknown; allowed are {', '.join(RULES)}")
+            raise ValueError(f"rule={shown(self.rule)} is unknown; allowed are {', '.join(RULES)}")
         if self.branches < 1:
             raise ValueError(f"branches={self.branches} must be at least 1")
         RULES[self.rule](self.level)

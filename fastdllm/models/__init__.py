@@ -24,7 +24,7 @@ from fastdllm.models.hub import TINY, find_adapter, find_folder, tiny_names
 from fastdllm.models.int4 import layout_of
 from fastdllm.models.quantize import KINDS
 from fastdllm.models.quantize import quantize as quantize_network
-from fastdllm.models.spec import MASK_ROLE, Family, ModelSpec, with_generation
+from fastdllm.models.spec import END_ROLE, MASK_ROLE, Family, ModelSpec, with_generation
 from fastdllm.models.transformer import Transformer
 from fastdllm.models.weights import load_weights
 
@@ -47,6 +47,18 @@ FAMILIES = {
     "llada2_moe": "llada2_moe",
     "StableDiffcoderForCausalLM": "stable_diffcoder",
     "nemotron_labs_diffusion": "nemotron",
+}
+# The classes that the published files of the others name.
+CLASSES = {
+    "LLaDAModelLM": "llada",
+    "DreamModel": "dream",
+    "Fast_dLLM_QwenForCausalLM": "fast_dllm_v2",
+    "SDARForCausalLM": "sdar",
+    "A2DQwen3LMHeadModel": "a2d",
+    "A2DQwen2LMHeadModel": "a2d",
+    "A2DLlamaLMHeadModel": "a2d",
+    "LLaDA2MoeModelLM": "llada2_moe",
+    "NemotronLabsDiffusionModel": "nemotron",
 }
 DTYPES = {
     "float32": torch.float32,
@@ -188,7 +200,11 @@ def read_family(config: Mapping[str, Any], folder: Path) -> Family:
     classes = [c for c in fields.names("architectures") if "moe" in c.lower()]
     kind = fields.get("model_type")
     kinds = [k for k in (*fields.names("architectures"), kind) if isinstance(k, str) and k in FAMILIES]
-    family = import_module(f"fastdllm.models.{FAMILIES[kinds[0]]}").FAMILY if kinds else None
+    of = FAMILIES[kinds[0]] if kinds else ""
+    family = import_module(f"fastdllm.models.{of}").FAMILY if kinds else None
+    for name in fields.names("architectures"):
+        if family and (other := {**CLASSES, **FAMILIES}.get(name, of)) != of:
+            raise ValueError(f"{folder}: config.json has model_type={kind!r}, but {name} is the architecture of {other!r}")
     if (experts or classes) and not (family and family.experts):
         found = ", ".join([*classes, *(f"{n}={fields[n]!r}" for n in experts)])
         raise ValueError(f"{folder}: config.json describes a mixture of experts ({found}), which is not supported")
@@ -346,15 +362,15 @@ def read_tokenizer(folder: Path, name: str) -> tuple[PreTrainedTokenizerFast | N
 
 
 def written_ids(folder: Path) -> dict[str, int]:
-    """Added tokens by their text, and the mask's id as `MASK_ROLE`, read off the files without the tokenizer's library."""
+    """What `special_ids` gives, read off the files without the tokenizer's library."""
     files = {name: folder / name for name in ("tokenizer.json", "tokenizer_config.json")}
     read = {name: read_object(path) if present(path) else {} for name, path in files.items()}
     ids = {token["content"]: int(token["id"]) for token in read["tokenizer.json"].get("added_tokens") or ()}
     listed = read["tokenizer_config.json"].get("added_tokens_decoder") or {}
     ids |= {token["content"]: int(i) for i, token in listed.items()}
-    mask = read["tokenizer_config.json"].get("mask_token")
-    mask = mask.get("content") if isinstance(mask, dict) else mask
-    return {**ids, MASK_ROLE: ids[mask]} if mask in ids else ids
+    named = {role: read["tokenizer_config.json"].get(role) for role in (MASK_ROLE, END_ROLE)}
+    texts = {role: text.get("content") if isinstance(text, dict) else text for role, text in named.items()}
+    return {**ids, **{role: ids[text] for role, text in texts.items() if text in ids}}
 
 
 def has_tokenizer(folder: Path) -> bool:

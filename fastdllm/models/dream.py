@@ -12,8 +12,10 @@ from fastdllm.models.spec import Family, ModelSpec, mask_id, pad_id, stop_ids
 
 def read(config: Fields, ids: Mapping[str, int]) -> ModelSpec:
     """`ids` maps the tokenizer's added tokens to ids."""
-    if "block_size" in config:  # Dream-reasoner has Dream's model_type, no shift, and norms on queries and keys
-        raise config.wrong("block_size", "this is Dream-reasoner (blocks, no token shift), which is not supported")
+    # Dream-reasoner has Dream's model_type, another class, no shift, and norms on queries and keys.
+    if "block_size" in config or "DreamForCausalLM" in config.names("architectures"):
+        name = "block_size" if "block_size" in config else "architectures"
+        raise config.wrong(name, "this is Dream-reasoner (blocks, no token shift), which is not supported")
     # DiffuCoder pads what follows an answer with a token of its own.
     stops = stop_ids(config, ids, "<|im_end|>", "<|endoftext|>", "<|dlm_pad|>")
     return ModelSpec(

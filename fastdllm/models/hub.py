@@ -33,7 +33,7 @@ def find_folder(name: str, revision: str | None = None) -> Path:
     if name in tiny_names():
         return TINY / name
     path = Path(name).expanduser()
-    if _is_folder(path):
+    if name and _is_folder(path):  # an empty one, as of a variable that is not set, would be the present folder
         return _check_folder(name, path)
     shipped = ", ".join(tiny_names())
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or "\0" in name:
@@ -48,7 +48,7 @@ def find_adapter(name: str) -> Path:
     if not isinstance(name, str | Path):
         raise ValueError(f"adapter={shown(name)} must be a folder or a hub id 'owner/name'")
     path = Path(name).expanduser()
-    if not _is_folder(path):
+    if not (str(name) and _is_folder(path)):
         if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")) or "\0" in str(name):
             raise FileNotFoundError(f"adapter={shown(str(name), PATH)} is neither a folder nor a hub id 'owner/name'")
         path = _download(str(name), None, "a folder works offline", ADAPTER_FILES, "adapter")

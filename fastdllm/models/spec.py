@@ -17,7 +17,8 @@ from fastdllm.fields import shown
 from fastdllm.models.files import Fields
 
 # Upper ends of what a network may be, far above every published one: a hostile config.json is refused at once.
-MASK_ROLE = "mask_token"  # under this name the tokenizer's own mask is among the ids that a family gets
+# Under these names the tokenizer's own mask and end of a text are among the ids that a family gets.
+MASK_ROLE, END_ROLE = "mask_token", "eos_token"
 LAYERS, WIDTH, HEADS, HEAD_DIM, VOCAB, POSITIONS = 1024, 2**18, 2**12, 2**12, 2**24, 2**22
 EXPERTS = 2**12
 
@@ -240,8 +241,9 @@ def with_generation(config: Fields, generation: Fields, ids: Mapping[str, int]) 
 
 
 def stop_ids(config: Fields, ids: Mapping[str, int], *texts: str) -> tuple[int, ...]:
-    """config.json's eos_token_id (one or several) and those of the tokens `texts` that the tokenizer has."""
-    return tuple(dict.fromkeys([*config.ids("eos_token_id"), *(ids[t] for t in texts if t in ids)]))
+    """config.json's eos_token_id (one or several), else the tokenizer's own, and those of the tokens `texts` that it has."""
+    own = config.ids("eos_token_id") or ((ids[END_ROLE],) if END_ROLE in ids else ())
+    return tuple(dict.fromkeys([*own, *(ids[t] for t in texts if t in ids)]))
 
 
 def pad_id(config: Fields, stops: tuple[int, ...], default: int) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdllm.models.files import TOKENIZER_FILES, Fields, present, read_object, read_text
-from fastdllm.models.spec import MASK_ROLE
+from fastdllm.models.spec import END_ROLE, MASK_ROLE
 
 with warnings.catch_warnings():
     # In a notebook without ipywidgets, tqdm complains when transformers imports it, of a bar that nobody asked for.
@@ -281,8 +281,9 @@ def lost_characters(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast | None) -> dict[str, int]:
-    """Added tokens (special ones among them) by their text, and the tokenizer's mask as `MASK_ROLE`."""
+    """Added tokens (special ones among them) by their text, and the tokenizer's own as `MASK_ROLE` and `END_ROLE`."""
     if tokenizer is None:
         return {}
-    mask = tokenizer.mask_token_id
-    return {**tokenizer.get_added_vocab(), **({} if mask is None else {MASK_ROLE: mask})}
+    ids = tokenizer.get_added_vocab()
+    own = {MASK_ROLE: tokenizer.mask_token_id, END_ROLE: tokenizer.eos_token_id}
+    return {**ids, **{role: i for role, i in own.items() if i is not None}}

@@ -21,6 +21,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
 import fastdllm
+from fastdllm.serving.address import check_key, host_name
 from fastdllm.serving.errors import ApiError, as_api_error
 from fastdllm.serving.page import Page, PageBody, WordsBody
 from fastdllm.serving.protocol import ChatBody, CompletionBody, DecideBody, describe
@@ -56,7 +57,12 @@ def create_app(
     token under /v1 and /page, None for no key. hosts: names under which the server may be addressed, None for any; a server
     on the loopback interface names its own, so that no web page can reach it under a name that it pointed there.
     wait_until_warm: listen only then; else /health says so meanwhile.
+
+    Raises ValueError for a key or a name that no request can have.
     """
+    hosts = None if hosts is None else tuple(map(host_name, hosts))
+    if api_key is not None:
+        check_key(api_key)
     page = Page([service, *others])
 
     @asynccontextmanager

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import fastdllm
 from fastdllm import registry
-from fastdllm.arguments import Parser
+from fastdllm.arguments import COUNT, SIZE, Parser, number
 from fastdllm.build import assemble
 from fastdllm.config import DecodeConfig
 from fastdllm.engine.admission import ROWS
 from fastdllm.loading import PLACE, WEIGHTS, add_place_options, add_weight_options, load_options
 from fastdllm.memory import positions_that_fit
-from fastdllm.serving.address import free_port
+from fastdllm.serving.address import OWN_NAMES, check_key, free_port, host_name, is_loopback
 from fastdllm.serving.logs import log_to_stderr
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fastdllm.serving.service import Service
 
 LIMITS = ("max_batch", "max_positions", "max_queue", "timeout")
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MOST_ROWS = 2**16  # of a batch: tables of what each row holds are made at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +128,11 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     add_limits(out)
     add_server(out, 8000, "default 8000")
     replicas = out.add_argument_group("several replicas, by Ray Serve (pip install 'ray[serve]')")
-    replicas.add_argument("--replicas", type=int, metavar="N", help="so many, one GPU each or a share of the CPU")
-    replicas.add_argument("--min-replicas", type=int, metavar="N", help="scale with the requests at hand, at least so many")
-    replicas.add_argument("--max-replicas", type=int, metavar="N", help="and at most so many")
+    replicas.add_argument("--replicas", type=COUNT, metavar="N", help="so many, one GPU each or a share of the CPU")
+    replicas.add_argument(
+        "--min-replicas", type=COUNT, metavar="N", help="scale with the requests at hand, at least so many"
+    )
+    replicas.add_argument("--max-replicas", type=COUNT, metavar="N", help="and at most so many")
     return out
 
 
@@ -138,7 +140,7 @@ def add_server(out: argparse.ArgumentParser, port: int | None, default: str) -> 
     """Where it listens, and to whom; shared with `fastdllm app`."""
     group = out.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="interface to listen on (default: this machine only)")
-    group.add_argument("--port", type=int, default=port, help=f"port ({default})")
+    group.add_argument("--port", type=number(int, 0, 2**16 - 1), default=port, help=f"port ({default})")
     group.add_argument(
         "--api-key",
         default=os.environ.get("FASTDLLM_API_KEY"),
@@ -188,13 +190,18 @@ def add_model_options(out: argparse.ArgumentParser, positional: bool = True) -> 
 
 def add_limits(out: argparse.ArgumentParser, rows: int = ROWS) -> None:
     group = out.add_argument_group("limits")
-    group.add_argument("--max-batch", type=int, default=rows, metavar="N", help=f"requests in one batch (default {rows})")
+    count = number(int, 1, MOST_ROWS)
+    group.add_argument("--max-batch", type=count, default=rows, metavar="N", help=f"requests in one batch (default {rows})")
     group.add_argument(
-        "--max-positions", type=int, metavar="N", help="positions of prompts and answers in flight (default: what fits)"
+        "--max-positions", type=COUNT, metavar="N", help="positions of prompts and answers in flight (default: what fits)"
     )
-    group.add_argument("--max-queue", type=int, default=256, metavar="N", help="requests that may wait (default 256)")
+    group.add_argument("--max-queue", type=SIZE, default=256, metavar="N", help="requests that may wait (default 256)")
     group.add_argument(
-        "--timeout", type=float, default=600.0, metavar="SECONDS", help="deadline of a request at most (default 600)"
+        "--timeout",
+        type=number(float, 1e-3, 1e9),
+        default=600.0,
+        metavar="SECONDS",
+        help="deadline of a request at most (default 600)",
     )
 
 
@@ -216,17 +223,15 @@ def settings(args: argparse.Namespace) -> Settings:
 
 def limits(args: argparse.Namespace) -> dict[str, Any]:
     """What `add_limits` and `add_server` read, as fields of `Settings`; ValueError for what makes no sense."""
-    for name in LIMITS:
-        value = getattr(args, name)
-        if value is not None and not value > 0 and not (name == "max_queue" and value == 0):
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be positive")
-    if not 0 <= (getattr(args, "port", None) or 0) < 2**16:
-        raise ValueError(f"--port {args.port} must lie in [0, 65535]")
-    hosts = getattr(args, "hosts", None)
-    if hosts is None and getattr(args, "host", None) in LOOPBACK:
-        hosts = ["127.0.0.1", "localhost", "[::1]"]
-    given = {name: getattr(args, name) for name in LIMITS}
-    return {**given, "api_key": getattr(args, "api_key", None), "hosts": hosts and tuple(hosts)}
+    host, hosts, api_key = (getattr(args, name, None) for name in ("host", "hosts", "api_key"))
+    if host is not None and not host.strip():  # sockets take it for all interfaces
+        raise ValueError("--host is empty; 127.0.0.1 is this machine only, 0.0.0.0 every interface")
+    if hosts is None and host is not None and is_loopback(host):
+        hosts = dict.fromkeys([*OWN_NAMES, host])
+    names = None if hosts is None else tuple(map(host_name, hosts))
+    if api_key is not None:
+        check_key(api_key)
+    return {**{name: getattr(args, name) for name in LIMITS}, "api_key": api_key, "hosts": names}
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -266,8 +271,8 @@ def run(app: FastAPI, host: str, port: int, log_level: str, listening: Callable[
     def ended(signum: int, frame: FrameType | None) -> None:
         """uvicorn has shut down in order and raises the signal once more, which would end the process by it."""
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ended)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, ended)
     # No handlers of uvicorn's own: they write on the event loop, which waits where nobody reads the output (`logs.py`).
     config = uvicorn.Config(app, host=host, port=port, log_config=None, log_level=log_level, timeout_keep_alive=30)
     server = Server(config)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from fastdllm.fields import shown
+from fastdllm.models.files import LFS
 
 ROLES = ("system", "user", "assistant", "tool")
 # What other formats call a role: ShareGPT, LLaMA-Factory's tool calls, OpenAI, Gemma, Open Assistant.
@@ -45,6 +46,10 @@ POLICIES = ("skip", "error")
 ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 GZIP = b"\x1f\x8b"
 OTHER_KINDS = {b"PAR1": "a Parquet file", b"PK\x03\x04": "a zip archive", b"ARROW1": "an Arrow file"}  # by how they begin
+# What a record may hold beside its conversation, without which that is another one: what an answer should not be, and media.
+PREFERENCES = ("chosen", "rejected", "rejected_response")
+VERDICTS = ("label", "kto_tag")  # TRL's and LLaMA-Factory's names of whether the answer is a good one
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 NOT_DATA = {"dataset_info.json"}  # LLaMA-Factory's and datasets' description of the files next to it
 LONGEST_QUOTE = 200  # characters of a file's own text in a message
 T = TypeVar("T")
@@ -88,7 +93,9 @@ def _text_of(path: Path) -> str:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
             problem = f"not a whole gzip file ({error})"
-    if kind := next((kind for start, kind in OTHER_KINDS.items() if data.startswith(start)), None):
+    if data.startswith(LFS):
+        problem = "a git-lfs pointer instead of the file; run `git lfs pull` in its folder"
+    elif kind := next((kind for start, kind in OTHER_KINDS.items() if data.startswith(start)), None):
         problem = f"{kind}; only JSON and JSON lines are read, which to_json of datasets and of pandas writes"
     wide = json.detect_encoding(data)
     if not wide.startswith("utf-8") and (text := _wide(data, wide)).lstrip()[:1] in ("{", "["):
@@ -294,6 +301,10 @@ def to_conversation(record: Record) -> Conversation:
             raise BadRecord(f"{where}: 'tools' is not JSON") from error
     if tools is not None and not isinstance(tools, list):
         raise BadRecord(f"{where}: 'tools' is not a list")
+    if lost := [name for name in (*PREFERENCES, *MEDIA) if value.get(name)]:
+        raise BadRecord(f"{where}: has {', '.join(lost)}; only conversations of text with one answer are trained on")
+    if rejected := [name for name in VERDICTS if value.get(name) is False]:
+        raise BadRecord(f"{where}: {rejected[0]} is false: its answer is an example of a bad one")
     if not any(map(is_target, messages)):
         raise BadRecord(f"{where}: no message by the assistant")
     return Conversation(where, messages, tools)

@@ -20,12 +20,14 @@ import json
 import random
 import subprocess
 import sys
+import textwrap
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
@@ -124,7 +126,7 @@ def measure(url: str, model: str, load: Load, rate: float | None, at_once: int) 
     command = [sys.executable, "-m", "scripts.benchmarks.serve", "--send"]
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True)
     if done.returncode == 2:
-        raise ValueError(done.stderr.strip().rpartition("\n")[2])
+        raise ValueError(done.stderr.strip().rpartition("\n")[2].removeprefix("serve: "))
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
     return json.loads(done.stdout)
@@ -169,26 +171,37 @@ async def send(job: dict[str, Any]) -> dict[str, Any]:
 
 
 async def stream(client: Any, body: dict[str, Any]) -> dict[str, float]:
-    """One request: seconds to its first forward, first text and end, and what it wrote."""
+    """One request: seconds to its first forward, first text and end, and what it wrote. ValueError for what the server
+    refuses, and for answers that are not those of this project's server."""
     started = time.perf_counter()
-    times: dict[str, float] = {}
     async with client.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:
-            raise ValueError((await response.aread()).decode())
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            chunk, now = json.loads(line[6:]), time.perf_counter() - started
-            if "error" in chunk:
-                raise ValueError(chunk["error"]["message"])
-            if "denoising" in chunk:
-                times.setdefault("first_forward", now)
-            elif chunk["choices"] and chunk["choices"][0]["text"]:
-                times.setdefault("first_text", now)
-            if chunk.get("usage"):
-                usage = chunk["usage"]
-                return {**times, "end": now, "tokens": usage["completion_tokens"], "forwards": usage["forwards"]}
-    raise RuntimeError("the stream ended before its usage")
+            text = textwrap.shorten((await response.aread()).decode(errors="replace"), 300)
+            raise ValueError(f"{client.base_url} answers with status {response.status_code}: {text}")
+        try:
+            return await read_events(response.aiter_lines(), started)
+        except (LookupError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{client.base_url} answers otherwise than `fastdllm serve` ({reason})") from error
+
+
+async def read_events(lines: AsyncIterator[str], started: float) -> dict[str, float]:
+    """The figures of one answer from the lines of its stream; `started`: when it was asked, of `time.perf_counter`."""
+    times: dict[str, float] = {}
+    async for line in lines:
+        if not line.startswith("data: {"):
+            continue
+        chunk, now = json.loads(line[6:]), time.perf_counter() - started
+        if "error" in chunk:
+            raise ValueError(chunk["error"]["message"])
+        if "denoising" in chunk:
+            times.setdefault("first_forward", now)
+        elif chunk["choices"] and chunk["choices"][0]["text"]:
+            times.setdefault("first_text", now)
+        if chunk.get("usage"):
+            usage = chunk["usage"]
+            return {**times, "end": now, "tokens": usage["completion_tokens"], "forwards": usage["forwards"]}
+    raise LookupError("the stream ended before its usage")
 
 
 def load_model(args: argparse.Namespace, length: int) -> tuple[Model, DecodeConfig]:
@@ -204,6 +217,18 @@ def load_model(args: argparse.Namespace, length: int) -> tuple[Model, DecodeConf
     return model, DecodeConfig(**{**fixed, **decoding})
 
 
+def address(text: str) -> str:
+    """A type of arguments: where a server is reached, http://HOST:PORT. An empty one would mean a server of our own."""
+    try:
+        url = urlsplit(text)
+        good = url.scheme in ("http", "https") and url.hostname and url.port != 0 and text.isprintable() and " " not in text
+    except ValueError:  # of a port that is none, or an address with one bracket
+        good = False
+    if not good:
+        raise argparse.ArgumentTypeError(f"must be the address of a server, http://HOST:PORT, not {text[:60]!r}")
+    return text
+
+
 def parser() -> argparse.ArgumentParser:
     out = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     out.add_argument("--model", default="tiny-llada", help="shipped name, folder or hub id (default tiny-llada)")
@@ -212,7 +237,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--per-step", type=COUNT, default=4, help="tokens a forward of a shape (default 4)")
     out.add_argument("--device", help="cpu, cuda, ...")
     out.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="an option of DecodeConfig")
-    out.add_argument("--url", help="a running server instead of one in this process; no offline batch then")
+    out.add_argument("--url", type=address, help="a running server instead of one in this process; no offline batch then")
     out.add_argument("--requests", type=COUNT, default=64, help="requests of each setting (default 64)")
     out.add_argument("--length", type=COUNT, default=128, help="new tokens of each (default 128)")
     out.add_argument("--shots", type=SIZE, default=0, help="worked examples before each problem (5 make about 1000 tokens)")

@@ -129,7 +129,11 @@ def parse(setting: str) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for kind, part in zip(("decoder", "cache"), setting.split("+"), strict=True):
         name, *more = part.split(":")
-        name, _, level = name.partition("=")
+        name, equals, level = name.partition("=")
+        if equals and not level:
+            raise ValueError(f"setting {setting!r}: '{name}=' has no value")
+        if kind in options:
+            raise ValueError(f"setting {setting!r}: {kind} is given twice")
         options[kind] = name
         if level:
             own = list(own_options(kind, name))
@@ -140,6 +144,8 @@ def parse(setting: str) -> dict[str, Any]:
             option, given, value = item.partition("=")
             if not given:
                 raise ValueError(f"setting {setting!r}: {item!r} must read option=value")
+            if option in options:
+                raise ValueError(f"setting {setting!r}: {option} is given twice")
             options[option] = value
     return options
 

@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastdllm.models import weights
+from fastdllm.models import CLASSES, FAMILIES, read_family, weights
 from tests.models.checkpoint_folder import KINDS, edit, load
 from tests.published_checkpoints import (
+    ADDED,
     VOCAB,
+    end_of,
     mask_of,
     special_ids,
     write_checkpoint,
@@ -53,6 +55,13 @@ def test_null_is_absent(tmp_path: Path, kind: str, field: str) -> None:
     spec = load(tmp_path).spec
     assert spec.mask_id == special_ids(kind)[mask_of(kind)]
     assert special_ids(kind)["<|endoftext|>"] in spec.stop_ids
+
+
+@pytest.mark.parametrize("kind", ADDED)
+@pytest.mark.parametrize("value", [None, []])
+def test_without_a_stop_the_tokenizers_own_end_is_one(tmp_path: Path, kind: str, value: list[int] | None) -> None:
+    write_checkpoint(tmp_path, kind, eos_token_id=value)
+    assert special_ids(kind)[end_of(kind)] in load(tmp_path).spec.stop_ids
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -209,6 +218,24 @@ def test_another_network_under_a_known_model_type_is_named(
 ) -> None:
     write_checkpoint(tmp_path, kind, **fields)
     with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", sorted({*FAMILIES} - {"LLaDAMoEModelLM", "LLaDAMoEModel", "StableDiffcoderForCausalLM"}))
+@pytest.mark.parametrize("architecture", CLASSES)
+def test_a_model_type_and_an_architecture_of_two_families_contradict(kind: str, architecture: str) -> None:
+    """Tensors of one network under the other's shift or blocks would give answers that are wrong without a word."""
+    config = {"model_type": kind, "architectures": [architecture]}
+    if CLASSES[architecture] == FAMILIES[kind]:
+        assert read_family(config, Path("folder"))
+        return
+    with pytest.raises(ValueError, match=rf"folder: config.json .*({architecture}|mixture of experts)"):
+        read_family(config, Path("folder"))
+
+
+def test_dream_reasoner_is_known_by_its_class(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "dream", architectures=["DreamForCausalLM"])
+    with pytest.raises(ValueError, match=r"architectures=.*Dream-reasoner"):
         load(tmp_path)
 
 

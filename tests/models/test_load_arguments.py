@@ -75,3 +75,14 @@ def test_an_adapter_folder_is_not_a_model(tmp_path: Path) -> None:
     write_json(tmp_path / "adapter_config.json", {"peft_type": "LORA"})
     with pytest.raises(FileNotFoundError, match="holds a LoRA adapter, not a model"):
         load(tmp_path)
+
+
+def test_an_empty_name_is_not_the_present_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a variable of the shell that is not set."""
+    write_checkpoint(tmp_path, "dream")
+    write_json(tmp_path / "adapter_config.json", {})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="model '' is neither a folder"):
+        fastdllm.load("", device="cpu")
+    with pytest.raises(FileNotFoundError, match="adapter='' is neither a folder"):
+        fastdllm.load("tiny-sudoku", device="cpu", adapter="")

@@ -422,7 +422,6 @@ def test_keys_queues_deadlines_and_an_orderly_end() -> None:
         ["no-such-model"],
         ["tiny-llada", "--cache", "best"],
         ["tiny-llada", "--set", "threshold"],
-        ["tiny-llada", "--max-batch", "0"],
         ["no-such-model", "--host", "192.0.2.1"],  # the address is looked at first
         ["tiny-llada", "--host", "nowhere.invalid"],
     ],

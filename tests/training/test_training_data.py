@@ -204,6 +204,17 @@ def test_an_empty_list_does_not_hide_another_form(form: str, key: str) -> None:
     assert to_conversation(Record("here", {**FORMS[form], key: FORMS[form].get(key, [])})).messages == [USER, SAID]
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("key", ["images", "image", "videos", "audio", "audios", "chosen", "rejected", "label", "kto_tag"])
+def test_what_makes_it_another_conversation_is_not_left_out(form: str, key: str) -> None:
+    """A picture, a better or a worse answer, the word that the answer is a bad one: it was trained on without them."""
+    verdict = key in ("label", "kto_tag")
+    with pytest.raises(BadRecord, match=f"here: .*{key}"):
+        to_conversation(Record("here", {**FORMS[form], key: False if verdict else ["a.png"]}))
+    for harmless in (None, True) if verdict else (None, [], ""):
+        assert to_conversation(Record("here", {**FORMS[form], key: harmless})).messages == [USER, SAID]
+
+
 @pytest.mark.parametrize("value", [0, False, 0.0, {}, 7, ["a"]])
 @pytest.mark.parametrize(
     ("form", "key"), [("alpaca", "input"), ("dolly", "context"), ("alpaca", "system"), ("lmsys", "system")]
@@ -247,6 +258,7 @@ def test_what_a_file_holds_counts_not_what_it_is_called(tmp_path: Path, ending: 
 
 
 NO_TEXTS = {
+    "a git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:46\nsize 12\n",
     "a Parquet file": b"PAR1" + bytes(range(256)),
     "a zip archive": b"PK\x03\x04" + bytes(64),
     "not a whole gzip file": gzip.compress(LINE.encode())[:-9],

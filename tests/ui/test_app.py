@@ -29,7 +29,7 @@ def test_the_command_checks_its_options_and_its_address(capsys: pytest.CaptureFi
     for options, expected in (
         (["--preset", "quickest"], "quickest"),
         (["--threshold", "2"], "threshold=2.0 must lie in"),
-        (["--max-batch", "0"], "--max-batch 0 must be positive"),
+        (["--max-batch", "0"], "--max-batch: must be an integer from 1"),
         (["--quantize", "nothing"], "invalid choice"),
     ):
         with pytest.raises(SystemExit) as stopped:

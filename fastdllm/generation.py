@@ -32,8 +32,8 @@ from fastdllm.stats import Stats, peak_memory
 from fastdllm.text import AnswerText, cut, is_cut, text_of
 
 ROWS = 64  # prompts decoded together unless batch_size says otherwise, as far as memory allows
-# What transformers, vLLM and lm-eval call the arguments of `generate`.
 MOST_COPIES = 2**16  # answers to one prompt: each has a place in memory from the beginning
+# What transformers, vLLM and lm-eval call the arguments of `generate`.
 ALIASES = {"stop_strings": "stop", "until": "stop", "n": "num_return_sequences", "use_tqdm": "progress"}
 Constraints = Sequence[dict[int, int]] | dict[int, int] | None
 

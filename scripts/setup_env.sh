@@ -4,7 +4,7 @@
 #   source scripts/setup_env.sh [EXTRAS]     EXTRAS of pyproject.toml, by commas; default: dev, which is all of them
 # A second call with the same files costs well under a second. PYTHON=... picks the interpreter (3.10 or later).
 # CONSTRAINTS=... names another file of pins than requirements.txt; its torch== lines are installed first.
-# uv installs, five times as fast as pip; where it is not found, pip brings it. What uv cannot install, pip does. uv takes the
+# uv installs, faster than pip; where it is not found, pip brings it. What uv cannot install, pip does. uv takes the
 # build of torch that fits the machine, from PyTorch's own index.
 
 # What pip is told by its variables holds for uv too. Away from pyproject.toml: what it says to uv (that torch needs no CUDA

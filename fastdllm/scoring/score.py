@@ -10,7 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -111,8 +111,10 @@ def _run_all(pairs: list[tuple[str | None, Checks]], limits: Limits, workers: in
     from tqdm import tqdm
 
     pool = ThreadPoolExecutor(workers)
+    running: dict[Future[Verdict], int] = {}
     try:
-        running = {pool.submit(_attempt, program, limits, checks): i for i, (program, checks) in enumerate(pairs)}
+        for i, (program, checks) in enumerate(pairs):
+            running[pool.submit(_attempt, program, limits, checks)] = i
         verdicts: dict[int, Verdict] = {}
         with tqdm(total=len(pairs), desc="programs", disable=not progress) as bar:
             for future in as_completed(running):
@@ -120,7 +122,8 @@ def _run_all(pairs: list[tuple[str | None, Checks]], limits: Limits, workers: in
                 bar.update()
     except BaseException:  # an interruption too: nobody waits for what the programs that run would have given
         pool.shutdown(wait=False, cancel_futures=True)
-        end_programs()
+        while wait(running, timeout=0.05).not_done:  # one may be about to start
+            end_programs()
         raise
     finally:
         pool.shutdown(cancel_futures=True)

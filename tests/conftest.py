@@ -90,6 +90,12 @@ def captured_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def interruptible() -> None:
+    """A program that has been interrupted lets a second interruption end its process; here the process goes on."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
 def seeds() -> None:
     random.seed(0)
     np.random.seed(0)

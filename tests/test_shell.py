@@ -19,6 +19,7 @@ import pytest
 from safetensors import SafetensorError
 
 from fastdllm import cli, shell
+from tests.processes import python
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -202,7 +203,8 @@ def test_an_interruption_in_a_destructor_meanwhile_is_sent_again(capfd: pytest.C
 
 
 def test_an_interruption_while_libraries_are_imported_is_one_line(capfd: pytest.CaptureFixture) -> None:
-    assert sys.excepthook is shell._say_interrupted
+    done = python("import sys, fastdllm.shell as shell; assert sys.excepthook is shell._say_interrupted")
+    assert done.returncode == 0, done.stderr
     shell._say_interrupted(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert capfd.readouterr().err.endswith(": interrupted\n")
 

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from fastdllm.training.samples import FAST_DLLM_V2_TEMPLATE
 
@@ -66,3 +68,10 @@ def data(tmp_path: Path) -> Path:
     records = [{"instruction": f"Say {n}.", "output": "one " * n} for n in range(1, 13)]
     path.write_text(json.dumps(records))
     return path
+
+
+@pytest.fixture(autouse=True)
+def without_deepspeed() -> Iterator[None]:
+    """transformers keeps the last --deepspeed, a refused one too, for every model of the process."""
+    yield
+    unset_hf_deepspeed_config()

@@ -34,9 +34,14 @@ sys.excepthook = _say_interrupted  # Python then ends the program by SIGINT
 def _send_again(dropped: Any) -> None:
     """For an interruption that comes in a destructor meanwhile, where Python drops it."""
     if isinstance(dropped.exc_value, KeyboardInterrupt):
-        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+        _once_more(signal.SIGINT)
     else:
         _dropped_before(dropped)
+
+
+def _once_more(number: int) -> None:
+    """A moment later, when what dropped the signal is over."""
+    threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
 
 
 _dropped_before = sys.unraisablehook
@@ -134,8 +139,7 @@ def _heard_anywhere(heard: list[signal.Signals]) -> Iterator[None]:
         if not isinstance(dropped.exc_value, KeyboardInterrupt | Ended):
             before(dropped)
             return
-        number = heard.pop() if heard else signal.SIGINT
-        threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+        _once_more(heard.pop() if heard else signal.SIGINT)
 
     sys.unraisablehook = hook
     try:

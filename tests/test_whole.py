@@ -55,7 +55,7 @@ def target(call: ast.Call) -> ast.expr | None:
 def placed(tree: ast.AST) -> set[str]:
     """Names that `with whole.replacing(...) as NAME` and its like bind."""
     items = [item for node in ast.walk(tree) if isinstance(node, ast.With) for item in node.items]
-    ways = ("whole.replacing(", "whole.filling(", "_output(")
+    ways = ("whole.replacing(", "whole.filling(")
     return {ast.unparse(i.optional_vars) for i in items if i.optional_vars and ast.unparse(i.context_expr).startswith(ways)}
 
 

@@ -9,9 +9,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -140,15 +140,6 @@ def _attempt(program: str | None, limits: Limits, checks: Checks) -> Verdict:
     return run_program(program, limits, checks)
 
 
-@contextmanager
-def _output(path: Path, inputs: Sequence[Path]) -> Iterator[Path]:
-    """Where the results are written, made before anything runs, and put in place once they are whole."""
-    if any(one.exists() and path.exists() and path.samefile(one) for one in inputs):
-        raise ValueError(f"--output {path} would overwrite what is read")
-    with whole.replacing(path) as place:
-        yield place
-
-
 def parser(prog: str) -> Parser:
     parser = Parser(
         prog=prog,
@@ -188,7 +179,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "fastdllm score") -
         if not options.file.name:  # of "." and "/" no name of an output can be made
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(options.file))
         output = options.output or options.file.with_suffix(".scored.json")
-        with _output(output, inputs) as place:
+        if any(one.exists() and output.exists() and output.samefile(one) for one in inputs):
+            raise ValueError(f"--output {output} would overwrite what is read")
+        with whole.replacing(output) as place:  # made before anything runs
             results = score_file(options.file, limits, options.k, options.workers, options.problems, progress=True)
             _report(results, options)
             place.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fastdllm import whole
 from fastdllm.scoring import score
 from fastdllm.scoring.problems import Problem
 from fastdllm.scoring.samples import human_eval_problems, read_lines, read_rows, read_samples
@@ -278,7 +279,7 @@ def never_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_name_as_long_as_names_may_be_is_one(tmp_path: Path) -> None:
     path = tmp_path / ("x" * 250)
-    with score._output(path, []) as place:
+    with whole.replacing(path) as place:
         place.write_text("{}")
     assert path.read_text() == "{}"
 

@@ -5,8 +5,8 @@ A step of an 8B model is some three hundred kernel launches, which take the host
 up to a thousand positions. Captured, they are one launch. A graph belongs to the canvas on which it was captured, and is
 keyed by the run's choices and by what shapes it: rows, width, key bucket and the step's other choices. Prompts of different
 lengths share it, because starts and lengths are tensors. Larger passes run eagerly: they take the device so long that their
-launches are hidden. So do the first passes of any shape: to capture one takes as long as to run it several times, and among
-callers who come and go many shapes never return.
+launches are hidden. So does the first pass of any shape: among callers who come and go many shapes never return. It also
+compiles the kernels, which a capture cannot.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fastdllm.models import Model
 
 CAPTURED_POSITIONS = 2048  # of all rows together; larger passes run eagerly
-EAGER_FIRST = 2  # of a runner that is not told otherwise
+EAGER_FIRST = 1  # of a runner that is not told otherwise
 WIDTH_BUCKET, WIDE_BUCKET = 8, 64  # positions of a pass, rounded up to a multiple of this; of the second above it
 KEY_BUCKET = 256  # keys a graph looks at, rounded up: attention skips what lies beyond a row's own length
 LENGTH_BUCKET = 512  # slots: canvases are rounded up to this, so that later prompts find room and keep the graphs
@@ -141,11 +141,12 @@ class Runner:
         host = torch.tensor([idle] * rows, dtype=torch.long).pin_memory()
         table = host.to(canvas.x.device)
         noise = None if noise is None else noise.new_full((rows, *noise.shape[1:]), 0.5)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles the kernels and lets cuBLAS take its workspace outside the capture
-            step(table, noise, shape)
-        torch.cuda.current_stream().wait_stream(stream)
+        if canvas.met[name] == 1:  # no eager pass has compiled the kernels
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                step(table, noise, shape)
+            torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # All graphs of a canvas share one memory pool, which goes with the last of them.
         pool = next((kept.graph.pool() for kept in canvas.graphs.values()), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -179,6 +180,30 @@ def test_requests_with_numbers_of_their_own_share_graphs() -> None:
         assert torch.equal(together[number].ids, alone.ids)
         assert torch.equal(together[number].committed_at, alone.committed_at)
         torch.testing.assert_close(together[number].logprobs, alone.logprobs, atol=1e-3, rtol=1e-3, equal_nan=True)
+
+
+def test_a_shape_s_first_pass_prepares_its_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an eager pass a capture runs the step once; without one it warms up first. Both give the eager tokens."""
+    model, batch, options = tiny("llada"), prompts(20, 50), {"gen_length": 32, "block_length": 16, "stop_ids": ()}
+    run = build.assemble(model, fastdllm.DecodeConfig(**options))
+    requests = [Request(prompt, 32) for prompt in batch]
+    alone = {n: r.ids for step in decode(model, requests, run, eager.Runner()) for n, r in step.done.items()}
+    for eager_first in (0, 1, 2):
+        runner, ran = cuda_graph.Runner(eager_first), Counter()
+        capture = runner._capture
+
+        def counting(canvas: Any, step: Any, name: Any, *rest: Any, capture: Any = capture, ran: Any = ran) -> Any:
+            def counted(*given: Any) -> Any:
+                ran[name] += 1
+                return step(*given)
+
+            return capture(canvas, counted, name, *rest)
+
+        monkeypatch.setattr(runner, "_capture", counting)
+        for _ in range(3):
+            for step in decode(model, requests, run, runner):
+                assert all(torch.equal(alone[n], r.ids) for n, r in step.done.items())
+        assert ran and set(ran.values()) == {1 if eager_first else 2}
 
 
 def test_one_host_read_per_step() -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-PIECE = 8  # positions of a packed piece: what Fast-dLLM v2 recomputes of a block, and the narrowest captured pass
+PIECE = 8  # positions of a packed pass that attention takes together: what Fast-dLLM v2 recomputes of a block
 ALTERNATIVES = 20  # likeliest tokens of a position that a step can name
 
 
@@ -21,10 +21,10 @@ class Shape:
     dense: every query sees all `max_kv_len` slots, so that no mask is needed.
     branches: branches that run; 1 while all of them hold the same tokens.
     shadows: query positions appended to each row (`engine/shadows.py`).
-    pieces: pieces of PIECE positions in which passes of unequal widths run, or of `fresh` positions in which layers with
-        reuse run; 0 where all run to W.
+    packed: positions of all rows, one after the other, where passes are of unequal widths; 0 where all run to W.
     fresh: positions of a piece that runs through layers with reuse; 0 where every row runs whole; None where reuse has no
         part in this forward.
+    pieces: pieces of `fresh` positions.
     drawn: some row draws its tokens, so that the logits themselves are needed.
     truncated: some row that draws them leaves out unlikely ones.
     alternatives: likeliest tokens to name at each position, 0 or ALTERNATIVES.
@@ -35,15 +35,16 @@ class Shape:
     dense: bool
     branches: int = 1
     shadows: int = 0
-    pieces: int = 0
+    packed: int = 0
     fresh: int | None = None
+    pieces: int = 0
     drawn: bool = False
     truncated: bool = False
     alternatives: int = 0
 
     def positions(self, rows: int) -> int:
         """Positions that a forward of `rows` rows computes for each branch."""
-        return (self.pieces * PIECE if self.fresh is None else 0) or rows * self.width
+        return self.packed or rows * self.width
 
 
 class Plan(NamedTuple):
@@ -95,8 +96,8 @@ class Plan(NamedTuple):
     def idle(cls, slot: int, scratch: int, width: int) -> Plan:
         """A row that fills up a graph: row 0 of the canvas, which no request gets.
 
-        Its pass is padding, it takes no piece, and its block is one position that never counts. All that it writes, that
-        position's shadow included, lies up to `scratch`.
+        Its pass is padding, it takes no place in a packed forward, and its block is one position that never counts. All
+        that it writes, that position's shadow included, lies up to `scratch`.
         """
         return cls(
             row=0, lane=0, slot=slot, scratch=scratch, start=0, stop=0, read=width, hide_start=0, hide_stop=0,
@@ -139,6 +140,8 @@ class Window:
     slot: [R, W], with shadows: where the keys and values go, if not to `pos`.
     swap: [R, W, 3], with shadows: the slots that a query sees in place of others (`kernels.attention`).
     look: what to say of the attention between a block's positions; None where nobody asks.
+    together: [G, PIECE], of a packed forward, whose rows have one position each: which of them stand in the same place of
+        the store, so that attention takes them together; R where there is none.
     """
 
     row: Tensor
@@ -150,3 +153,4 @@ class Window:
     slot: Tensor | None = None
     swap: Tensor | None = None
     look: Look | None = None
+    together: Tensor | None = None

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import fastdllm
-from fastdllm.engine.batch import pieces
+from fastdllm.engine.forwards import groups
 from fastdllm.engine.forwards import packed as forward_packed
 from fastdllm.forward import PIECE, Window
 from fastdllm.runners import cuda_graph
@@ -37,7 +37,7 @@ def test_a_packed_forward_is_each_row_s_own(family: str, lengths: tuple[int, ...
     with torch.inference_mode():
         got_store, want_store = store(), store()
         window = Window(order, pos, limit, scratch + 1, hide=hide)
-        count = pieces(lengths) + spare
+        count = max(1, sum(lengths) + spare)
         got = forward_packed(lambda *a: network(*a, got_store), ids, window, length, count, torch.full_like(length, scratch))
         assert got.shape == (rows, width, network.spec.width)
         for r, n in enumerate(lengths):
@@ -49,9 +49,17 @@ def test_a_packed_forward_is_each_row_s_own(family: str, lengths: tuple[int, ...
             torch.testing.assert_close(got_kv[..., :scratch, :], want_kv[..., :scratch, :])
 
 
-def test_pieces_cover_every_pass() -> None:
-    assert pieces([]) == 0
-    assert pieces([1, PIECE, PIECE + 1, 0]) == 4
+@pytest.mark.parametrize("lengths", [(1,), (PIECE,), (PIECE + 1, 1), (7, 0, 1, 16, 0), (1,) * 40, (63, 9)])
+def test_every_position_is_in_one_group_of_its_row(lengths: tuple[int, ...]) -> None:
+    length = torch.tensor(lengths)
+    count, first = int(length.sum()), length.cumsum(0) - length
+    found = groups(first, length, count)
+    assert sorted(found[found < count].tolist()) == list(range(count))
+    row_of = torch.repeat_interleave(torch.arange(len(lengths)), length)
+    for group in found:
+        members = group[group < count]
+        assert len(set(row_of[members].tolist())) <= 1
+        assert (group[len(members) :] == count).all() and (members.diff() == 1).all()
 
 
 @pytest.mark.parametrize("decoder", ["threshold", "lopa"])

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastdllm.blocks import Pass
 from fastdllm.decoding import Decoding
 from fastdllm.engine.row import Row
-from fastdllm.forward import ALTERNATIVES, PIECE, Plan, Shape
+from fastdllm.forward import ALTERNATIVES, Plan, Shape
 from fastdllm.store import block_end
 
 NARROW = 64  # up to this width passes are grouped by equal width, or packed; above it they are padded to a multiple of it
@@ -109,28 +109,24 @@ def shape_of(turns: list[Turn], run: Decoding, packs: bool) -> Shape:
     widths, shadows, rows = [turn.width for turn in turns], turns[0].shadows, [turn.row for turn in turns]
     keys = max(row.block.visible_end for row in rows) + shadows if shadows else max(turn.work.read for turn in turns)
     branches = 1 if rows[0].opening else run.decoder.branches
-    count, fresh = (2 if run.guidance else branches) * pieces(widths), None
+    packed, fresh, count = 0, None, 0
     if any(turn.fresh is not None for turn in turns):
         fresh, count = parts([turn.through for turn in turns], widths, packs)
-    elif min(widths) == max(widths) or max(widths) > NARROW:
-        count = 0
+    elif min(widths) < max(widths) <= NARROW:
+        packed = (2 if run.guidance else branches) * sum(widths)
     return Shape(
         width=max(widths),
         max_kv_len=keys,
         dense=all(t.work.read == keys and t.work.hide == (0, 0) and sees_alike(t, run) for t in turns),
         branches=branches,
         shadows=shadows,
-        pieces=count,
+        packed=packed,
         fresh=fresh,
+        pieces=count,
         drawn=any(row.drawn for row in rows),
         truncated=any(row.truncated for row in rows),
         alternatives=ALTERNATIVES * any(row.request.alternatives for row in rows),
     )
-
-
-def pieces(widths: list[int]) -> int:
-    """How many pieces passes of these widths make."""
-    return sum(-(-width // PIECE) for width in widths)
 
 
 def parts(fresh: list[int], widths: list[int], packs: bool) -> tuple[int, int]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the network is called: as it stands, for one branch of each row, in pieces, or with layers that reuse.
+"""How the network is called: as it stands, for one branch of each row, packed, or with layers that reuse.
 
 A request may take several rows of the canvas and the store, its lanes: the branches of a decoder, or the two sides of
 guidance. Tensors of a step hold the lanes of a row as neighbours, [R * lanes, ...]. Lane 0 is the request's content.
@@ -57,8 +57,8 @@ def forward(
         return network(ids, window, run.reuse.layers_of(memory, work)), memory.drifted[plan.slot]
     if shape.branches < run.decoder.branches:
         return first_branch(network, ids, window, canvas.store, run.decoder.branches), None
-    if shape.pieces:
-        return packed(network, ids, window, plan.stop - plan.start, shape.pieces, plan.scratch), None
+    if shape.packed:
+        return packed(network, ids, window, plan.stop - plan.start, shape.packed, plan.scratch), None
     return network(ids, window), None
 
 
@@ -93,24 +93,38 @@ def lead_of(look: Look, lanes: int, width: int) -> Look:
 
 
 def packed(network: Network, ids: Tensor, window: Window, lengths: Tensor, count: int, scratch: Tensor) -> Tensor:
-    """network(ids, window) [R, W, C], computed for the first `lengths` [R] positions of each row only, in `count` pieces.
+    """network(ids, window) [R, W, C], computed for the first `lengths` [R] positions of each row only, `count` in all.
 
-    Passes are cut into pieces of PIECE positions, which run as the rows of one forward: attention reads the store after
-    every position has written to it, so a piece sees the rest of its pass there. Pieces beyond those of the lengths write to
-    scratch [R]; what the result holds after a row's length means nothing.
+    The positions run one after the other, as rows of one position each, so that only those of some pass are computed, and
+    those that fill up `count`. Attention reads the store after every position has written to it, and takes up to PIECE
+    positions of a row together. What fills up belongs to the last row and writes to its scratch [R]; what the result holds
+    after a row's length means nothing.
     """
-    rows, width = ids.shape
+    width, device = ids.shape[1], ids.device
+    ends = lengths.cumsum(0)
+    first = ends - lengths
+    ends[-1] = count
+    position = torch.arange(count, device=device)
+    member = torch.searchsorted(ends, position, right=True)  # the row of a position
+    at = position - first[member]
+    index = member, at.clamp(max=width - 1)
+    pos = torch.where(at < lengths[member], window.pos[index], scratch[member]).unsqueeze(1)
+    kv_len, row = window.kv_len[index].unsqueeze(1), window.row[member]
+    hide = None if window.hide is None else window.hide[member]
+    look = window.look and replace(window.look, first=first)
+    together = groups(first, ends - first, count)
+    flat = Window(row, pos, kv_len, window.max_kv_len, window.dense, hide, look=look, together=together)
+    hidden = network(ids[index].unsqueeze(1), flat)
+    back = first[:, None] + torch.arange(width, device=device)
+    return hidden.squeeze(1)[back.clamp(max=count - 1)]
+
+
+def groups(first: Tensor, lengths: Tensor, count: int) -> Tensor:
+    """[G, PIECE]: `count` positions, of which each row has `lengths` [R] from `first` [R] on, up to PIECE of a row together;
+    `count` where there is none. G is the most that any lengths can ask for."""
     each = (lengths + PIECE - 1).div(PIECE, rounding_mode="floor")
     ends = each.cumsum(0)
-    first = ends - each
-    piece = torch.arange(count, device=ids.device)
-    member = torch.searchsorted(ends, piece, right=True).clamp(max=rows - 1)  # the row of a piece
-    at = ((piece - first[member]) * PIECE)[:, None] + torch.arange(PIECE, device=ids.device)  # [count, PIECE]
-    index = member[:, None], at.clamp(max=width - 1)
-    pos = torch.where(at < lengths[member, None], window.pos[index], scratch[member, None])
-    hide = None if window.hide is None else window.hide[member]
-    kv_len = window.kv_len[index]
-    look = window.look and replace(window.look, first=first * PIECE)
-    hidden = network(ids[index], Window(window.row[member], pos, kv_len, window.max_kv_len, window.dense, hide, look=look))
-    back = (first * PIECE)[:, None] + torch.arange(width, device=ids.device)
-    return hidden.flatten(0, 1)[back.clamp(max=count * PIECE - 1)]
+    group = torch.arange(count // PIECE + len(lengths), device=lengths.device)
+    member = torch.searchsorted(ends, group, right=True).clamp(max=len(lengths) - 1)  # beyond them there is nothing
+    at = ((group - (ends - each)[member]) * PIECE)[:, None] + torch.arange(PIECE, device=lengths.device)
+    return torch.where(at < lengths[member, None], first[member, None] + at, count)

@@ -89,8 +89,9 @@ class Layer(nn.Module):
         if window.look is not None and index == spec.layers - 1:
             self._between(window.look, q, k, window)
         y = kernels.attention(
-            q, k, v, row, window.kv_len, window.max_kv_len, hide=window.hide, dense=window.dense, swap=window.swap
-        )
+            q, k, v, row, window.kv_len, window.max_kv_len,
+            hide=window.hide, dense=window.dense, swap=window.swap, together=window.together,
+        )  # fmt: skip
         y, h = kernels.linear_rmsnorm(y.flatten(2), out.weight, self.ffn_norm, spec.rms_eps, h, out.scale)
         gate_up, eps = self.gate_up, spec.rms_eps
         if self.experts is None:

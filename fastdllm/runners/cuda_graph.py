@@ -43,6 +43,13 @@ def bucket(rows: int) -> int:
     return power if rows <= 8 else -(-rows // step) * step
 
 
+def packed_bucket(positions: int) -> int:
+    """Positions of the graph that runs a packed forward of so many: a multiple of WIDTH_BUCKET, at most an eighth more where
+    there are many. Each of them costs time, so that steps are half as long as those of rows."""
+    step = max(WIDTH_BUCKET, 1 << (positions - 1).bit_length() >> 4)
+    return -(-positions // step) * step
+
+
 def captured(shape: Shape, rows: int, length: int) -> Shape | None:
     """The shape that a graph for `rows` rows has in the place of `shape`, on a canvas of `length` slots a row; None if the
     pass is too large to capture."""
@@ -50,7 +57,8 @@ def captured(shape: Shape, rows: int, length: int) -> Shape | None:
     width = -(-shape.width // multiple) * multiple
     keys = min(length, -(-shape.max_kv_len // KEY_BUCKET) * KEY_BUCKET)
     pieces = bucket(shape.pieces) if shape.pieces else 0
-    shape = replace(shape, width=width, max_kv_len=keys, dense=False, pieces=pieces)
+    packed = packed_bucket(shape.packed) if shape.packed else 0
+    shape = replace(shape, width=width, max_kv_len=keys, dense=False, packed=packed, pieces=pieces)
     return shape if shape.positions(rows) <= CAPTURED_POSITIONS else None
 
 

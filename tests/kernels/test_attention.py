@@ -204,6 +204,40 @@ def test_a_query_that_sees_nothing_gives_zeros(device: torch.device, splits: int
         assert out.isfinite().all() and (out[1, [0, 2, 4]] != 0).any(-1).all()
 
 
+def in_groups(counts: list[int], size: int) -> tuple[Tensor, Tensor]:
+    """Queries of rows with so many each, one after the other: the row of each, and groups of up to `size`; an empty one."""
+    member = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    total, groups = len(member), []
+    for row in range(len(counts)):
+        own = (member == row).nonzero()[:, 0].tolist()
+        groups += [own[i : i + size] for i in range(0, len(own), size)]
+    return member, torch.tensor([[*group, *[total] * (size - len(group))] for group in [*groups, []]])
+
+
+@pytest.mark.parametrize("counts", [[1], [5, 0, 13], [3, 8, 1, 7]], ids=str)
+@pytest.mark.parametrize("hidden", [False, True], ids=["open", "hide"])
+@pytest.mark.parametrize("H, K, D, keys", [(2, 1, 16, 40), (7, 1, 64, 130), (4, 4, 60, 63)])
+def test_queries_in_groups_are_those_of_each_alone(
+    device: torch.device, assert_close, counts: list[int], hidden: bool, H: int, K: int, D: int, keys: int
+) -> None:
+    from fastdllm.kernels.attention import triton
+
+    member, together = in_groups(counts, 4)
+    order = torch.randperm(len(counts))  # a row's place in the store is not its place among the queries
+    q, limit = torch.randn(len(member), 1, H, D), torch.randint(0, keys + 1, (len(member), 1))
+    k, v = (torch.randn(len(counts), K, keys + 7, D) for _ in range(2))
+    hide = torch.tensor([[keys // 3, keys // 2], [0, 0], [0, 3], [0, keys]])[member] if hidden else None
+    q, k, v, limit, together, row = (x.to(device) for x in (q, k, v, limit, together, order[member]))
+    hide = hide if hide is None else hide.to(device)
+    want = naive(q, k, v, row, limit, hide, D**-0.5)
+    assert_close(reference.attention(q, k, v, row, limit, keys, hide, together=together), want, 1e-6)
+    assert_close(triton.attention(q, k, v, row, limit, keys, hide, together=together), want, 2e-6)
+    for splits in (1, 3):
+        tile = {"BLOCK_M": 16, "BLOCK_N": 16, "SPLITS": splits, "num_warps": 4, "num_stages": 2}
+        out = triton.launch(q, k, v, row, limit, keys, hide, None, together=together, **tile)
+        assert_close(out, want, 2e-6)
+
+
 def test_block_causal_limits(device: torch.device, assert_close) -> None:
     """A wide pass whose queries see up to the end of their own block: whole key tiles need no mask, others do."""
     from fastdllm.kernels.attention import triton

@@ -21,6 +21,7 @@ def attention(
     scale: float | None = None,
     dense: bool = False,
     swap: Tensor | None = None,
+    together: Tensor | None = None,
 ) -> Tensor:
     """Queries q [R, W, H, D] over the store's rows `row` [R] int64: returns [R, W, H, D]. Writes nothing.
 
@@ -33,12 +34,40 @@ def attention(
     dense: promises that every kv_len is max_kv_len and that nothing is hidden.
     swap: [R, W, 3] int64 (start, stop, instead); the query does not see slots [start, stop) but as many from `instead` on in
         their place, whatever its kv_len; start = stop changes nothing. `hide` holds for both.
+    together: [G, S] int64, with W = 1 and no swap: each query r is in one group, those of a group have the same `row` and
+        `hide`, and are computed together; R, only at the end of a group, stands for none.
     """
+    if together is not None:
+        return _grouped(q, k_store, v_store, row, kv_len, max_kv_len, hide, scale, dense, together)
     if dense:
         return _seeing(q, rows_of(k_store, row, max_kv_len), rows_of(v_store, row, max_kv_len), None, scale)
     if q.device.type == "cpu":
         return _row_by_row(q, k_store, v_store, row, kv_len, max_kv_len, hide, scale, swap)
     return _masked(q, k_store, v_store, row, kv_len, max_kv_len, hide, scale, swap)
+
+
+def _grouped(
+    q: Tensor,
+    k_store: Tensor,
+    v_store: Tensor,
+    row: Tensor,
+    kv_len: Tensor,
+    max_kv_len: int,
+    hide: Tensor | None,
+    scale: float | None,
+    dense: bool,
+    together: Tensor,
+) -> Tensor:
+    """`attention` of queries in groups, each group as a row."""
+    count = len(q)
+    # The places of a group that nobody has repeat its first query; an empty group computes the last query of all.
+    first = together[:, :1].clamp(max=count - 1)
+    at = torch.where(together < count, together, first)
+    row, hide = row[first[:, 0]], None if hide is None else hide[first[:, 0]]
+    grouped = attention(q[at, 0], k_store, v_store, row, kv_len[at, 0], max_kv_len, hide, scale, dense)
+    out = q.new_zeros(count + 1, *q.shape[2:])
+    out[together.flatten()] = grouped.flatten(0, 1)
+    return out[:count, None]
 
 
 def _row_by_row(

@@ -126,10 +126,12 @@ def _attend_kernel(
     kv_len,
     hide,
     swap,
+    together,
     out,
     part,
     lse,
     count,
+    queries,
     W,
     max_kv_len,
     scale,
@@ -144,6 +146,7 @@ def _attend_kernel(
     D: tl.constexpr,
     HIDE: tl.constexpr,
     SWAP: tl.constexpr,
+    TOGETHER: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -154,18 +157,24 @@ def _attend_kernel(
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
     m_m = o_m < W * G
-    m_md = m_m[:, None] & (o_d < D)[None, :]
     # Tile row m is query head m % G of position m // G.
-    i_out = (i_r * W + o_m // G) * H + i_k * G + o_m % G
+    b_at = i_r * W + o_m // G
 
     wait()
-    b_row = tl.load(row + i_r)
-    b_len = tl.load(kv_len + i_r * W + o_m // G, mask=m_m, other=0).to(tl.int32)
+    i_row = i_r
+    if TOGETHER:
+        i_row = tl.minimum(tl.load(together + i_r * W), queries - 1)
+        b_at = tl.load(together + b_at, mask=m_m, other=queries)
+        m_m &= b_at < queries
+    m_md = m_m[:, None] & (o_d < D)[None, :]
+    i_out = b_at * H + i_k * G + o_m % G
+    b_row = tl.load(row + i_row)
+    b_len = tl.load(kv_len + b_at, mask=m_m, other=0).to(tl.int32)
     b_len = tl.minimum(b_len, max_kv_len)
     reach = tl.max(b_len, 0)
     b_start, b_stop, b_instead = b_len, b_len, b_len
     if SWAP:
-        p_swap = swap + (i_r * W + o_m // G) * 3
+        p_swap = swap + b_at * 3
         b_start = tl.load(p_swap, mask=m_m, other=0).to(tl.int32)
         b_stop = tl.load(p_swap + 1, mask=m_m, other=0).to(tl.int32)
         b_instead = tl.load(p_swap + 2, mask=m_m, other=0).to(tl.int32)
@@ -181,8 +190,8 @@ def _attend_kernel(
     shared = tl.minimum(tl.min(tl.where(m_m, b_len, reach), 0), stop)
     hide_start, hide_stop = 0, 0
     if HIDE:
-        hide_start = tl.load(hide + i_r * 2).to(tl.int32)
-        hide_stop = tl.load(hide + i_r * 2 + 1).to(tl.int32)
+        hide_start = tl.load(hide + i_row * 2).to(tl.int32)
+        hide_stop = tl.load(hide + i_row * 2 + 1).to(tl.int32)
         shared = tl.minimum(shared, tl.where(hide_start < hide_stop, hide_start, reach))
     if SWAP:
         shared = tl.minimum(shared, tl.min(tl.where(m_w, b_start, reach), 0))
@@ -263,12 +272,14 @@ def attention(
     scale: float | None = None,
     dense: bool = False,
     swap: Tensor | None = None,
+    together: Tensor | None = None,
 ) -> Tensor:
     """See `fastdllm.kernels.attention.reference.attention`."""
     R, W, H, D = q.shape
     K = k_store.shape[1]
-    tile = tiling(R * K, W * H // K, max_kv_len, triton.next_power_of_2(D) * k_store.itemsize, q.device)
-    return launch(q, k_store, v_store, row, kv_len, max_kv_len, hide, scale, swap, **tile)
+    rows, queries = (R, W) if together is None else together.shape
+    tile = tiling(rows * K, queries * H // K, max_kv_len, triton.next_power_of_2(D) * k_store.itemsize, q.device)
+    return launch(q, k_store, v_store, row, kv_len, max_kv_len, hide, scale, swap, together, **tile)
 
 
 def launch(
@@ -281,6 +292,7 @@ def launch(
     hide: Tensor | None,
     scale: float | None,
     swap: Tensor | None = None,
+    together: Tensor | None = None,
     *,
     BLOCK_M: int,
     BLOCK_N: int,
@@ -290,15 +302,17 @@ def launch(
 ) -> Tensor:
     """`attention` with a given tiling."""
     R, W, H, D = q.shape
-    K = k_store.shape[1]
+    queries, K = R * W, k_store.shape[1]
+    if together is not None:
+        R, W = together.shape
     block_d = max(16, triton.next_power_of_2(D))
     q = q.contiguous()
     out = torch.empty_like(q)
     tiles = triton.cdiv(W * H // K, BLOCK_M)
     part, lse, count = out, out, row
     if SPLITS > 1:
-        part = torch.empty((R, W, H, SPLITS, D), dtype=torch.float32, device=q.device)
-        lse = torch.empty((R, W, H, SPLITS), dtype=torch.float32, device=q.device)
+        part = torch.empty((queries, H, SPLITS, D), dtype=torch.float32, device=q.device)
+        lse = torch.empty((queries, H, SPLITS), dtype=torch.float32, device=q.device)
         count = _counters(q.device, triton.next_power_of_2(tiles * K * R))
     grid = (tiles * SPLITS, K, R)
     _attend_kernel[grid](
@@ -309,10 +323,12 @@ def launch(
         kv_len.contiguous(),
         kv_len if hide is None else hide.contiguous(),
         kv_len if swap is None else swap.contiguous(),
+        kv_len if together is None else together.contiguous(),
         out,
         part,
         lse,
         count,
+        queries,
         W,
         max_kv_len,
         (D**-0.5 if scale is None else scale) * LOG2E,
@@ -323,6 +339,7 @@ def launch(
         D=D,
         HIDE=hide is not None,
         SWAP=swap is not None,
+        TOGETHER=together is not None,
         SPLITS=SPLITS,
         BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N,

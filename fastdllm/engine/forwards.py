@@ -103,7 +103,7 @@ def packed(network: Network, ids: Tensor, window: Window, lengths: Tensor, count
     width, device = ids.shape[1], ids.device
     ends = lengths.cumsum(0)
     first = ends - lengths
-    ends[-1] = count
+    ends[-1:].fill_(count)  # a number assigned is a copy from the host, which no graph may capture
     position = torch.arange(count, device=device)
     member = torch.searchsorted(ends, position, right=True)  # the row of a position
     at = position - first[member]

@@ -16,7 +16,6 @@ from functools import cache, wraps
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
 
 from fastdllm.kernels.accept import reference as _accept
 from fastdllm.kernels.attention import reference as _attention
@@ -26,7 +25,7 @@ from fastdllm.kernels.confidence.reference import Confidence
 from fastdllm.kernels.discount import reference as _discount
 from fastdllm.kernels.experts import reference as _experts
 from fastdllm.kernels.linear import reference as _linear
-from fastdllm.kernels.linear.reference import quantize_weight
+from fastdllm.kernels.linear.reference import Activations, Quantized, quantize_weight
 from fastdllm.kernels.partial import reference as _partial
 from fastdllm.kernels.partial.reference import Picked
 from fastdllm.kernels.rmsnorm import reference as _rmsnorm
@@ -58,7 +57,7 @@ def dispatch(reference: Op, library: torch.dtype | None = None) -> Op:
     """
 
     @wraps(reference)
-    def op(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def op(x: Activations, *args: Any, **kwargs: Any) -> Any:
         on_gpu = x.is_cuda and x.dtype != library and _has_triton()
         # The twins have no gradient.
         differentiable = x.requires_grad and torch.is_grad_enabled()
@@ -71,7 +70,9 @@ def dispatch(reference: Op, library: torch.dtype | None = None) -> Op:
 rmsnorm = dispatch(_rmsnorm.rmsnorm)
 linear = dispatch(_linear.linear)
 linear_rmsnorm = dispatch(_rmsnorm.linear_rmsnorm)
+linear_rmsnorm_fp8 = dispatch(_rmsnorm.linear_rmsnorm_fp8)
 linear_silu_mul = dispatch(_silu_mul.linear_silu_mul)
+linear_silu_mul_fp8 = dispatch(_silu_mul.linear_silu_mul_fp8)
 experts_rmsnorm = dispatch(_experts.experts_rmsnorm)
 linear_rope_store = dispatch(_rope_store.linear_rope_store)
 # Triton multiplies fp32 outside the matrix unit and takes half a minute to compile it; the library has both.
@@ -86,8 +87,10 @@ pick = dispatch(_partial.pick)
 merge = dispatch(_partial.merge)
 
 __all__ = [
+    "Activations",
     "Confidence",
     "Picked",
+    "Quantized",
     "accept",
     "attention",
     "block_attention",
@@ -98,8 +101,10 @@ __all__ = [
     "head_confidence",
     "linear",
     "linear_rmsnorm",
+    "linear_rmsnorm_fp8",
     "linear_rope_store",
     "linear_silu_mul",
+    "linear_silu_mul_fp8",
     "merge",
     "pick",
     "quantize_weight",

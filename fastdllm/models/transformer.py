@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from fastdllm import kernels
 from fastdllm.forward import Look, Window
+from fastdllm.kernels import Activations
+from fastdllm.kernels.linear.reference import FP8
 from fastdllm.models.rope import frequencies
 from fastdllm.models.routing import route
 from fastdllm.models.spec import ModelSpec
@@ -38,6 +40,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.weight, self.scale, self.bias)
+
+    @property
+    def in_fp8(self) -> bool:
+        return self.weight.dtype == FP8
 
 
 class Layer(nn.Module):
@@ -68,7 +74,7 @@ class Layer(nn.Module):
 
     def forward(
         self,
-        y: Tensor,
+        y: Activations,
         h: Tensor,
         next_norm: Tensor,
         index: int,
@@ -76,8 +82,11 @@ class Layer(nn.Module):
         store: KVStore,
         cos: Tensor,
         sin: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+        to_fp8: bool = False,
+    ) -> tuple[Activations, Tensor]:
         """y: the layer's input h [R, W, C], normalised. Returns its output normalised by `next_norm` [C], and its output.
+
+        to_fp8: the normalised output goes to a product with fp8 weights only, so it may be quantised.
 
         Each product comes with what reads it (rotation and store, norm, gate), so that one kernel may do both.
         """
@@ -92,8 +101,13 @@ class Layer(nn.Module):
             q, k, v, row, window.kv_len, window.max_kv_len,
             hide=window.hide, dense=window.dense, swap=window.swap, together=window.together,
         )  # fmt: skip
-        y, h = kernels.linear_rmsnorm(y.flatten(2), out.weight, self.ffn_norm, spec.rms_eps, h, out.scale)
-        gate_up, eps = self.gate_up, spec.rms_eps
+        after, gate_up, eps = y.flatten(2), self.gate_up, spec.rms_eps
+        if self.experts is None and gate_up.in_fp8:
+            y, h = kernels.linear_rmsnorm_fp8(after, out.weight, self.ffn_norm, eps, h, out.scale)
+            y = kernels.linear_silu_mul_fp8(y, gate_up.weight, gate_up.scale)
+            last = kernels.linear_rmsnorm_fp8 if to_fp8 else kernels.linear_rmsnorm
+            return last(y, down.weight, next_norm, eps, h, down.scale)
+        y, h = kernels.linear_rmsnorm(after, out.weight, self.ffn_norm, eps, h, out.scale)
         if self.experts is None:
             y = kernels.linear_silu_mul(y, gate_up.weight, gate_up.scale)
             return kernels.linear_rmsnorm(y, down.weight, next_norm, eps, h, down.scale)
@@ -133,6 +147,14 @@ class Stack:
     def run(self, index: int, y: Tensor, h: Tensor, window: Window) -> tuple[Tensor, Tensor]:
         """Layer `index` for its input h [R, W, C] and y, h normalised. Returns its output normalised, and its output."""
         return self.layers[index](y, h, self.norms[index + 1], index, window, self.store, *self.rope)
+
+    def all(self, y: Tensor, h: Tensor, window: Window) -> Tensor:
+        """The last layer's output [R, W, C], normalised."""
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            to_fp8 = index < last and self.layers[index + 1].qkv.in_fp8
+            y, h = layer(y, h, self.norms[index + 1], index, window, self.store, *self.rope, to_fp8)
+        return y
 
 
 class Transformer(nn.Module):
@@ -174,9 +196,7 @@ class Transformer(nn.Module):
         y, h = kernels.rmsnorm(self.embed(ids), stack.norms[0], self.spec.rms_eps)
         if rule is not None:
             return rule(stack, y, h)
-        for index in range(len(self.layers)):
-            y, h = stack.run(index, y, h, window)
-        return y
+        return stack.all(y, h, window)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., C] -> logits [..., V] in the weights' dtype."""

@@ -166,8 +166,8 @@ def linear_case(m: Model, name: str, M: int, kind: str, sweep: bool) -> Case:
     def streamed(i: int, tile: dict[str, int]) -> Tensor:
         if kind != "fp8":
             return linear_triton.skinny(x, *weights[i], None, **tile).sum(0)
-        xq, token_scale = linear_triton.quantize_rows(x)
-        return linear_triton.skinny(xq, *weights[i], None, token_scale, x.dtype, **tile).sum(0)
+        tokens = linear_triton.quantize_rows(x)
+        return linear_triton.skinny(tokens.values, *weights[i], None, tokens.scale, x.dtype, **tile).sum(0)
 
     runs: dict[str, Run] = {"kernel": lambda i: kernels.linear(x, *weights[i])}
     if kind == "bf16":

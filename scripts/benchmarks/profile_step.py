@@ -18,7 +18,7 @@ import inspect
 import json
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,17 +45,27 @@ from scripts.benchmarks.decode import (
 )
 
 OPERATIONS = (
-    "rmsnorm", "linear_rmsnorm", "linear_silu_mul", "experts_rmsnorm", "linear_rope_store", "attention", "head_confidence"
+    "rmsnorm", "linear_rmsnorm", "linear_rmsnorm_fp8", "linear_silu_mul", "linear_silu_mul_fp8", "experts_rmsnorm",
+    "linear_rope_store", "attention", "head_confidence",
 )  # fmt: skip
 TABLES = ("k_store", "v_store", "cos", "sin")  # a call touches only some of their rows
 FORWARDS = 5
 
 
+def of(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among these."""
+    for x in values:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, kernels.Quantized):
+            yield from (x.values, x.scale)
+
+
 def moved(arguments: dict[str, Any], results: tuple[Any, ...]) -> int:
     """Bytes that a call must read and write once: its tensors, and of the KV store the slots that it reads or writes."""
-    tensors = [x for name, x in arguments.items() if isinstance(x, Tensor) and name not in TABLES]
+    tensors = list(of(x for name, x in arguments.items() if name not in TABLES))
     given = {x.data_ptr() for x in tensors}
-    tensors += [x for x in results if isinstance(x, Tensor) and x.data_ptr() not in given]
+    tensors += [x for x in of(results) if x.data_ptr() not in given]
     total = sum(x.nbytes for x in tensors)
     if "k_store" in arguments:
         k = arguments["k_store"]
@@ -76,7 +86,7 @@ def recorded() -> Iterator[dict[str, int]]:
             arguments = signature.bind(*given, **named).arguments
             first = next(iter(arguments.values()))
             named_by = first if name == "rmsnorm" else arguments.get("weight", arguments.get("gate_up", first))
-            label = f"{name} {'x'.join(map(str, named_by.shape))}"
+            label = f"{name.removesuffix('_fp8')} {'x'.join(map(str, named_by.shape))}"
             with record_function(label):
                 out = operation(*given, **named)
             if label not in found:

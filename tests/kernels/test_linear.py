@@ -98,10 +98,12 @@ def test_partial_sums_add_up(device: torch.device, assert_close, M: int, C: int,
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("M", "C", "N"), [(65, 16, 16), (130, 272, 144), (256, 1040, 48), (100, 9216, 16)])
+@pytest.mark.parametrize(
+    ("M", "C", "N"), [(65, 16, 16), (130, 272, 144), (256, 1040, 48), (100, 9216, 16), (300, 8192, 304)]
+)
 @pytest.mark.usefixtures("descriptors")
 def test_fp8_products_of_some_hundred_rows(device: torch.device, assert_close, M: int, C: int, N: int, bias: bool) -> None:
-    """Tiles of both widths, with and without a part of the channels each; the library's product is their equal."""
+    """Tiles of all widths, with and without a part of the channels each; the library's product is their equal."""
     from fastdllm.kernels.linear import fp8
 
     (wq, scale), (xq, token_scale) = weight(N, C, "fp8", device), weight(M, C, "fp8", device)
@@ -109,9 +111,11 @@ def test_fp8_products_of_some_hundred_rows(device: torch.device, assert_close, M
     want = (xq.double() * token_scale[:, None]) @ (wq.double() * scale[:, None]).T + (added.double() if bias else 0)
     tile = fp8.tiling(M, N, C, device)
     assert tile is not None
-    for splits in (1, tile["splits"], 3):
-        out = fp8.fp8_product(xq, wq, scale, added, token_scale, torch.float32, **tile | {"splits": splits})
-        assert out.shape == (splits, M, N)
+    wide = fp8.tiling(640, 3584, 18944, device)
+    assert wide is not None and wide["block_n"] == 2 * fp8.TILE
+    for chosen in (tile, tile | {"splits": 1}, tile | {"splits": 3}, wide):
+        out = fp8.fp8_product(xq, wq, scale, added, token_scale, torch.float32, **chosen)
+        assert out.shape == (chosen["splits"], M, N)
         # Hopper adds fp8 products up in some 14 bits (DeepSeek-V3, arXiv 2412.19437), so that long sums err more.
         assert_close(out.sum(0), want, 1e-6 if device.type == "cpu" else 4e-3 if C > 4096 else 2e-3)
 
@@ -184,8 +188,7 @@ def test_token_quantisation(device: torch.device, assert_close, M: int, C: int) 
 
     x = (torch.randn(M, C, device=device) * torch.logspace(-4, 4, M, device=device)[:, None]).bfloat16()
     x[2] = 0
-    xq, scale = triton.quantize_rows(x)
-    want, want_scale = reference._scaled(x, FP8_MAX)
-    assert_close(scale, want_scale, 1e-6)
+    tokens, want = triton.quantize_rows(x), reference.quantize_tokens(x)
+    assert_close(tokens.scale, want.scale, 1e-6)
     # The interpreter truncates to fp8, an error of a quarter of a step on average; compiled, only ties may differ.
-    assert_close(xq.float(), want.to(FP8).float(), 1e-3 if device.type == "cuda" else 0.08)
+    assert_close(tokens.values.float(), want.values.float(), 1e-3 if device.type == "cuda" else 0.08)

@@ -72,3 +72,43 @@ def test_after_a_product(
     ratio = 0.15 if kind == "fp8" and device.type == "cpu" else 2 * max(ratio, 2e-3 if kind == "fp8" else 0)
     assert_close(h, want_h, ratio)
     assert_close(y, want_y, ratio)
+
+
+@pytest.mark.parametrize("kind", ["plain", "fp8"])
+@pytest.mark.parametrize(("M", "C", "N"), [(1, 16, 1), (5, 60, 33), (33, 512, 64), (3, 544, 100), (70, 64, 32)])
+def test_in_fp8_it_is_what_quantising_its_result_gives(
+    device: torch.device, M: int, C: int, N: int, kind: str, dtype: torch.dtype
+) -> None:
+    """Value by value, of rows of zeros too."""
+    from fastdllm.kernels.linear import triton as linear
+    from fastdllm.kernels.rmsnorm import triton
+
+    wq, scale = torch.randn(N, C, device=device).to(dtype) * C**-0.5, None
+    if kind == "fp8":
+        wq, scale = quantize_weight(wq, kind)
+    x, r = torch.randn(1, M, C, device=device).to(dtype), torch.randn(1, M, N, device=device).to(dtype)
+    x[:, 0], r[:, 0] = 0, 0
+    weight = torch.randn(N, device=device).to(dtype)
+    y, h = triton.linear_rmsnorm(x, wq, weight, 1e-5, r, scale)
+    got, got_h = triton.linear_rmsnorm_fp8(x, wq, weight, 1e-5, r, scale)
+    want = linear.as_fp8(linear.flat(y))
+    assert got.dtype == dtype and got.shape == y.shape and torch.equal(got_h, h)
+    assert torch.equal(got.values[0].float(), want.values.float()) and torch.equal(got.scale[0], want.scale)
+
+
+@pytest.mark.parametrize(("M", "C", "N"), [(5, 60, 33), (33, 512, 64), (70, 64, 32)])
+def test_a_product_takes_tokens_in_fp8_as_it_quantises_them(
+    device: torch.device, assert_close, M: int, C: int, N: int, dtype: torch.dtype
+) -> None:
+    from fastdllm.kernels.linear import triton as linear
+
+    weight, scale = quantize_weight(torch.randn(N, C, device=device), "fp8")
+    x = torch.randn(2, M, C, device=device).to(dtype)
+    tokens = reference.quantize_tokens(x)
+    want = reference.linear(x, weight, scale)
+    assert torch.equal(reference.linear(tokens, weight, scale), want)
+    out = linear.linear(tokens, weight, scale)
+    assert out.shape == want.shape and out.dtype == dtype
+    assert_close(out, want, 1e-2)
+    with pytest.raises(TypeError, match="need weights in fp8"):
+        linear.linear(tokens, torch.randn(N, C, device=device))

@@ -60,6 +60,25 @@ def test_after_a_product(
     assert_close(out, reference.linear_silu_mul(x, wq, scale), ratio)
 
 
+@pytest.mark.parametrize("longest", [32768, 50])
+@pytest.mark.parametrize(("M", "C", "F"), [(1, 16, 1), (5, 64, 33), (70, 64, 32), (66, 32, 60)])
+def test_in_fp8_it_is_what_quantising_its_result_gives(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, M: int, C: int, F: int, longest: int, dtype: torch.dtype
+) -> None:
+    """Value by value; few rows after the joint kernel, many in one with the activation unless a row is too long."""
+    from fastdllm.kernels.linear import triton as linear
+    from fastdllm.kernels.silu_mul import triton
+
+    monkeypatch.setattr(triton, "LONGEST", longest)
+    weight, scale = quantize_weight(torch.randn(2 * F, C, device=device) * C**-0.5, "fp8")
+    x = torch.randn(1, M, C, device=device).to(dtype)
+    x[:, 0] = 0
+    got = triton.linear_silu_mul_fp8(x, weight, scale)
+    want = linear.as_fp8(triton.linear_silu_mul(x, weight, scale)[0])
+    assert got.dtype == dtype and got.shape == (1, M, F)
+    assert torch.equal(got.values[0].float(), want.values.float()) and torch.equal(got.scale[0], want.scale)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["plain", "fp8", "int8", "int4"])
 @pytest.mark.parametrize("M", [8, 32, 64])

@@ -40,34 +40,39 @@ def _fp8_kernel(
 ):
     # Neighbours read the same rows of the weight.
     tiles_m = tl.cdiv(M, BLOCK_M)
-    i_s, i_t = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
-    i_m, i_n = i_t % tiles_m, i_t // tiles_m
+    i_m, i_t = tl.program_id(0) % tiles_m, tl.program_id(0) // tiles_m
+    i_s, i_n = i_t % SPLITS, i_t // SPLITS
     o_m, o_n = i_m * BLOCK_M + tl.arange(0, BLOCK_M), i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_m, m_n = o_m < M, o_n < N
     chunk = tl.cdiv(tl.cdiv(C, BLOCK_C), SPLITS) * BLOCK_C
     wait()
-    b_y = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    b_y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for c in range(i_s * chunk, tl.minimum((i_s + 1) * chunk, C), BLOCK_C):
-        b_y = dot(w.load([i_n * BLOCK_N, c]), tl.trans(x.load([i_m * BLOCK_M, c])), b_y)
-    b_y *= tl.load(scale + o_n, mask=m_n, other=0.0)[:, None] * tl.load(token_scale + o_m, mask=m_m, other=0.0)[None, :]
+        b_y = dot(x.load([i_m * BLOCK_M, c]), tl.trans(w.load([i_n * BLOCK_N, c])), b_y)
+    b_y *= tl.load(scale + o_n, mask=m_n, other=0.0)[None, :] * tl.load(token_scale + o_m, mask=m_m, other=0.0)[:, None]
     if BIAS:
-        b_y += tl.load(bias + o_n, mask=m_n & (i_s == 0), other=0.0).to(tl.float32)[:, None]
-    p_y = y + (i_s.to(tl.int64) * M + o_m[None, :]) * N + o_n[:, None]
-    tl.store(p_y, b_y, mask=m_n[:, None] & m_m[None, :])
+        b_y += tl.load(bias + o_n, mask=m_n & (i_s == 0), other=0.0).to(tl.float32)[None, :]
+    p_y = y + (i_s.to(tl.int64) * M + o_m[:, None]) * N + o_n[None, :]
+    tl.store(p_y, b_y, mask=m_m[:, None] & m_n[None, :])
 
 
 def tiling(M: int, N: int, C: int, device: torch.device) -> dict[str, int] | None:
     """Tile of the kernel for M rows, N output channels and C input channels; None where the library is as fast.
 
-    Measured on an H200 (torch 2.11, triton 3.6, 2026-11-29), us of the library and here: 256 rows, qkv of v2-7B 17.4 and
-    12.6, out 13.0 and 9.6, down 48.0 and 35.9, down of LLaDA-8B 33.0 and 26.9, gate and up 57.2 and 72.5; 128 rows 15.7 and
-    9.8, 12.6 and 7.4, 47.1 and 25.6, 32.5 and 20.1; 512 rows 27.9 and 23.3, 13.2 and 13.0, 52.8 and 55.7, 37.3 and 38.7.
+    Measured on an H200 (torch 2.11, triton 3.6, 2026-11-30) with the norm that adds the parts up, us of the library and
+    here. Down of v2-7B: 128 rows 49.6 and 28.0, 256 rows 51.4 and 37.2, 352 rows 55.0 and 50.1,
+    768 rows 103.7 and 93.9; of LLaDA-8B: 128 rows 35.2
+    and 23.5, 256 rows 36.3 and 29.3. Out of v2-7B: 128 rows 14.5 and 9.8, 256 rows 15.3 and 12.3, 352 rows 15.8 and 15.2.
+    Its qkv: 128 rows 15.0 and 11.8, 256 rows 15.6 and 16.0. Gate and up, 256 rows: 56.4 and 72.5.
     """
-    tiles, room = triton.cdiv(M, TILE) * triton.cdiv(N, TILE), multiprocessors(device)
-    if 5 * tiles > 3 * room:
+    rows, room = triton.cdiv(M, TILE), multiprocessors(device)
+    tiles = rows * triton.cdiv(N, TILE)
+    if C >= LONG and 5 * tiles <= 3 * room:
+        return {"block_n": TILE, "splits": max(1, min(4, room // tiles)), "num_warps": 4, "num_stages": 5}
+    if C >= LONG and rows * triton.cdiv(N, 2 * TILE) <= room:
+        return {"block_n": 2 * TILE, "splits": 3, "num_warps": 8, "num_stages": 4}
+    if 2 * tiles > room:
         return None
-    if C >= LONG or 2 * tiles > room:
-        return {"block_n": TILE, "splits": max(1, min(4, room // tiles)), "num_warps": 8, "num_stages": 4}
     return {"block_n": TILE // 2, "splits": max(1, min(4, room // (2 * tiles))), "num_warps": 4, "num_stages": 5}
 
 

@@ -4,6 +4,8 @@ weights a step and a zero per group of input channels (`int4.py`)."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,33 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
 EIGHT_BITS = {"fp8": (FP8, FP8_MAX), "int8": (torch.int8, 127.0)}
 KINDS = (*EIGHT_BITS, "int4")
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Activations in fp8, as a product with fp8 weights takes them: what other kernels hand over to it.
+
+    values: [..., C] fp8.
+    scale: [...] fp32, of each token; values * scale is what they stand for.
+    dtype: of what they stand for, and of the product.
+    """
+
+    values: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+    is_cuda = property(lambda self: self.values.is_cuda)
+    requires_grad = property(lambda self: False)
+    shape = property(lambda self: self.values.shape)
+
+
+Activations = Tensor | Quantized
+
+
+def quantize_tokens(x: Tensor) -> Quantized:
+    """x [..., C] in fp8, with one scale a token."""
+    scaled, scale = _scaled(x, FP8_MAX)
+    return Quantized(scaled.to(FP8), scale, x.dtype)
 
 
 def quantize_weight(w: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -31,19 +60,24 @@ def quantize_weight(w: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return (scaled if dtype.is_floating_point else scaled.round()).to(dtype), scale
 
 
-def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def linear(x: Activations, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """x [..., C] times the transpose of weight [N, C], plus bias [N]: [..., N].
+
+    x: quantised already only where the weights are fp8.
 
     scale: of a quantised weight (`quantize_weight`), whose products accumulate in fp32. [N] fp32: products are scaled by
         output channel; fp8 weights meet fp8 activations, quantised here with one scale per token, int8 weights x as it is.
         [N, groups, 2], the steps and zeros of 4-bit weights [N, ceil(C / 256) * 128] uint8, which meet x as it is too.
     """
+    if weight.dtype == FP8 and scale is not None:
+        tokens = quantize_tokens(x) if isinstance(x, Tensor) else x
+        y = tokens.values.float() @ weight.float().T * tokens.scale.unsqueeze(-1) * scale
+        return (y if bias is None else y + bias.float()).to(tokens.dtype)
+    if isinstance(x, Quantized):
+        raise TypeError(f"activations in fp8 need weights in fp8, not {weight.dtype}")
     if scale is None:
         return F.linear(x, weight, bias)
-    if weight.dtype == FP8:
-        scaled, token_scale = _scaled(x, FP8_MAX)
-        y = scaled.to(FP8).float() @ weight.float().T * token_scale.unsqueeze(-1) * scale
-    elif weight.dtype == torch.uint8:
+    if weight.dtype == torch.uint8:
         y = x.float() @ int4.widen(weight, scale, x.shape[-1]).T
     else:
         y = x.float() @ weight.float().T * scale

@@ -21,7 +21,7 @@ from fastdllm.kernels.dot import dot
 from fastdllm.kernels.linear import fp8, reference
 from fastdllm.kernels.linear.int4 import HALF, PARTS, UNIT, group_size
 from fastdllm.kernels.linear.nibbles import unit_product
-from fastdllm.kernels.linear.reference import FP8, FP8_MAX
+from fastdllm.kernels.linear.reference import FP8, FP8_MAX, Activations, Quantized
 from fastdllm.kernels.pdl import LAUNCH, wait
 
 # Most rows of the skinny kernel; more go to the library, from where on int8 costs a widened copy of the weight.
@@ -108,6 +108,13 @@ def _skinny_kernel(
 
 
 @triton.jit
+def scale_of(b_max, LARGEST: tl.constexpr):
+    """The scale of a token whose largest magnitude is b_max, and what to multiply it by."""
+    b_scale = tl.div_rn(tl.maximum(b_max, 1e-12), LARGEST)
+    return b_scale, tl.div_rn(1.0, b_scale)  # a division an element would take longer than its memory
+
+
+@triton.jit
 def _quantize_kernel(x, xq, scale, C, LARGEST: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
     i_m = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, BLOCK)
@@ -117,8 +124,7 @@ def _quantize_kernel(x, xq, scale, C, LARGEST: tl.constexpr, BLOCK: tl.constexpr
     if not WHOLE:
         for c in range(BLOCK, C, BLOCK):
             b_max = tl.maximum(b_max, tl.abs(tl.load(x + i_m * C + c + o_c, mask=c + o_c < C, other=0.0).to(tl.float32)))
-    b_scale = tl.div_rn(tl.maximum(tl.max(b_max, 0), 1e-12), LARGEST)
-    b_inverse = tl.div_rn(1.0, b_scale)  # a division an element would take longer than its memory
+    b_scale, b_inverse = scale_of(tl.max(b_max, 0), LARGEST)
     b_q = tl.clamp(b_x * b_inverse, -LARGEST, LARGEST)
     tl.store(xq + i_m * C + o_c, b_q.to(xq.dtype.element_ty), mask=o_c < C)
     if not WHOLE:
@@ -167,46 +173,58 @@ def _half_sums_kernel(x, sums, M, C, HALF: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(sums + o_h * M + i_m, tl.sum(b_x, 1), mask=o_h < tl.cdiv(C, HALF))
 
 
-def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def linear(x: Activations, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """See `fastdllm.kernels.linear.reference.linear`."""
     parts = split_k_partials(x, weight, scale, bias)
     y = parts[0] if len(parts) == 1 else parts.sum(0).to(x.dtype)
     return y.view(*x.shape[:-1], -1)
 
 
-def split_k_partials(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+def split_k_partials(x: Activations, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """`linear` of x [..., C] with M rows, as S partial sums [S, M, N], which the kernel that reads them adds up.
 
     One sum is of x's dtype, several are fp32.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    if is_skinny(rows, weight, scale):
-        tile = tiling(len(rows), len(weight), weight.dtype)
-        if weight.dtype != FP8:
-            return skinny(rows, weight, scale, bias, **tile)
-        xq, token_scale = quantize_rows(rows)
-        return skinny(xq, weight, scale, bias, token_scale, x.dtype, **tile)
-    if scale is None:
-        return F.linear(rows, weight, bias)[None]
-    # The library's row-wise fp8 product writes bf16 only, and wants multiples of 16.
-    known = rows.is_cuda and rows.dtype == torch.bfloat16 and weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
-    if weight.dtype == FP8 and known:
-        xq, token_scale = quantize_rows(rows)
-        if TensorDescriptor is not None and (few := fp8.tiling(len(rows), *weight.shape, rows.device)):
-            return fp8.fp8_product(xq, weight, scale, bias, token_scale, x.dtype, **few)
-        return scaled_mm(xq, weight, scale, bias, token_scale)[None]
-    if weight.dtype == FP8:
+    rows = flat(x)
+    M, skinny_rows = rows.shape[0], is_skinny(rows, weight, scale)
+    if weight.dtype == FP8 and scale is not None:
+        # The library's row-wise fp8 product writes bf16 only, and wants multiples of 16.
+        known = rows.is_cuda and rows.dtype == torch.bfloat16 and weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
+        if not (skinny_rows or known):
+            return reference.linear(rows, weight, scale, bias)[None]
+        tokens = as_fp8(rows)
+        given = (tokens.values, weight, scale, bias, tokens.scale)
+        if skinny_rows:
+            return skinny(*given, tokens.dtype, **tiling(M, len(weight), FP8))
+        if TensorDescriptor is not None and (few := fp8.tiling(M, *weight.shape, weight.device)):
+            return fp8.fp8_product(*given, tokens.dtype, **few)
+        return scaled_mm(*given)[None]
+    if isinstance(rows, Quantized) or (scale is None and not skinny_rows):
         return reference.linear(rows, weight, scale, bias)[None]
-    return F.linear(rows, widen(weight, scale, rows.shape[1], x.dtype), bias)[None]
+    if skinny_rows:
+        return skinny(rows, weight, scale, bias, **tiling(M, len(weight), weight.dtype))
+    return F.linear(rows, widen(weight, scale, rows.shape[1], rows.dtype), bias)[None]
 
 
-def is_skinny(rows: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
+def flat(x: Activations) -> Activations:
+    """x [..., C] as rows [M, C]."""
+    if isinstance(x, Quantized):
+        return Quantized(x.values.reshape(-1, x.shape[-1]), x.scale.flatten(), x.dtype)
+    return x.reshape(-1, x.shape[-1])
+
+
+def as_fp8(rows: Activations) -> Quantized:
+    """Rows [M, C] in fp8."""
+    return rows if isinstance(rows, Quantized) else quantize_rows(rows)
+
+
+def is_skinny(rows: Activations, weight: Tensor, scale: Tensor | None) -> bool:
     """Whether the product of rows [M, C] is bound by reading the weight, and the skinny kernel can read it."""
     most = WIDENED_ROWS if weight.dtype in (torch.int8, torch.uint8) else SKINNY_ROWS
     readable = TensorDescriptor is not None and weight.shape[1] * weight.itemsize % 16 == 0
     if weight.dtype == torch.uint8:
         readable &= group_of(weight, scale, rows.shape[1]) % HALF == 0
-    return readable and rows.itemsize == 2 and len(rows) <= most
+    return readable and rows.dtype.itemsize == 2 and rows.shape[0] <= most
 
 
 def tiling(M: int, N: int, dtype: torch.dtype) -> dict[str, int]:
@@ -349,8 +367,8 @@ def quantize_tiling(M: int, C: int) -> tuple[int, int]:
     return (4096, 8) if M > FEW_ROWS else (triton.next_power_of_2(C), 32)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [M, C] to fp8 with one scale a row: (xq [M, C], scale [M] fp32)."""
+def quantize_rows(x: Tensor) -> Quantized:
+    """x [M, C] to fp8 with one scale a row."""
     M, C = x.shape
     xq = torch.empty((M, C), dtype=FP8, device=x.device)
     scale = torch.empty((M,), dtype=torch.float32, device=x.device)
@@ -358,4 +376,4 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     _quantize_kernel[(M,)](
         x.contiguous(), xq, scale, C, LARGEST=FP8_MAX, BLOCK=block, WHOLE=block >= C, num_warps=warps, **LAUNCH
     )
-    return xq, scale
+    return Quantized(xq, scale, x.dtype)

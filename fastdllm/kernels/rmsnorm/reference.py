@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdllm.kernels.linear.reference import linear
+from fastdllm.kernels.linear.reference import Activations, Quantized, linear, quantize_tokens
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -21,7 +21,7 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = Non
 
 
 def linear_rmsnorm(
-    x: Tensor,
+    x: Activations,
     weight: Tensor,
     norm: Tensor,
     eps: float,
@@ -31,3 +31,17 @@ def linear_rmsnorm(
 ) -> tuple[Tensor, Tensor]:
     """`rmsnorm` of `linear(x, weight, scale, bias)` plus `residual` [..., N], weight `norm` [N]: (y, h), [..., N] each."""
     return rmsnorm(linear(x, weight, scale, bias), norm, eps, residual)
+
+
+def linear_rmsnorm_fp8(
+    x: Activations,
+    weight: Tensor,
+    norm: Tensor,
+    eps: float,
+    residual: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Quantized, Tensor]:
+    """`linear_rmsnorm`, its y in fp8 for the product that reads it."""
+    y, h = linear_rmsnorm(x, weight, norm, eps, residual, scale, bias)
+    return quantize_tokens(y), h

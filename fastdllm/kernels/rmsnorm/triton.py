@@ -2,7 +2,7 @@
 """RMS norm in one read of each row: one program a row, the row in registers.
 
 After a product over few positions the same kernel adds up the product's partial sums, so that many programs can share the
-reading of a narrow weight without another launch.
+reading of a narrow weight without another launch. Before an fp8 product it also quantises the row that it holds.
 """
 
 from __future__ import annotations
@@ -12,12 +12,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdllm.kernels.linear.triton import split_k_partials
+from fastdllm.kernels.linear.reference import FP8, FP8_MAX, Activations, Quantized
+from fastdllm.kernels.linear.triton import scale_of, split_k_partials
 from fastdllm.kernels.pdl import LAUNCH, wait
 
 
 @triton.jit
-def _rmsnorm_kernel(x, residual, weight, y, h, eps, rows, C, PARTS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _rmsnorm_kernel(
+    x,
+    residual,
+    weight,
+    y,
+    h,
+    scale,
+    eps,
+    rows,
+    C,
+    PARTS: tl.constexpr,
+    ADD: tl.constexpr,
+    LARGEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     i_n = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, BLOCK)
     m_c = o_c < C
@@ -32,7 +47,13 @@ def _rmsnorm_kernel(x, residual, weight, y, h, eps, rows, C, PARTS: tl.constexpr
         tl.store(h + i_n * C + o_c, b_x, mask=m_c)
     b_y = b_x * tl.rsqrt(tl.sum(b_x * b_x, 0) / C + eps)
     b_w = tl.load(weight + o_c, mask=m_c, other=0.0).to(tl.float32)
-    tl.store(y + i_n * C + o_c, b_y.to(y.dtype.element_ty).to(tl.float32) * b_w, mask=m_c)
+    b_y = b_y.to(h.dtype.element_ty).to(tl.float32) * b_w
+    if LARGEST is not None:
+        b_y = b_y.to(h.dtype.element_ty).to(tl.float32)  # as another kernel would read it
+        b_scale, b_inverse = scale_of(tl.max(tl.abs(b_y), 0), LARGEST)
+        b_y = tl.clamp(b_y * b_inverse, -LARGEST, LARGEST)
+        tl.store(scale + i_n, b_scale)
+    tl.store(y + i_n * C + o_c, b_y.to(y.dtype.element_ty), mask=m_c)
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -45,7 +66,7 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = Non
 
 
 def linear_rmsnorm(
-    x: Tensor,
+    x: Activations,
     weight: Tensor,
     norm: Tensor,
     eps: float,
@@ -59,8 +80,27 @@ def linear_rmsnorm(
     return y, h
 
 
-def _launch(parts: Tensor, weight: Tensor, eps: float, residual: Tensor | None, y: Tensor, h: Tensor) -> None:
-    """Normalise the sum of parts [S, ..., C] and residual into y, and write that sum to h where there is a residual."""
+def linear_rmsnorm_fp8(
+    x: Activations,
+    weight: Tensor,
+    norm: Tensor,
+    eps: float,
+    residual: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Quantized, Tensor]:
+    """See `fastdllm.kernels.rmsnorm.reference.linear_rmsnorm_fp8`."""
+    y, h = torch.empty_like(residual, dtype=FP8), torch.empty_like(residual)
+    of_token = torch.empty(residual.shape[:-1], dtype=torch.float32, device=residual.device)
+    _launch(split_k_partials(x, weight, scale, bias), norm, eps, residual, y, h, of_token)
+    return Quantized(y, of_token, residual.dtype), h
+
+
+def _launch(
+    parts: Tensor, weight: Tensor, eps: float, residual: Tensor | None, y: Tensor, h: Tensor, scale: Tensor | None = None
+) -> None:
+    """Normalise the sum of parts [S, ..., C] and residual into y, and write that sum to h where there is a residual. With
+    `scale`, y is fp8, and the tokens' scales go there."""
     C = y.shape[-1]
     rows, block = y.numel() // C, triton.next_power_of_2(C)
     _rmsnorm_kernel[(rows,)](
@@ -69,11 +109,13 @@ def _launch(parts: Tensor, weight: Tensor, eps: float, residual: Tensor | None, 
         weight,
         y,
         h,
+        h if scale is None else scale,
         eps,
         rows,
         C,
         PARTS=len(parts),
         ADD=residual is not None,
+        LARGEST=None if scale is None else FP8_MAX,
         BLOCK=block,
         num_warps=8 if block >= 4096 else 4,
         **LAUNCH,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdllm.kernels.linear.reference import linear
+from fastdllm.kernels.linear.reference import Activations, linear
 from fastdllm.kernels.rmsnorm.reference import rmsnorm
 
 
@@ -44,7 +44,7 @@ def rope_store(
 
 
 def linear_rope_store(
-    x: Tensor,
+    x: Activations,
     weight: Tensor,
     heads: int,
     kv_heads: int,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdllm.kernels.linear.reference import Activations
 from fastdllm.kernels.linear.triton import split_k_partials
 from fastdllm.kernels.pdl import LAUNCH, wait
 
@@ -136,7 +137,7 @@ def rope_store(
 
 
 def linear_rope_store(
-    x: Tensor,
+    x: Activations,
     weight: Tensor,
     heads: int,
     kv_heads: int,

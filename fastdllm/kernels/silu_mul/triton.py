@@ -16,9 +16,11 @@ from fastdllm.kernels.device import TensorDescriptor, stages
 from fastdllm.kernels.dot import dot
 from fastdllm.kernels.linear.int4 import PARTS, UNIT
 from fastdllm.kernels.linear.nibbles import unit_product
-from fastdllm.kernels.linear.reference import FP8
+from fastdllm.kernels.linear.reference import FP8, FP8_MAX, Activations, Quantized
 from fastdllm.kernels.linear.triton import (
     SKINNY_ROWS,
+    as_fp8,
+    flat,
     group_of,
     half_sums,
     is_skinny,
@@ -26,10 +28,12 @@ from fastdllm.kernels.linear.triton import (
     load_quarters,
     load_rows,
     quantize_rows,
+    scale_of,
 )
 from fastdllm.kernels.pdl import LAUNCH, wait
 
 BLOCK = 1024
+LONGEST = 32768  # channels of a row that one program can hold
 
 
 @triton.jit
@@ -53,6 +57,36 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     grid = (out.numel() // F, triton.cdiv(F, BLOCK))
     _silu_mul_kernel[grid](gate_up, out, F, BLOCK=BLOCK, num_warps=4, **LAUNCH)
     return out
+
+
+@triton.jit
+def _silu_mul_fp8_kernel(gate_up, out, scale, F, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
+    """A whole row, whose largest value its scale depends on."""
+    i_n, o_f = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    m_f = o_f < F
+    wait()
+    b_gate = tl.load(gate_up + i_n * 2 * F + o_f, mask=m_f, other=0.0).to(tl.float32)
+    b_up = tl.load(gate_up + i_n * 2 * F + F + o_f, mask=m_f, other=0.0).to(tl.float32)
+    b_act = (b_gate * tl.sigmoid(b_gate)).to(gate_up.dtype.element_ty).to(tl.float32)
+    b_act = (b_act * b_up).to(gate_up.dtype.element_ty).to(tl.float32)  # as another kernel would read it
+    b_scale, b_inverse = scale_of(tl.max(tl.abs(b_act), 0), LARGEST)
+    tl.store(scale + i_n, b_scale)
+    b_act = tl.clamp(b_act * b_inverse, -LARGEST, LARGEST)
+    tl.store(out + i_n * F + o_f, b_act.to(out.dtype.element_ty), mask=m_f)
+
+
+def silu_mul_fp8(gate_up: Tensor) -> Quantized:
+    """`silu_mul` of gate_up [M, 2F] in fp8, with one scale a row."""
+    M, F = len(gate_up), gate_up.shape[1] // 2
+    if F > LONGEST:
+        return quantize_rows(silu_mul(gate_up))
+    out = torch.empty((M, F), dtype=FP8, device=gate_up.device)
+    scale = torch.empty((M,), dtype=torch.float32, device=gate_up.device)
+    block = triton.next_power_of_2(F)
+    _silu_mul_fp8_kernel[(M,)](
+        gate_up.contiguous(), out, scale, F, LARGEST=FP8_MAX, BLOCK=block, num_warps=min(32, max(4, block // 512)), **LAUNCH
+    )
+    return Quantized(out, scale, gate_up.dtype)
 
 
 @triton.jit
@@ -111,16 +145,35 @@ def _linear_silu_mul_kernel(
     tl.store(p_out, b_gate * tl.sigmoid(b_gate) * b_up, mask=m_n[:, None] & m_m[None, :])
 
 
-def linear_silu_mul(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+def linear_silu_mul(x: Activations, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """See `fastdllm.kernels.silu_mul.reference.linear_silu_mul`."""
-    rows = x.reshape(-1, x.shape[-1])
-    if len(rows) > SKINNY_ROWS or not is_skinny(rows, weight, scale):
-        return silu_mul(linear(x, weight, scale))
-    token_scale = None
-    if weight.dtype == FP8:
-        rows, token_scale = quantize_rows(rows)
-    out = launch(rows, weight, scale, token_scale, x.dtype, **tiling(len(rows), weight.shape[0] // 2, weight.dtype))
+    rows = flat(x)
+    out = _joint(rows, weight, scale) if _fits(rows, weight, scale) else silu_mul(linear(rows, weight, scale))
     return out.view(*x.shape[:-1], -1)
+
+
+def linear_silu_mul_fp8(x: Activations, weight: Tensor, scale: Tensor | None = None) -> Quantized:
+    """See `fastdllm.kernels.silu_mul.reference.linear_silu_mul_fp8`."""
+    rows = flat(x)
+    if _fits(rows, weight, scale):
+        out = quantize_rows(_joint(rows, weight, scale))
+    else:
+        out = silu_mul_fp8(linear(rows, weight, scale))
+    return Quantized(out.values.view(*x.shape[:-1], -1), out.scale.view(x.shape[:-1]), out.dtype)
+
+
+def _fits(rows: Activations, weight: Tensor, scale: Tensor | None) -> bool:
+    """Whether the joint kernel computes these rows."""
+    return rows.shape[0] <= SKINNY_ROWS and is_skinny(rows, weight, scale)
+
+
+def _joint(rows: Activations, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """rows [M, C] through the joint kernel: [M, F]."""
+    tile = tiling(rows.shape[0], weight.shape[0] // 2, weight.dtype)
+    if weight.dtype == FP8:
+        tokens = as_fp8(rows)
+        return launch(tokens.values, weight, scale, tokens.scale, tokens.dtype, **tile)
+    return launch(rows, weight, scale, None, rows.dtype, **tile)
 
 
 def tiling(M: int, F: int, dtype: torch.dtype) -> dict[str, int]:

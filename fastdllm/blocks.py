@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,7 @@ class Block:
         return self.visible_end
 
 
-@dataclass(frozen=True)
-class Pass:
+class Pass(NamedTuple):  # one is made for each row and forward, and a frozen dataclass takes several times as long to make
     """One forward of one row.
 
     start, stop: the positions [start, stop) are recomputed, and their slots of the store overwritten.
@@ -69,8 +69,7 @@ class Pass:
     causal: bool = False
 
 
-@dataclass(frozen=True)
-class Progress:
+class Progress(NamedTuple):
     """Where a row stands in its block, known to the host.
 
     step: denoising forwards spent on this block.

@@ -5,7 +5,7 @@ Masks far beyond the block tell the model little, yet every query attends to the
 the `suffix` nearest stay, and the last one, which marks where the answer ends; without it the others need not be computed.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
 from fastdllm.blocks import Block, Pass, Progress
@@ -34,5 +34,5 @@ class Cache(lazy.Cache):
     def _without_far(self, p: Pass, block: Block) -> Pass:
         near, last = block.stop + self.suffix, block.total - 1
         if not self.keep_last:
-            return replace(p, stop=min(p.stop, near), read=min(p.read, near))
-        return replace(p, hide=(near, last)) if near < last else p
+            return p._replace(stop=min(p.stop, near), read=min(p.read, near))
+        return p._replace(hide=(near, last)) if near < last else p

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +21,7 @@ NARROW = 64  # up to this width passes are grouped by equal width, or packed; ab
 PASS_TOKENS = 16384  # positions of one forward at most: bounds the activations, and a wide pass gains nothing beyond
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """One row's part of a round: its pass, how many positions of it run through layers with reuse (None: reuse has no
     part), and its shadow positions."""
 

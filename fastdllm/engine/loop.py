@@ -38,7 +38,7 @@ class Step:
 
     rows: the numbers of the requests that it served, R of them.
     starts, stops: where their blocks lie, as positions of prompt and answer.
-    seconds: how long the step took, by the clock.
+    seconds: how long the step took, by the clock, its planning included.
     done: the requests that it finished, by number.
 
     The rest is None without `trace`. Q is the width of the widest block:
@@ -91,8 +91,8 @@ def decode(
         shift = 0 if run.cache.begins else spec.shift - run.lookback
         execute = partial(runner, canvas, partial(denoise, model, canvas, run), run.key)
         while desk.open():
+            started = time.perf_counter()
             for batch in batches(desk.live, run, spec.shift, runner.packs):
-                started = time.perf_counter()
                 blocks = [row.block for row in batch.rows]
                 out = execute(batch.plans(shift), batch.noise(run, spec.vocab), batch.shape)
                 source.meanwhile()
@@ -107,6 +107,7 @@ def decode(
                     step.likeliest = out.likeliest and (out.likeliest[0].clone(), out.likeliest[1].clone())
                 step.seconds = time.perf_counter() - started
                 yield step
+                started = time.perf_counter()
 
 
 def ask_for_more(canvas: Canvas, batch: Batch) -> None:

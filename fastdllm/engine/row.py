@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -141,6 +141,8 @@ class Row:
     prefix: token ids of the prompt's blocks, where they may be shared.
     clean: slots [0, clean) hold keys and values of finished blocks, which never change any more.
     widest: positions of its widest block.
+    block: the current one.
+    first: its first position that belongs to the answer.
     """
 
     number: int
@@ -168,19 +170,12 @@ class Row:
     prefix: list[bytes] = field(default_factory=list)
     clean: int = 0
     widest: int = field(init=False)
+    block: Block = field(init=False)
+    first: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.widest = max(block.stop - max(block.start, block.prompt) for block in self.blocks)
         self._enter()
-
-    @property
-    def block(self) -> Block:
-        return self.blocks[self.at]
-
-    @property
-    def first(self) -> int:
-        """The block's first position that belongs to the answer."""
-        return max(self.block.start, self.block.prompt)
 
     @property
     def revocable(self) -> bool:
@@ -188,6 +183,8 @@ class Row:
         return self.remaining < self.initial
 
     def _enter(self) -> None:
+        self.block = self.blocks[self.at]
+        self.first = max(self.block.start, self.block.prompt)
         fixed = sum(self.first <= self.block.prompt + offset < self.block.stop for offset in self.request.fixed)
         self.initial = self.remaining = self.block.stop - self.first - fixed
 
@@ -200,18 +197,18 @@ class Row:
         p = opening or run.cache.step(self.block, Progress(self.denoised, self.outer_step, self.first_masked))
         if run.decoder.drafts and not opening:  # the pass that drafts, and again from left to right the one that verifies
             return self._verifying(p) if self.drafted or self.remaining < 2 else p
-        return replace(p, start=min(p.start, self.block.start - run.lookback)) if run.lookback else p
+        return p._replace(start=min(p.start, self.block.start - run.lookback)) if run.lookback else p
 
     def _verifying(self, p: Pass) -> Pass:
         """The pass `p` from left to right, in a block-causal family without the finished blocks, which are not read so."""
         if self.block.grid:
-            p = replace(p, start=self.block.outer_start, stop=self.block.stop, read=self.block.stop)
-        return replace(p, causal=True)
+            p = p._replace(start=self.block.outer_start, stop=self.block.stop, read=self.block.stop)
+        return p._replace(causal=True)
 
     def _after_clean(self, opening: Pass) -> Pass:
         """The pass without what an earlier request computed; it makes the blocks before this one clean."""
         if self.at == 0 and opening.start < self.clean < opening.stop:
-            opening = replace(opening, start=self.clean)
+            opening = opening._replace(start=self.clean)
         if opening.start <= self.clean and opening.read >= opening.stop:
             self.clean = max(self.clean, min(opening.stop, self.block.outer_start))
         return opening

@@ -22,17 +22,14 @@ PASS_TOKENS = 16384  # positions of one forward at most: bounds the activations,
 
 
 class Turn(NamedTuple):
-    """One row's part of a round: its pass, how many positions of it run through layers with reuse (None: reuse has no
-    part), and its shadow positions."""
+    """One row's part of a round: its pass, that pass's width, how many positions of it run through layers with reuse (None:
+    reuse has no part), and its shadow positions."""
 
     row: Row
     work: Pass
+    width: int
     fresh: int | None
     shadows: int
-
-    @property
-    def width(self) -> int:
-        return self.work.stop - self.work.start
 
     @property
     def through(self) -> int:
@@ -89,15 +86,20 @@ def batches(rows: list[Row], run: Decoding, shift: int, packs: bool) -> Iterator
     """
     shadow = run.block_length * (1 + shift) if run.decoder.shadow else 0
     buckets: dict[tuple[int, bool, bool, int], list[Turn]] = {}
+    branches = run.decoder.branches > 1
     for row in rows:
         work = row.next_pass(run)
         width = work.stop - work.start
-        turn = Turn(row, work, row.fresh(width), shadow * row.revocable)
-        reuses = turn.fresh is not None or (packs and width <= NARROW and row.reuse_restarts)
-        apart = run.decoder.branches > 1 and row.opening
-        exact = width <= NARROW and (not packs or apart or turn.shadows)
+        narrow, shadows, fresh, reuses = width <= NARROW, 0, None, False
+        if shadow:
+            shadows = shadow * row.revocable
+        if run.reuse is not None:
+            fresh = row.fresh(width)
+            reuses = fresh is not None or (packs and narrow and row.reuse_restarts)
+        apart = branches and row.opening
+        exact = narrow and (not packs or apart or shadows)
         bucket = width if exact else -(-width // NARROW) * NARROW
-        buckets.setdefault((bucket, reuses, apart, turn.shadows), []).append(turn)
+        buckets.setdefault((bucket, reuses, apart, shadows), []).append(Turn(row, work, width, fresh, shadows))
     for bucket in sorted(buckets, reverse=True):
         turns, most = buckets[bucket], max(1, PASS_TOKENS // ((bucket[0] + bucket[-1]) * run.lanes))
         for i in range(0, len(turns), most):

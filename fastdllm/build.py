@@ -126,8 +126,11 @@ def runner(model: Model, config: DecodeConfig) -> Runner:
     return runners[name]
 
 
-def assemble(model: Model, config: DecodeConfig) -> Decoding:
-    """What a run of this model chooses. Raises ValueError for a combination that makes no sense."""
+def assemble(model: Model, config: DecodeConfig, rows: int = 1) -> Decoding:
+    """What a run of this model chooses. Raises ValueError for a combination that makes no sense.
+
+    rows: requests at once, where the config has no batch_size.
+    """
     spec, given = model.spec, config.given()
     config = resolve(spec, config)
     for told in (
@@ -143,7 +146,7 @@ def assemble(model: Model, config: DecodeConfig) -> Decoding:
     name = config.name_of("cache")
     cache = configs.make(Kind.CACHES, config.cache, vars(config))
     decoder = _discounted(config, _decoder(model, config, geometry, size, cache))
-    decoder = _several_steps(model, config, decoder)
+    decoder = _several_steps(model, config, decoder, size, rows)
     sampler = Sampler(
         config.confidence, config.temperature, config.top_p, config.top_k, config.alg_temp, frozenset(decoder.needs)
     )
@@ -325,15 +328,25 @@ def _besides(rule: Any) -> str:
     return next((kind for kind, does in kinds.items() if does), "")
 
 
-def _several_steps(model: Model, config: DecodeConfig, rule: Any) -> Any:
+def _several_steps(model: Model, config: DecodeConfig, rule: Any, size: int, rows: int) -> Any:
     """The decoder, or with the option `lossless` what takes several of its steps in one forward."""
+
+    def branches(name: str) -> int:
+        """As many as pay; none where tokens are drawn or guided, which branches cannot follow."""
+        if config.temperature or config.alg_temp or config.cfg_scale or config.confidence == "random":
+            return 1
+        device = model.device
+        return model.calibration.best(name, device_name(device), device.type, config.batch_size or rows, size)
+
     count, name = config.lossless, registry.name_of(config.decoder)
+    if rule.branches == 0:
+        rule = rule.with_branches(min(branches("quota"), size))
     if count == 1:
         return rule
     if why := _besides(rule):
         raise ValueError(f"lossless={count} does not go with decoder={name!r}, which {why}")
     if count == 0:
-        count = model.calibration.best(name, device_name(model.device), config.batch_size or 1)
+        count = branches(name)
     return Over(rule, model.calibration.graph(name, count)) if count > 1 else rule
 
 

@@ -24,6 +24,13 @@ DEFAULT: Graph = (
     (0, 1, 2, 3, 4, 5, 6), (0, 1, 2, 4), (3,), (0, 2, 3),
 )  # fmt: skip
 
+# What an answer of tiny-llada takes with 1, 2, ... branches: the estimate for a model without the file.
+FORWARDS = (106.28, 66.04, 55.16, 50.88, 45.1, 43.0, 40.56, 39.54)
+# Positions whose arithmetic takes a forward as long as reading the weights, by the kind of device: the estimate for one that
+# was not measured. Branches of LLaDA-8B's shape on an H200 (2026-11-30) say 284 at a prompt of 128 tokens and 156 at one of
+# 1,000, tiny-llada on two CPU cores 55, and tiny-fast-dllm-v2 there 80.
+POSITIONS = {"cuda": 200, "cpu": 55}
+
 
 def graph_of(branches: int, known: Graph = DEFAULT) -> Graph:
     """What so many branches draft: the first of the known drafts, and beyond their number ever more of the likeliest."""
@@ -74,17 +81,27 @@ class Calibration:
     def graph(self, decoder: str, branches: int) -> Graph:
         return graph_of(branches, self.graphs.get(decoder, DEFAULT))
 
-    def best(self, decoder: str, device: str, rows: int) -> int:
-        """How many branches take an answer the least time, of `rows` requests at once on this device; ValueError, naming
-        what would measure it, where one of the two is not known."""
-        known, table = self.forwards.get(decoder), self.milliseconds.get(device)
-        if known is None or table is None:
-            what = f"decoder {decoder!r}" if known is None else f"the device {device!r}"
+    def best(self, decoder: str, device: str, kind: str, rows: int, size: int) -> int:
+        """How many branches take an answer the least time.
+
+        device, kind: its name and type; without measurements of that device by an estimate for the type.
+        rows: requests at once.
+        size: positions of a block.
+
+        Raises ValueError for a decoder other than one token per step of which this model has no measurements.
+        """
+        known, table = self.forwards.get(decoder, FORWARDS if decoder == "quota" else None), self.milliseconds.get(device)
+        if known is None:
             raise ValueError(
-                f"lossless=0 chooses by measurements, and {FILE} has none of {what}; "
-                f"python -m scripts.studies.calibrate --costs takes them"
+                f"lossless=0 chooses by measurements, and {FILE} has none of decoder {decoder!r}; "
+                f"python -m scripts.studies.calibrate takes them"
             )
-        return min(range(1, len(known) + 1), key=lambda n: known[n - 1] * milliseconds(table, rows * n))
+
+        def cost(branches: int) -> float:
+            at_once = rows * branches
+            return milliseconds(table, at_once) if table else POSITIONS.get(kind, POSITIONS["cpu"]) + at_once * size
+
+        return min(range(1, len(known) + 1), key=lambda n: known[n - 1] * cost(n))
 
 
 def milliseconds(table: Mapping[int, float], rows: int) -> float:

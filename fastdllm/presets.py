@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings by name, chosen on the validation problems of docs/frontier.md, which has their measured lines.
 
-`exact`: the tokens of one token per step under the same cache, in fewer forwards. `paper`: Fast-dLLM's published setting
-(arXiv 2505.22618). `balanced`: fewer forwards than that (Dream: half, since its blocks open with a step like others)
-and a third of the positions. Blocks of 64 need fewer openings, which pays for a higher threshold; masks far from the
-block are left out, and the prompt is refreshed at every fourth block. `fast`: the same at the published threshold.
+`exact`: the tokens of one token per step under the same cache, in fewer forwards where that saves time. `paper`: Fast-dLLM's
+published setting (arXiv 2505.22618). `balanced`: fewer forwards than that (Dream: half, since its blocks open with a step
+like others) and a third of the positions. Blocks of 64 need fewer openings, which pays for a higher threshold; masks far
+from the block are left out, and the prompt is refreshed at every fourth block. `fast`: the same at the published threshold.
 
 A family whose measurements say otherwise has its own options of a preset in `OWN`. Fast-dLLM v2 decodes a block as one part,
 and the pass that finishes it is the first step of the next one: a third of the forwards of threshold 0.9. `balanced` loses
@@ -19,7 +19,7 @@ from fastdllm import registry
 
 NEAR = {"cache": "suffix_window", "suffix": 32, "keep_last": False, "refresh_blocks": 4, "block_length": 64}
 PRESETS: dict[str, dict[str, Any]] = {
-    "exact": {"decoder": "draft_verify", "depth": 4, "cache": "dual"},
+    "exact": {"decoder": "draft_verify", "depth": 0, "cache": "dual"},
     "paper": {"decoder": "threshold", "threshold": 0.9, "cache": "prefix"},
     "balanced": {"decoder": "threshold", "threshold": 0.97, "first_token": "rule", **NEAR},
     "fast": {"decoder": "threshold", "threshold": 0.9, "first_token": "rule", **NEAR},

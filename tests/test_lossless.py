@@ -211,32 +211,45 @@ def test_as_many_branches_as_pay(tmp_path: Path) -> None:
     found = Calibration.read(tmp_path)
     assert found.graph("quota", 4) == ((0,), (0, 1), (1,)) and found.graph("quota", 5)[3] == (0, 1, 2)
     assert found.graph("threshold", 4) == graph_of(4)
-    assert [found.best("quota", "cpu", rows) for rows in (1, 16)] == [4, 1]
-    with pytest.raises(ValueError, match="none of the device 'tpu'"):
-        found.best("quota", "tpu", 1)
+    assert [found.best("quota", "cpu", "cpu", rows, 32) for rows in (1, 16)] == [4, 1]
+    with pytest.raises(ValueError, match="none of decoder 'frechet'"):
+        found.best("frechet", "cpu", "cpu", 1, 32)
     model = random_model()
     model.calibration = found
-    options = {"decoder": "quota", "lossless": 0, "gen_length": 16}
-    assert build.assemble(model, fastdllm.DecodeConfig(**options)).lanes == 4
-    assert build.assemble(model, fastdllm.DecodeConfig(batch_size=16, **options)).lanes == 1
+    for options in ({"decoder": "quota", "lossless": 0}, {"preset": "exact", "block_length": 8}):
+        asked = fastdllm.DecodeConfig(gen_length=16, **options)
+        assert build.assemble(model, asked).lanes == 4
+        assert build.assemble(model, asked, rows=16).lanes == 1
+        assert build.assemble(model, asked.replace(batch_size=16)).lanes == 1
+        assert build.assemble(model, asked.replace(batch_size=1), rows=16).lanes == 4
+        assert build.assemble(model, asked.replace(temperature=0.5)).lanes == 1, "draws cannot be drafted"
     (tmp_path / "drafts.json").write_text('{"decoders": {"quota": {"drafts": 3}}}')
     with pytest.raises(ValueError, match=r"drafts\.json: not a file of scripts\.studies\.calibrate"):
         Calibration.read(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu", "mps"])
+def test_a_device_that_was_not_measured_is_estimated(kind: str) -> None:
+    """The more positions a branch adds, the fewer branches; a large batch and a long block take none."""
+    found = Calibration()
+    by_rows = [found.best("quota", "?", kind, rows, 32) for rows in (1, 2, 4, 8, 16, 32, 64)]
+    assert by_rows == sorted(by_rows, reverse=True) and by_rows[0] > 1 and by_rows[-1] == 1
+    by_size = [found.best("quota", "?", kind, 1, size) for size in (4, 8, 32, 128, 1024, 4096)]
+    assert by_size == sorted(by_size, reverse=True) and by_size[-1] == 1
+    assert found.best("quota", "?", "cuda", 1, 32) >= found.best("quota", "?", "cpu", 1, 32)
 
 
 def test_the_costs_of_a_device_stand_beside_the_drafts_and_choose_the_branches(tmp_path: Path) -> None:
     """`calibrate --costs` by itself: the drafts stay as they are, and `lossless=0` changes no token."""
     folder = tmp_path / "model"
     shutil.copytree(find_folder("tiny-llada"), folder)
-    with pytest.raises(ValueError, match="none of the device 'cpu'"):
-        one_answer(fastdllm.load(str(folder), device="cpu"), lossless=0)
     calibrate.main(["--model", str(folder), "--settings", "--costs", "--device", "cpu"])
     before, after = (Calibration.read(place) for place in (find_folder("tiny-llada"), folder))
     assert (after.graphs, after.forwards) == (before.graphs, before.forwards)
     assert list(after.milliseconds["cpu"]) == list(calibrate.ROWS) and min(after.milliseconds["cpu"].values()) > 0
     model = fastdllm.load(str(folder), device="cpu")
     lanes = build.assemble(model, fastdllm.DecodeConfig(decoder="quota", lossless=0)).lanes
-    assert lanes == after.best("quota", "cpu", 1)
+    assert lanes == after.best("quota", "cpu", "cpu", 1, 32)
     assert one_answer(model, lossless=0) == one_answer(model)
 
 

@@ -5,7 +5,7 @@ The logits that commit one token also suggest the next ones. One forward runs se
 and each draft that one token per step would write gives one more step. It is the option `lossless` over one token per step.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -33,13 +33,23 @@ class Single(DecoderRule):
 class Decoder(Lossless):
     """The tokens of one token per step in fewer forwards, where a forward is bound by memory (preset exact)."""
 
-    depth: Annotated[int, "Branches per row; 1 is one token per step.", Bounds(at_most="block_length")] = 4
+    depth: Annotated[
+        int, "Branches per row; 1 is one token per step, 0 as many as pay.", Bounds(0, at_most="block_length")
+    ] = 4
 
     inner = Single()
 
     def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise ValueError(f"depth={self.depth} must be at least 1")
+        if self.depth < 0:
+            raise ValueError(f"depth={self.depth} must be at least 0")
+
+    @property
+    def branches(self) -> int:  # type: ignore[override]
+        return self.depth
+
+    def with_branches(self, count: int) -> "Decoder":
+        """With so many in the place of 0."""
+        return replace(self, depth=count)
 
     @property
     def graph(self) -> Graph:  # type: ignore[override]

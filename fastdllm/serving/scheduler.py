@@ -107,8 +107,8 @@ class Scheduler:
         turns: Turns | None = None,
     ) -> None:
         self.model, self.config, self.turns = model, config, turns or Turns()
-        self.run = assemble(model, for_any_length(model, config))
         self.positions, self.rows, self.max_queue = positions, rows or ROWS, max_queue
+        self.run = assemble(model, for_any_length(model, config), self.rows)
         self.largest = positions  # request that is taken; `positions` shrinks when memory runs out, this does not
         self.alternatives = 0 if self.run.decoder.branches > 1 else ALTERNATIVES
         self.revocable = self.run.decoder.revocable()

@@ -239,7 +239,7 @@ BAD = [
     ("local_leap", "radius", -1),
     ("hierarchical", "low", -0.1),
     ("progress_threshold", "alpha", 2),
-    ("draft_verify", "depth", 0),
+    ("draft_verify", "depth", -1),
     ("lopa", "branches", 0),
     ("psd", "branches", 0),
     ("psd", "rule", "nothing"),

@@ -293,7 +293,7 @@ def test_history_goes_into_the_next_turn_until_reset(model: Model, monkeypatch: 
         (("--use_cache", "--if_cache_position", "--threshold", "0.8"), "cache dual · decoder threshold (threshold 0.8)"),
         (("--factor", "1.5", "--cache", "none"), "cache none · decoder factor (factor 1.5"),
         (("--set", "confidence=margin", "--steps", "8"), "decoder quota (8 steps)"),
-        (("--preset", "exact"), "cache dual · decoder draft_verify (depth 4)"),
+        (("--preset", "exact"), "cache dual · decoder draft_verify · "),
         (("--cache", "lazy", "--refresh-blocks", "2", "--max_tokens", "64"), "cache lazy · decoder threshold"),
     ],
 )

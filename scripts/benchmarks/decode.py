@@ -280,9 +280,11 @@ def random_prompts(model: Model, batch: int, longest: int) -> list[torch.Tensor]
 
 
 def answers(model: Model, batch: int, prompt: int, gen: int, per_step: float, options: dict[str, Any]) -> dict[str, Any]:
-    """Whole answers through the engine: `per_step` tokens a step on average, prompts of unequal lengths in a batch."""
+    """Whole answers through the engine: `per_step` tokens a step on average, unless the options name a decoder; prompts of
+    unequal lengths in a batch."""
     prompts = random_prompts(model, batch, prompt)
-    config = fastdllm.DecodeConfig(decoder="quota", gen_length=gen, steps=round(gen / per_step), stop_ids=(), **options)
+    pace = {} if "decoder" in options else {"decoder": "quota", "steps": round(gen / per_step)}
+    config = fastdllm.DecodeConfig(gen_length=gen, stop_ids=(), **pace, **options)
     began = time.perf_counter()
     fastdllm.generate(model, prompts, config)
     cold = time.perf_counter() - began
@@ -294,6 +296,7 @@ def answers(model: Model, batch: int, prompt: int, gen: int, per_step: float, op
         "tokens_per_forward": stats.tokens_per_forward,
         "positions_per_token": sum(stats.row_positions) / stats.tokens,
         "seconds": stats.seconds,
+        "forward_ms": 1e3 * stats.seconds / stats.forwards,
         "first_run_seconds": cold,
         "peak_gib": stats.peak_memory and stats.peak_memory / 2**30,
     }

@@ -28,8 +28,8 @@ DEFAULT: Graph = (
 FORWARDS = (106.28, 66.04, 55.16, 50.88, 45.1, 43.0, 40.56, 39.54)
 # Positions whose arithmetic takes a forward as long as reading the weights, by the kind of device: the estimate for one that
 # was not measured. Branches of LLaDA-8B's shape on an H200 (2026-11-30) say 284 at a prompt of 128 tokens and 156 at one of
-# 1,000, tiny-llada on two CPU cores 55, and tiny-fast-dllm-v2 there 80.
-POSITIONS = {"cuda": 200, "cpu": 55}
+# 1,000, tiny-llada on two CPU cores 41, and tiny-fast-dllm-v2 there 61.
+POSITIONS = {"cuda": 200, "cpu": 50}
 
 
 def graph_of(branches: int, known: Graph = DEFAULT) -> Graph:

@@ -46,6 +46,11 @@ class Linear(nn.Linear):
         return self.weight.dtype == FP8
 
 
+def normed(to_fp8: bool) -> Callable[..., tuple[Any, Tensor]]:
+    """The product with the norm after it, whose result is quantised for a product that takes fp8."""
+    return kernels.linear_rmsnorm_fp8 if to_fp8 else kernels.linear_rmsnorm
+
+
 class Layer(nn.Module):
     """One transformer layer over the positions of a window."""
 
@@ -101,16 +106,12 @@ class Layer(nn.Module):
             q, k, v, row, window.kv_len, window.max_kv_len,
             hide=window.hide, dense=window.dense, swap=window.swap, together=window.together,
         )  # fmt: skip
-        after, gate_up, eps = y.flatten(2), self.gate_up, spec.rms_eps
-        if self.experts is None and gate_up.in_fp8:
-            y, h = kernels.linear_rmsnorm_fp8(after, out.weight, self.ffn_norm, eps, h, out.scale)
-            y = kernels.linear_silu_mul_fp8(y, gate_up.weight, gate_up.scale)
-            last = kernels.linear_rmsnorm_fp8 if to_fp8 else kernels.linear_rmsnorm
-            return last(y, down.weight, next_norm, eps, h, down.scale)
-        y, h = kernels.linear_rmsnorm(after, out.weight, self.ffn_norm, eps, h, out.scale)
+        gate_up, eps = self.gate_up, spec.rms_eps
+        inside = self.experts is None and gate_up.in_fp8  # a router reads plain numbers
+        y, h = normed(inside)(y.flatten(2), out.weight, self.ffn_norm, eps, h, out.scale)
         if self.experts is None:
-            y = kernels.linear_silu_mul(y, gate_up.weight, gate_up.scale)
-            return kernels.linear_rmsnorm(y, down.weight, next_norm, eps, h, down.scale)
+            gated = kernels.linear_silu_mul_fp8 if inside else kernels.linear_silu_mul
+            return normed(to_fp8)(gated(y, gate_up.weight, gate_up.scale), down.weight, next_norm, eps, h, down.scale)
         chosen, share = route(y, self.router, self.router_bias, self.experts)
         e, scales = self.experts, (gate_up.scale, down.scale)
         return kernels.experts_rmsnorm(

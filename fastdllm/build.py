@@ -146,7 +146,7 @@ def assemble(model: Model, config: DecodeConfig, rows: int = 1) -> Decoding:
     name = config.name_of("cache")
     cache = configs.make(Kind.CACHES, config.cache, vars(config))
     decoder = _discounted(config, _decoder(model, config, geometry, size, cache))
-    decoder = _several_steps(model, config, decoder, size, rows)
+    decoder = _several_steps(model, config, decoder, outer if spec.block_causal else size, rows)
     sampler = Sampler(
         config.confidence, config.temperature, config.top_p, config.top_k, config.alg_temp, frozenset(decoder.needs)
     )
@@ -324,12 +324,12 @@ def _discounted(config: DecodeConfig, rule: Any) -> Any:
 
 def _besides(rule: Any) -> str:
     """What a decoder does besides committing tokens for good, "" for nothing."""
-    kinds = {"tries branches": rule.branches > 1, "remasks": rule.shadow, "edits": rule.edits, "drafts": rule.drafts}
+    kinds = {"tries branches": rule.branches != 1, "remasks": rule.shadow, "edits": rule.edits, "drafts": rule.drafts}
     return next((kind for kind, does in kinds.items() if does), "")
 
 
 def _several_steps(model: Model, config: DecodeConfig, rule: Any, size: int, rows: int) -> Any:
-    """The decoder, or with the option `lossless` what takes several of its steps in one forward."""
+    """The decoder, or with the option `lossless` what takes several of its steps in one forward (size: over a block)."""
 
     def branches(name: str) -> int:
         """As many as pay; none where tokens are drawn or guided, which branches cannot follow."""
@@ -339,10 +339,8 @@ def _several_steps(model: Model, config: DecodeConfig, rule: Any, size: int, row
         return model.calibration.best(name, device_name(device), device.type, config.batch_size or rows, size)
 
     count, name = config.lossless, registry.name_of(config.decoder)
-    if rule.branches == 0:
-        rule = rule.with_branches(min(branches("quota"), size))
     if count == 1:
-        return rule
+        return rule if rule.branches else rule.with_branches(min(branches("quota"), size))
     if why := _besides(rule):
         raise ValueError(f"lossless={count} does not go with decoder={name!r}, which {why}")
     if count == 0:

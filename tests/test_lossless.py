@@ -172,6 +172,7 @@ def test_draft_verify_is_lossless_over_one_token_per_step() -> None:
         ("llada", {"decoder": "wino"}, "lossless=3 does not go with decoder='wino'"),
         ("llada", {"decoder": "lopa"}, "lossless=3 does not go with decoder='lopa'"),
         ("llada", {"decoder": "draft_verify"}, "lossless=3 does not go with decoder='draft_verify'"),
+        ("llada", {"preset": "exact"}, "lossless=3 does not go with decoder='draft_verify', which tries branches"),
         ("llada", {"cache": "top_rho"}, "lossless=3 is lossless, but a forward under cache='top_rho'"),
         ("v2", {"cache": "sub_block"}, "cache='sub_block'"),
         ("v2", {"reuse_k": 2, "layer_subset": "1", "trim_ratio": 0.4}, "lossless=3 needs layers that run for whole passes"),
@@ -237,6 +238,15 @@ def test_a_device_that_was_not_measured_is_estimated(kind: str) -> None:
     by_size = [found.best("quota", "?", kind, 1, size) for size in (4, 8, 32, 128, 1024, 4096)]
     assert by_size == sorted(by_size, reverse=True) and by_size[-1] == 1
     assert found.best("quota", "?", "cuda", 1, 32) >= found.best("quota", "?", "cpu", 1, 32)
+
+
+def test_a_block_in_parts_costs_what_the_whole_block_does() -> None:
+    """Fast-dLLM v2 recomputes the block in every forward under the caches that go with branches."""
+    model = fastdllm.load("tiny-fast-dllm-v2", device="cpu")
+    whole = model.calibration.best("quota", "cpu", "cpu", 1, 32)
+    for part in (8, 16, 32):
+        asked = fastdllm.DecodeConfig(decoder="quota", lossless=0, small_block_size=part)
+        assert build.assemble(model, asked).decoder.branches == whole
 
 
 def test_the_costs_of_a_device_stand_beside_the_drafts_and_choose_the_branches(tmp_path: Path) -> None:

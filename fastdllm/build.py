@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,7 +14,7 @@ import torch
 
 from fastdllm import config as configs
 from fastdllm import fields, presets, registry
-from fastdllm.blocks import Block, Geometry, causal_aligned, grid_aligned, prompt_aligned, sliding
+from fastdllm.blocks import Block, Geometry, Progress, causal_aligned, grid_aligned, prompt_aligned, sliding
 from fastdllm.config import DecodeConfig
 from fastdllm.decoding import Decoding
 from fastdllm.discounted import Discounted
@@ -28,6 +29,7 @@ from fastdllm.schedules import SCHEDULES
 
 RUNNERS: WeakKeyDictionary[Model, dict[str, Runner]] = WeakKeyDictionary()
 BLOCK_LENGTH = 32  # of a family that names none
+SHORT_PROMPT = 128  # tokens, where something is chosen before prompts are known
 OVERSHOOT = 512  # positions beyond the context that the last block of a block-causal model may reach
 
 
@@ -126,10 +128,10 @@ def runner(model: Model, config: DecodeConfig) -> Runner:
     return runners[name]
 
 
-def assemble(model: Model, config: DecodeConfig, rows: int = 1) -> Decoding:
+def assemble(model: Model, config: DecodeConfig, rows: int | None = None) -> Decoding:
     """What a run of this model chooses. Raises ValueError for a combination that makes no sense.
 
-    rows: requests at once, where the config has no batch_size.
+    rows: requests at once; the config's batch_size, or one, unless given.
     """
     spec, given = model.spec, config.given()
     config = resolve(spec, config)
@@ -145,13 +147,14 @@ def assemble(model: Model, config: DecodeConfig, rows: int = 1) -> Decoding:
     geometry = _geometry(config, spec, size)
     name = config.name_of("cache")
     cache = configs.make(Kind.CACHES, config.cache, vars(config))
+    lookback = _lookback(config, spec)
+    reuse = _reuse(config, spec, outer, name) or cache.reuse(spec.layers, size + lookback)
     decoder = _discounted(config, _decoder(model, config, geometry, size, cache))
-    decoder = _several_steps(model, config, decoder, outer if spec.block_causal else size, rows)
+    positions = partial(_positions, config, spec, geometry, cache, reuse)
+    decoder = _several_steps(model, config, decoder, positions, rows or config.batch_size or 1)
     sampler = Sampler(
         config.confidence, config.temperature, config.top_p, config.top_k, config.alg_temp, frozenset(decoder.needs)
     )
-    lookback = _lookback(config, spec)
-    reuse = _reuse(config, spec, outer, name) or cache.reuse(spec.layers, size + lookback)
     _check_decoder(config, name, cache, decoder, sampler, reuse)
     _check_drafts(config, spec)
     return Decoding(
@@ -328,24 +331,37 @@ def _besides(rule: Any) -> str:
     return next((kind for kind, does in kinds.items() if does), "")
 
 
-def _several_steps(model: Model, config: DecodeConfig, rule: Any, size: int, rows: int) -> Any:
-    """The decoder, or with the option `lossless` what takes several of its steps in one forward (size: over a block)."""
+def _several_steps(model: Model, config: DecodeConfig, rule: Any, positions: Callable[[], int], rows: int) -> Any:
+    """The decoder, or with the option `lossless` what takes several of its steps in one forward.
 
-    def branches(name: str) -> int:
-        """As many as pay; none where tokens are drawn or guided, which branches cannot follow."""
-        if config.temperature or config.alg_temp or config.cfg_scale or config.confidence == "random":
-            return 1
-        device = model.device
-        return model.calibration.best(name, device_name(device), device.type, config.batch_size or rows, size)
+    positions: says how many a forward of one row has, 0 where it can have no branches. rows: requests at once.
+    """
+
+    def over(inner: Any, name: str) -> Any:
+        """`inner` with as many branches as pay."""
+        device, calibration, each = model.device, model.calibration, positions()
+        if not each:
+            return inner
+        count = calibration.best(name, device_name(device), device.type, rows, each, config.block_length)
+        return Over(inner, calibration.graph(name, count)) if count > 1 else inner
 
     count, name = config.lossless, registry.name_of(config.decoder)
     if count == 1:
-        return rule if rule.branches else rule.with_branches(min(branches("quota"), size))
+        return rule if rule.branches else over(rule.inner, "quota")
     if why := _besides(rule):
         raise ValueError(f"lossless={count} does not go with decoder={name!r}, which {why}")
-    if count == 0:
-        count = branches(name)
-    return Over(rule, model.calibration.graph(name, count)) if count > 1 else rule
+    return over(rule, name) if count == 0 else Over(rule, model.calibration.graph(name, count))
+
+
+def _positions(config: DecodeConfig, spec: ModelSpec, geometry: Geometry, cache: Any, reuse: Any) -> int:
+    """How many a forward over a block recomputes, at a short prompt; 0 where no row may have branches: under a cache whose
+    forwards depend on those before, with layer reuse, and where tokens are drawn or guided."""
+    drawn = config.temperature or config.alg_temp or config.confidence == "random"
+    if drawn or config.cfg_scale or reuse or not cache.pure:
+        return 0
+    prompt = max(1, min(SHORT_PROMPT, spec.max_length - config.gen_length))
+    work = cache.step(geometry(prompt, prompt + config.gen_length)[0], Progress(1, 1, False))
+    return work.stop - work.start
 
 
 def device_name(device: torch.device) -> str:

@@ -27,8 +27,8 @@ DEFAULT: Graph = (
 # What an answer of tiny-llada takes with 1, 2, ... branches: the estimate for a model without the file.
 FORWARDS = (106.28, 66.04, 55.16, 50.88, 45.1, 43.0, 40.56, 39.54)
 # Positions whose arithmetic takes a forward as long as reading the weights, by the kind of device: the estimate for one that
-# was not measured. Branches of LLaDA-8B's shape on an H200 (2026-11-30) say 284 at a prompt of 128 tokens and 156 at one of
-# 1,000, tiny-llada on two CPU cores 41, and tiny-fast-dllm-v2 there 61.
+# was not measured. Lines through the times with 1, 2 and 4 branches (2026-11-30) say 286 for LLaDA-8B's shape on an H200 at
+# a prompt of 128 tokens, 174 at one of 1,000, and on two CPU cores 41 for tiny-llada, 61 for tiny-fast-dllm-v2.
 POSITIONS = {"cuda": 200, "cpu": 50}
 
 
@@ -81,14 +81,16 @@ class Calibration:
     def graph(self, decoder: str, branches: int) -> Graph:
         return graph_of(branches, self.graphs.get(decoder, DEFAULT))
 
-    def best(self, decoder: str, device: str, kind: str, rows: int, size: int) -> int:
+    def best(self, decoder: str, device: str, kind: str, rows: int, positions: int, block: int) -> int:
         """How many branches take an answer the least time.
 
+        decoder: as it was measured; quota at one token per step, for which there is an estimate besides.
         device, kind: its name and type; without measurements of that device by an estimate for the type.
         rows: requests at once.
-        size: positions of a block.
+        positions: of a forward of one row.
+        block: positions of a block, over which forwards were timed.
 
-        Raises ValueError for a decoder other than one token per step of which this model has no measurements.
+        Raises ValueError for another decoder of which this model has no measurements.
         """
         known, table = self.forwards.get(decoder, FORWARDS if decoder == "quota" else None), self.milliseconds.get(device)
         if known is None:
@@ -98,13 +100,13 @@ class Calibration:
             )
 
         def cost(branches: int) -> float:
-            at_once = rows * branches
-            return milliseconds(table, at_once) if table else POSITIONS.get(kind, POSITIONS["cpu"]) + at_once * size
+            at_once = rows * branches * positions
+            return milliseconds(table, at_once / block) if table else POSITIONS.get(kind, POSITIONS["cpu"]) + at_once
 
         return min(range(1, len(known) + 1), key=lambda n: known[n - 1] * cost(n))
 
 
-def milliseconds(table: Mapping[int, float], rows: int) -> float:
+def milliseconds(table: Mapping[int, float], rows: float) -> float:
     """Of a forward of so many rows, between and beyond what was measured along straight lines."""
     known = sorted(table)
     if len(known) == 1 or rows <= known[0]:

@@ -21,7 +21,8 @@ class Shape:
     dense: every query sees all `max_kv_len` slots, so that no mask is needed.
     branches: branches that run; 1 while all of them hold the same tokens.
     shadows: query positions appended to each row (`engine/shadows.py`).
-    packed: positions of all rows, one after the other, where passes are of unequal widths; 0 where all run to W.
+    packed: positions of all rows and their lanes, one after the other, where passes are of unequal widths; 0 where all run
+        to W.
     fresh: positions of a piece that runs through layers with reuse; 0 where every row runs whole; None where reuse has no
         part in this forward.
     pieces: pieces of `fresh` positions.
@@ -43,7 +44,7 @@ class Shape:
     alternatives: int = 0
 
     def positions(self, rows: int) -> int:
-        """Positions that a forward of `rows` rows computes for each branch."""
+        """Positions that a forward of `rows` rows computes, in all lanes where it is packed and otherwise in each."""
         return self.packed or rows * self.width
 
 

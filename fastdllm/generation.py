@@ -98,7 +98,7 @@ def call_of(
     stops = _stops(model, stop)
     fixed = tokens_to_fix(constraints, len(ids))
     _check_room(model, ids, config.gen_length)
-    run = run or assemble(model, config, min(len(ids), ROWS))
+    run = run or assemble(model, config, min(len(ids), config.batch_size or ROWS))
     own = dict(numbers or {})
     copies = _checked_copies(copies, run.sampler.random({**run.numbers, **own}))
     ends = _ends(model, stops) if stops else None

@@ -28,7 +28,8 @@ TAKEN, DRAFTED = "lossless.taken", "lossless.drafted"
 
 
 class Lossless(DecoderRule):
-    """`inner`, several steps at a time. graph: what the branches 1, 2, ... draft."""
+    """`inner`, several steps at a time. graph: what the branches 1, 2, ... draft. With 0 branches a rule asks for as many as
+    pay."""
 
     inner: DecoderRule
     graph: Graph

@@ -212,18 +212,21 @@ def test_as_many_branches_as_pay(tmp_path: Path) -> None:
     found = Calibration.read(tmp_path)
     assert found.graph("quota", 4) == ((0,), (0, 1), (1,)) and found.graph("quota", 5)[3] == (0, 1, 2)
     assert found.graph("threshold", 4) == graph_of(4)
-    assert [found.best("quota", "cpu", "cpu", rows, 32) for rows in (1, 16)] == [4, 1]
+    assert [found.best("quota", "cpu", "cpu", rows, 32, 32) for rows in (1, 16)] == [4, 1]
+    assert found.best("quota", "cpu", "cpu", 1, 512, 32) == 1, "a forward over sixteen blocks costs what sixteen rows do"
     with pytest.raises(ValueError, match="none of decoder 'frechet'"):
-        found.best("frechet", "cpu", "cpu", 1, 32)
+        found.best("frechet", "cpu", "cpu", 1, 32, 32)
     model = random_model()
     model.calibration = found
-    for options in ({"decoder": "quota", "lossless": 0}, {"preset": "exact", "block_length": 8}):
+    for options in ({"decoder": "quota", "lossless": 0, "block_length": 8}, {"preset": "exact", "block_length": 8}):
         asked = fastdllm.DecodeConfig(gen_length=16, **options)
         assert build.assemble(model, asked).lanes == 4
         assert build.assemble(model, asked, rows=16).lanes == 1
         assert build.assemble(model, asked.replace(batch_size=16)).lanes == 1
-        assert build.assemble(model, asked.replace(batch_size=1), rows=16).lanes == 4
-        assert build.assemble(model, asked.replace(temperature=0.5)).lanes == 1, "draws cannot be drafted"
+        assert build.assemble(model, asked.replace(batch_size=16), rows=1).lanes == 4, "as many as there are"
+        for impossible in ({"temperature": 0.5}, {"cache": "none", "cfg_scale": 1.0}, {"cache": "top_rho"}):
+            for rows in (1, 16):
+                assert build.assemble(model, asked.replace(**impossible), rows=rows).decoder.branches == 1
     (tmp_path / "drafts.json").write_text('{"decoders": {"quota": {"drafts": 3}}}')
     with pytest.raises(ValueError, match=r"drafts\.json: not a file of scripts\.studies\.calibrate"):
         Calibration.read(tmp_path)
@@ -233,17 +236,17 @@ def test_as_many_branches_as_pay(tmp_path: Path) -> None:
 def test_a_device_that_was_not_measured_is_estimated(kind: str) -> None:
     """The more positions a branch adds, the fewer branches; a large batch and a long block take none."""
     found = Calibration()
-    by_rows = [found.best("quota", "?", kind, rows, 32) for rows in (1, 2, 4, 8, 16, 32, 64)]
+    by_rows = [found.best("quota", "?", kind, rows, 32, 32) for rows in (1, 2, 4, 8, 16, 32, 64)]
     assert by_rows == sorted(by_rows, reverse=True) and by_rows[0] > 1 and by_rows[-1] == 1
-    by_size = [found.best("quota", "?", kind, 1, size) for size in (4, 8, 32, 128, 1024, 4096)]
+    by_size = [found.best("quota", "?", kind, 1, size, 32) for size in (4, 8, 32, 128, 1024, 4096)]
     assert by_size == sorted(by_size, reverse=True) and by_size[-1] == 1
-    assert found.best("quota", "?", "cuda", 1, 32) >= found.best("quota", "?", "cpu", 1, 32)
+    assert found.best("quota", "?", "cuda", 1, 32, 32) >= found.best("quota", "?", "cpu", 1, 32, 32)
 
 
 def test_a_block_in_parts_costs_what_the_whole_block_does() -> None:
     """Fast-dLLM v2 recomputes the block in every forward under the caches that go with branches."""
     model = fastdllm.load("tiny-fast-dllm-v2", device="cpu")
-    whole = model.calibration.best("quota", "cpu", "cpu", 1, 32)
+    whole = model.calibration.best("quota", "cpu", "cpu", 1, 32, 32)
     for part in (8, 16, 32):
         asked = fastdllm.DecodeConfig(decoder="quota", lossless=0, small_block_size=part)
         assert build.assemble(model, asked).decoder.branches == whole
@@ -259,7 +262,7 @@ def test_the_costs_of_a_device_stand_beside_the_drafts_and_choose_the_branches(t
     assert list(after.milliseconds["cpu"]) == list(calibrate.ROWS) and min(after.milliseconds["cpu"].values()) > 0
     model = fastdllm.load(str(folder), device="cpu")
     lanes = build.assemble(model, fastdllm.DecodeConfig(decoder="quota", lossless=0)).lanes
-    assert lanes == after.best("quota", "cpu", "cpu", 1, 32)
+    assert lanes == after.best("quota", "cpu", "cpu", 1, 32, 32)
     assert one_answer(model, lossless=0) == one_answer(model)
 
 

@@ -31,8 +31,7 @@ class DecoderRule(ABC):
     needs: extra statistics of the head, of {"entropy", "margin"}, "attention" for how much positions of the block attend to
         each other, and "stops" for the tokens that end an answer.
     probability: whether the rule compares the confidence with a probability, so that another confidence makes no sense.
-    branches: contents of each row that run in the same forward. Branch 0 is the row's content, the others are tries. A rule
-        with 0 is asked for one with as many as pay, by `with_branches(count)`.
+    branches: contents of each row that run in the same forward. Branch 0 is the row's content, the others are tries.
     lossless: whether the tokens are those of another rule.
     shadow: whether extra queries ask what the model would say of each token of the block without seeing it (`view.unaware`).
         Where that is not NaN the rule may write the mask again. One branch only.

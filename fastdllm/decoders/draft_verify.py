@@ -5,7 +5,7 @@ The logits that commit one token also suggest the next ones. One forward runs se
 and each draft that one token per step would write gives one more step. It is the option `lossless` over one token per step.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -46,10 +46,6 @@ class Decoder(Lossless):
     @property
     def branches(self) -> int:  # type: ignore[override]
         return self.depth
-
-    def with_branches(self, count: int) -> "Decoder":
-        """With so many in the place of 0."""
-        return replace(self, depth=count)
 
     @property
     def graph(self) -> Graph:  # type: ignore[override]

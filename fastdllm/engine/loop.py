@@ -38,7 +38,7 @@ class Step:
 
     rows: the numbers of the requests that it served, R of them.
     starts, stops: where their blocks lie, as positions of prompt and answer.
-    seconds: how long the step took, by the clock, its planning included.
+    seconds: how long the step took, by the clock; the first of a round includes the planning of all.
     done: the requests that it finished, by number.
 
     The rest is None without `trace`. Q is the width of the widest block:

@@ -43,7 +43,8 @@ class Linear(nn.Linear):
 
     @property
     def in_fp8(self) -> bool:
-        return self.weight.dtype == FP8
+        """Whether the product takes tokens in fp8; quantised beforehand, they would have no gradient."""
+        return self.weight.dtype == FP8 and not torch.is_grad_enabled()
 
 
 def normed(to_fp8: bool) -> Callable[..., tuple[Any, Tensor]]:
@@ -107,10 +108,10 @@ class Layer(nn.Module):
             hide=window.hide, dense=window.dense, swap=window.swap, together=window.together,
         )  # fmt: skip
         gate_up, eps = self.gate_up, spec.rms_eps
-        inside = self.experts is None and gate_up.in_fp8  # a router reads plain numbers
-        y, h = normed(inside)(y.flatten(2), out.weight, self.ffn_norm, eps, h, out.scale)
+        quantized = self.experts is None and gate_up.in_fp8  # a router reads plain numbers
+        y, h = normed(quantized)(y.flatten(2), out.weight, self.ffn_norm, eps, h, out.scale)
         if self.experts is None:
-            gated = kernels.linear_silu_mul_fp8 if inside else kernels.linear_silu_mul
+            gated = kernels.linear_silu_mul_fp8 if down.in_fp8 else kernels.linear_silu_mul
             return normed(to_fp8)(gated(y, gate_up.weight, gate_up.scale), down.weight, next_norm, eps, h, down.scale)
         chosen, share = route(y, self.router, self.router_bias, self.experts)
         e, scales = self.experts, (gate_up.scale, down.scale)
@@ -121,7 +122,8 @@ class Layer(nn.Module):
     def _between(self, look: Look, q: Tensor, k: Tensor, window: Window) -> None:
         """Write what the queries q [R, W, H, D] attend to in the block's positions."""
         limit = window.kv_len.flatten()
-        query = (look.first[:, None] + look.source).clamp(max=len(limit) - 1)  # a padded one may point beyond the last piece
+        # A padded one may point beyond the last query.
+        query = (look.first[:, None] + look.source).clamp(max=len(limit) - 1)
         between = kernels.block_attention(
             q.flatten(0, 1), k, look.row, limit, window.max_kv_len, query, look.slot, hide=look.hide
         )
@@ -145,17 +147,12 @@ class Stack:
         self.layers, self.store, self.spec, self.rope = network.layers, store, network.spec, network.rope()
         self.norms = [*(layer.attn_norm for layer in network.layers), network.norm]
 
-    def run(self, index: int, y: Tensor, h: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-        """Layer `index` for its input h [R, W, C] and y, h normalised. Returns its output normalised, and its output."""
-        return self.layers[index](y, h, self.norms[index + 1], index, window, self.store, *self.rope)
+    def run(self, index: int, y: Activations, h: Tensor, window: Window, to_fp8: bool = False) -> tuple[Any, Tensor]:
+        """Layer `index` for its input h [R, W, C] and y, h normalised. Returns its output normalised, and its output.
 
-    def all(self, y: Tensor, h: Tensor, window: Window) -> Tensor:
-        """The last layer's output [R, W, C], normalised."""
-        last = len(self.layers) - 1
-        for index, layer in enumerate(self.layers):
-            to_fp8 = index < last and self.layers[index + 1].qkv.in_fp8
-            y, h = layer(y, h, self.norms[index + 1], index, window, self.store, *self.rope, to_fp8)
-        return y
+        to_fp8: see `Layer.forward`.
+        """
+        return self.layers[index](y, h, self.norms[index + 1], index, window, self.store, *self.rope, to_fp8)
 
 
 class Transformer(nn.Module):
@@ -197,7 +194,10 @@ class Transformer(nn.Module):
         y, h = kernels.rmsnorm(self.embed(ids), stack.norms[0], self.spec.rms_eps)
         if rule is not None:
             return rule(stack, y, h)
-        return stack.all(y, h, window)
+        last = len(self.layers) - 1
+        for index in range(len(self.layers)):
+            y, h = stack.run(index, y, h, window, index < last and self.layers[index + 1].qkv.in_fp8)
+        return y
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., C] -> logits [..., V] in the weights' dtype."""

@@ -36,7 +36,7 @@ IDLE = 1  # units before the first row: the row that fills up a graph
 
 
 def bucket(rows: int) -> int:
-    """Rows of the graph that runs `rows` rows: a power of two up to 8, then at most an eighth or three rows more than asked,
+    """Rows of the graph that runs `rows` rows: a power of two up to 8, then at most a quarter or three rows more than asked,
     since padded rows of a large batch cost time like others."""
     power = 1 << (rows - 1).bit_length()
     step = max(4, power // 8)
@@ -127,12 +127,13 @@ class Runner:
         name = (key, rows, graphed, None if noise is None else noise.shape[1:])
         padded = plans + [idle] * (rows - len(plans))
         if name not in canvas.graphs:
-            canvas.met[name] += 1
-            if canvas.met[name] <= self.eager_first:
+            if canvas.met[name] < self.eager_first:
                 if noise is not None and rows > len(plans):
                     noise = torch.cat([noise, noise.new_full((rows - len(plans), *noise.shape[1:]), 0.5)])
                 table = torch.tensor(padded, dtype=torch.long, device=canvas.x.device)
-                return step(table, noise, graphed).head(len(plans))
+                out = step(table, noise, graphed).head(len(plans))
+                canvas.met[name] += 1  # not before: a pass that failed has compiled nothing
+                return out
             canvas.graphs[name] = self._capture(canvas, step, name, idle, noise)
         graph = canvas.graphs[name]
         # The graph's last fetch from this memory is over: the host has read its result since.
@@ -149,7 +150,7 @@ class Runner:
         host = torch.tensor([idle] * rows, dtype=torch.long).pin_memory()
         table = host.to(canvas.x.device)
         noise = None if noise is None else noise.new_full((rows, *noise.shape[1:]), 0.5)
-        if canvas.met[name] == 1:  # no eager pass has compiled the kernels
+        if not canvas.met[name]:  # no eager pass has compiled the kernels
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):

@@ -264,10 +264,10 @@ def preset(name: str, spec: ModelSpec) -> dict[str, Any]:
 
 
 def beside(own: Service, config: DecodeConfig) -> Service:
-    """Another run over the same model, for a few visitors; what it chooses for speed is for one."""
-    positions, config = positions_that_fit(own.model, ROWS), config.replace(batch_size=1)
-    service = Service(own.model, config, name=own.name, positions=positions, rows=ROWS, max_queue=own.scheduler.max_queue,
-                      timeout=own.timeout, beside=own)  # fmt: skip
+    """Another run over the same model, for a few visitors, and most often for one."""
+    positions = positions_that_fit(own.model, ROWS)
+    service = Service(own.model, config, name=own.name, positions=positions, rows=ROWS, usual=1,
+                      max_queue=own.scheduler.max_queue, timeout=own.timeout, beside=own)  # fmt: skip
     return service.start()
 
 

@@ -92,8 +92,9 @@ class Scheduler:
     """Decodes submitted requests with one model under one config, in one continuous batch.
 
     positions: memory budget, positions of prompts and answers on the canvas at once; None: what the engine takes. rows:
-    requests in one batch at most, None: as many as fit. max_queue: requests that may wait beyond those that fit. turns:
-    shared with other schedulers of the device, whose forwards alternate with these.
+    requests in one batch at most, None: as many as fit. usual: requests at once for which the run chooses what saves time,
+    None: rows. max_queue: requests that may wait beyond those that fit. turns: shared with other schedulers of the device,
+    whose forwards alternate with these.
     """
 
     def __init__(
@@ -103,12 +104,13 @@ class Scheduler:
         *,
         positions: int | None = None,
         rows: int | None = None,
+        usual: int | None = None,
         max_queue: int = 256,
         turns: Turns | None = None,
     ) -> None:
         self.model, self.config, self.turns = model, config, turns or Turns()
         self.positions, self.rows, self.max_queue = positions, rows or ROWS, max_queue
-        self.run = assemble(model, for_any_length(model, config), self.rows)
+        self.run = assemble(model, for_any_length(model, config), usual or self.rows)
         self.largest = positions  # request that is taken; `positions` shrinks when memory runs out, this does not
         self.alternatives = 0 if self.run.decoder.branches > 1 else ALTERNATIVES
         self.revocable = self.run.decoder.revocable()

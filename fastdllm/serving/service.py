@@ -59,6 +59,7 @@ class Service:
         name: str | None = None,
         positions: int | None = None,
         rows: int | None = None,
+        usual: int | None = None,
         max_queue: int = 256,
         timeout: float = 600.0,
         beside: Service | None = None,
@@ -67,7 +68,9 @@ class Service:
             raise ValueError(f"model {model.name!r} has no tokenizer; a server speaks text")
         self.model, self.config, self.name, self.timeout = model, config, name or model.name, timeout
         self.turns: Turns = beside.turns if beside else Turns()
-        self.scheduler = Scheduler(model, config, positions=positions, rows=rows, max_queue=max_queue, turns=self.turns)
+        self.scheduler = Scheduler(
+            model, config, positions=positions, rows=rows, usual=usual, max_queue=max_queue, turns=self.turns
+        )
         self.metrics: Metrics = beside.metrics if beside else Metrics()
         if beside is None:
             self.metrics.watch(self.scheduler)

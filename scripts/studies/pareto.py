@@ -351,7 +351,7 @@ def preset_names(settings: list[str], model: str, args: argparse.Namespace) -> d
         return {}
     of, base = family(model), {k: v for k, v in options_of("quota+none", args).items() if k not in ("decoder", "cache")}
     taken = {name: for_family(name, of, of == "fast_dllm_v2", of == "dream") for name in PRESETS}
-    if "depth" in taken["exact"]:  # which it chooses for the device; the study has four branches, that it would take alone
+    if "depth" in taken["exact"]:  # it chooses its branches for the device; the study has four
         taken["exact"]["depth"] = 4
     presets = {name: resolved({**base, **options}, model) for name, options in taken.items()}
     return {s: name for s in settings for name, is_one in presets.items() if resolved(options_of(s, args), model) == is_one}

@@ -70,6 +70,46 @@ def test_padding_changes_nothing(monkeypatch: pytest.MonkeyPatch, family: str, o
     assert graphs(model)
 
 
+def test_a_first_pass_that_fails_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has compiled nothing, so that the next pass of the shape runs eagerly again; so does its capture otherwise."""
+    monkeypatch.setattr(cuda_graph, "EAGER_FIRST", 1)
+    captures = []
+
+    def capture(self: cuda_graph.Runner, canvas: Canvas, step: Any, name: Any, idle: Plan, noise: Any) -> Any:
+        captures.append(canvas.met[name])
+        return emulated(self, canvas, step, name, idle, noise)
+
+    monkeypatch.setattr(cuda_graph.Runner, "_capture", capture)
+    model, options = random_model(), {"gen_length": 9, "block_length": 9, "steps": 1, "decoder": "quota", "stop_ids": ()}
+    batch = prompts(9)
+    eager = fastdllm.generate(model, batch, runner="eager", **options)
+    network, forward = model.network, model.network.forward
+    monkeypatch.setattr(network, "forward", lambda *given: 1 / 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            fastdllm.generate(model, batch, runner="cuda_graph", **options)
+    monkeypatch.setattr(network, "forward", forward)
+    for _ in range(3):
+        answers = fastdllm.generate(model, batch, runner="cuda_graph", **options)
+        assert answers.sequences[0].tolist() == eager.sequences[0].tolist()
+    assert captures and set(captures) == {1}
+
+
+@pytest.mark.parametrize("family, options", CASES, ids=str)
+def test_eager_passes_and_captured_ones_take_turns(
+    monkeypatch: pytest.MonkeyPatch, family: str, options: dict[str, Any]
+) -> None:
+    """A shape's first pass eager, the next ones captured, within one answer and from answer to answer."""
+    monkeypatch.setattr(cuda_graph.Runner, "_capture", emulated)
+    monkeypatch.setattr(cuda_graph, "EAGER_FIRST", 1)
+    model, batch = random_model(family), prompts(5, 40, 16, 31)
+    options = {"gen_length": 29, "stop_ids": (), **options}
+    eager = fastdllm.generate(model, batch, runner="eager", **options)
+    for _ in range(2):
+        graph = fastdllm.generate(model, batch, runner="cuda_graph", **options)
+        assert [s.tolist() for s in graph.sequences] == [s.tolist() for s in eager.sequences]
+
+
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7}], ids=str)
 def test_the_first_passes_of_a_shape_run_eagerly(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     """On the padded shape, so that a step gives the same whether it is captured yet or not; the third is captured."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fp8 products of about a hundred to a few hundred rows on a GPU.
+"""fp8 products of about a hundred to a thousand rows on a GPU.
 
 So many rows are too many to be bound by reading the weight, and too few to give the library's tiles of a narrow weight to
 all multiprocessors. Here several programs share the channels of a tile where tiles are few, and the bulk copy engine fetches
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdllm.kernels.device import TensorDescriptor, multiprocessors, stages
+from fastdllm.kernels.device import TensorDescriptor, multiprocessors, shared_memory, stages
 from fastdllm.kernels.dot import dot
 from fastdllm.kernels.pdl import LAUNCH, wait
 
@@ -60,16 +60,15 @@ def tiling(M: int, N: int, C: int, device: torch.device) -> dict[str, int] | Non
     """Tile of the kernel for M rows, N output channels and C input channels; None where the library is as fast.
 
     Measured on an H200 (torch 2.11, triton 3.6, 2026-11-30) with the norm that adds the parts up, us of the library and
-    here. Down of v2-7B: 128 rows 49.6 and 28.0, 256 rows 51.4 and 37.2, 352 rows 55.0 and 50.1,
-    768 rows 103.7 and 93.9; of LLaDA-8B: 128 rows 35.2
-    and 23.5, 256 rows 36.3 and 29.3. Out of v2-7B: 128 rows 14.5 and 9.8, 256 rows 15.3 and 12.3, 352 rows 15.8 and 15.2.
-    Its qkv: 128 rows 15.0 and 11.8, 256 rows 15.6 and 16.0. Gate and up, 256 rows: 56.4 and 72.5.
+    here. Down of v2-7B: 128 rows 49.6 and 28.0, 256 rows 51.4 and 37.2, 352 rows 55.0 and 50.1, 768 rows 103.7 and 93.9; of
+    LLaDA-8B: 128 rows 35.2 and 23.5, 256 rows 36.3 and 29.3. Out of v2-7B: 128 rows 14.5 and 9.8, 256 rows 15.3 and 12.3,
+    352 rows 15.8 and 15.2. Its qkv: 128 rows 15.0 and 11.8, 256 rows 15.6 and 16.0. Gate and up, 256 rows: 56.4 and 72.5.
     """
     rows, room = triton.cdiv(M, TILE), multiprocessors(device)
     tiles = rows * triton.cdiv(N, TILE)
     if C >= LONG and 5 * tiles <= 3 * room:
         return {"block_n": TILE, "splits": max(1, min(4, room // tiles)), "num_warps": 4, "num_stages": 5}
-    if C >= LONG and rows * triton.cdiv(N, 2 * TILE) <= room:
+    if C >= LONG and rows * triton.cdiv(N, 2 * TILE) <= room and shared_memory(device) >= 4 * 3 * TILE * TILE:
         return {"block_n": 2 * TILE, "splits": 3, "num_warps": 8, "num_stages": 4}
     if 2 * tiles > room:
         return None

@@ -90,6 +90,7 @@ def batches(rows: list[Row], run: Decoding, shift: int, packs: bool) -> Iterator
     for row in rows:
         work = row.next_pass(run)
         width = work.stop - work.start
+        # Most runs have neither shadows nor reuse, and the device waits for this loop.
         narrow, shadows, fresh, reuses = width <= NARROW, 0, None, False
         if shadow:
             shadows = shadow * row.revocable

@@ -86,12 +86,12 @@ class Layer(nn.Module):
         index: int,
         window: Window,
         store: KVStore,
-        cos: Tensor,
-        sin: Tensor,
+        rope: tuple[Tensor, Tensor],
         to_fp8: bool = False,
     ) -> tuple[Activations, Tensor]:
         """y: the layer's input h [R, W, C], normalised. Returns its output normalised by `next_norm` [C], and its output.
 
+        rope: see `Transformer.rope`.
         to_fp8: the normalised output goes to a product with fp8 weights only, so it may be quantised.
 
         Each product comes with what reads it (rotation and store, norm, gate), so that one kernel may do both.
@@ -99,7 +99,7 @@ class Layer(nn.Module):
         spec, k, v, qkv, out, down = self.spec, store.k[index], store.v[index], self.qkv, self.out, self.down
         row, pos, slot = window.row, window.pos, window.slot
         q = kernels.linear_rope_store(
-            y, qkv.weight, spec.heads, spec.kv_heads, cos, sin, pos, row, k, v, qkv.scale, qkv.bias, slot, **self._norms()
+            y, qkv.weight, spec.heads, spec.kv_heads, *rope, pos, row, k, v, qkv.scale, qkv.bias, slot, **self._norms()
         )  # [R, W, H, D]
         if window.look is not None and index == spec.layers - 1:
             self._between(window.look, q, k, window)
@@ -152,7 +152,7 @@ class Stack:
 
         to_fp8: see `Layer.forward`.
         """
-        return self.layers[index](y, h, self.norms[index + 1], index, window, self.store, *self.rope, to_fp8)
+        return self.layers[index](y, h, self.norms[index + 1], index, window, self.store, self.rope, to_fp8)
 
 
 class Transformer(nn.Module):

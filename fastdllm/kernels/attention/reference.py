@@ -38,36 +38,20 @@ def attention(
         `hide`, and are computed together; R, only at the end of a group, stands for none.
     """
     if together is not None:
-        return _grouped(q, k_store, v_store, row, kv_len, max_kv_len, hide, scale, dense, together)
+        count = len(q)
+        # Places that nobody has repeat their group's first query; an empty group computes the last query of all.
+        first = together[:, :1].clamp(max=count - 1)
+        at, lead = torch.where(together < count, together, first), first[:, 0]
+        row, kv_len, hide = row[lead], kv_len[at, 0], None if hide is None else hide[lead]
+        grouped = attention(q[at, 0], k_store, v_store, row, kv_len, max_kv_len, hide, scale, dense)
+        out = q.new_zeros(count + 1, *q.shape[2:])  # the last one for the places that nobody has
+        out[together.flatten()] = grouped.flatten(0, 1)
+        return out[:count, None]
     if dense:
         return _seeing(q, rows_of(k_store, row, max_kv_len), rows_of(v_store, row, max_kv_len), None, scale)
     if q.device.type == "cpu":
         return _row_by_row(q, k_store, v_store, row, kv_len, max_kv_len, hide, scale, swap)
     return _masked(q, k_store, v_store, row, kv_len, max_kv_len, hide, scale, swap)
-
-
-def _grouped(
-    q: Tensor,
-    k_store: Tensor,
-    v_store: Tensor,
-    row: Tensor,
-    kv_len: Tensor,
-    max_kv_len: int,
-    hide: Tensor | None,
-    scale: float | None,
-    dense: bool,
-    together: Tensor,
-) -> Tensor:
-    """`attention` of queries in groups, each group as a row."""
-    count = len(q)
-    # The places of a group that nobody has repeat its first query; an empty group computes the last query of all.
-    first = together[:, :1].clamp(max=count - 1)
-    at = torch.where(together < count, together, first)
-    row, hide = row[first[:, 0]], None if hide is None else hide[first[:, 0]]
-    grouped = attention(q[at, 0], k_store, v_store, row, kv_len[at, 0], max_kv_len, hide, scale, dense)
-    out = q.new_zeros(count + 1, *q.shape[2:])
-    out[together.flatten()] = grouped.flatten(0, 1)
-    return out[:count, None]
 
 
 def _row_by_row(

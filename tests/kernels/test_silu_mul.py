@@ -80,6 +80,17 @@ def test_in_fp8_it_is_what_quantising_its_result_gives(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("F", [12288, 16384, 18944])
+def test_long_rows_in_fp8(F: int) -> None:
+    from fastdllm.kernels.linear import triton as linear
+    from fastdllm.kernels.silu_mul import triton
+
+    gate_up = torch.randn(300, 2 * F, device="cuda").bfloat16()
+    got, want = triton.silu_mul_fp8(gate_up), linear.quantize_rows(triton.silu_mul(gate_up))
+    assert torch.equal(got.values.float(), want.values.float()) and torch.equal(got.scale, want.scale)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["plain", "fp8", "int8", "int4"])
 @pytest.mark.parametrize("M", [8, 32, 64])
 def test_every_tiling(assert_close, M: int, kind: str) -> None:

@@ -168,6 +168,7 @@ def _attend_kernel(
         m_m &= b_at < queries
     m_md = m_m[:, None] & (o_d < D)[None, :]
     i_out = b_at * H + i_k * G + o_m % G
+    b_q = tl.load(q + i_out[:, None] * D + o_d[None, :], mask=m_md, other=0.0)
     b_row = tl.load(row + i_row)
     b_len = tl.load(kv_len + b_at, mask=m_m, other=0).to(tl.int32)
     b_len = tl.minimum(b_len, max_kv_len)
@@ -185,28 +186,30 @@ def _attend_kernel(
     stop = tl.minimum(start + chunk, reach)
     p_k = k_store + b_row * stride_kb + i_k * stride_kh
     p_v = v_store + b_row * stride_vb + i_k * stride_vh
-    # Tiles before `full` are seen whole by every query: no mask. They end where the shortest query does or where a slot is
-    # hidden or swapped.
-    shared = tl.minimum(tl.min(tl.where(m_m, b_len, reach), 0), stop)
     hide_start, hide_stop = 0, 0
     if HIDE:
         hide_start = tl.load(hide + i_row * 2).to(tl.int32)
         hide_stop = tl.load(hide + i_row * 2 + 1).to(tl.int32)
-        shared = tl.minimum(shared, tl.where(hide_start < hide_stop, hide_start, reach))
-    if SWAP:
-        shared = tl.minimum(shared, tl.min(tl.where(m_w, b_start, reach), 0))
-    full = start + tl.maximum(shared - start, 0) // BLOCK_N * BLOCK_N
 
-    b_q = tl.load(q + i_out[:, None] * D + o_d[None, :], mask=m_md, other=0.0)
     b_acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     b_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
     b_max = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
-    for j in range(start, full, BLOCK_N):
-        b_acc, b_sum, b_max = _attend_step(
-            b_acc, b_sum, b_max, b_q, p_k, p_v, j, stop, b_len, hide_start, hide_stop,
-            b_start, b_stop, b_instead, scale, stride_kt, stride_vt, False, HIDE, SWAP, D, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-    for j in range(full, stop, BLOCK_N):
+    if SPLITS == 1:
+        # Tiles that every query sees whole need no mask. They end where the shortest query does or where a slot is hidden or
+        # swapped. A split has a few tiles only, and a second loop would wait for its first one again.
+        shared = tl.minimum(tl.min(tl.where(m_m, b_len, reach), 0), stop)
+        if HIDE:
+            shared = tl.minimum(shared, tl.where(hide_start < hide_stop, hide_start, reach))
+        if SWAP:
+            shared = tl.minimum(shared, tl.min(tl.where(m_w, b_start, reach), 0))
+        whole = tl.maximum(shared, 0) // BLOCK_N * BLOCK_N
+        for j in range(0, whole, BLOCK_N):
+            b_acc, b_sum, b_max = _attend_step(
+                b_acc, b_sum, b_max, b_q, p_k, p_v, j, stop, b_len, hide_start, hide_stop,
+                b_start, b_stop, b_instead, scale, stride_kt, stride_vt, False, HIDE, SWAP, D, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+        start = whole
+    for j in range(start, stop, BLOCK_N):
         b_acc, b_sum, b_max = _attend_step(
             b_acc, b_sum, b_max, b_q, p_k, p_v, j, stop, b_len, hide_start, hide_stop,
             b_start, b_stop, b_instead, scale, stride_kt, stride_vt, True, HIDE, SWAP, D, BLOCK_M, BLOCK_N, BLOCK_D,

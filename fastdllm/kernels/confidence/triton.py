@@ -35,26 +35,25 @@ def _store_tile(
     total,
     moment,
     second,
-    AXIS: tl.constexpr,
     V,
     ENTROPY: tl.constexpr,
     MARGIN: tl.constexpr,
 ):
-    """Reduce fp32 logits b_x along AXIS (ids o_v, broadcastable; -inf where not allowed) and store the tile's statistics."""
-    b_max = tl.max(b_x, AXIS)
+    """Reduce fp32 logits b_x along axis 0 (ids o_v, broadcastable; -inf where not allowed); store the tile's statistics."""
+    b_max = tl.max(b_x, 0)
     # A tile of banned entries has no maximum; against any finite reference its weights are zero.
     b_ref = tl.where(b_max == -float("inf"), 0.0, b_max)
-    b_diff = b_x - tl.expand_dims(b_ref, AXIS)
+    b_diff = b_x - b_ref
     b_exp = tl.exp(b_diff)
-    b_top = tl.min(tl.where(b_x == tl.expand_dims(b_max, AXIS), o_v, V), AXIS)
+    b_top = tl.min(tl.where(b_x == b_max, o_v, V), 0)
     tl.store(top + i_part, b_top, mask=m_n)
     tl.store(best + i_part, b_max, mask=m_n)
-    tl.store(total + i_part, tl.sum(b_exp, AXIS), mask=m_n)
+    tl.store(total + i_part, tl.sum(b_exp, 0), mask=m_n)
     if ENTROPY:
-        tl.store(moment + i_part, tl.sum(tl.where(b_exp > 0.0, b_exp * b_diff, 0.0), AXIS), mask=m_n)
+        tl.store(moment + i_part, tl.sum(tl.where(b_exp > 0.0, b_exp * b_diff, 0.0), 0), mask=m_n)
     if MARGIN:
-        b_rest = tl.where(o_v == tl.expand_dims(b_top, AXIS), -float("inf"), b_x)
-        tl.store(second + i_part, tl.max(b_rest, AXIS), mask=m_n)
+        b_rest = tl.where(o_v == b_top, -float("inf"), b_x)
+        tl.store(second + i_part, tl.max(b_rest, 0), mask=m_n)
 
 
 @triton.jit
@@ -74,15 +73,14 @@ def _tile_kernel(
     BLOCK_V: tl.constexpr,
 ):
     i_n, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    o_n = tl.arange(0, 1)
     o_v = i_s * BLOCK_V + tl.arange(0, BLOCK_V)
     m_v = o_v < V
     wait()
-    if BANNED:
-        m_v &= tl.load(banned + o_v, mask=m_v, other=1) == 0
     b_x = tl.load(logits + i_n * stride_n + o_v, mask=m_v, other=-float("inf")).to(tl.float32)
-    i_part = i_n * tl.num_programs(1) + i_s + o_n
-    _store_tile(b_x[None, :], o_v[None, :], o_n == 0, i_part, top, best, total, moment, second, 1, V, ENTROPY, MARGIN)
+    if BANNED:  # logits do not wait for what is allowed: both are read at once
+        b_x = tl.where(tl.load(banned + o_v, mask=m_v, other=1) == 0, b_x, -float("inf"))
+    i_part = i_n * tl.num_programs(1) + i_s
+    _store_tile(b_x, o_v, None, i_part, top, best, total, moment, second, V, ENTROPY, MARGIN)
 
 
 @triton.jit
@@ -128,7 +126,7 @@ def _head_kernel(
     # Rounded like logits in memory: which token leads must not depend on how many positions there are.
     b_x = tl.where(m_v[:, None], b_x.to(hidden.dtype.element_ty).to(tl.float32), -float("inf"))
     i_part = o_n.to(tl.int64) * tl.num_programs(0) + i_v
-    _store_tile(b_x, o_v[:, None], m_n, i_part, top, best, total, moment, second, 0, V, ENTROPY, MARGIN)
+    _store_tile(b_x, o_v[:, None], m_n, i_part, top, best, total, moment, second, V, ENTROPY, MARGIN)
 
 
 @triton.jit

@@ -83,7 +83,13 @@ def _skinny_kernel(
     o_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_n, m_m = o_n < N, o_m < M
     chunk = tl.cdiv(tl.cdiv(C, BLOCK_C), SPLITS) * BLOCK_C
+    if SCALE:
+        b_scale = tl.load(scale + o_n, mask=m_n, other=0.0)
+    if BIAS:
+        b_bias = tl.load(bias + o_n, mask=m_n & (i_s == 0), other=0.0).to(tl.float32)
     wait()
+    if TOKEN_SCALE:
+        b_token = tl.load(token_scale + o_m, mask=m_m, other=0.0)
     # The weight is the left operand: its many rows fill the matrix unit, and it can be widened in registers.
     b_y = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     start, stop = i_s * chunk, tl.minimum((i_s + 1) * chunk, C)
@@ -98,11 +104,11 @@ def _skinny_kernel(
                 b_y, b_w, x_0, x_1, x_2, x_3, scale, sums, o_n, o_m, N, M, c, C, GROUP, stride_n, stride_g, stride_z
             )  # fmt: skip
     if SCALE:
-        b_y *= tl.load(scale + o_n, mask=m_n, other=0.0)[:, None]
+        b_y *= b_scale[:, None]
     if TOKEN_SCALE:
-        b_y *= tl.load(token_scale + o_m, mask=m_m, other=0.0)[None, :]
+        b_y *= b_token[None, :]
     if BIAS:
-        b_y += tl.load(bias + o_n, mask=m_n & (i_s == 0), other=0.0).to(tl.float32)[:, None]
+        b_y += b_bias[:, None]
     p_y = y + (i_s.to(tl.int64) * M + o_m[None, :]) * N + o_n[:, None]
     tl.store(p_y, b_y, mask=m_n[:, None] & m_m[None, :])
 
@@ -345,15 +351,15 @@ def widen(weight: Tensor, scale: Tensor, channels: int, dtype: torch.dtype) -> T
 
 def scaled_mm(xq: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, token_scale: Tensor) -> Tensor:
     """The library's fp8 product of xq [M, C] and weight [N, C] transposed, scaled by row and channel; bf16."""
-    y = torch._scaled_mm(
+    return torch._scaled_mm(
         xq,
         weight.t(),
         scale_a=token_scale.unsqueeze(1),
         scale_b=scale.unsqueeze(0),
+        bias=bias,
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
-    return y if bias is None else y.add_(bias)
 
 
 def quantize_tiling(M: int, C: int) -> tuple[int, int]:

@@ -36,6 +36,7 @@ def _rmsnorm_kernel(
     i_n = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, BLOCK)
     m_c = o_c < C
+    b_w = tl.load(weight + o_c, mask=m_c, other=0.0)
     wait()
     b_x = tl.load(x + i_n * C + o_c, mask=m_c, other=0.0).to(tl.float32)
     for part in tl.static_range(1, PARTS):
@@ -46,8 +47,7 @@ def _rmsnorm_kernel(
         b_x = b_x.to(h.dtype.element_ty).to(tl.float32)
         tl.store(h + i_n * C + o_c, b_x, mask=m_c)
     b_y = b_x * tl.rsqrt(tl.sum(b_x * b_x, 0) / C + eps)
-    b_w = tl.load(weight + o_c, mask=m_c, other=0.0).to(tl.float32)
-    b_y = b_y.to(h.dtype.element_ty).to(tl.float32) * b_w
+    b_y = b_y.to(h.dtype.element_ty).to(tl.float32) * b_w.to(tl.float32)
     if LARGEST is not None:
         b_y = b_y.to(h.dtype.element_ty).to(tl.float32)  # as another kernel would read it
         b_scale, b_inverse = scale_of(tl.max(tl.abs(b_y), 0), LARGEST)

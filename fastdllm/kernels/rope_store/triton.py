@@ -23,13 +23,11 @@ BLOCK_H = 8
 
 
 @triton.jit
-def _normalise(x_low, x_high, b_rms, m_h, norm, o_low, o_high, m_d):
-    """The heads m_h times b_rms and `norm`, rounded like a norm's output in memory; the others as they are."""
-    dtype = norm.dtype.element_ty
-    w_low = tl.load(norm + o_low, mask=m_d, other=0.0).to(tl.float32)[None, :]
-    w_high = tl.load(norm + o_high, mask=m_d, other=0.0).to(tl.float32)[None, :]
-    n_low = ((x_low * b_rms[:, None]).to(dtype).to(tl.float32) * w_low).to(dtype).to(tl.float32)
-    n_high = ((x_high * b_rms[:, None]).to(dtype).to(tl.float32) * w_high).to(dtype).to(tl.float32)
+def _normalise(x_low, x_high, b_rms, m_h, w_low, w_high):
+    """The heads m_h times b_rms and the norm's weights, rounded like its output in memory; the others as they are."""
+    dtype = w_low.dtype
+    n_low = ((x_low * b_rms[:, None]).to(dtype).to(tl.float32) * w_low.to(tl.float32)[None, :]).to(dtype).to(tl.float32)
+    n_high = ((x_high * b_rms[:, None]).to(dtype).to(tl.float32) * w_high.to(tl.float32)[None, :]).to(dtype).to(tl.float32)
     return tl.where(m_h[:, None], n_low, x_low), tl.where(m_h[:, None], n_high, x_high)
 
 
@@ -75,6 +73,10 @@ def _rope_store_kernel(
         o_low, o_high = tl.where(m_t, o_low, o_d + TURNED // 2), tl.where(m_t, o_d + TURNED // 2, o_high)
     m_hd = (o_h < H + 2 * K)[:, None] & m_d[None, :]
 
+    if Q_NORM:
+        q_low, q_high = tl.load(q_norm + o_low, mask=m_d, other=0.0), tl.load(q_norm + o_high, mask=m_d, other=0.0)
+    if K_NORM:
+        k_low, k_high = tl.load(k_norm + o_low, mask=m_d, other=0.0), tl.load(k_norm + o_high, mask=m_d, other=0.0)
     wait()
     p_x = qkv + (i_n * (H + 2 * K) + o_h[:, None]) * D
     b_low = tl.load(p_x + o_low[None, :], mask=m_hd, other=0.0)
@@ -93,9 +95,9 @@ def _rope_store_kernel(
     if Q_NORM or K_NORM:
         b_rms = tl.rsqrt((tl.sum(x_low * x_low, 1) + tl.sum(x_high * x_high, 1)) / D + eps)
         if Q_NORM:
-            x_low, x_high = _normalise(x_low, x_high, b_rms, o_h < H, q_norm, o_low, o_high, m_d)
+            x_low, x_high = _normalise(x_low, x_high, b_rms, o_h < H, q_low, q_high)
         if K_NORM:
-            x_low, x_high = _normalise(x_low, x_high, b_rms, (o_h >= H) & (o_h < H + K), k_norm, o_low, o_high, m_d)
+            x_low, x_high = _normalise(x_low, x_high, b_rms, (o_h >= H) & (o_h < H + K), k_low, k_high)
     r_low = x_low * b_cl[None, :] - x_high * b_sl[None, :]
     r_high = x_high * b_ch[None, :] + x_low * b_sh[None, :]
 

@@ -60,31 +60,45 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
-def _silu_mul_fp8_kernel(gate_up, out, scale, F, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
-    """A whole row, whose largest value its scale depends on."""
-    i_n, o_f = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    m_f = o_f < F
-    wait()
-    b_gate = tl.load(gate_up + i_n * 2 * F + o_f, mask=m_f, other=0.0).to(tl.float32)
-    b_up = tl.load(gate_up + i_n * 2 * F + F + o_f, mask=m_f, other=0.0).to(tl.float32)
+def _gated(gate_up, i_n, o_f, F):
+    """Channels o_f of row i_n after the activation, rounded as another kernel would read them; 0 beyond F."""
+    p_x, m_f = gate_up + i_n * 2 * F + o_f, o_f < F
+    b_gate = tl.load(p_x, mask=m_f, other=0.0).to(tl.float32)
+    b_up = tl.load(p_x + F, mask=m_f, other=0.0).to(tl.float32)
     b_act = (b_gate * tl.sigmoid(b_gate)).to(gate_up.dtype.element_ty).to(tl.float32)
-    b_act = (b_act * b_up).to(gate_up.dtype.element_ty).to(tl.float32)  # as another kernel would read it
-    b_scale, b_inverse = scale_of(tl.max(tl.abs(b_act), 0), LARGEST)
+    return (b_act * b_up).to(gate_up.dtype.element_ty)
+
+
+@triton.jit
+def _silu_mul_fp8_kernel(gate_up, out, scale, F, LARGEST: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr):
+    """A whole row, whose largest value its scale depends on: in two tiles, whose sizes are powers of two."""
+    i_n = tl.program_id(0).to(tl.int64)
+    o_f, o_r = tl.arange(0, BLOCK), BLOCK + tl.arange(0, REST)
+    wait()
+    b_act, b_rest = _gated(gate_up, i_n, o_f, F), _gated(gate_up, i_n, o_r, F)
+    b_max = tl.maximum(tl.max(tl.abs(b_act.to(tl.float32)), 0), tl.max(tl.abs(b_rest.to(tl.float32)), 0))
+    b_scale, b_inverse = scale_of(b_max, LARGEST)
     tl.store(scale + i_n, b_scale)
-    b_act = tl.clamp(b_act * b_inverse, -LARGEST, LARGEST)
-    tl.store(out + i_n * F + o_f, b_act.to(out.dtype.element_ty), mask=m_f)
+    b_act = tl.clamp(b_act.to(tl.float32) * b_inverse, -LARGEST, LARGEST)
+    b_rest = tl.clamp(b_rest.to(tl.float32) * b_inverse, -LARGEST, LARGEST)
+    tl.store(out + i_n * F + o_f, b_act.to(out.dtype.element_ty), mask=o_f < F)
+    tl.store(out + i_n * F + o_r, b_rest.to(out.dtype.element_ty), mask=o_r < F)
 
 
 def silu_mul_fp8(gate_up: Tensor) -> Quantized:
-    """`silu_mul` of gate_up [M, 2F] in fp8, with one scale a row."""
+    """`silu_mul` of gate_up [M, 2F] in fp8, with one scale a row.
+
+    1024 rows of 18944 channels take 28.6 us, as one tile with 32 warps 41.6; of 12288 channels 20.4 and 27.0 (H200).
+    """
     M, F = len(gate_up), gate_up.shape[1] // 2
     if F > LONGEST:
         return quantize_rows(silu_mul(gate_up))
     out = torch.empty((M, F), dtype=FP8, device=gate_up.device)
     scale = torch.empty((M,), dtype=torch.float32, device=gate_up.device)
-    block = triton.next_power_of_2(F)
+    block = triton.next_power_of_2(F // 2 + 1)  # the largest power of two that is no more than F
+    rest = triton.next_power_of_2(max(1, F - block))
     _silu_mul_fp8_kernel[(M,)](
-        gate_up.contiguous(), out, scale, F, LARGEST=FP8_MAX, BLOCK=block, num_warps=min(32, max(4, block // 512)), **LAUNCH
+        gate_up.contiguous(), out, scale, F, FP8_MAX, block, rest, num_warps=4 if F < 4096 else 16, **LAUNCH
     )
     return Quantized(out, scale, gate_up.dtype)
 
@@ -115,7 +129,12 @@ def _linear_silu_mul_kernel(
     o_n = i_n + tl.arange(0, BLOCK_N)
     o_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_n, m_m = o_n < F, o_m < M
+    if SCALE:
+        b_of_gate = tl.load(scale + o_n, mask=m_n, other=0.0)
+        b_of_up = tl.load(scale + F + o_n, mask=m_n, other=0.0)
     wait()
+    if TOKEN_SCALE:
+        b_token = tl.load(token_scale + o_m, mask=m_m, other=0.0)
     b_gate = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     b_up = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     if GROUP == 0:
@@ -135,12 +154,11 @@ def _linear_silu_mul_kernel(
                 b_up, b_w, x_0, x_1, x_2, x_3, scale, sums, F + o_n, o_m, 2 * F, M, c, C, GROUP, stride_n, stride_g, stride_z
             )  # fmt: skip
     if SCALE:
-        b_gate *= tl.load(scale + o_n, mask=m_n, other=0.0)[:, None]
-        b_up *= tl.load(scale + F + o_n, mask=m_n, other=0.0)[:, None]
+        b_gate *= b_of_gate[:, None]
+        b_up *= b_of_up[:, None]
     if TOKEN_SCALE:
-        b_token = tl.load(token_scale + o_m, mask=m_m, other=0.0)[None, :]
-        b_gate *= b_token
-        b_up *= b_token
+        b_gate *= b_token[None, :]
+        b_up *= b_token[None, :]
     p_out = out + o_m.to(tl.int64)[None, :] * F + o_n[:, None]
     tl.store(p_out, b_gate * tl.sigmoid(b_gate) * b_up, mask=m_n[:, None] & m_m[None, :])
 

@@ -152,7 +152,7 @@ def test_a_flag_is_no_number_whoever_made_it(option: str, flag: Any) -> None:
             "threshold=0.9 is an option of decoder .*threshold.*, but decoder is 'quota'",
         ),
         ({"threshold": 0.9, "depth": 2}, "depth=2 is an option of decoder draft_verify, but decoder is 'threshold'"),
-        ({"refresh_blocks": 2}, "refresh_blocks=2 is an option of cache lazy or suffix_window, but cache is"),
+        ({"refresh_blocks": 2}, "refresh_blocks=2 is an option of cache lazy or suffix_window or top_rho, but cache is"),
         ({"cfg_scale": 1.0, "cache": "dual"}, "cfg_scale=1.0 needs cache='none', not 'dual'"),
     ],
     ids=str,

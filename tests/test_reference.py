@@ -55,7 +55,8 @@ def test_every_component_has_a_line_and_every_option_of_it_too(kind: Kind, name:
     assert row.strip("|").split("|")[3].strip(), "when to use it: the first line of the class's docstring"
     for option in registry.settable(kind, name).values():
         assert_documented(option)
-        assert f"| `{option.name}` | {option.type_name} | `{option.default}` |" in page
+        default = "" if option.default is None else f"`{option.default}`"
+        assert f"| `{option.name}` | {option.type_name} | {default} |" in page
 
 
 @pytest.mark.parametrize("option", OPTIONS.values(), ids=lambda option: option.name)

@@ -5,25 +5,30 @@ arXiv 2602.02544, and ES-dLLM, arXiv 2603.10088).
 From step to step most positions of a block hardly change. Each layer runs for a fixed share of them, those whose values
 moved most since they last ran there (`reuse/values.py`), and every few passes the whole block runs. So a forward depends on
 the steps before it. What is saved is arithmetic, not reading weights: it is for large batches, not for batch 1.
+
+The passes that open a block run every layer for all that they recompute. Where they take most of the positions, `suffix` and
+`refresh_blocks` leave out far masks and the prompt, as the cache `suffix_window` does.
 """
 
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastdllm.caches import dual
+from fastdllm.caches import suffix_window
 from fastdllm.reuse.values import ValueReuse
 
 
 @dataclass(frozen=True)
-class Cache(dual.Cache):
+class Cache(suffix_window.Cache):
     """Large batches and many steps a block: what is saved is arithmetic, not reading weights."""
 
-    ratio: Annotated[float, "Share of the block that runs in each layer, rounded up; 1 is cache dual."] = 0.25
+    suffix: Annotated[int | None, "Visible positions after the block; none, or gen_length and more, shows all."] = None
+    ratio: Annotated[float, "Share of the block that runs in each layer, rounded up; 1 runs all."] = 0.25
     refresh: Annotated[int, "All of the block runs in every so many of its passes, the first included (paper: 5 to 8)."] = 7
 
     pure = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.ratio <= 1:
             raise ValueError(f"ratio={self.ratio} must lie in (0, 1]")
         if self.refresh < 1:

@@ -59,10 +59,12 @@ NEUTRAL = [
     ("top_rho", {"ratio": 1}),
     ("top_rho", {"ratio": 0.97}),  # all of 29 positions, by the path that skips some
     ("top_rho", {"refresh": 1}),
+    ("top_rho", {"refresh": 1, "suffix": 29}),
     ("lazy", {"refresh_blocks": 1}),
     ("vicinity", {"before": 0, "after": 0}),
     ("suffix_window", {"suffix": 29}),
     ("suffix_window", {"suffix": 29, "keep_last": False}),
+    ("suffix_window", {"suffix": None}),
 ]
 
 
@@ -70,6 +72,21 @@ NEUTRAL = [
 @pytest.mark.parametrize("name, options", NEUTRAL)
 def test_neutral_options_give_the_dual_cache(name: str, options: dict[str, int], family: str) -> None:
     assert outcome(family, cache=name, **options) == outcome(family, cache="dual")
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("window", [{"suffix": 4}, {"suffix": 4, "keep_last": False, "refresh_blocks": 3}], ids=str)
+def test_layers_that_run_for_all_leave_the_window_as_it_is(window: dict[str, Any], family: str) -> None:
+    narrow = outcome(family, cache="suffix_window", **window)
+    assert (
+        outcome(family, cache="top_rho", ratio=1, **window)
+        == outcome(family, cache="top_rho", refresh=1, **window)
+        == narrow
+    )
+    some = fastdllm.generate(random_model(family), prompts(6, 17), gen_length=29, decoder="quota", cache="top_rho", **window)
+    all_of_them = outcome(family, cache="suffix_window", decoder="quota", **window)
+    assert some.stats.row_positions == all_of_them[2], "what is left out are layers, not positions"
+    assert all(ran < 2 * positions for ran, positions in zip(some.stats.row_layer_tokens, all_of_them[2], strict=True))
 
 
 @pytest.mark.parametrize("decoder", ["threshold", "quota"])
@@ -125,6 +142,8 @@ BAD = [
     ("top_rho", "ratio", 0),
     ("top_rho", "ratio", 1.5),
     ("top_rho", "refresh", 0),
+    ("top_rho", "suffix", -1),
+    ("top_rho", "refresh_blocks", 0),
 ]
 
 

@@ -20,7 +20,12 @@ from fastdllm.reuse.values import ValueReuse
 from tests.random_models import MASK, prompts, random_model
 
 OPTIONS: dict[str, Any] = {"cache": "top_rho", "gen_length": 29, "block_length": 8, "stop_ids": (), "threshold": 0.3}
-SETTINGS = [{"ratio": 0.25, "refresh": 3}, {"ratio": 0.5, "refresh": 99}, {"ratio": 0.01, "refresh": 99}]
+SETTINGS = [
+    {"ratio": 0.25, "refresh": 3},
+    {"ratio": 0.5, "refresh": 99},
+    {"ratio": 0.01, "refresh": 99},
+    {"ratio": 0.25, "refresh": 3, "suffix": 4, "keep_last": False, "refresh_blocks": 2},
+]
 PROMPT, BLOCK, T = 5, 8, 20
 
 

@@ -72,6 +72,7 @@ CASES = [
     ("dream", {"decoder": "draft_verify", "first_token": "rule"}),
     ("v2", {"decoder": "draft_verify", "depth": 3}),
     ("llada", {"cache": "top_rho"}),
+    ("llada", {"cache": "top_rho", "suffix": 4, "keep_last": False, "refresh_blocks": 2}),
     ("dream", {"cache": "top_rho", "ratio": 0.5, "refresh": 99, "first_token": "rule"}),
     ("llada", {"decoder": "wino"}),
     ("llada", {"decoder": "joint_threshold", "threshold": 0.2, "editing_threshold": 0.0}),

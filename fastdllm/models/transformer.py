@@ -147,11 +147,10 @@ class Stack:
         self.layers, self.store, self.spec, self.rope = network.layers, store, network.spec, network.rope()
         self.norms = [*(layer.attn_norm for layer in network.layers), network.norm]
 
-    def run(self, index: int, y: Activations, h: Tensor, window: Window, to_fp8: bool = False) -> tuple[Any, Tensor]:
-        """Layer `index` for its input h [R, W, C] and y, h normalised. Returns its output normalised, and its output.
-
-        to_fp8: see `Layer.forward`.
-        """
+    def run(self, index: int, y: Activations, h: Tensor, window: Window) -> tuple[Any, Tensor]:
+        """Layer `index` for its input h [R, W, C] and y, h normalised. Returns its output normalised, in fp8 where the next
+        layer takes it so, and its output."""
+        to_fp8 = index + 1 < len(self.layers) and self.layers[index + 1].qkv.in_fp8
         return self.layers[index](y, h, self.norms[index + 1], index, window, self.store, self.rope, to_fp8)
 
 
@@ -194,9 +193,8 @@ class Transformer(nn.Module):
         y, h = kernels.rmsnorm(self.embed(ids), stack.norms[0], self.spec.rms_eps)
         if rule is not None:
             return rule(stack, y, h)
-        last = len(self.layers) - 1
         for index in range(len(self.layers)):
-            y, h = stack.run(index, y, h, window, index < last and self.layers[index + 1].qkv.in_fp8)
+            y, h = stack.run(index, y, h, window)
         return y
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -115,14 +115,14 @@ def test_what_a_preset_leaves_behind_goes_with_it() -> None:
     config = fastdllm.DecodeConfig(preset="balanced", suffix=16)
     assert config.replace(cache="dual") == fastdllm.DecodeConfig(preset="balanced", cache="dual")
     assert resolve(random_model("llada").spec, config.replace(gen_length=16)).suffix == 16
-    with pytest.raises(ValueError, match="suffix=16 is an option of cache suffix_window, but cache is 'fused'"):
+    with pytest.raises(ValueError, match="suffix=16 is an option of cache suffix_window or top_rho, but cache is 'fused'"):
         resolve(random_model("v2").spec, config.replace(gen_length=16))
 
 
 def test_an_option_of_no_family_is_refused_before_the_model_is_known() -> None:
     for options, message in (
         ({"depth": 3}, "depth=3 is an option of decoder draft_verify, but decoder is 'threshold'"),
-        ({"cache": "dual", "suffix": 16}, "suffix=16 is an option of cache suffix_window, but cache is 'dual'"),
+        ({"cache": "dual", "suffix": 16}, "suffix=16 is an option of cache suffix_window or top_rho, but cache is 'dual'"),
         ({"treshold": 0.9}, "did you mean 'threshold'"),
         ({"threshold": 2}, "threshold=2.0 must lie in"),
         ({"small_block_size": 0}, "small_block_size=0 must be at least 1"),

@@ -17,12 +17,12 @@ class Cache(lazy.Cache):
     """Long answers: masks far from the block are left out (presets balanced and fast, not of Fast-dLLM v2)."""
 
     refresh_blocks: Annotated[int, "The prompt is recomputed when every so many blocks open; 1 each time."] = 1
-    suffix: Annotated[int | None, "Visible positions after the block; none, or gen_length and more, shows all."] = 64
+    suffix: Annotated[int, "Visible positions after the block; gen_length or more shows all."] = 64
     keep_last: Annotated[bool, "The last position of the answer is visible too."] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.suffix is not None and self.suffix < 0:
+        if self.suffix < 0:
             raise ValueError(f"suffix={self.suffix} must be at least 0")
 
     def open(self, block: Block) -> Pass | None:
@@ -32,8 +32,6 @@ class Cache(lazy.Cache):
         return self._without_far(dual.Cache.step(self, block, progress), block)
 
     def _without_far(self, p: Pass, block: Block) -> Pass:
-        if self.suffix is None:
-            return p
         near, last = block.stop + self.suffix, block.total - 1
         if not self.keep_last:
             return p._replace(stop=min(p.stop, near), read=min(p.read, near))

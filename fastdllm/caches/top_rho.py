@@ -4,7 +4,8 @@ arXiv 2602.02544, and ES-dLLM, arXiv 2603.10088).
 
 From step to step most positions of a block hardly change. Each layer runs for a fixed share of them, those whose values
 moved most since they last ran there (`reuse/values.py`), and every few passes the whole block runs. So a forward depends on
-the steps before it. What is saved is arithmetic, not reading weights: it is for large batches, not for batch 1.
+the steps before it. What is saved is arithmetic, not reading weights: it is for large batches, not for batch 1. More
+positions have to run than a step commits, else the next tokens rest on states that did not see the last ones.
 
 The passes that open a block run every layer for all that they recompute. Where they take most of the positions, `suffix` and
 `refresh_blocks` leave out far masks and the prompt, as the cache `suffix_window` does.
@@ -21,7 +22,7 @@ from fastdllm.reuse.values import ValueReuse
 class Cache(suffix_window.Cache):
     """Large batches and many steps a block: what is saved is arithmetic, not reading weights."""
 
-    suffix: Annotated[int | None, "Visible positions after the block; none, or gen_length and more, shows all."] = None
+    suffix: Annotated[int, "Visible positions after the block; gen_length or more shows all."] = 1_000_000
     ratio: Annotated[float, "Share of the block that runs in each layer, rounded up; 1 runs all."] = 0.25
     refresh: Annotated[int, "All of the block runs in every so many of its passes, the first included (paper: 5 to 8)."] = 7
 

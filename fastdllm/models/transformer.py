@@ -148,8 +148,10 @@ class Stack:
         self.norms = [*(layer.attn_norm for layer in network.layers), network.norm]
 
     def run(self, index: int, y: Activations, h: Tensor, window: Window) -> tuple[Any, Tensor]:
-        """Layer `index` for its input h [R, W, C] and y, h normalised. Returns its output normalised, in fp8 where the next
-        layer takes it so, and its output."""
+        """Layer `index` for its input h [R, W, C] and y, h normalised. Returns its output normalised, and its output.
+
+        Between layers with fp8 weights what is normalised may be in fp8.
+        """
         to_fp8 = index + 1 < len(self.layers) and self.layers[index + 1].qkv.in_fp8
         return self.layers[index](y, h, self.norms[index + 1], index, window, self.store, self.rope, to_fp8)
 

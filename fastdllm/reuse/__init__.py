@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from fastdllm.fields import shown
 from fastdllm.reuse.base import Cursor, Work
 
 if TYPE_CHECKING:
+    from fastdllm.kernels import Activations
     from fastdllm.models import Model
     from fastdllm.models.transformer import LayerRule, Stack
 
@@ -172,7 +173,7 @@ class LayerReuse:
         mandatory = work.needed | (work.ids != state.ids[work.slot[:, None], at])
         return (drift + 4.0 * mandatory).masked_fill(work.padding, -torch.inf)
 
-    def _run_all(self, stack: Stack, now: Reused, y: Tensor, h: Tensor, j: int, run: range) -> tuple[Tensor, Tensor]:
+    def _run_all(self, stack: Stack, now: Reused, y: Activations, h: Tensor, j: int, run: range) -> tuple[Any, Tensor]:
         """The j-th run of layers for every position."""
         state, work, at, rows, before = now.state, now.work, now.at, now.work.slot[:, None], h
         if j == 0:

@@ -64,7 +64,6 @@ NEUTRAL = [
     ("vicinity", {"before": 0, "after": 0}),
     ("suffix_window", {"suffix": 29}),
     ("suffix_window", {"suffix": 29, "keep_last": False}),
-    ("suffix_window", {"suffix": None}),
 ]
 
 

@@ -121,10 +121,14 @@ def test_kernel(
 
 @pytest.mark.parametrize("splits", [1, 2, 8])
 @pytest.mark.parametrize("hidden", [False, True], ids=["open", "hide"])
-def test_splits_do_not_change_the_result(device: torch.device, assert_close, splits: int, hidden: bool) -> None:
+@pytest.mark.parametrize("few", [0, 8])
+def test_splits_do_not_change_the_result(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, assert_close, splits: int, hidden: bool, few: int
+) -> None:
     """Splits that get no key included: 3 visible keys over 8 splits."""
     from fastdllm.kernels.attention import triton
 
+    monkeypatch.setattr(triton, "FEW_TILES", few)
     q, k, v, row, limit = inputs(5, 4, 2, 64, 100, torch.float32, device)
     limit[1] = 3
     hide = torch.tensor([[0, 40], [0, 0]], device=device) if hidden else None
@@ -177,10 +181,14 @@ def test_kernel_with_swapped_slots(
 
 
 @pytest.mark.parametrize("splits", [1, 2, 8])
-def test_splits_with_swapped_slots(device: torch.device, assert_close, splits: int) -> None:
+@pytest.mark.parametrize("few", [0, 8])
+def test_splits_with_swapped_slots(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, assert_close, splits: int, few: int
+) -> None:
     """The own slots of a query lie in another split than all else it sees."""
     from fastdllm.kernels.attention import triton
 
+    monkeypatch.setattr(triton, "FEW_TILES", few)
     q, k, v, row, _ = inputs(7, 4, 2, 64, 100, torch.float32, device)
     limit, swap = swaps(7, 100, device)
     limit[1] = 3
@@ -191,9 +199,13 @@ def test_splits_with_swapped_slots(device: torch.device, assert_close, splits: i
 
 
 @pytest.mark.parametrize("splits", [1, 4])
-def test_a_query_that_sees_nothing_gives_zeros(device: torch.device, splits: int) -> None:
+@pytest.mark.parametrize("few", [0, 8])
+def test_a_query_that_sees_nothing_gives_zeros(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, splits: int, few: int
+) -> None:
     from fastdllm.kernels.attention import triton
 
+    monkeypatch.setattr(triton, "FEW_TILES", few)
     q, k, v, row, limit = inputs(5, 2, 1, 16, 40, torch.float32, device)
     hide = torch.tensor([[0, 40], [0, 10]], device=device)
     limit[1] = torch.tensor([40, 10, 11, 1, 40], device=device)

@@ -127,6 +127,14 @@ def test_fp8_products_of_many_tiles_belong_to_the_library(device: torch.device) 
     assert fp8.tiling(256, 3584, 18944, device) is not None
 
 
+def test_channels_are_shared_where_that_needs_no_third_round_of_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastdllm.kernels.linear import fp8
+
+    monkeypatch.setattr(fp8, "multiprocessors", lambda device: 132)
+    splits = {M: fp8.tiling(M, 3584, 18944, torch.device("cpu"))["splits"] for M in (640, 768, 769, 1152)}
+    assert splits == {640: 3, 768: 3, 769: 1, 1152: 1}
+
+
 @pytest.mark.usefixtures("descriptors")
 def test_bias_is_added_once(device: torch.device, assert_close) -> None:
     from fastdllm.kernels.linear import triton

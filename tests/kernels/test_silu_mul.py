@@ -61,7 +61,7 @@ def test_after_a_product(
 
 
 @pytest.mark.parametrize("longest", [32768, 50])
-@pytest.mark.parametrize(("M", "C", "F"), [(1, 16, 1), (5, 64, 33), (70, 64, 32), (66, 32, 60)])
+@pytest.mark.parametrize(("M", "C", "F"), [(1, 16, 1), (5, 64, 33), (66, 16, 1), (70, 64, 32), (66, 32, 60)])
 def test_in_fp8_it_is_what_quantising_its_result_gives(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, M: int, C: int, F: int, longest: int, dtype: torch.dtype
 ) -> None:

@@ -17,6 +17,7 @@ from fastdllm.engine import decode
 from fastdllm.engine.batch import parts
 from fastdllm.forward import Plan, Shape, Window
 from fastdllm.models import Model
+from fastdllm.models.quantize import quantize
 from fastdllm.models.spec import ModelSpec
 from fastdllm.models.transformer import Layer, Transformer
 from fastdllm.reuse import LayerReuse, subset_layers
@@ -64,7 +65,10 @@ CACHES = ["block", "sub_block"]
 @pytest.mark.parametrize(
     "reuse", [{"reuse_k": 1, "layer_subset": "middle"}, {"reuse_k": 3, "layer_subset": "first", "trim_ratio": 1.0}]
 )
-def test_neutral_settings_change_nothing(model: Model, cache: str, reuse: dict[str, Any]) -> None:
+@pytest.mark.parametrize("fp8", [False, True], ids=["fp32", "fp8"])
+def test_neutral_settings_change_nothing(model: Model, cache: str, reuse: dict[str, Any], fp8: bool) -> None:
+    if fp8:
+        quantize(model.network, "fp8")
     batch = prompts(5, 8, 13)
     plain = fastdllm.generate(model, batch, cache=cache, trace=True, **OPTIONS)
     neutral = fastdllm.generate(model, batch, cache=cache, trace=True, **OPTIONS, **reuse)

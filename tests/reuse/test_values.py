@@ -127,6 +127,16 @@ def test_projected_values_are_those_that_the_layer_stores(quantized: bool) -> No
     torch.testing.assert_close(layer.values(y), stored, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("reuse", [{"cache": "top_rho", "refresh": 1}, {"cache": "top_rho", "ratio": 0.97}], ids=str)
+def test_fp8_weights_give_the_same_tokens_where_all_runs(reuse: dict[str, Any]) -> None:
+    """Between layers tokens may be in fp8, also where a rule runs the layers."""
+    model, given = random_model(), prompts(5, 8)
+    quantize(model.network, "fp8")
+    options = {**OPTIONS, **reuse}
+    out, plain = (fastdllm.generate(model, given, **chosen) for chosen in (options, {**OPTIONS, "cache": "dual"}))
+    assert all(torch.equal(a, b) for a, b in zip(out.sequences, plain.sequences, strict=True))
+
+
 def test_running_all_is_the_plain_layer() -> None:
     passes, plain = Passes(), Passes()
     passes.x[PROMPT + 1] = plain.x[PROMPT + 1] = 7

@@ -21,6 +21,7 @@ from fastdllm.kernels.dot import dot
 from fastdllm.kernels.pdl import LAUNCH, wait
 
 LOG2E = 1.4426950408889634
+FEW_TILES = 8
 
 
 @triton.jit
@@ -147,6 +148,7 @@ def _attend_kernel(
     HIDE: tl.constexpr,
     SWAP: tl.constexpr,
     TOGETHER: tl.constexpr,
+    FEW: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -194,16 +196,16 @@ def _attend_kernel(
     b_acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     b_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
     b_max = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
-    if SPLITS == 1:
+    if not FEW:
         # Tiles that every query sees whole need no mask. They end where the shortest query does or where a slot is hidden or
-        # swapped. A split has a few tiles only, and a second loop would wait for its first one again.
+        # swapped.
         shared = tl.minimum(tl.min(tl.where(m_m, b_len, reach), 0), stop)
         if HIDE:
             shared = tl.minimum(shared, tl.where(hide_start < hide_stop, hide_start, reach))
         if SWAP:
             shared = tl.minimum(shared, tl.min(tl.where(m_w, b_start, reach), 0))
-        whole = tl.maximum(shared, 0) // BLOCK_N * BLOCK_N
-        for j in range(0, whole, BLOCK_N):
+        whole = start + tl.maximum(shared - start, 0) // BLOCK_N * BLOCK_N
+        for j in range(start, whole, BLOCK_N):
             b_acc, b_sum, b_max = _attend_step(
                 b_acc, b_sum, b_max, b_q, p_k, p_v, j, stop, b_len, hide_start, hide_stop,
                 b_start, b_stop, b_instead, scale, stride_kt, stride_vt, False, HIDE, SWAP, D, BLOCK_M, BLOCK_N, BLOCK_D,
@@ -343,6 +345,8 @@ def launch(
         HIDE=hide is not None,
         SWAP=swap is not None,
         TOGETHER=together is not None,
+        # Few tiles are all masked: a second loop would wait for its first tile again, which took 0.8 us of 14.4 (H200).
+        FEW=SPLITS > 1 and max_kv_len <= FEW_TILES * BLOCK_N * SPLITS,
         SPLITS=SPLITS,
         BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N,

@@ -88,7 +88,7 @@ def _silu_mul_fp8_kernel(gate_up, out, scale, F, LARGEST: tl.constexpr, BLOCK: t
 def silu_mul_fp8(gate_up: Tensor) -> Quantized:
     """`silu_mul` of gate_up [M, 2F] in fp8, with one scale a row.
 
-    1024 rows of 18944 channels take 28.6 us, as one tile with 32 warps 41.6; of 12288 channels 20.4 and 27.0 (H200).
+    Of 1024 rows with 18944 and 12288 channels, us: 28.6 and 20.4; as one tile with 32 warps 41.6 and 27.0 (H200).
     """
     M, F = len(gate_up), gate_up.shape[1] // 2
     if F > LONGEST:

@@ -25,6 +25,7 @@ SETTINGS = [
     {"ratio": 0.5, "refresh": 99},
     {"ratio": 0.01, "refresh": 99},
     {"ratio": 0.25, "refresh": 3, "suffix": 4, "keep_last": False, "refresh_blocks": 2},
+    {"ratio": 0.5, "refresh": 99, "suffix": 4},  # the last position is seen, what lies before it is hidden
 ]
 PROMPT, BLOCK, T = 5, 8, 20
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SECONDS = 10.0  # for one rendering; a usual one takes a thousandth of one
 MEMORY = 2**30  # bytes by which the process may grow meanwhile
 LOOK = 0.05  # seconds between two looks at them; a usual rendering is over before the first
+AGAIN = 1.0  # seconds until an interruption that had no effect is sent again; to leave takes far less
 LONGEST = 50_000_000  # characters of a rendered conversation: more is a template that runs away
 
 
@@ -69,7 +70,10 @@ def rendered(
 @contextmanager
 def _bounded(seconds: float, memory: int, reasons: list[Exception]) -> Iterator[None]:
     """Raise `Interrupted` in this thread if it is still in this context after a time, or when the process has grown by so
-    many bytes; which of them is added to `reasons`."""
+    many bytes; which of them is added to `reasons`.
+
+    Python drops what is raised in a destructor, so it is raised until it has an effect.
+    """
     thread, lock, left = threading.get_ident(), threading.Lock(), threading.Event()
     end, most = time.monotonic() + seconds, resident() + memory
 
@@ -78,19 +82,31 @@ def _bounded(seconds: float, memory: int, reasons: list[Exception]) -> Iterator[
             grown = resident() > most
             if not grown and time.monotonic() < end:
                 continue
-            with lock:
-                if not left.is_set():
-                    late = TimeoutError(f"it has not ended within {seconds:g} s")
-                    reasons.append(MemoryError(f"it takes more than {memory >> 20} MiB") if grown else late)
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Interrupted))
+            late = TimeoutError(f"it has not ended within {seconds:g} s")
+            reasons.append(MemoryError(f"it takes more than {memory >> 20} MiB") if grown else late)
+            while not left.is_set():
+                with lock:
+                    if not left.is_set():
+                        _raise_in(thread, Interrupted)
+                left.wait(AGAIN)
             return
 
     threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
-        with lock:
-            left.set()
+        while not left.is_set():
+            try:
+                with lock:
+                    left.set()
+            except Interrupted:
+                pass
+        _raise_in(thread, None)  # nor later
+
+
+def _raise_in(thread: int, error: type[BaseException] | None) -> None:
+    """Raise `error` in a thread as soon as it runs Python code; None takes back what was not raised yet."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None if error is None else ctypes.py_object(error))
 
 
 def resident() -> int:

@@ -395,6 +395,27 @@ def test_a_template_that_does_not_end_is_stopped(v2: Model, monkeypatch: pytest.
     assert ids(good, ASK) == expected
 
 
+class Slow:
+    def __del__(self) -> None:
+        ready = time.monotonic() + 0.5
+        while time.monotonic() < ready:
+            pass
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interruption_that_a_destructor_swallowed_comes_again() -> None:
+    reasons: list[Exception] = []
+
+    def endless() -> None:
+        Slow()
+        while True:
+            pass
+
+    with pytest.raises(templates.Interrupted), templates._bounded(0.1, 2**40, reasons):
+        endless()
+    assert [type(reason) for reason in reasons] == [TimeoutError]
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say how large a process is")
 @pytest.mark.parametrize(
     "grow",

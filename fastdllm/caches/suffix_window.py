@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dual cache whose far masks are left out (DPad, arXiv 2508.14148; Streaming-dLLM, arXiv 2601.17917).
 
-Masks far beyond the block tell the model little, yet every query attends to them, and every opening recomputes them. Only
-the `suffix` nearest stay, and the last one, which marks where the answer ends; without it the others need not be computed.
+Masks far beyond the block tell the model little, yet every query attends to them, and every opening recomputes them. Here
+only the `suffix` nearest are seen, and the answer's last position, which marks where it ends. The others are computed and
+hidden. With `keep_last=False` the last position is not seen, and none of them is computed.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ class Cache(lazy.Cache):
 
     refresh_blocks: Annotated[int, "The prompt is recomputed when every so many blocks open; 1 each time."] = 1
     suffix: Annotated[int, "Visible positions after the block; gen_length or more shows all."] = 64
-    keep_last: Annotated[bool, "The last position of the answer is visible too."] = True
+    keep_last: Annotated[bool, "The last position of the answer is visible too; false leaves the far masks out."] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

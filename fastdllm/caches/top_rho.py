@@ -7,8 +7,8 @@ moved most since they last ran there (`reuse/values.py`), and every few passes t
 the steps before it. What is saved is arithmetic, not reading weights: it is for large batches, not for batch 1. More
 positions have to run than a step commits, else the next tokens rest on states that did not see the last ones.
 
-The passes that open a block run every layer for all that they recompute. Where they take most of the positions, `suffix` and
-`refresh_blocks` leave out far masks and the prompt, as the cache `suffix_window` does.
+The passes that open a block run every layer for all that they recompute. Where they take most of the positions,
+`keep_last=False` leaves out masks beyond `suffix`, and `refresh_blocks` the prompt, as in the cache `suffix_window`.
 """
 
 from dataclasses import dataclass

@@ -44,6 +44,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "suffix": ("",),
 }
+ALSO_OPTIONS = ("suffix",)  # OpenAI's is a text; the caches' option of that name is a number
 
 
 def encodable(value: Any) -> Any:
@@ -152,7 +153,7 @@ class Body(BaseModel):
         """Fields that are not declared; raises where one is OpenAI's and asks for what is not there."""
         rest = {}
         for name, value in (self.model_extra or {}).items():
-            if name not in NEUTRAL:
+            if name not in NEUTRAL or (name in ALSO_OPTIONS and isinstance(value, int | float)):
                 rest[name] = value
             elif not any(value == same and isinstance(value, bool) == isinstance(same, bool) for same in NEUTRAL[name]):
                 raise ApiError(400, f"{name} is not supported by this server", name, "unsupported_parameter")
@@ -242,6 +243,8 @@ def numbers(others: Mapping[str, Any], allowed: Collection[str], options: Mappin
             if value != options[name] or isinstance(value, bool) != isinstance(options[name], bool):
                 here = "" if options[name] is None else f"; here it is {options[name]!r}"
                 raise ApiError(400, f"{name} is fixed when the server starts{here}", name, "fixed_parameter")
+        elif name in NEUTRAL:
+            raise ApiError(400, f"{name} is not supported by this server", name, "unsupported_parameter")
         else:
             near = difflib.get_close_matches(name, [*allowed, *options, *CompletionBody.model_fields, *NEUTRAL], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 import fastdllm
 from fastdllm import DecodeConfig
 from fastdllm.serving.app import EventStream, create_app
+from fastdllm.serving.protocol import ApiError, CompletionBody
+from fastdllm.serving.protocol import numbers as own_numbers
 from fastdllm.serving.service import Service
 from tests.examples import examples
 
@@ -173,3 +175,22 @@ def test_a_stream_is_closed_wherever_its_client_hangs_up(told: int) -> None:
         assert ends == ["closed"]  # while somebody still holds them
 
     asyncio.run(hang_up())
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "refused"),
+    [
+        (4, {"suffix": 4}, ""),
+        (8, {"suffix": 4}, "suffix is fixed when the server starts; here it is 4"),
+        (4, {}, "suffix is not supported by this server"),
+        ("", {"suffix": 4}, ""),
+        ("Bye", {"suffix": 4}, "suffix is not supported by this server"),
+    ],
+)
+def test_a_suffix_is_openais_text_or_the_number_of_a_cache(value: Any, options: dict[str, Any], refused: str) -> None:
+    body = CompletionBody(prompt="Hi", suffix=value)
+    if refused:
+        with pytest.raises(ApiError, match=refused):
+            own_numbers(body.others(), ("threshold",), options)
+    else:
+        assert own_numbers(body.others(), ("threshold",), options) == {}

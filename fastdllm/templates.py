@@ -14,8 +14,7 @@ import ctypes
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -50,9 +49,10 @@ def rendered(
     """
     if has_powers(tokenizer.chat_template):
         raise ValueError("it computes powers (**), which may take for ever; chat templates need none")
-    reasons: list[Exception] = []
+    limit = _Limit(SECONDS, MEMORY)
     try:
-        with _bounded(SECONDS, MEMORY, reasons):
+        try:
+            threading.Thread(target=limit.watch, daemon=True).start()
             text: str = tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=list(tools) if tools else None,
@@ -60,48 +60,53 @@ def rendered(
                 add_generation_prompt=prompt,
                 continue_final_message=open_end,
             )
+        finally:
+            limit.leave()
     except Interrupted:
-        raise reasons[0] from None
+        limit.leave()  # it may have come on the way out
+        raise limit.reasons[0] from None
     if len(text) > LONGEST:
         raise ValueError(f"it makes {len(text)} characters of a conversation; at most {LONGEST} are allowed")
     return text
 
 
-@contextmanager
-def _bounded(seconds: float, memory: int, reasons: list[Exception]) -> Iterator[None]:
-    """Raise `Interrupted` in this thread if it is still in this context after a time, or when the process has grown by so
-    many bytes; which of them is added to `reasons`.
+class _Limit:
+    """What a thread may take from now on, until it leaves: a time, and so many bytes by which the process grows.
 
-    Python drops what is raised in a destructor, so it is raised until it has an effect.
+    A thread that takes more gets `Interrupted`; `reasons` says why. Python drops what is raised in a destructor, so it gets
+    that again until it leaves.
     """
-    thread, lock, left = threading.get_ident(), threading.Lock(), threading.Event()
-    end, most = time.monotonic() + seconds, resident() + memory
 
-    def watch() -> None:
-        while not left.wait(min(LOOK, seconds)):
-            grown = resident() > most
-            if not grown and time.monotonic() < end:
+    def __init__(self, seconds: float, memory: int) -> None:
+        self.seconds, self.memory = seconds, memory
+        self.end, self.most = time.monotonic() + seconds, resident() + memory
+        self.thread, self.lock, self.left = threading.get_ident(), threading.Lock(), threading.Event()
+        self.reasons: list[Exception] = []
+
+    def watch(self) -> None:
+        """Runs in a thread of its own."""
+        while not self.left.wait(min(LOOK, self.seconds)):
+            grown = resident() > self.most
+            if not grown and time.monotonic() < self.end:
                 continue
-            late = TimeoutError(f"it has not ended within {seconds:g} s")
-            reasons.append(MemoryError(f"it takes more than {memory >> 20} MiB") if grown else late)
-            while not left.is_set():
-                with lock:
-                    if not left.is_set():
-                        _raise_in(thread, Interrupted)
-                left.wait(AGAIN)
+            late = TimeoutError(f"it has not ended within {self.seconds:g} s")
+            self.reasons.append(MemoryError(f"it takes more than {self.memory >> 20} MiB") if grown else late)
+            while not self.left.is_set():
+                with self.lock:
+                    if not self.left.is_set():
+                        _raise_in(self.thread, Interrupted)
+                self.left.wait(AGAIN)
             return
 
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        while not left.is_set():
+    def leave(self) -> None:
+        """After it nothing is raised."""
+        while not self.left.is_set():
             try:
-                with lock:
-                    left.set()
+                with self.lock:
+                    self.left.set()
             except Interrupted:
                 pass
-        _raise_in(thread, None)  # nor later
+        _raise_in(self.thread, None)
 
 
 def _raise_in(thread: int, error: type[BaseException] | None) -> None:

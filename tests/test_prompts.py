@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import random
+import threading
 import time
 import warnings
 from collections import UserDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -402,18 +406,54 @@ class Slow:
             pass
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_interruption_that_a_destructor_swallowed_comes_again() -> None:
-    reasons: list[Exception] = []
+class Templates:
+    """A tokenizer whose template is `work`."""
 
-    def endless() -> None:
+    chat_template = "{{ messages }}"
+
+    def __init__(self, work: Callable[[], str]) -> None:
+        self.work = work
+
+    def apply_chat_template(self, *args: Any, **options: Any) -> str:
+        return self.work()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interruption_that_a_destructor_swallowed_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless() -> str:
         Slow()
         while True:
             pass
 
-    with pytest.raises(templates.Interrupted), templates._bounded(0.1, 2**40, reasons):
-        endless()
-    assert [type(reason) for reason in reasons] == [TimeoutError]
+    monkeypatch.setattr(templates, "SECONDS", 0.1)
+    with pytest.raises(TimeoutError, match="not ended"):
+        templates.rendered(Templates(endless), ASK, None, prompt=True)
+
+
+def test_no_interruption_outlives_its_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that comes while the rendering begins or ends; a thread that begins later may have the same number."""
+
+    def work() -> str:
+        return "x" * sum(1 for _ in range(random.randrange(20_000)))
+
+    def ask() -> None:
+        for _ in range(50):
+            with suppress(TimeoutError):
+                templates.rendered(Templates(work), ASK, None, prompt=True)
+
+    monkeypatch.setattr(templates, "SECONDS", 0.0002)
+    monkeypatch.setattr(templates, "AGAIN", 0.001)
+    for _ in range(10):
+        with ThreadPoolExecutor(2) as pool:
+            for done in [pool.submit(ask) for _ in range(2)]:
+                done.result()
+    ends = time.monotonic() + 0.1
+    while time.monotonic() < ends:
+        pass
+    left = [thread for thread in threading.enumerate() if "watch" in thread.name]
+    for thread in left:
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say how large a process is")

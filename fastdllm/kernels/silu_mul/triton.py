@@ -37,16 +37,22 @@ LONGEST = 32768  # channels of a row that one program can hold
 
 
 @triton.jit
+def _gated(gate_up, i_n, o_f, F):
+    """Channels o_f of row i_n after the activation, rounded as memory would round them; 0 beyond F."""
+    p_x, m_f = gate_up + i_n * 2 * F + o_f, o_f < F
+    b_gate = tl.load(p_x, mask=m_f, other=0.0).to(tl.float32)
+    b_up = tl.load(p_x + F, mask=m_f, other=0.0).to(tl.float32)
+    # Rounded before the product, as two separate torch operations do.
+    b_act = (b_gate * tl.sigmoid(b_gate)).to(gate_up.dtype.element_ty).to(tl.float32)
+    return (b_act * b_up).to(gate_up.dtype.element_ty)
+
+
+@triton.jit
 def _silu_mul_kernel(gate_up, out, F, BLOCK: tl.constexpr):
     i_n = tl.program_id(0).to(tl.int64)
     o_f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    m_f = o_f < F
     wait()
-    b_gate = tl.load(gate_up + i_n * 2 * F + o_f, mask=m_f, other=0.0).to(tl.float32)
-    b_up = tl.load(gate_up + i_n * 2 * F + F + o_f, mask=m_f, other=0.0).to(tl.float32)
-    # Rounded before the product, as two separate torch operations do.
-    b_act = (b_gate * tl.sigmoid(b_gate)).to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + i_n * F + o_f, b_act * b_up, mask=m_f)
+    tl.store(out + i_n * F + o_f, _gated(gate_up, i_n, o_f, F), mask=o_f < F)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -57,16 +63,6 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     grid = (out.numel() // F, triton.cdiv(F, BLOCK))
     _silu_mul_kernel[grid](gate_up, out, F, BLOCK=BLOCK, num_warps=4, **LAUNCH)
     return out
-
-
-@triton.jit
-def _gated(gate_up, i_n, o_f, F):
-    """Channels o_f of row i_n after the activation, rounded as another kernel would read them; 0 beyond F."""
-    p_x, m_f = gate_up + i_n * 2 * F + o_f, o_f < F
-    b_gate = tl.load(p_x, mask=m_f, other=0.0).to(tl.float32)
-    b_up = tl.load(p_x + F, mask=m_f, other=0.0).to(tl.float32)
-    b_act = (b_gate * tl.sigmoid(b_gate)).to(gate_up.dtype.element_ty).to(tl.float32)
-    return (b_act * b_up).to(gate_up.dtype.element_ty)
 
 
 @triton.jit

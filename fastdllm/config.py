@@ -361,7 +361,7 @@ def _checked(option: fields.Option, value: Any) -> Any:
     """A given value, coerced and within its bounds."""
     name = option.name
     if name in ("decoder", "cache"):
-        registry.class_of(Kind(name), value)
+        _check_fields(name, value, registry.class_of(Kind(name), value))
         return value
     if name == "geometry":
         if not callable(value):
@@ -375,6 +375,19 @@ def _checked(option: fields.Option, value: Any) -> Any:
     if value is not None:
         option.bounds.check(name, value)
     return value
+
+
+def _check_fields(name: str, component: Any, owner: type) -> None:
+    """Raise ValueError where the object of option `name` has a value of another type than its class `owner` declares.
+
+    A dataclass does not look at types, and a window of 1.5 positions would fail far from here. Names and classes have none.
+    """
+    if isinstance(component, str | type):
+        return
+    for option in registry.declared(owner).values():
+        value = getattr(component, option.name)
+        if value is not option.default:
+            fields.check_type(f"{name}: {option.name}", value, option.kind)
 
 
 def _cross_check_any(possible: Sequence[Mapping[str, Any]]) -> None:

@@ -138,8 +138,25 @@ def coerce(name: str, value: Any, kind: Any) -> Any:
             return value
     except Exception:  # whatever the conversions of somebody's class raise: torch's, of a tensor with two elements
         pass
+    raise _mistyped(name, value, kind)
+
+
+def check_type(name: str, value: Any, kind: Any) -> None:
+    """Raise ValueError for a value that is not of the declared type `kind`, as one that no text was read for: "4" is no int.
+
+    Types that `coerce` does not know are not checked.
+    """
+    plain = member(kind)
+    if plain not in (int, float, bool, str) and typing.get_origin(plain) is not tuple:
+        return
+    if isinstance(value, str) and plain is not str:
+        raise _mistyped(name, value, plain)
+    coerce(name, value, kind)
+
+
+def _mistyped(name: str, value: Any, kind: Any) -> ValueError:
     described = "float, and finite" if kind is float else kind.__name__ if isinstance(kind, type) else kind
-    raise ValueError(f"{name}={shown(value)} must be of type {described}")
+    return ValueError(f"{name}={shown(value)} must be of type {described}")
 
 
 def _items(value: Any) -> Sequence[Any]:

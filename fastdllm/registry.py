@@ -239,11 +239,12 @@ def settable(kind: Kind | str, chosen: Any) -> dict[str, Option]:
     """The options of what was chosen by name or as a class; an object has its values already, and so has none."""
     if chosen is None or not isinstance(chosen, str | type):
         return {}
-    return _declared(class_of(kind, chosen))
+    return declared(class_of(kind, chosen))
 
 
 @cache
-def _declared(component: type) -> dict[str, Option]:
+def declared(component: type) -> dict[str, Option]:
+    """The options of a decoder's or cache's class: its fields that have a default."""
     return fields.read(component) if dataclasses.is_dataclass(component) else {}
 
 

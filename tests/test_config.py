@@ -22,6 +22,7 @@ import fastdllm
 from fastdllm import DecodeConfig, registry
 from fastdllm.blocks import Block, Pass, Progress
 from fastdllm.build import assemble, resolve
+from fastdllm.caches import suffix_window, top_rho
 from fastdllm.caches.base import CachePlan
 from fastdllm.config import OPTIONS
 from fastdllm.decoders.base import DecoderRule
@@ -335,6 +336,22 @@ def test_a_rule_of_ones_own_is_an_object_a_class_or_a_registered_name() -> None:
         registry.unregister("caches", "whole")
     with pytest.raises(ValueError, match="decoder='half' is unknown"):
         run(decoder="half")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"cache": top_rho.Cache(suffix=1.5)}, "cache: suffix=1.5 must be of type int"),  # type: ignore[arg-type]
+        ({"cache": top_rho.Cache(refresh=True)}, "cache: refresh=True must be of type int"),
+        ({"cache": suffix_window.Cache(keep_last="false")}, "cache: keep_last='false' must be of type bool"),  # type: ignore[arg-type]
+        ({"decoder": Threshold(steps_per_block=True)}, "decoder: steps_per_block=True must be of type int"),
+        ({"decoder": Threshold(strict=None)}, "decoder: strict=None must be of type bool"),  # type: ignore[arg-type]
+    ],
+)
+def test_an_object_has_values_of_the_types_that_its_class_declares(given: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        DecodeConfig(**given)
+    DecodeConfig(cache=top_rho.Cache(suffix=np.int64(32), ratio=1))  # type: ignore[arg-type]
 
 
 def test_a_config_with_objects_is_a_value_too() -> None:

@@ -76,16 +76,11 @@ class ReuseState:
 
 @dataclass(frozen=True)
 class Reused:
-    """A pass and its state.
-
-    at: [R, W], places in the block.
-    pieces: of the positions that run, None where all do.
-    """
+    """A pass and its state. at: [R, W], places in the block."""
 
     state: ReuseState
     work: Work
     at: Tensor
-    pieces: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -140,7 +135,7 @@ class LayerReuse:
     def layers_of(self, state: ReuseState, work: Work) -> LayerRule:
         """See `base.Reuse`."""
         at = torch.where(work.padding, self.size, work.window.pos % self.size)
-        now = Reused(state, work, at, None if work.whole else work.pieces())
+        now = Reused(state, work, at)
         starts = {run.start: (j, run) for j, run in enumerate(self.runs)}
 
         def rule(stack: Stack, y: Tensor, h: Tensor) -> Tensor:
@@ -151,9 +146,9 @@ class LayerReuse:
                     index += 1
                     continue
                 j, run = starts[index]
-                if j == 0 and (now.pieces is not None or self.drift is not None):
+                if j == 0 and (not work.whole or self.drift is not None):
                     score = self._score(state, work, at, h)
-                if now.pieces is None:
+                if work.whole:
                     y, h = self._run_all(stack, now, y, h, j, run)
                 else:
                     y, h = self._run_some(stack, now, h, j, run, score)
@@ -185,14 +180,14 @@ class LayerReuse:
 
     def _run_some(self, stack: Stack, now: Reused, h: Tensor, j: int, run: range, score: Tensor) -> tuple[Tensor, Tensor]:
         """The j-th run of layers for the `work.fresh` positions of each row with the highest score."""
-        state, work, at, pieces = now.state, now.work, now.at, now.pieces
+        state, work, at = now.state, now.work, now.at
         eps, entry = stack.spec.rms_eps, {} if j else {"entry": state.entry, "ids": work.ids, "seen": state.ids}
         window, before, after = work.window, stack.norms[run.start], stack.norms[run.stop]
         picked = kernels.pick(
-            h, score, work.fresh, pieces, work.size, window.pos, window.kv_len, work.scratch, before, eps,
+            h, score, work.fresh, work.count, work.size, window.pos, window.kv_len, work.scratch, before, eps,
             row=work.slot, at=at, **entry,
         )  # fmt: skip
-        y, fresh, part = picked.y, picked.h, work.part(picked, pieces)
+        y, fresh, part = picked.y, picked.h, work.part(picked)
         for index in run if work.count else ():
             y, fresh = stack.run(index, y, fresh, part)
         output = self.mode == "output"

@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor
 
 from fastdllm import kernels
@@ -48,17 +47,9 @@ class Work:
         """[R, W] bool."""
         return self.window.pos == self.scratch[:, None]
 
-    def pieces(self) -> Tensor:
-        """[count, 2] int64: the row of each piece, and the rank of its first position (`kernels.pick`)."""
-        each = (self.fresh + self.size - 1).div(self.size, rounding_mode="floor")
-        ends, piece = each.cumsum(0), torch.arange(self.count, device=self.fresh.device)
-        # Pieces beyond those of the rows only fill the shape: they come after the ranks of the last row.
-        row = torch.searchsorted(ends, piece, right=True).clamp(max=len(each) - 1)
-        return torch.stack([row, (piece - (ends - each)[row]) * self.size], 1)
-
-    def part(self, picked: kernels.Picked, pieces: Tensor) -> Window:
+    def part(self, picked: kernels.Picked) -> Window:
         """The window of the positions that were picked."""
-        window, row = self.window, pieces[:, 0]
+        window, row = self.window, picked.row
         hide = None if window.hide is None else window.hide[row]
         return Window(window.row[row], picked.pos, picked.kv_len, window.max_kv_len, window.dense, hide)
 

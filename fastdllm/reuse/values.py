@@ -74,21 +74,19 @@ class ValueReuse:
         at = torch.where(work.padding, self.size, window.pos % self.size)
         # Among positions that stand still those that predict an open mask go first; padding comes last.
         bonus = STILL / 2 * work.needed - 4.0 * work.padding
-        pieces = None if work.whole else work.pieces()
+        places = (window.pos, window.kv_len, work.scratch)
 
         def rule(stack: Stack, y: Tensor, h: Tensor) -> Tensor:
             eps = stack.spec.rms_eps
             for index, layer in enumerate(stack.layers):
                 before, norm = h, stack.norms[index + 1]
-                if pieces is None:
+                if work.whole:
                     y, h = stack.run(index, y, h, window)
                     state.cached[rows, index, at] = h - before
                     continue
                 score = kernels.drift(layer.values(y), stack.store.v[index], window.row, window.pos, bonus, STILL)
-                picked = kernels.pick(
-                    h, score, work.fresh, pieces, work.size, window.pos, window.kv_len, work.scratch, layer.attn_norm, eps
-                )
-                _, fresh = stack.run(index, picked.y, picked.h, work.part(picked, pieces))
+                picked = kernels.pick(h, score, work.fresh, work.count, work.size, *places, layer.attn_norm, eps)
+                _, fresh = stack.run(index, picked.y, picked.h, work.part(picked))
                 y, h = kernels.merge(h, fresh, picked.source, state.cached[:, index], work.slot, at, norm, eps)
             return y
 

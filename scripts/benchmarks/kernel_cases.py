@@ -260,14 +260,13 @@ def partial_cases(m: Model, R: int, W: int, n: int) -> Iterator[Case]:
     h, entry, cached, fresh, norm = rand(R, W, C), rand(R, W, C), rand(R, W, C), rand(R, n, C), rand(C)
     row, at = torch.arange(R, device=device), torch.arange(W, device=device).expand(R, W).contiguous()
     score, quota = torch.rand(R, W, device=device), torch.full((R,), n, device=device)
-    piece = torch.stack([row, torch.zeros_like(row)], 1)
     seen = torch.zeros_like(at)
     state = {"row": row, "at": at, "entry": entry.clone(), "ids": at, "seen": seen}
-    source = partial_reference.pick(h, score, quota, piece, n, at, at, row, norm, 1e-5).source
+    source = partial_reference.pick(h, score, quota, R, n, at, at, row, norm, 1e-5).source
     label, size = f"{m.name} R{R} W{W} n{n}", 2 * R * C
 
     def chosen(op: ModuleType, i: int) -> Tensor:
-        return op.pick(h, score, quota, piece, n, at, at, row, norm, 1e-5, **state).y
+        return op.pick(h, score, quota, R, n, at, at, row, norm, 1e-5, **state).y
 
     def merged(op: ModuleType, i: int) -> Tensor:
         return op.merge(h, fresh, source, cached, row, at, norm, 1e-5)[0]

@@ -57,20 +57,13 @@ def test_drift_against_float64(device: torch.device, K: int, D: int, dtype: torc
                 assert math.isclose(float(got[r, w]), want, rel_tol=1e-5, abs_tol=1e-5)
 
 
-def pieces(quota: list[int], n: int, device: torch.device) -> Tensor:
-    """As many pieces as each row needs, in random order, and two that only fill the shape."""
-    found = [(r, i) for r, q in enumerate(quota) for i in range(0, q, n)]
-    found = [found[i] for i in torch.randperm(len(found)).tolist()]
-    return torch.tensor([*found, (0, quota[0]), (len(quota) - 1, 1000)], device=device)
-
-
 @pytest.mark.parametrize(("R", "W", "C"), SHAPES)
 @pytest.mark.parametrize("n", [1, 3, 8])
 @pytest.mark.parametrize("keep", [False, True], ids=["forget", "keep"])
 @pytest.mark.usefixtures("scalar_masks")
 def test_pick(device: torch.device, assert_close, R: int, W: int, C: int, n: int, keep: bool) -> None:
     """Each row's best, once each; what fills the shape writes nowhere but to the row's scratch slot. Rows that run whole, in
-    part and not at all, with ties and NaN among the scores."""
+    part and not at all, with ties and NaN among the scores, and two pieces more than the rows need."""
     quota = [[W, min(3, W), 0, W // 2][r % 4] for r in range(R)]
     h, norm = torch.randn(R, W, C, device=device), torch.rand(C, device=device)
     score = (torch.rand(R, W) * 5).round()
@@ -79,7 +72,7 @@ def test_pick(device: torch.device, assert_close, R: int, W: int, C: int, n: int
     scratch = 1000 + torch.arange(R)
     score, ids, pos, kv_len, scratch = (t.to(device) for t in (score, ids, pos, kv_len, scratch))
     row, at = places(R, W, device)
-    piece = pieces(quota, n, device)
+    piece = torch.tensor([(r, i) for r, q in enumerate(quota) for i in range(0, q, n)], device=device)
     for impl in implementations():
         state = {}
         if keep:
@@ -87,8 +80,9 @@ def test_pick(device: torch.device, assert_close, R: int, W: int, C: int, n: int
             seen = torch.full((R + 2, W + 3), -7, device=device)
             state = {"row": row, "at": at, "entry": entry, "ids": ids, "seen": seen}
         asked = torch.tensor(quota, device=device)
-        got = impl.pick(h, score, asked, piece, n, pos, kv_len, scratch, norm, EPS, **state)
-        assert got.h.shape == got.y.shape == (len(piece), n, C) and got.source.dtype == torch.int32
+        got = impl.pick(h, score, asked, len(piece) + 2, n, pos, kv_len, scratch, norm, EPS, **state)
+        assert got.h.shape == got.y.shape == (len(piece) + 2, n, C) and got.source.dtype == torch.int32
+        assert got.row.tolist() == [*piece[:, 0].tolist(), R - 1, R - 1]
         for r in range(R):
             order = sorted(range(W), key=lambda w, r=r: (score[r, w].isnan().item(), -score[r, w].nan_to_num().item(), w))
             best = order[: quota[r]]
@@ -102,9 +96,9 @@ def test_pick(device: torch.device, assert_close, R: int, W: int, C: int, n: int
                 assert torch.equal(entry[row[r], at[r, best]], h[r, best]) and torch.equal(
                     seen[row[r], at[r, best]], ids[r, best]
                 )
-        rank = piece[:, 1:] + torch.arange(n, device=device)
-        spare = rank >= asked[piece[:, :1]]
-        assert torch.equal(got.pos[spare], scratch[piece[:, :1].expand_as(rank)][spare])
+        mine = piece[:, 1:] + torch.arange(n, device=device) < asked[piece[:, :1]]
+        spare = torch.cat([~mine, torch.ones(2, n, dtype=torch.bool, device=device)])
+        assert torch.equal(got.pos[spare], scratch[got.row[:, None].expand(-1, n)][spare])
         want = got.h.double() / (got.h.double().square().mean(-1, keepdim=True) + EPS).sqrt() * norm.double()
         assert_close(got.y, want, 1e-5)
         if keep:
@@ -150,9 +144,8 @@ def test_nothing_runs(device: torch.device, assert_close) -> None:
     h, cached = torch.randn(2, 3, 8, device=device), torch.randn(2, 3, 8, device=device)
     row, at = torch.arange(2, device=device), torch.arange(3, device=device).expand(2, 3)
     zeros, norm = torch.zeros(2, 3, dtype=torch.long, device=device), torch.ones(8, device=device)
-    piece = torch.zeros(0, 2, dtype=torch.long, device=device)
     for impl in implementations():
-        got = impl.pick(h, zeros.float(), zeros[:, 0], piece, 4, zeros, zeros, zeros[:, 0], norm, EPS)
+        got = impl.pick(h, zeros.float(), zeros[:, 0], 0, 4, zeros, zeros, zeros[:, 0], norm, EPS)
         assert got.h.shape == (0, 4, 8) and (got.source == -1).all()
         kept = cached.clone()
         assert_close(impl.merge(h, got.h, got.source, kept, row, at, norm, EPS)[1], h + cached, 1e-6)
@@ -168,8 +161,7 @@ def test_one_merge_does_for_a_run_of_layers() -> None:
     for step in range(5):
         h = torch.randn(2, 5, 6, dtype=torch.float64)
         quota = torch.tensor([5, 5] if step == 0 else [2, step % 3])
-        piece = torch.tensor([(r, i) for r in range(2) for i in range(0, int(quota[r]), 2)])
-        got = reference.pick(h, torch.rand(2, 5), quota, piece, 2, at, at, scratch, norm, EPS)
+        got = reference.pick(h, torch.rand(2, 5), quota, int((-(-quota // 2)).sum()), 2, at, at, scratch, norm, EPS)
         x, want = got.h, h.clone()
         for index, w in enumerate(layers):
             x = x + torch.tanh(x @ w)

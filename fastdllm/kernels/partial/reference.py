@@ -20,12 +20,13 @@ from fastdllm.kernels.rmsnorm.reference import rmsnorm
 class Picked(NamedTuple):
     """The positions that run, in P pieces of n.
 
-    h, y: [P, n, C], their states, and these normalised. pos, kv_len: [P, n] int64.
+    h, y: [P, n, C], their states, and these normalised. row: [P] int64, of each piece. pos, kv_len: [P, n] int64.
     source: [R, W] int32, where each position of the pass is among the P * n, or -1.
     """
 
     h: Tensor
     y: Tensor
+    row: Tensor
     pos: Tensor
     kv_len: Tensor
     source: Tensor
@@ -48,7 +49,7 @@ def pick(
     h: Tensor,
     score: Tensor,
     quota: Tensor,
-    piece: Tensor,
+    pieces: int,
     n: int,
     pos: Tensor,
     kv_len: Tensor,
@@ -64,16 +65,19 @@ def pick(
     """The positions of h [R, W, C] that run through the next layers: of row r the quota[r] with the highest score.
 
     score: [R, W] fp32; ties go by position, NaN comes last. quota: [R] int64, at most W.
-    piece: [P, 2] int64, (row r, rank i): the piece holds the positions of row r whose ranks are i to i + n - 1. Rows may
-        have any number of pieces. What a piece holds beyond its row's quota fills the shape: its result is dropped, and its
-        keys go to slot scratch[r] ([R] int64).
+    pieces: P, at least as many as the rows need, which have ceil(quota[r] / n) of n positions each, row after row and the
+        best first. What a piece holds beyond its row's quota fills the shape: its result is dropped, and its keys go to slot
+        scratch[r] ([R] int64). Pieces beyond those of the rows are the last row's.
     pos, kv_len: [R, W] int64, handed on. norm [C], eps: of the first layer's `rmsnorm`.
     entry, ids, seen: [S, D, C], [R, W] and [S, D] int64, all or none; the states and ids of the positions that run are
         written to entry and seen at [row[r], at[r, w]]. row: [R] int64; at: [R, W] int64, distinct within a row.
     """
     R, W, _ = h.shape
     rank = torch.where(score.isnan(), -torch.inf, score).sort(dim=-1, descending=True, stable=True).indices
-    r, i = piece[:, :1], piece[:, 1:] + torch.arange(n, device=h.device)
+    each = -(-quota // n)
+    ends, piece = each.cumsum(0), torch.arange(pieces, device=h.device)
+    row_of = torch.searchsorted(ends, piece, right=True).clamp(max=R - 1)
+    r, i = row_of[:, None], ((piece - (ends - each)[row_of]) * n)[:, None] + torch.arange(n, device=h.device)
     mine, chosen = i < quota[r], rank[r, i.clamp(max=W - 1)]
     states = h[r, chosen]
     source = torch.full((R, W + 1), -1, dtype=torch.int32, device=h.device)
@@ -85,7 +89,7 @@ def pick(
         entry[there] = torch.where(ran[..., None], h, entry[there])
         seen[there] = torch.where(ran, ids, seen[there])
     y, _ = rmsnorm(states, norm, eps)
-    return Picked(states, y, torch.where(mine, pos[r, chosen], scratch[r]), kv_len[r, chosen], source)
+    return Picked(states, y, row_of, torch.where(mine, pos[r, chosen], scratch[r]), kv_len[r, chosen], source)
 
 
 def merge(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers that run for some positions only, in three launches of one program a position.
 
-A program of `pick` ranks its row's scores anew, a few comparisons, and so knows its position without another launch; one
-of `merge` looks up whether its position ran. Both normalise what they move.
+A program of `pick` counts the rows' pieces and ranks its row's scores anew, a few comparisons, and so knows its position
+without another launch; one of `merge` looks up whether its position ran. Both normalise what they move.
 """
 
 from __future__ import annotations
@@ -94,7 +94,6 @@ def _pick_kernel(
     h,
     score,
     quota,
-    piece,
     pos,
     kv_len,
     scratch,
@@ -106,10 +105,12 @@ def _pick_kernel(
     seen,
     out,
     y,
+    out_row,
     out_pos,
     out_len,
     source,
     n,
+    R,
     W,
     eps,
     stride_es,
@@ -117,16 +118,18 @@ def _pick_kernel(
     stride_ss,
     C: tl.constexpr,
     KEEP: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i_n = tl.program_id(0).to(tl.int64)
-    o_w, o_c = tl.arange(0, BLOCK_W), tl.arange(0, BLOCK)
+    o_r, o_w, o_c = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_W), tl.arange(0, BLOCK)
     m_c = o_c < C
     wait()
-    i_r = tl.load(piece + i_n // n * 2)
-    target = tl.load(piece + i_n // n * 2 + 1) + i_n % n
+    b_each = tl.cdiv(tl.load(quota + o_r, mask=o_r < R, other=0), n)
+    i_r = tl.minimum(tl.sum((tl.cumsum(b_each, 0) <= i_n // n).to(tl.int64), 0), R - 1)
+    target = i_n - tl.sum(tl.where(o_r < i_r, b_each, 0), 0) * n
     mine = target < tl.load(quota + i_r)
     target = tl.minimum(target, W - 1)
 
@@ -143,6 +146,7 @@ def _pick_kernel(
     b_h = tl.load(h + i_w * C + o_c, mask=m_c, other=0.0)
     tl.store(out + i_n * C + o_c, b_h, mask=m_c)
     tl.store(y + i_n * C + o_c, _normalised(b_h.to(tl.float32), norm, o_c, C, eps, y.dtype.element_ty), mask=m_c)
+    tl.store(out_row + i_n // n, i_r, mask=i_n % n == 0)
     tl.store(out_pos + i_n, tl.where(mine, tl.load(pos + i_w), tl.load(scratch + i_r)))
     tl.store(out_len + i_n, tl.load(kv_len + i_w))
     tl.store(source + i_w, i_n.to(tl.int32), mask=mine)
@@ -156,7 +160,7 @@ def pick(
     h: Tensor,
     score: Tensor,
     quota: Tensor,
-    piece: Tensor,
+    pieces: int,
     n: int,
     pos: Tensor,
     kv_len: Tensor,
@@ -170,18 +174,18 @@ def pick(
     seen: Tensor | None = None,
 ) -> Picked:
     """See `fastdllm.kernels.partial.reference.pick`."""
-    (R, W, C), P = h.shape, len(piece)
+    R, W, C = h.shape
     keep, block = entry is not None, triton.next_power_of_2(C)
-    out, y = (torch.empty((P, n, C), dtype=h.dtype, device=h.device) for _ in range(2))
-    out_pos, out_len = (torch.empty((P, n), dtype=torch.int64, device=h.device) for _ in range(2))
+    out, y = (torch.empty((pieces, n, C), dtype=h.dtype, device=h.device) for _ in range(2))
+    out_pos, out_len = (torch.empty((pieces, n), dtype=torch.int64, device=h.device) for _ in range(2))
+    out_row = torch.empty((pieces,), dtype=torch.int64, device=h.device)
     source = torch.full((R, W), -1, dtype=torch.int32, device=h.device)
-    if P * n == 0:
-        return Picked(out, y, out_pos, out_len, source)
-    _pick_kernel[(P * n,)](
+    if pieces * n == 0:
+        return Picked(out, y, out_row, out_pos, out_len, source)
+    _pick_kernel[(pieces * n,)](
         h.contiguous(),
         score.contiguous(),
         quota.contiguous(),
-        piece.contiguous(),
         pos.contiguous(),
         kv_len.contiguous(),
         scratch.contiguous(),
@@ -193,23 +197,26 @@ def pick(
         seen if keep else out_pos,
         out,
         y,
+        out_row,
         out_pos,
         out_len,
         source,
         n,
+        R,
         W,
         eps,
         *(entry.stride()[:2] if keep else (0, 0)),
         seen.stride(0) if keep else 0,
         C=C,
         KEEP=keep,
+        BLOCK_R=triton.next_power_of_2(R),
         BLOCK_W=triton.next_power_of_2(W),
         BLOCK_J=32,
         BLOCK=block,
         num_warps=8 if block >= 4096 else 4,
         **LAUNCH,
     )
-    return Picked(out, y, out_pos, out_len, source)
+    return Picked(out, y, out_row, out_pos, out_len, source)
 
 
 @triton.jit

@@ -52,7 +52,8 @@ class AsyncEngine:
     """A model that any number of asyncio tasks ask at once, in one continuous batch.
 
     model: what `load` returned.
-    config, options: see `DecodeConfig`; they hold for all requests. batch_size is the most requests at work together.
+    config, options: see `DecodeConfig`; they hold for all requests. batch_size is the most requests at work together. The
+        steps are those of an answer of the engine's gen_length; longer and shorter ones keep that pace.
     max_queue: requests that may wait; one more raises `Overloaded`. None: any number.
 
     Use it in one event loop, as an async context manager, or call `close`. At the end of the context the requests that were
@@ -161,7 +162,8 @@ class AsyncEngine:
     async def call(self, work: Callable[[], T]) -> T:
         """What `work()` gives, run between two forwards: `engine.call(lambda: fastdllm.log_likelihoods(model, pairs))`.
 
-        The other requests wait meanwhile. Raises what `work` raises, and `Closed` once the engine is closed.
+        The other requests wait meanwhile; they go on by a forward before the next call. Raises what `work` raises, `Closed`
+        once the engine is closed, and `Overloaded` when more than max_queue calls wait.
         """
         self._check_open()
         return await asyncio.wrap_future(self._scheduler.call(work))

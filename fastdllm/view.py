@@ -103,7 +103,10 @@ class View:
         return ranked, order.argsort(dim=1)
 
     def commit(self, pick: Tensor) -> Tensor:
-        """The next ids when `pick` [R, Q] is committed, and at least the most confident masked position of each row."""
+        """The next ids when `pick` [R, Q] bool is committed, and at least the most confident masked position of each row."""
+        if pick.dtype != torch.bool or pick.shape != self.ids.shape:
+            got, wanted = f"{list(pick.shape)} of {pick.dtype}", list(self.ids.shape)
+            raise ValueError(f"commit takes which positions to commit, {wanted} of torch.bool, not {got}")
         best = torch.zeros_like(pick).scatter_(1, self.scores().argmax(1, keepdim=True), True)
         return torch.where((pick | best) & self.masked, self.top, self.ids)
 

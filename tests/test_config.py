@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import pickle
 import warnings
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -336,6 +337,25 @@ def test_a_rule_of_ones_own_is_an_object_a_class_or_a_registered_name() -> None:
         registry.unregister("caches", "whole")
     with pytest.raises(ValueError, match="decoder='half' is unknown"):
         run(decoder="half")
+
+
+@pytest.mark.parametrize(
+    ("step", "told"),
+    [
+        (lambda view: None, r"Odd.step must return the block's next ids, \[1, 8\] of torch.int64, not NoneType"),
+        (lambda view: view.ids[:, :3], r"must return .*, not \[1, 3\] of torch.int64"),
+        (lambda view: view.ids.float(), r"must return .*, not \[1, 8\] of torch.float32"),
+        (lambda view: view.commit(view.scores()), r"commit takes which .*, \[1, 8\] of torch.bool, not .* of torch.float32"),
+        (lambda view: view.commit(view.masked[:, :1]), r"commit takes which .*, not \[1, 1\] of torch.bool"),
+    ],
+)
+def test_a_rule_of_ones_own_that_returns_something_else_is_told(step: Callable[[View], Any], told: str) -> None:
+    class Odd(DecoderRule):
+        def step(self, view: View) -> Any:
+            return step(view)
+
+    with pytest.raises(ValueError, match=told):
+        fastdllm.generate(random_model(), prompts(5), decoder=Odd(), gen_length=16, block_length=8)
 
 
 @pytest.mark.parametrize(

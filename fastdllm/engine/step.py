@@ -256,7 +256,7 @@ def commit(lanes: int, rule: DecoderRule, view: View, where: Where) -> Written:
         unfilled = unfilled | ~view.unaware.isnan()
     if view.editable is not None:
         unfilled = unfilled | view.editable
-    after = torch.where(unfilled & where.learnt, rule.step(view), view.ids)
+    after = torch.where(unfilled & where.learnt, decided(rule, view), view.ids)
     still = unfilled & (after == view.mask_id)
     if rule.drafts and view.causal is not None:
         still = torch.where(view.causal[:, None], still, unfilled)
@@ -272,6 +272,18 @@ def commit(lanes: int, rule: DecoderRule, view: View, where: Where) -> Written:
     return Written(after, still, committed, committed | (after != where.before) & ~still if changes else committed)
 
 
+def decided(rule: DecoderRule, view: View) -> Tensor:
+    """The ids [R, Q] that the decoder writes. Raises ValueError where it returns anything else: it may be somebody's own."""
+    ids = rule.step(view)
+    like = view.ids
+    if not isinstance(ids, Tensor) or ids.shape != like.shape or ids.dtype != like.dtype:
+        got = f"{list(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(
+            f"{type(rule).__name__}.step must return the block's next ids, {list(like.shape)} of {like.dtype}, not {got}"
+        )
+    return ids
+
+
 def record(canvas: Canvas, plan: Plan, block: Tensor, view: View, written: Written) -> None:
     """Write the block back, and where a token is new its log-probability and the forward's number."""
     row = plan.row[:, None]
@@ -285,7 +297,7 @@ def record(canvas: Canvas, plan: Plan, block: Tensor, view: View, written: Writt
 def report(
     canvas: Canvas, run: Decoding, plan: Plan, block: Tensor, view: View, written: Written, drifted: Tensor | None
 ) -> Outcome:
-    """For the host. A row has stopped when a stop token of its answer has no mask before it, or, where tokens may still be
+    """For the host. A row has stopped when a stop token of its answer has no mask before it, or, where tokens may still
     change, when the block has none."""
     after, still = written.after, written.still
     ended = ends(after, answer_of(plan, block), canvas.stops[plan.slot]) & ~still

@@ -7,6 +7,7 @@ import asyncio
 import hmac
 import json
 import logging
+import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
@@ -24,7 +25,7 @@ import fastdllm
 from fastdllm.serving.address import check_key, host_name
 from fastdllm.serving.errors import ApiError, as_api_error
 from fastdllm.serving.page import Page, PageBody, WordsBody
-from fastdllm.serving.protocol import ChatBody, CompletionBody, DecideBody, describe
+from fastdllm.serving.protocol import SEED, Body, ChatBody, CompletionBody, DecideBody, describe
 from fastdllm.serving.responses import Asked
 from fastdllm.serving.service import Service
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fastdllm.serving")
 T = TypeVar("T")
+B = TypeVar("B", bound=Body)
 MAX_BODY = 8 * 2**20  # bytes; a longer body is refused before it is read
 STATIC = Path(__file__).parent / "static"
 # What the page may do: load its own files and talk to its own server. Nothing inline, nothing framed, no form sent anywhere.
@@ -82,6 +84,8 @@ def create_app(
         version=fastdllm.__version__,
         description="OpenAI-compatible server for diffusion language models",
         lifespan=lifespan,
+        docs_url=None,  # these pages load scripts from other servers; /openapi.json says the same
+        redoc_url=None,
     )
     app.state.service, app.state.page = service, page
     app.add_middleware(Gate, api_key=api_key, hosts=hosts, metrics=service.metrics)
@@ -131,17 +135,25 @@ def _add_endpoints(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", tags=["OpenAI"])
     async def chat(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
-        return await _respond(service, request, body.stream, service.chat(body))
+        return await _respond(service, request, body.stream, service.chat(_seeded(service, body)))
 
     @app.post("/v1/completions", tags=["OpenAI"])
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue a text, several texts, or token ids."""
-        return await _respond(service, request, body.stream, service.completions(body))
+        return await _respond(service, request, body.stream, service.completions(_seeded(service, body)))
 
     @app.post("/v1/decide", tags=["typed answers"])
     async def decisions(body: DecideBody, request: Request) -> Response:
         """Answer typed questions (choice, yes or no, score) with probabilities, from one forward."""
         return JSONResponse(await _while_connected(request, service.decide(body)))
+
+
+def _seeded(service: Service, body: B) -> B:
+    """The body with a seed. Without one, of its own or of the server's options, it gets a new one: two requests that are
+    alike draw different tokens, as OpenAI's do."""
+    if body.seed is None and "seed" not in service.config.given():
+        body.seed = secrets.randbelow(SEED)
+    return body
 
 
 def _add_page(app: FastAPI, page: Page) -> None:
@@ -263,6 +275,13 @@ def _told(error: BaseException) -> ApiError:
     return known
 
 
+def _why(error: BaseException) -> str:
+    """What keeps a body from being read."""
+    if isinstance(error, UnicodeDecodeError):
+        return "it is no UTF-8"
+    return "it is nested too deeply" if isinstance(error, RecursionError) else "it holds a number too long"
+
+
 def _add_error_handlers(app: FastAPI) -> None:
     def reply(error: ApiError) -> Response:
         return JSONResponse(error.body(), error.status, error.headers)
@@ -277,6 +296,8 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
+        if (cause := error.__cause__) is not None and error.status_code == 400:  # of a body that could not be read
+            return reply(ApiError(400, f"the body cannot be read: {_why(cause)}", code="invalid_json"))
         message = f"{request.method} {request.url.path}: {error.detail}"
         return reply(ApiError(error.status_code, message[:300]))
 

@@ -73,4 +73,13 @@ def as_api_error(error: BaseException) -> ApiError:
                         code="out_of_memory", retry_after=5)  # fmt: skip
     if isinstance(error, ValueError):
         return ApiError(400, str(error))
+    return _internal(error)
+
+
+def as_fault(error: BaseException) -> ApiError:
+    """As `as_api_error`, of an error that a request met while it was decoded: a ValueError is then none of its sender's."""
+    return _internal(error) if isinstance(error, ValueError) else as_api_error(error)
+
+
+def _internal(error: BaseException) -> ApiError:
     return ApiError(500, f"the request failed: {type(error).__name__}", code="internal_error")

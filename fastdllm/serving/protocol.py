@@ -12,11 +12,14 @@ import difflib
 import json
 import math
 from collections.abc import Collection, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from fastdllm import registry
+from fastdllm.config import OPTIONS
 from fastdllm.fields import LARGEST, LEAST_TEMPERATURE
+from fastdllm.registry import Kind
 from fastdllm.serving.errors import ApiError
 
 SEED = 2**63
@@ -103,10 +106,12 @@ class Body(BaseModel):
     top_k: int | None = Field(None, ge=0)
     seed: int | None = Field(None, ge=-SEED, lt=SEED)
     n: int = Field(1, ge=1, le=128)
-    stop: str | list[str] | None = Field(None, max_length=64)
+    stop: str | Annotated[list[str], Field(max_length=64)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     constraints: dict[str, str | int] | None = Field(None, max_length=4096)
     timeout: float | None = Field(None, gt=0)
 
@@ -245,11 +250,20 @@ def numbers(others: Mapping[str, Any], allowed: Collection[str], options: Mappin
                 raise ApiError(400, f"{name} is fixed when the server starts{here}", name, "fixed_parameter")
         elif name in NEUTRAL:
             raise ApiError(400, f"{name} is not supported by this server", name, "unsupported_parameter")
+        elif _is_option(name):
+            raise ApiError(400, f"{name} is fixed when the server starts; here it is not given", name, "fixed_parameter")
         else:
-            near = difflib.get_close_matches(name, [*allowed, *options, *CompletionBody.model_fields, *NEUTRAL], n=1)
+            known = [*allowed, *options, *ChatBody.model_fields, *CompletionBody.model_fields, *NEUTRAL]
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ApiError(400, f"unknown field {name[:80]!r}{hint}", name[:80], "unknown_parameter")
     return found
+
+
+def _is_option(name: str) -> bool:
+    """Whether decoding has an option of that name, with whatever decoder and cache."""
+    owners = ((kind, owner) for kind in (Kind.DECODERS, Kind.CACHES) for owner in registry.names(kind))
+    return name in OPTIONS or any(name in registry.settable(kind, owner) for kind, owner in owners)
 
 
 def _finite(value: int | float) -> bool:

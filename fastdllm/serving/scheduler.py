@@ -223,11 +223,14 @@ class Scheduler:
             self._drop(job)
 
     def call(self, work: Callable[[], T]) -> Future[T]:
-        """Run `work` on the decoding thread, between two rounds."""
+        """Run `work` on the decoding thread, between two rounds. Raises `Overloaded` when too much waits already, `Closed`
+        during shutdown."""
         future: Future[T] = Future()
         with self._lock:
             if self._closed or not self.alive:
                 raise Closed("the server is shutting down" if self._closed else "the model's device has failed")
+            if len(self._calls) > self.max_queue:
+                raise Overloaded(len(self._calls), self.retry_after(len(self._calls)))
             self._calls.append((work, future))
             self._lock.notify_all()
         return future
@@ -302,7 +305,7 @@ class Scheduler:
         """What the loop, which holds `held`, shall take in now. Blocks while there is nothing to do at all; None: nothing
         will come any more."""
         while True:
-            self._run_calls()
+            self._run_call()
             with self._lock:
                 self._last_round = time.monotonic()
                 jobs = self._hand_over(held)
@@ -338,22 +341,23 @@ class Scheduler:
             jobs.append(self._waiting.popleft())
         return jobs
 
-    def _run_calls(self) -> None:
-        while True:
-            with self._lock:
-                if not self._calls:
-                    return
+    def _run_call(self) -> None:
+        """Run one call, if there is any: when they come as fast as they are served, answers shall go on all the same."""
+        with self._lock:
+            while self._calls:
                 work, future = self._calls.popleft()
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                result = work()
-            except Exception as error:
-                future.set_exception(error)
-                self._free_memory(error)
+                if future.set_running_or_notify_cancel():
+                    break
             else:
-                future.set_result(result)
-            self._last_round = time.monotonic()
+                return
+        try:
+            result = work()
+        except Exception as error:
+            future.set_exception(error)
+            self._free_memory(error)
+        else:
+            future.set_result(result)
+        self._last_round = time.monotonic()
 
     def _take_in(self, step: Step, feed: Feed) -> None:
         """Read what a step did; `feed` holds it as news for the callers."""
@@ -477,6 +481,8 @@ class Scheduler:
 
 def for_any_length(model: Model, config: DecodeConfig) -> DecodeConfig:
     """The config with an answer of at least one whole block, since a short default must not cut the blocks of longer
-    answers, and with room for a question in a small context."""
+    answers, and with room for a question in a small context. A schedule keeps its pace."""
     chosen = resolve(model.spec, config)
-    return chosen.replace(gen_length=min(max(chosen.gen_length, chosen.block_length or 0), model.spec.max_length - 1))
+    length = min(max(chosen.gen_length, chosen.block_length or 0), model.spec.max_length - 1)
+    steps = None if chosen.steps is None else -(-chosen.steps * length // chosen.gen_length)
+    return chosen.replace(gen_length=length, steps=steps)

@@ -22,7 +22,7 @@ from fastdllm.conversations import encode_literally
 from fastdllm.decisions import decide
 from fastdllm.engine import Request, check
 from fastdllm.prompts import encode
-from fastdllm.serving.errors import ApiError, Expired, as_api_error
+from fastdllm.serving.errors import ApiError, Expired, as_api_error, as_fault
 from fastdllm.serving.jobs import Event, Failed, Finished, Progress
 from fastdllm.serving.listening import Listening
 from fastdllm.serving.listing import TokenList
@@ -81,7 +81,11 @@ class Service:
         self._tokenizer: Any = model.tokenizer
         self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
         self._longest = max((len(token) for token in model.tokenizer.get_vocab()), default=1)
-        self._fixed = {**resolve(model.spec, config).given(), "stop_ids": list(self.scheduler.run.stop_ids)}
+        self._fixed = {
+            **config.given(),
+            **resolve(model.spec, config).given(),
+            "stop_ids": list(self.scheduler.run.stop_ids),
+        }
 
     def start(self) -> Service:
         self.scheduler.start()
@@ -124,10 +128,11 @@ class Service:
     async def chat(self, body: ChatBody) -> Asked:
         """Check a chat request and encode it. Raises `ApiError`."""
         self._check_model(body.model)
+        self._check_answers(body.n, "n")
         messages = [message.plain() for message in body.messages]
         self.check_size([message["content"] for message in messages], "messages")
         prompt = await self._encode([messages], "messages")
-        return self.ask(body, prompt, "messages", chat=True)
+        return self.ask(body, prompt, "messages", chat=True, spelt=await self._spelt(body))
 
     async def completions(self, body: CompletionBody) -> Asked:
         """Check a completion request and encode it. Raises `ApiError`."""
@@ -135,13 +140,15 @@ class Service:
         prompts = body.prompts
         if not prompts or any(not len(prompt) for prompt in prompts):
             raise ApiError(400, "prompt is empty; at least one token is needed", "prompt")
+        self._check_answers(len(prompts) * body.n, "prompt" if len(prompts) > 1 else "n")
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         self.check_size(texts, "prompt")
         for prompt in prompts:
             if not isinstance(prompt, str) and len(prompt) >= self.model.spec.max_length:
                 raise self._too_long(len(prompt), 1, "prompt")
         given = prompts if texts else [self._ids(prompt) for prompt in prompts]
-        asked = self.ask(body, await self._encode(given, "prompt"), "prompt", chat=False)
+        encoded = await self._encode(given, "prompt")
+        asked = self.ask(body, encoded, "prompt", chat=False, spelt=await self._spelt(body))
         if body.echo:
             await self._echo(asked, prompts)
         return asked
@@ -186,6 +193,12 @@ class Service:
                 404, f"the model {name[:100]!r} does not exist; here is {self.name!r}", "model", "model_not_found"
             )
 
+    def _check_answers(self, count: int, param: str) -> None:
+        """Refuse more answers than can ever be taken in before anything is made of them."""
+        most = self.scheduler.rows + self.scheduler.max_queue
+        if count > most:
+            raise ApiError(400, f"{count} answers at once are more than this server ever takes, {most}", param)
+
     @property
     def longest_text(self) -> int:
         """Characters beyond which no text fits the model's context."""
@@ -225,8 +238,28 @@ class Service:
         working = asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
         return await _in_time(working, time.monotonic() + self.timeout, f"{what} was not encoded in time")
 
-    def ask(self, body: Body, prompts: list[Tensor], param: str, chat: bool) -> Asked:
-        """The choices of a request: `n` for every prompt, each with a seed of its own."""
+    async def _spelt(self, body: Body) -> dict[str, list[int]]:
+        """The tokens of the constraints that are texts, by position."""
+        texts = {key: value for key, value in (body.constraints or {}).items() if isinstance(value, str)}
+        if not texts:
+            return {}
+        self.check_size(list(texts.values()), "constraints")
+        try:
+            return await self.tokenize(
+                lambda: {key: encode_literally(self.model, text) for key, text in texts.items()}, "constraints"
+            )
+        except Expired as error:
+            raise as_api_error(error) from error
+        except ValueError as error:
+            raise ApiError(400, f"constraints: {error}", "constraints") from error
+
+    def ask(
+        self, body: Body, prompts: list[Tensor], param: str, chat: bool, spelt: Mapping[str, list[int]] | None = None
+    ) -> Asked:
+        """The choices of a request: `n` for every prompt, each with a seed of its own.
+
+        spelt: the tokens of the constraints that are texts.
+        """
         given = numbers(body.others(), self._numbers(), self._fixed)
         for name in ("temperature", "top_p", "top_k"):
             if getattr(body, name) is not None:
@@ -242,11 +275,11 @@ class Service:
             length = body.length or min(self.config.gen_length, max(room, 1))
             if length > room:
                 raise self._too_long(len(prompt), length, param if room < 1 or body.length is None else "max_tokens")
-            fixed = self._constraints(body.constraints or {}, length)
-            for k in range(body.n):
-                own = (length, (seed + k) % 2**63, given, fixed, body.stops, body.top_alternatives or 0)
+            fixed = self._constraints(body.constraints or {}, length, spelt or {})
+            for _ in range(body.n):
+                own = (length, (seed + len(choices)) % 2**63, given, fixed, body.stops, body.top_alternatives or 0)
                 choices.append(self._choice(len(choices), prompt, *own))
-                self._check(choices[-1].request)
+            self._check(choices[-1].request)  # the others differ in their seeds
         deadline = time.monotonic() + min(body.timeout or self.timeout, self.timeout)
         return Asked(body, choices, chat, deadline)
 
@@ -263,15 +296,15 @@ class Service:
         """Names of what a request may set for itself."""
         return frozenset(self.scheduler.run.numbers)
 
-    def _constraints(self, given: Mapping[str, str | int], length: int) -> dict[int, int]:
-        """Tokens to fix, by position of the answer: ids as they are, texts as their tokens from there on."""
+    def _constraints(self, given: Mapping[str, str | int], length: int, spelt: Mapping[str, list[int]]) -> dict[int, int]:
+        """Tokens to fix, by position of the answer: ids as they are, texts as their tokens `spelt` from there on."""
         fixed: dict[int, int] = {}
         for key, value in given.items():
             if not key.isascii() or not key.isdigit() or int(key[:9]) >= length or len(key) > 9:
                 raise ApiError(
                     400, f"constraints: {key[:40]!r} is not a position of the answer, 0..{length - 1}", "constraints"
                 )
-            tokens = [value] if isinstance(value, int) else encode_literally(self.model, value)
+            tokens = [value] if isinstance(value, int) else spelt[key]
             for at, token in enumerate(tokens, start=int(key)):
                 if at >= length or at in fixed:
                     what = "does not fit the answer" if at >= length else "overlaps another one"
@@ -375,7 +408,7 @@ class Service:
             yield Piece(choices[0], "")
             async for number, event in listening.events():
                 if isinstance(event, Failed):
-                    raise as_api_error(event.error) from event.error
+                    raise as_fault(event.error) from event.error
                 piece = self._take_in(choices[number], event)
                 if first and watched and piece.text:
                     first = False

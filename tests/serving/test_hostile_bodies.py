@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import threading
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 
 import fastdllm
 from fastdllm import DecodeConfig
+from fastdllm.serving import service as service_module
 from fastdllm.serving.app import EventStream, create_app
 from fastdllm.serving.protocol import ApiError, CompletionBody
 from fastdllm.serving.protocol import numbers as own_numbers
@@ -128,6 +131,106 @@ def test_more_answers_than_the_server_ever_takes_are_refused_for_good(client: Cl
     response = client.post("/v1/completions", json.dumps({"prompt": ["a"] * 1000, "max_tokens": 1}).encode())
     assert response.status_code == 400, response.text
     assert "1000 answers at once are more than this server ever takes" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("body", [{"prompt": [[1]] * 500, "n": 128}, {"prompt": "a", "n": 128, "max_queue": 10}])
+def test_more_answers_than_are_ever_taken_are_refused_before_any_is_made(
+    client: Client, monkeypatch: pytest.MonkeyPatch, body: dict[str, Any]
+) -> None:
+    """A body of 1 KB may ask for a hundred thousand."""
+    monkeypatch.setattr(client.service.scheduler, "max_queue", body.pop("max_queue", 512))
+    monkeypatch.setattr(client.service, "_encode", None)
+    response = client.post("/v1/completions", json.dumps(body | {"max_tokens": 1}).encode())
+    assert response.status_code == 400 and "more than this server ever takes" in response.json()["error"]["message"]
+
+
+def test_every_answer_of_a_request_has_a_seed_of_its_own(client: Client) -> None:
+    body = CompletionBody(prompt=["Hi", "Hi", "Ho"], n=2, max_tokens=2, seed=2**63 - 2)
+    asked = client.loop.run_until_complete(client.service.completions(body))
+    assert [choice.request.seed for choice in asked.choices] == [2**63 - 2, 2**63 - 1, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("options", "same"), [({}, False), ({"seed": 0}, True)], ids=["no seed", "a seed of the server"])
+def test_requests_without_a_seed_draw_anew(model: fastdllm.Model, options: dict[str, Any], same: bool) -> None:
+    service = Service(model, DecodeConfig(gen_length=16, **options)).start()
+    client = Client(service)
+    body = {"prompt": "Hi", "temperature": 30.0, "max_tokens": 16}
+    texts = {client.post("/v1/completions", json.dumps(body).encode()).json()["choices"][0]["text"] for _ in range(2)}
+    assert len(texts) == 2 - same
+    texts = {
+        client.post("/v1/completions", json.dumps(body | {"seed": 5}).encode()).text.split("choices")[1] for _ in range(2)
+    }
+    assert len(texts) == 1
+    service.close(timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("field", "told"),
+    [
+        ("preset", "preset is fixed when the server starts; here it is 'fast'"),
+        ("steps", "steps is fixed when the server starts; here it is not given"),
+        ("depth", "depth is fixed when the server starts; here it is not given"),
+        ("min_p", "unknown field 'min_p'"),
+        ("max_completion_token", "did you mean 'max_completion_tokens'?"),
+    ],
+)
+def test_what_is_told_of_a_field_that_a_request_cannot_set(field: str, told: str) -> None:
+    with pytest.raises(ApiError, match=re.escape(told)) as error:
+        own_numbers({field: 3}, ("threshold",), {"preset": "fast"})
+    assert error.value.param == field
+    assert own_numbers({"preset": "fast"}, (), {"preset": "fast"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (b'{"prompt": "\xe9"}', "it is no UTF-8"),
+        (b"[" * 100_000, "it is nested too deeply"),
+        (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "it holds a number too long"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_told_why(client: Client, body: bytes, why: str) -> None:
+    response = client.post("/v1/completions", body)
+    assert response.status_code == 400 and response.json()["error"]["message"].endswith(why), response.text
+
+
+@pytest.mark.parametrize("prompts", [["Hi"], ["Hi"] * 20])
+def test_constraints_are_measured_before_they_are_spelt_and_spelt_once(
+    client: Client, monkeypatch: pytest.MonkeyPatch, prompts: list[str]
+) -> None:
+    spelt: list[str] = []
+
+    def spell(model: fastdllm.Model, text: str) -> list[int]:
+        spelt.append(threading.current_thread().name)
+        return [44]
+
+    monkeypatch.setattr(service_module, "encode_literally", spell)
+    given = {"prompt": prompts, "max_tokens": 4, "constraints": {"0": "a" * 1_000_000}}
+    response = client.post("/v1/completions", json.dumps(given).encode())
+    assert response.status_code == 413 and "characters in constraints" in response.text and not spelt
+    given["constraints"] = {"0": " a", "2": 45}
+    response = client.post("/v1/completions", json.dumps(given).encode())
+    assert response.status_code == 200, response.text
+    assert len(spelt) == 1 and spelt[0].startswith("tokenizing")
+
+
+def test_a_long_stop_text_is_one(client: Client) -> None:
+    for stop, status in (("x" * 65, 200), (["x" * 65] * 64, 200), (["x"] * 65, 400)):
+        body = json.dumps(GOOD["/v1/completions"] | {"stop": stop}).encode()
+        assert client.post("/v1/completions", body).status_code == status
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_fault_of_the_decoding_loop_is_not_the_senders(
+    client: Client, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    def fails(*_: Any) -> None:
+        raise ValueError("an inner fault")
+
+    monkeypatch.setattr(client.service.scheduler, "_take_in", fails)
+    response = client.post("/v1/completions", json.dumps(GOOD["/v1/completions"] | {"stream": stream}).encode())
+    assert response.status_code == 500
+    assert response.json()["error"]["type"] == "server_error" and "an inner fault" not in response.text
 
 
 def test_a_request_with_two_hosts_is_refused(client: Client) -> None:

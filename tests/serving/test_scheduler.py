@@ -413,6 +413,45 @@ def test_calls_run_between_rounds_and_their_errors_are_their_own(model: fastdllm
     assert isinstance(listener.wait(), Finished)
 
 
+def test_answers_go_on_while_calls_keep_coming(model: fastdllm.Model, running: Scheduler) -> None:
+    """A call that is followed by another one leaves a round between them."""
+    over, called = threading.Event(), []
+
+    def again() -> None:
+        called.append(running.forwards)
+        if not over.is_set():
+            running.call(again)
+
+    running.call(again)
+    listener = Listener()
+    job = running.submit(Request(prompt(model, "Hello"), 32, numbers={"threshold": 1.0}), listener)
+    assert isinstance(listener.wait(), Finished)
+    over.set()
+    assert job.forwards > 1 and set(range(running.forwards)) <= set(called), "one call before each forward"
+
+
+def test_calls_wait_in_a_queue_that_is_bounded(model: fastdllm.Model) -> None:
+    scheduler = Scheduler(model, CONFIG, max_queue=2)
+    waiting = [scheduler.call(threading.get_ident) for _ in range(3)]
+    with pytest.raises(Overloaded, match="3 requests are waiting"):
+        scheduler.call(threading.get_ident)
+    scheduler.start()
+    assert len({future.result(60) for future in waiting}) == 1
+    assert scheduler.close(30)
+
+
+@pytest.mark.parametrize("steps", [None, 8, 16])
+def test_a_schedule_keeps_its_pace_in_answers_of_any_length(model: fastdllm.Model, steps: int | None) -> None:
+    """The engine's own length may be shorter than a block, which is no reason to commit more tokens in a step."""
+    config = DecodeConfig(gen_length=16, block_length=32, decoder="quota", steps=steps, stop_ids=())
+    scheduler = Scheduler(model, config).start()
+    for length in (32, 64, 96):
+        listener = Listener()
+        scheduler.submit(Request(prompt(model, "Hello"), length), listener)
+        assert listener.wait().forwards == length * (steps or 16) // 16
+    assert scheduler.close(30)
+
+
 def test_closing_finishes_what_was_taken_and_refuses_the_rest(model: fastdllm.Model) -> None:
     scheduler = Scheduler(model, CONFIG, rows=2).start()
     listeners = [Listener() for _ in range(6)]

@@ -456,7 +456,7 @@ def test_no_interruption_outlives_its_rendering(monkeypatch: pytest.MonkeyPatch)
         pass
     left = [thread for thread in threading.enumerate() if "watch" in thread.name]
     for thread in left:
-        thread.join(60)
+        thread.join(600)
         assert not thread.is_alive()
 
 

@@ -396,5 +396,5 @@ raise SystemExit(main({given}))
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.05)
         process.send_signal(number)
-        _, told = process.communicate(timeout=120)
+        _, told = process.communicate(timeout=600)
     assert process.returncode == code and "Traceback" not in told

@@ -43,7 +43,7 @@ def test_a_model_of_a_hub_is_checked_in_one_command(hub: Hub, tmp_path: Path) ->
     command = [sys.executable, "-m", "scripts.studies.verify_published", "--model", REPO, "owner/nothing", "--limit", "2"]
     command += ["--gsm8k", gsm8k, "--humaneval", humaneval, "--allow-code-execution", "--device", "cpu"]
     given = environment(tmp_path / "cache", hub.url)
-    done = subprocess.run([*map(str, command)], cwd=ROOT, env=given, capture_output=True, text=True, timeout=500)
+    done = subprocess.run([*map(str, command)], cwd=ROOT, env=given, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     at = lines.index(table([]).splitlines()[0])

@@ -29,6 +29,7 @@ _MOST_FDS = 64
 _MOST_REPORT = 1 << 16
 _MOST_INODES = 4096
 _MOST_STARTING = 25.0  # seconds
+_MOST_ENDING = 10.0  # seconds from a program's last word to its end, which says why there were no more
 _DEEPEST = 100_000  # recursion; taking down millions of frames would last longer than a program may run
 _OWN_PROCESSES = 6  # of a run in a user namespace of its own: this one, two starters, two first ones, the other worker
 
@@ -255,7 +256,7 @@ class _Run:
             return outcome[0]["status"], outcome[0]["message"]
         if outcome[0]["message"]:
             return "failed", outcome[0]["message"]
-        end = time.monotonic() + 1.0
+        end = time.monotonic() + _MOST_ENDING
         while program.status is None and time.monotonic() < end:
             time.sleep(0.002)
             program.reap()

@@ -71,9 +71,9 @@ class Feed:
             tell()
 
     def take(self, idle: bool) -> list[Request] | None:
-        if idle or self._scheduler._calls:  # what comes first may take long
+        if idle:
             self.meanwhile()
-        jobs = self._scheduler._next(idle, self.jobs.values())
+        jobs = self._scheduler._next(idle, self)
         if jobs is None:
             return None
         for job in jobs:
@@ -301,14 +301,13 @@ class Scheduler:
         with self.turns:
             return next(steps, None)
 
-    def _next(self, idle: bool, held: Collection[Job]) -> list[Job] | None:
-        """What the loop, which holds `held`, shall take in now. Blocks while there is nothing to do at all; None: nothing
-        will come any more."""
+    def _next(self, idle: bool, feed: Feed) -> list[Job] | None:
+        """What the loop shall take in now. Blocks while there is nothing to do at all; None: nothing will come any more."""
         while True:
-            self._run_call()
+            self._run_call(feed)
             with self._lock:
                 self._last_round = time.monotonic()
-                jobs = self._hand_over(held)
+                jobs = self._hand_over(feed.jobs.values())
                 if jobs or not idle:
                     return jobs
                 if self._closed and not self._waiting and not self._suspects and not self._calls:
@@ -341,7 +340,7 @@ class Scheduler:
             jobs.append(self._waiting.popleft())
         return jobs
 
-    def _run_call(self) -> None:
+    def _run_call(self, feed: Feed) -> None:
         """Run one call, if there is any: when they come as fast as they are served, answers shall go on all the same."""
         with self._lock:
             while self._calls:
@@ -350,6 +349,7 @@ class Scheduler:
                     break
             else:
                 return
+        feed.meanwhile()  # the call may take long
         try:
             result = work()
         except Exception as error:

@@ -220,7 +220,7 @@ def test_a_live_source_is_fed_from_other_threads() -> None:
     for feeder in feeders:
         feeder.join()
     live.close()
-    thread.join(timeout=300)
+    thread.join(timeout=600)
     assert not thread.is_alive() and sorted(done) == list(range(20))
     for number, result in done.items():
         assert close(told(result), alone(model, run, numbers[number]))

@@ -160,7 +160,7 @@ def loads(cache: Path, url: str, *names: str, offline: bool = False) -> list[str
     type and message. NAME@REVISION names a revision."""
     command = [sys.executable, "-c", LOAD, *(part for name in names for part in name.partition("@")[::2])]
     done = subprocess.run(
-        command, env=environment(cache, url, offline), cwd=ROOT, capture_output=True, text=True, timeout=400
+        command, env=environment(cache, url, offline), cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-len(names) :]

@@ -120,7 +120,7 @@ def test_the_server_streams_what_it_answers(model: fastdllm.Model, options: dict
 
     async def ask() -> None:
         transport = httpx.ASGITransport(create_app(service))
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=100) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=600) as client:
             chat = {"messages": [{"role": "user", "content": "Tom has 5 apples."}], "max_tokens": 24}
             whole, other = await asyncio.gather(
                 client.post("/v1/chat/completions", json=chat),

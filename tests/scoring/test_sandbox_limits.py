@@ -63,7 +63,7 @@ def test_limits_hold_for_the_program_as_a_whole(name: str, run) -> None:
     program, means, message = GREEDY[name]
     verdict = run(program, means)
     assert verdict.status in ("failed",), verdict
-    assert message in verdict.message or (verdict.isolation["memory"] and "signal 9" in verdict.message)
+    assert message in verdict.message or (verdict.isolation["memory"] and "signal 9" in verdict.message), verdict
 
 
 def test_processor_time_is_counted_over_all_processes(run) -> None:
@@ -118,7 +118,7 @@ else:
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="no numbers for this machine")
 def test_what_a_system_refuses_is_reported() -> None:
     command = [sys.executable, "-c", POORER, str(ROOT / "fastdllm")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     if isinstance(result, str):  # root, with an interpreter that no other user can read

@@ -42,7 +42,7 @@ def answers(url: str) -> bool:
 
 
 @contextmanager
-def running(*arguments: str, wait: float = 100) -> Iterator[tuple[str, subprocess.Popen]]:
+def running(*arguments: str, wait: float = 600) -> Iterator[tuple[str, subprocess.Popen]]:
     """`fastdllm serve ARGUMENTS` in a process of its own, warm: (its address, the process).
 
     Its output goes to a file: a pipe that nobody reads fills up.
@@ -70,7 +70,7 @@ def serving(arguments: Sequence[str], wait: float, output: Any) -> Iterator[tupl
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         try:
-            process.wait(timeout=60)
+            process.wait(timeout=600)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -40,7 +40,7 @@ def health_check(port: str) -> subprocess.CompletedProcess:
     command = json.loads(check.partition("CMD ")[2])
     assert command[0] == "python"
     code = [part.replace(":8000/", f":{port}/") for part in command[1:]]
-    return subprocess.run([sys.executable, *code], capture_output=True, timeout=60)
+    return subprocess.run([sys.executable, *code], capture_output=True, timeout=600)
 
 
 def test_what_is_copied_exists_and_is_not_ignored() -> None:

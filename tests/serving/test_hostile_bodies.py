@@ -59,7 +59,7 @@ class Client:
     def __init__(self, service: Service) -> None:
         self.service, self.loop = service, asyncio.new_event_loop()
         transport = httpx.ASGITransport(create_app(service), raise_app_exceptions=False)
-        self.http = httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=100)
+        self.http = httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=600)
 
     def post(self, path: str, body: bytes) -> httpx.Response:
         headers = {"Content-Type": "application/json"}

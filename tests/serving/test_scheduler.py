@@ -39,7 +39,7 @@ class Listener:
         if not isinstance(event, Progress):
             self.last.put(event)
 
-    def wait(self, seconds: float = 100) -> Any:
+    def wait(self, seconds: float = 600) -> Any:
         return self.last.get(timeout=seconds)
 
 
@@ -63,7 +63,7 @@ def until_end(model: fastdllm.Model, ids: list[int], fixed: Mapping[int, int] = 
     return ids[: ends[0] + 1] if ends else ids
 
 
-def wait_until(condition: Any, seconds: float = 60) -> None:
+def wait_until(condition: Any, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never came to that"
@@ -139,7 +139,7 @@ def test_callers_hear_what_was_done_before_other_work_begins(model: fastdllm.Mod
     listener, seen = Listener(), []
     job = running.submit(Request(prompt(model, "Hello"), 60, fixed={59: 44}, stop_ids=()), listener)
     for _ in range(5):
-        seen.append(running.call(lambda: (job.forwards, job.over, len(listener.events))).result(60))
+        seen.append(running.call(lambda: (job.forwards, job.over, len(listener.events))).result(600))
     listener.wait()
     assert all(told == forwards + over for forwards, over, told in seen), seen
 
@@ -251,8 +251,7 @@ def test_a_request_that_breaks_the_loop_fails_alone(
     seeds = [1, 666, 2, 3, 667, 4]
     requests = [Request(prompt(model, f"Tom has {seed} apples and"), 40, seed) for seed in seeds]
     listeners = [Listener() for _ in requests]
-    for request, listener in zip(requests, listeners, strict=True):
-        scheduler.submit(request, listener)
+    scheduler.submit_all(requests, listeners)
     for request, listener in zip(requests, listeners, strict=True):
         event = listener.wait()
         if request.seed in poison.seeds:
@@ -288,11 +287,12 @@ def test_a_request_as_long_as_the_server_takes_is_taken_after_memory_ran_out(
 
 def test_a_lost_device_ends_every_request_and_is_not_hidden(model: fastdllm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     Poisoned(monkeypatch, {5}, RuntimeError("device-side assert"), after=0)
-    scheduler = Scheduler(model, SLOW, rows=4).start()
+    scheduler = Scheduler(model, SLOW, rows=4)
     monkeypatch.setattr(scheduler, "_device_works", lambda: False)
     listeners = [Listener() for _ in range(3)]
     for listener in listeners:
         scheduler.submit(Request(prompt(model, "Hello"), 32, 5), listener)
+    scheduler.start()
     assert all(isinstance(listener.wait(), Failed) for listener in listeners)
     wait_until(lambda: not scheduler.alive)
     with pytest.raises(Closed):
@@ -323,9 +323,9 @@ def test_a_request_ends_at_its_deadline_though_a_round_does_not(
     for listener, seconds in zip(listeners, (0.5, 0.7, None), strict=True):
         deadline = None if seconds is None else time.monotonic() + seconds
         scheduler.submit(Request(prompt(model, "Hello"), 8), listener, deadline=deadline)
-    assert stuck.began.wait(60)
+    assert stuck.began.wait(600)
     for listener in listeners[:2]:
-        event = listener.wait(60)
+        event = listener.wait(600)
         assert isinstance(event, Failed) and isinstance(event.error, Expired)
         assert "was not begun" in str(event.error)
     wait_until(lambda: "go_on.wait()" in caplog.text)
@@ -349,7 +349,7 @@ def test_no_request_is_left_alone_when_the_thread_ends(model: fastdllm.Model, mo
     for listener in listeners:
         scheduler.submit(Request(prompt(model, "Hello"), 32, 5), listener)
     scheduler.start()
-    assert all(isinstance(listener.wait(60), Failed) for listener in listeners)
+    assert all(isinstance(listener.wait(600), Failed) for listener in listeners)
     with pytest.raises(Closed):
         scheduler.submit(Request(prompt(model, "Hello"), 8), Listener())
 
@@ -372,7 +372,7 @@ def test_a_request_larger_than_what_is_left_of_the_budget_is_tried_alone(model: 
         scheduler.submit(Request(prompt(model, "Hello"), length), listener)
     scheduler.positions = 64
     scheduler.start()
-    assert all(isinstance(listener.wait(60), Finished) for listener in listeners)
+    assert all(isinstance(listener.wait(600), Finished) for listener in listeners)
     assert scheduler.close(30)
 
 
@@ -389,7 +389,7 @@ def test_a_request_whose_answer_is_nan_fails_alone(model: fastdllm.Model, monkey
     for request, listener in zip(requests, listeners, strict=True):
         scheduler.submit(request, listener)
     scheduler.start()
-    events = [listener.wait(60) for listener in listeners]
+    events = [listener.wait(600) for listener in listeners]
     assert isinstance(events[1], Failed) and isinstance(events[1].error, NotANumber)
     assert isinstance(events[0], Finished) and events[0].ids == expected
     assert isinstance(events[2], Finished) and scheduler.failed == 1
@@ -400,16 +400,16 @@ def test_a_server_may_have_many_stop_tokens(model: fastdllm.Model) -> None:
     scheduler = Scheduler(model, CONFIG.replace(stop_ids=list(range(20)))).start()
     listener = Listener()
     scheduler.submit(Request(prompt(model, "Hello"), 8), listener)
-    assert isinstance(listener.wait(60), Finished)
+    assert isinstance(listener.wait(600), Finished)
     assert scheduler.close(30)
 
 
 def test_calls_run_between_rounds_and_their_errors_are_their_own(model: fastdllm.Model, running: Scheduler) -> None:
     listener = Listener()
     running.submit(Request(prompt(model, "Hello"), 48), listener)
-    assert running.call(threading.current_thread).result(60) is running._thread
+    assert running.call(threading.current_thread).result(600) is running._thread
     with pytest.raises(ZeroDivisionError):
-        running.call(lambda: 1 // 0).result(60)
+        running.call(lambda: 1 // 0).result(600)
     assert isinstance(listener.wait(), Finished)
 
 
@@ -436,7 +436,7 @@ def test_calls_wait_in_a_queue_that_is_bounded(model: fastdllm.Model) -> None:
     with pytest.raises(Overloaded, match="3 requests are waiting"):
         scheduler.call(threading.get_ident)
     scheduler.start()
-    assert len({future.result(60) for future in waiting}) == 1
+    assert len({future.result(600) for future in waiting}) == 1
     assert scheduler.close(30)
 
 

@@ -71,7 +71,7 @@ JSON = {"Content-Type": "application/json"}
 
 async def soak(url: str, numbers: range, rng: random.Random) -> list[int | None]:
     limit = asyncio.Semaphore(AT_ONCE)
-    async with httpx.AsyncClient(base_url=url, timeout=300) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
 
         async def bounded(number: int) -> int | None:
             async with limit:

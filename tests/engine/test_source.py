@@ -226,3 +226,36 @@ def test_a_live_source_is_fed_from_other_threads() -> None:
         assert close(told(result), alone(model, run, numbers[number]))
     with pytest.raises(RuntimeError, match="closed"):
         live.submit(asked[0])
+
+
+class Hurried(Live):
+    """Somebody submits a request and withdraws it at once, between the engine's two questions of a round."""
+
+    def __init__(self, rounds: dict[int, Request]) -> None:
+        super().__init__()
+        self.rounds, self.round, self.gone = rounds, -1, set[int]()
+
+    def take(self, idle: bool) -> list[Request] | None:
+        new, self.round = super().take(idle), self.round + 1
+        if self.round in self.rounds:
+            self.gone.add(self.submit(self.rounds[self.round]))
+            self.withdraw(max(self.gone))
+            if self.round == max(self.rounds):
+                self.close()
+        return new
+
+
+@pytest.mark.parametrize("rounds", [[0], [0, 1], [0, 1, 2, 3], [1, 3]])
+def test_a_request_that_is_withdrawn_before_it_is_handed_over_is_not_decoded(rounds: list[int]) -> None:
+    model = random_model()
+    run = build.assemble(model, fastdllm.DecodeConfig(gen_length=8, block_length=8, decoder="quota"))
+    live = Hurried({at: Request(torch.arange(9), 8) for at in rounds})
+    kept = [live.submit(Request(torch.arange(5 + n), 8)) for n in range(2)]
+    steps = list(decode(model, live, run, eager.Runner()))
+    assert live.gone == set(range(2, 2 + len(rounds)))
+    assert sorted(n for step in steps for n in step.done) == kept
+    assert {n for step in steps for n in step.rows} == set(kept), "a forward served a request that nobody wanted"
+    live.withdraw(0)  # it has ended, which is no mistake
+    for number in (-1, 2 + len(rounds)):
+        with pytest.raises(ValueError, match=f"number={number} is no request"):
+            live.withdraw(number)

@@ -369,8 +369,8 @@ def _checked(option: fields.Option, value: Any) -> Any:
         return value
     if name == "prompt_cache" and isinstance(value, PromptCache):
         return value
-    if name == "layer_subset" and isinstance(value, list | tuple | int):
-        value = str(value) if isinstance(value, int) else "+".join(map(str, value))
+    if name == "layer_subset" and (isinstance(value, list | tuple) or fields.is_integer(value)):
+        value = "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     value = coerce(name, value, option.kind)
     if value is not None:
         option.bounds.check(name, value)

@@ -8,10 +8,13 @@ fields of decoders and caches are declared in this way; checks, command lines an
 from __future__ import annotations
 
 import math
+import operator
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from numbers import Integral
 from typing import Any
 
 
@@ -159,8 +162,8 @@ def _mistyped(name: str, value: Any, kind: Any) -> ValueError:
     return ValueError(f"{name}={shown(value)} must be of type {described}")
 
 
-def _items(value: Any) -> Sequence[Any]:
-    """The members of a tuple, which may come as text: "1,2", "(1, 2)", "()"."""
+def _items(value: Any) -> Iterable[Any]:
+    """The members of a tuple, which may come as text: "1,2", "(1, 2)", "()"; a number by itself is the only one."""
     if isinstance(value, str):
         inner = value.strip()
         if inner[:1] + inner[-1:] in ("()", "[]"):
@@ -169,7 +172,12 @@ def _items(value: Any) -> Sequence[Any]:
         return inner.split(",")
     if isinstance(value, Mapping):
         raise TypeError
-    return [value] if isinstance(value, int) else value
+    return value if isinstance(value, Iterable) and getattr(value, "ndim", 1) else [value]
+
+
+def is_integer(value: Any) -> bool:
+    """Whether it is an integer of Python or numpy; true and false are none."""
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def _is_flag(value: Any) -> bool:
@@ -180,11 +188,11 @@ def _is_flag(value: Any) -> bool:
 def _int(value: Any) -> int:
     if _is_flag(value):
         raise ValueError
-    try:
-        if isinstance(value, int | str):
-            return int(value)  # not through a float, which has 53 bits
-    except ValueError:
-        pass
+    with suppress(TypeError):
+        return operator.index(value)  # not through a float, which has 53 bits; numpy's and torch's integers too
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return int(value)
     if float(value) != int(float(value)):
         raise ValueError
     return int(float(value))

@@ -14,7 +14,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -161,7 +160,7 @@ def _tokens_at(entry: Any) -> dict[int, int]:
     if not isinstance(entry, Mapping | None):
         raise ValueError(f"constraints has the entry {fields.shown(entry)}; it must be a dict, position: token id")
     for number in chain.from_iterable((entry or {}).items()):
-        if isinstance(number, bool) or not isinstance(number, Integral):
+        if not fields.is_integer(number):
             raise ValueError(f"constraints={fields.shown(entry)}: {fields.shown(number)} must be of type int")
     return {int(at): int(token) for at, token in (entry or {}).items()}
 

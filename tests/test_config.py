@@ -354,6 +354,21 @@ def test_an_object_has_values_of_the_types_that_its_class_declares(given: dict[s
     DecodeConfig(cache=top_rho.Cache(suffix=np.int64(32), ratio=1))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", [int, str, np.int64, np.uint64, np.asarray, torch.tensor], ids=str)
+def test_integers_are_exact_whatever_library_they_come_from(kind: Any) -> None:
+    assert DecodeConfig(seed=kind(2**53 + 1)).seed == 2**53 + 1
+    assert type(DecodeConfig(seed=kind(5)).seed) is int
+    for given in (kind(5), [kind(5)]):
+        assert DecodeConfig(stop_ids=given).stop_ids == (5,)
+    assert DecodeConfig(stop_ids=5.0).stop_ids == (5,)  # lm-eval's and a form's 5
+    for bad in (np.bool_(True), True, torch.tensor(True), 5.5, object(), {5: 1}, None.__class__):
+        with pytest.raises(ValueError, match="stop_ids="):
+            DecodeConfig(stop_ids=bad)
+    assert DecodeConfig(layer_subset=np.int64(2), reuse_k=2).layer_subset == "2"
+    with pytest.raises(ValueError, match="layer_subset=True must be of type str"):
+        DecodeConfig(layer_subset=True, reuse_k=2)
+
+
 def test_a_config_with_objects_is_a_value_too() -> None:
     config = DecodeConfig(decoder=Half(0.3), cache=Everything())
     assert pickle.loads(pickle.dumps(DecodeConfig(decoder=Half(0.3)))) == DecodeConfig(decoder=Half(0.3))

@@ -20,7 +20,7 @@ import torch
 from fastdllm.build import resolve
 from fastdllm.config import DecodeConfig, rename
 from fastdllm.engine import Request, Result
-from fastdllm.fields import shown
+from fastdllm.fields import is_integer, shown
 from fastdllm.generation import (
     ROWS,
     Call,
@@ -64,7 +64,7 @@ class AsyncEngine:
         self, model: Model, config: DecodeConfig | None = None, *, max_queue: int | None = None, **options: Any
     ) -> None:
         check_model(model)
-        if max_queue is not None and (isinstance(max_queue, bool) or not isinstance(max_queue, int) or max_queue < 0):
+        if max_queue is not None and (not is_integer(max_queue) or max_queue < 0):
             raise ValueError(f"max_queue={shown(max_queue)} must be None or an integer of at least 0")
         self.model, self.config = model, merged(config, options)
         rows = self.config.batch_size

@@ -185,7 +185,7 @@ class DecodeConfig:
         raise dataclasses.FrozenInstanceError(f"cannot delete {name!r}; config.replace({name}=None) resets it")
 
     def __eq__(self, other: object) -> bool:
-        return self._given == other._given if isinstance(other, DecodeConfig) else NotImplemented
+        return fields.same(self._given, other._given) if isinstance(other, DecodeConfig) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(frozenset((name, _hashable(value)) for name, value in self._given.items()))
@@ -236,7 +236,7 @@ def _without_other(
     after = wished.get(name, preset.get(name, None if changes.get(name, 0) is None else before))
     if kind is Kind.DECODERS:
         after = selected_decoder(wished, after)
-    if after == before and name not in preset:
+    if fields.same(after, before) and name not in preset:
         return kept
     old, new = registry.settable(kind, before), registry.settable(kind, after)
     anew = name in preset or (name in changes and changes[name] is None)
@@ -251,7 +251,10 @@ def _rebuild(given: dict[str, Any]) -> DecodeConfig:
 
 
 def _hashable(value: Any) -> Any:
-    """The value, or its type where it cannot be hashed (an object of a class that is no frozen dataclass)."""
+    """The value, or its type where it cannot be hashed (an object of a class that is no frozen dataclass), or hashes by
+    address what is compared by content (one that holds tensors)."""
+    if fields.holds_array(value):
+        return type(value)
     try:
         hash(value)
     except TypeError:
@@ -265,7 +268,7 @@ def rename(given: Mapping[str, Any], aliases: Mapping[str, str] = ALIASES) -> di
     source: dict[str, str] = {}
     for name, value in given.items():
         own = aliases.get(name, name)
-        if own in out and out[own] != value:
+        if own in out and not fields.same(out[own], value):
             raise ValueError(
                 f"{source[own]}={shown(out[own])} and {name}={shown(value)} are the same option; give one of them"
             )
@@ -333,7 +336,7 @@ def _agreed(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Every option of some options, with the value that they have in common; None where they differ."""
     first, *others = layers
     names = dict.fromkeys(name for layer in layers for name in layer)
-    return {n: first.get(n) if all(n in o and o[n] == first.get(n) for o in others) else None for n in names}
+    return {n: first.get(n) if all(n in o and fields.same(o[n], first.get(n)) for o in others) else None for n in names}
 
 
 def merge(given: Mapping[str, Any], *layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -351,7 +354,7 @@ def merge(given: Mapping[str, Any], *layers: Mapping[str, Any]) -> dict[str, Any
         others: set[str] = set()
         for kind in (Kind.DECODERS, Kind.CACHES):
             named = layer.get(kind.option)
-            if named is not None and named != chosen[kind.option]:
+            if named is not None and not fields.same(named, chosen[kind.option]):
                 others.update(registry.settable(kind, named))
         out |= {k: v for k, v in layer.items() if k in known and k not in others}
     return {**out, **given, **chosen}
@@ -361,7 +364,7 @@ def _checked(option: fields.Option, value: Any) -> Any:
     """A given value, coerced and within its bounds."""
     name = option.name
     if name in ("decoder", "cache"):
-        _check_fields(name, value, registry.class_of(Kind(name), value))
+        registry.class_of(Kind(name), value)  # it is one of them
         return value
     if name == "geometry":
         if not callable(value):
@@ -369,25 +372,12 @@ def _checked(option: fields.Option, value: Any) -> Any:
         return value
     if name == "prompt_cache" and isinstance(value, PromptCache):
         return value
-    if name == "layer_subset" and isinstance(value, list | tuple | int):
-        value = str(value) if isinstance(value, int) else "+".join(map(str, value))
+    if name == "layer_subset" and (isinstance(value, list | tuple) or fields.is_integer(value)):
+        value = "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     value = coerce(name, value, option.kind)
     if value is not None:
         option.bounds.check(name, value)
     return value
-
-
-def _check_fields(name: str, component: Any, owner: type) -> None:
-    """Raise ValueError where the object of option `name` has a value of another type than its class `owner` declares.
-
-    A dataclass does not look at types, and a window of 1.5 positions would fail far from here. Names and classes have none.
-    """
-    if isinstance(component, str | type):
-        return
-    for option in registry.declared(owner).values():
-        value = getattr(component, option.name)
-        if value is not option.default:
-            fields.check_type(f"{name}: {option.name}", value, option.kind)
 
 
 def _cross_check_any(possible: Sequence[Mapping[str, Any]]) -> None:

@@ -7,11 +7,17 @@ fields of decoders and caches are declared in this way; checks, command lines an
 
 from __future__ import annotations
 
+import inspect
 import math
+import operator
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABCMeta
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache
+from numbers import Integral, Number
 from typing import Any
 
 
@@ -141,17 +147,94 @@ def coerce(name: str, value: Any, kind: Any) -> Any:
     raise _mistyped(name, value, kind)
 
 
-def check_type(name: str, value: Any, kind: Any) -> None:
-    """Raise ValueError for a value that is not of the declared type `kind`, as one that no text was read for: "4" is no int.
+SCALARS = (int, float, bool, str)
 
-    Types that `coerce` does not know are not checked.
+
+def is_known(kind: Any) -> bool:
+    """Whether `coerce` knows a declared type: a scalar, a tuple of any number of one, or a union of either with None."""
+    members = [k for k in typing.get_args(kind) if k is not type(None)] if member(kind) is not kind else [kind]
+    inner = typing.get_args(members[0])
+    one = len(inner) == 2 and inner[1] is ... and typing.get_origin(members[0]) is tuple
+    return len(members) == 1 and (inner[0] if one else members[0]) in SCALARS
+
+
+def typed(name: str, value: Any, kind: Any) -> Any:
+    """`value` as the declared type `kind`, where it was not read from a text: "4" is no int, a tensor of one number is one.
+
+    Raises ValueError for anything else.
     """
-    plain = member(kind)
-    if plain not in (int, float, bool, str) and typing.get_origin(plain) is not tuple:
-        return
-    if isinstance(value, str) and plain is not str:
-        raise _mistyped(name, value, plain)
-    coerce(name, value, kind)
+    if isinstance(value, str) and member(kind) is not str:
+        raise _mistyped(name, value, member(kind))
+    return coerce(name, value, kind)
+
+
+class Declared(ABCMeta):
+    """Of classes whose dataclass fields are options: an object is made from values of the types that its fields declare.
+
+    A dataclass does not look at types: a window of 1.5 positions would fail far from where it was given, and the class's own
+    checks, which compare numbers, with an error that names no option. Somebody's own class need not ask for it. Copies are
+    not made anew, so that a rule may hold the rows' own numbers as columns (`DecoderRule.of`).
+    """
+
+    def __call__(cls, *args: Any, **given: Any) -> Any:
+        order, declared = _declared(cls)
+
+        def value_of(name: str, value: Any) -> Any:
+            kind, default = declared.get(name, (None, MISSING))
+            return value if kind is None or value is default else typed(name, value, kind)
+
+        first = map(value_of, order, args)
+        named = {name: value_of(name, value) for name, value in given.items()}
+        return super().__call__(*first, *args[len(order) :], **named)
+
+
+@cache
+def _declared(owner: type) -> tuple[list[str], dict[str, tuple[Any, Any]]]:
+    """How a dataclass is made: its positional parameters, and the type and default of each field whose type is known."""
+    if not is_dataclass(owner):
+        return [], {}
+    try:
+        hints = typing.get_type_hints(owner)
+    except Exception:  # annotations may name what only a type checker imports
+        return [], {}
+    parameters = inspect.signature(owner.__init__).parameters.values()
+    order = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+    return order, {f.name: (hints[f.name], f.default) for f in fields(owner) if f.init and is_known(hints[f.name])}
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two values of options are equal. Tensors and arrays, whose `==` is of their elements, are where type, shape
+    and content are. What holds some is where its parts are."""
+    if a is b:
+        return True
+    if is_array(a) and type(a) is type(b):
+        return bool((a.dtype, a.shape) == (b.dtype, b.shape) and a.tolist() == b.tolist())
+    try:
+        return bool(a == b)
+    except Exception:  # "the truth value is ambiguous", of torch and numpy in their own words
+        one, other = _parts(a), _parts(b)
+        return type(a) is type(b) and len(one) == len(other) > 0 and all(map(same, one, other))
+
+
+def is_array(value: Any) -> bool:
+    """Whether it is a tensor of torch or an array of numpy, neither of which this module needs."""
+    return hasattr(value, "tolist") and hasattr(value, "shape") and not isinstance(value, Number)
+
+
+def holds_array(value: Any) -> bool:
+    """Whether it is a tensor or an array, or has one among its parts."""
+    return is_array(value) or any(map(holds_array, _parts(value)))
+
+
+def _parts(value: Any) -> Sequence[Any]:
+    """What a dataclass or a collection compares when it is compared."""
+    if isinstance(value, dict):
+        return [*value.items()]
+    if isinstance(value, list | tuple):
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, f.name) for f in fields(value) if f.compare]
+    return ()
 
 
 def _mistyped(name: str, value: Any, kind: Any) -> ValueError:
@@ -159,8 +242,8 @@ def _mistyped(name: str, value: Any, kind: Any) -> ValueError:
     return ValueError(f"{name}={shown(value)} must be of type {described}")
 
 
-def _items(value: Any) -> Sequence[Any]:
-    """The members of a tuple, which may come as text: "1,2", "(1, 2)", "()"."""
+def _items(value: Any) -> Iterable[Any]:
+    """The members of a tuple, which may come as text: "1,2", "(1, 2)", "()"; a number by itself is the only one."""
     if isinstance(value, str):
         inner = value.strip()
         if inner[:1] + inner[-1:] in ("()", "[]"):
@@ -169,7 +252,12 @@ def _items(value: Any) -> Sequence[Any]:
         return inner.split(",")
     if isinstance(value, Mapping):
         raise TypeError
-    return [value] if isinstance(value, int) else value
+    return value if isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0 else [value]
+
+
+def is_integer(value: Any) -> bool:
+    """Whether it is an integer of Python or numpy; true and false are none."""
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def _is_flag(value: Any) -> bool:
@@ -180,11 +268,11 @@ def _is_flag(value: Any) -> bool:
 def _int(value: Any) -> int:
     if _is_flag(value):
         raise ValueError
-    try:
-        if isinstance(value, int | str):
-            return int(value)  # not through a float, which has 53 bits
-    except ValueError:
-        pass
+    with suppress(TypeError):
+        return operator.index(value)  # not through a float, which has 53 bits; numpy's and torch's integers too
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return int(value)
     if float(value) != int(float(value)):
         raise ValueError
     return int(float(value))

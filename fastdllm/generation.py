@@ -14,7 +14,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -161,7 +160,7 @@ def _tokens_at(entry: Any) -> dict[int, int]:
     if not isinstance(entry, Mapping | None):
         raise ValueError(f"constraints has the entry {fields.shown(entry)}; it must be a dict, position: token id")
     for number in chain.from_iterable((entry or {}).items()):
-        if isinstance(number, bool) or not isinstance(number, Integral):
+        if not fields.is_integer(number):
             raise ValueError(f"constraints={fields.shown(entry)}: {fields.shown(number)} must be of type int")
     return {int(at): int(token) for at, token in (entry or {}).items()}
 
@@ -288,7 +287,7 @@ def add_answer(out: Output, call: Call, request: Request, result: Result) -> str
         warnings.warn(f"answer {number} means nothing: the model's output was not a number (NaN)", stacklevel=3)
     ids = result.ids.cpu()
     answer, run = ids[prompt:], call.run
-    length = answer_length(answer, (*run.stop_ids, call.model.spec.mask_id), request.fixed)  # masks: blocks nobody needed
+    length = answer_length(answer, run.stop_ids, call.model.spec.mask_id, request.fixed)
     out.stats.finish(result, length)
     text = "" if tokenizer is None else tokenizer.decode(answer[:length], skip_special_tokens=True)
     shown = cut(text, call.stops)
@@ -376,11 +375,13 @@ def _pieces(call: Call, answer: AnswerText) -> Iterator[str]:
                 return
 
 
-def answer_length(answer: Tensor, stop_ids: Sequence[int], fixed: Iterable[int] = ()) -> int:
-    """Tokens before the first stop token of an answer [N] on the CPU; N when there is none.
+def answer_length(answer: Tensor, stop_ids: Sequence[int], mask_id: int, fixed: Iterable[int] = ()) -> int:
+    """Tokens of an answer [N] on the CPU: those before its end, N when there is none.
 
-    fixed: positions of constraints; a stop token before one of them does not end the answer.
+    It ends with the first mask, where blocks begin that nobody needed, and with the first stop token. fixed: positions of
+    constraints; a stop token before one of them does not end the answer, a mask does.
     """
-    after = max(fixed, default=-1) + 1
-    stops = torch.isin(answer[after:], torch.tensor(stop_ids, dtype=torch.long)).nonzero()  # sync: already on the CPU
-    return after + int(stops[0]) if len(stops) else len(answer)
+    ends = torch.isin(answer, torch.tensor(stop_ids, dtype=torch.long))
+    ends[: max(fixed, default=-1) + 1] = False
+    at = (ends | (answer == mask_id)).nonzero()  # sync: already on the CPU
+    return int(at[0]) if len(at) else len(answer)

@@ -20,7 +20,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from fastdllm.fields import shown
+from fastdllm.fields import is_integer, shown
 from fastdllm.store import KVStore
 
 if TYPE_CHECKING:
@@ -59,9 +59,9 @@ class PromptCache:
     """
 
     def __init__(self, positions: int = POSITIONS) -> None:
-        if isinstance(positions, bool) or not isinstance(positions, int) or positions < 1:
+        if not is_integer(positions) or positions < 1:
             raise ValueError(f"positions={shown(positions)} must be an integer of at least 1")
-        self.positions = positions
+        self.positions = int(positions)
         self._lock = threading.RLock()
         self._owner: Any = None
         self.clear()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdllm.conversations import Messages, encode_literally, encode_messages, encode_text, named, render, without_tokenizer
-from fastdllm.fields import shown
+from fastdllm.fields import is_integer, shown
 
 if TYPE_CHECKING:
     from fastdllm.models import Model
@@ -204,7 +204,7 @@ def _listed(prompts: Any, attention_mask: Any) -> list[Prompt]:
         raise ValueError(f"prompts is {named(prompts)}; {ALLOWED}")
     if prompts and all(_is_message(item) for item in prompts):
         return [prompts]
-    if prompts and all(_is_id(item) for item in prompts):
+    if prompts and all(is_integer(item) for item in prompts):
         return list(_id_rows(prompts, "prompts"))
     return [prompt for i, item in enumerate(prompts) for prompt in _one(item, f"prompt {i}")]
 
@@ -216,7 +216,7 @@ def _one(item: Any, name: str) -> list[Prompt]:
     rows: list[Prompt] = []
     if isinstance(item, Mapping) and not _is_message(item):
         rows = _tokenized(item, name)
-    elif isinstance(item, Tensor | np.ndarray) or (isinstance(item, list | tuple) and item and all(map(_is_id, item))):
+    elif isinstance(item, Tensor | np.ndarray) or (isinstance(item, list | tuple) and item and all(map(is_integer, item))):
         rows = list(_id_rows(item, name))
     elif isinstance(item, list | tuple) and any(isinstance(entry, Mapping) for entry in item):
         return [item]
@@ -227,10 +227,6 @@ def _one(item: Any, name: str) -> list[Prompt]:
 
 def _is_message(item: Any) -> bool:
     return isinstance(item, Mapping) and ("role" in item or "content" in item)
-
-
-def _is_id(item: Any) -> bool:
-    return isinstance(item, int | np.integer) and not isinstance(item, bool)
 
 
 def _tokenized(given: Mapping[str, Any], name: str) -> list[Prompt]:
@@ -315,7 +311,7 @@ def _id_row(given: Any, name: str, rule: str) -> Tensor:
             raise ValueError(f"{name} has an entry that is {named(given)}; one row of it is allowed there")
         return rows[0]
     bools = rule == MASK
-    if not all(_is_id(item) or (bools and isinstance(item, bool)) for item in given):
+    if not all(is_integer(item) or (bools and isinstance(item, bool)) for item in given):
         raise ValueError(f"{name} is {named(given)}; {rule}")
     if not all(-(2**63) <= item < 2**63 for item in given):
         raise ValueError(

@@ -339,6 +339,27 @@ def test_a_rule_of_ones_own_is_an_object_a_class_or_a_registered_name() -> None:
         run(decoder="half")
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Own(DecoderRule):
+    """A rule with checks of its own, fields of every kind, and no thought of types."""
+
+    least: int
+    level: float = 0.5
+    ids: tuple[int, ...] = ()
+    name: str | None = None
+    loose: float = None  # type: ignore[assignment] # a default may be of another type
+    pair: tuple[int, str] = (1, "a")
+    either: int | str = 0
+    weights: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.least < 0 or not 0 <= self.level <= 1:
+            raise ValueError("out of range")
+
+    def step(self, view: View) -> torch.Tensor:
+        return view.commit(view.ranked()[1] <= self.least)
+
+
 @pytest.mark.parametrize(
     ("step", "told"),
     [
@@ -359,19 +380,91 @@ def test_a_rule_of_ones_own_that_returns_something_else_is_told(step: Callable[[
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("owner", "given", "told"),
     [
-        ({"cache": top_rho.Cache(suffix=1.5)}, "cache: suffix=1.5 must be of type int"),  # type: ignore[arg-type]
-        ({"cache": top_rho.Cache(refresh=True)}, "cache: refresh=True must be of type int"),
-        ({"cache": suffix_window.Cache(keep_last="false")}, "cache: keep_last='false' must be of type bool"),  # type: ignore[arg-type]
-        ({"decoder": Threshold(steps_per_block=True)}, "decoder: steps_per_block=True must be of type int"),
-        ({"decoder": Threshold(strict=None)}, "decoder: strict=None must be of type bool"),  # type: ignore[arg-type]
+        (top_rho.Cache, {"suffix": 1.5}, "suffix=1.5 must be of type int"),
+        (top_rho.Cache, {"refresh": True}, "refresh=True must be of type int"),
+        (suffix_window.Cache, {"keep_last": "false"}, "keep_last='false' must be of type bool"),
+        (suffix_window.Cache, {"suffix": "8"}, "suffix='8' must be of type int"),
+        (suffix_window.Cache, {"suffix": None}, "suffix=None must be of type int"),
+        (suffix_window.Cache, {"suffix": torch.tensor([8, 9])}, r"suffix=tensor\(\[8, 9\]\) must be of type int"),
+        (Threshold, {"threshold": "0.9"}, "threshold='0.9' must be of type float"),
+        (Threshold, {"threshold": torch.full((2, 1), 0.9)}, "threshold=tensor.* must be of type float"),
+        (Threshold, {"threshold": float("nan")}, "threshold=nan must be of type float, and finite"),
+        (Threshold, {"steps_per_block": True}, "steps_per_block=True must be of type int"),
+        (Threshold, {"strict": None}, "strict=None must be of type bool"),
+        (Half, {"level": "x"}, "level='x' must be of type float"),
+        (Own, {"least": "1"}, "least='1' must be of type int"),
+        (Own, {"least": 1, "ids": ("x",)}, "ids=.* must be of type"),
+        (Own, {"least": 1, "name": 3}, "name=3 must be of type str"),
+        (Own, {"least": 1, "loose": "x"}, "loose='x' must be of type float"),
     ],
 )
-def test_an_object_has_values_of_the_types_that_its_class_declares(given: dict[str, Any], told: str) -> None:
+def test_an_object_is_made_from_values_of_the_types_that_its_class_declares(
+    owner: type, given: dict[str, Any], told: str
+) -> None:
     with pytest.raises(ValueError, match=told):
-        DecodeConfig(**given)
-    DecodeConfig(cache=top_rho.Cache(suffix=np.int64(32), ratio=1))  # type: ignore[arg-type]
+        owner(**given)
+    if len(given) == 1:  # the first field of most, and so positional
+        name = next(iter(given))
+        if dataclasses.fields(owner)[0].name == name:
+            with pytest.raises(ValueError, match=told):
+                owner(given[name])
+    else:
+        with pytest.raises(ValueError, match=told):
+            dataclasses.replace(owner(1), **given)
+
+
+def test_an_object_holds_plain_numbers_whatever_they_were_given_as() -> None:
+    window = suffix_window.Cache(suffix=torch.tensor(8), refresh_blocks=np.int64(2))  # type: ignore[arg-type]
+    assert (type(window.suffix), window) == (int, suffix_window.Cache(suffix=8, refresh_blocks=2))
+    rule = Threshold(torch.tensor(0.5), strict=np.bool_(True))  # type: ignore[arg-type]
+    assert (type(rule.threshold), rule) == (float, Threshold(0.5, True))
+    assert pickle.loads(pickle.dumps(rule)) == dataclasses.replace(rule) == rule
+    own = Own(np.int64(1), 1, [2, 3], either="x", pair=(2, "b"), weights=torch.ones(2))  # type: ignore[arg-type]
+    assert (own.least, own.level, own.ids, own.either, own.pair) == (1, 1.0, (2, 3), "x", (2, "b"))
+    assert dataclasses.replace(own, least=0).loose is None
+    with pytest.raises(TypeError, match="unexpected keyword argument 'other'"):
+        Own(1, other=2)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'least'"):
+        Own()  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="positional arguments but"):
+        Half(0.5, 1)  # type: ignore[call-arg]
+    columns = torch.full((3, 1), 0.7)
+    assert rule.of({"threshold": columns}).threshold is columns, "rows' own numbers are not looked at"
+
+
+@pytest.mark.parametrize("weights", [torch.ones, np.ones])
+def test_configs_with_objects_that_hold_tensors_are_compared_by_content(weights: Any) -> None:
+    def config(n: int, **more: Any) -> DecodeConfig:
+        return DecodeConfig(decoder=Own(1, weights=weights(n)), **more)
+
+    counts = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    quota = [DecodeConfig(decoder=registry.find("decoders", "quota")(counts + n)) for n in (0, 0, 1)]
+    for a, b, c in ((config(3), config(3), config(4)), quota):
+        assert a == b and hash(a) == hash(b) and a != c and a != DecodeConfig() and DecodeConfig() != a
+        assert len({a, b, c}) == 2
+        changed = a.replace(decoder=b.decoder, gen_length=8)
+        assert changed == b.replace(gen_length=8) and changed.gen_length == 8
+        assert a.replace(decoder=c.decoder) == c and a.replace(decoder="threshold") == DecodeConfig(decoder="threshold")
+        assert a.replace(preset="fast").replace(decoder=b.decoder).decoder is b.decoder
+    with pytest.raises(ValueError, match="are the same option"):
+        DecodeConfig(gen_length=weights(2), max_tokens=weights(3))
+
+
+@pytest.mark.parametrize("kind", [int, str, np.int64, np.uint64, np.asarray, torch.tensor], ids=str)
+def test_integers_are_exact_whatever_library_they_come_from(kind: Any) -> None:
+    assert DecodeConfig(seed=kind(2**53 + 1)).seed == 2**53 + 1
+    assert type(DecodeConfig(seed=kind(5)).seed) is int
+    for stops in (kind(5), [kind(5)]):
+        assert DecodeConfig(stop_ids=stops).stop_ids == (5,)
+    assert DecodeConfig(stop_ids=5.0).stop_ids == (5,)  # lm-eval's and a form's 5
+    for bad in (np.bool_(True), True, torch.tensor(True), 5.5, object(), {5: 1}, None.__class__):
+        with pytest.raises(ValueError, match="stop_ids="):
+            DecodeConfig(stop_ids=bad)
+    assert DecodeConfig(layer_subset=np.int64(2), reuse_k=2).layer_subset == "2"
+    with pytest.raises(ValueError, match="layer_subset=True must be of type str"):
+        DecodeConfig(layer_subset=True, reuse_k=2)
 
 
 def test_a_config_with_objects_is_a_value_too() -> None:

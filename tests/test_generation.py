@@ -48,6 +48,24 @@ def test_a_stop_string_ends_the_answer_before_it(model: fastdllm.Model, whole: s
     assert "".join(pieces) == expected
 
 
+@pytest.mark.parametrize("at", [100, 40, 9])
+def test_blocks_that_a_stop_string_makes_unneeded_are_no_tokens(model: fastdllm.Model, whole: str, at: int) -> None:
+    """Whether a fixed token stands in them or not. The text of `stream_text`, and of the server, counts the same."""
+    stop, token = whole[12:15], fastdllm.encode(model, " 5")[0][-1]
+    options: dict[str, Any] = {"gen_length": 128, "block_length": 8, "constraints": {at: int(token)}}
+    out = fastdllm.generate(model, QUESTION, stop=stop, **options)
+    decoded = 8 * len({step.starts[0] for step in fastdllm.stream(model, QUESTION, stop=stop, **options)})
+    assert out.finish_reasons == ["stop"] and out.stats.tokens == decoded < 100
+    prompt = len(fastdllm.encode(model, QUESTION)[0])
+    assert model.spec.mask_id not in out.sequences[0] and len(out.sequences[0]) <= prompt + decoded
+    config = fastdllm.DecodeConfig(**{name: value for name, value in options.items() if name != "constraints"})
+    call = generation.call_of(model, fastdllm.encode(model, QUESTION), config, options["constraints"], stop, 1)
+    answer = generation.answer_text(call)
+    [result] = [step.done[0] for step in call.steps(trace=False) if step.done]
+    answer.finish(result.ids[prompt:].tolist())
+    assert (answer.text, answer.tokens, answer.ended) == (out.texts[0], out.stats.tokens, True)
+
+
 @pytest.mark.parametrize("stop", ["", [], [""], None])
 def test_an_empty_stop_string_says_nothing(model: fastdllm.Model, whole: str, stop: Any) -> None:
     assert fastdllm.generate(model, QUESTION, gen_length=64, stop=stop).texts == [whole]

@@ -7,17 +7,18 @@ class is called `Cache`, and its dataclass fields are its options.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 from fastdllm.blocks import Block, Pass, Progress
+from fastdllm.fields import Declared
 
 if TYPE_CHECKING:
     from fastdllm.reuse.values import ValueReuse
 
 
-class CachePlan(ABC):
-    """Which positions each forward recomputes, and what they see.
+class CachePlan(metaclass=Declared):
+    """Which positions each forward recomputes, and what they see. Values of its fields have the types that these declare.
 
     `open` refreshes the store when a block opens. Its logits are the decoder's first step; a shifted model learns only the
     block's first token from it, unless the plan `begins` the block. `step` says what a denoising forward recomputes.

@@ -13,20 +13,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from fastdllm.fields import Declared
 from fastdllm.view import View
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class DecoderRule(ABC):
-    """What a decoder must offer.
+class DecoderRule(metaclass=Declared):
+    """What a decoder must offer. Values of its fields have the types that these declare.
 
     needs: extra statistics of the head, of {"entropy", "margin"}, "attention" for how much positions of the block attend to
         each other, and "stops" for the tokens that end an answer.

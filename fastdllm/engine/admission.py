@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from numbers import Real
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from fastdllm.decoding import Decoding
 from fastdllm.engine.prefixes import prefixes
 from fastdllm.engine.row import Place, Request, Result, Row
 from fastdllm.engine.source import Source
-from fastdllm.fields import LARGEST, LEAST_TEMPERATURE
+from fastdllm.fields import LARGEST, LEAST_TEMPERATURE, is_integer, shown
 from fastdllm.forward import ALTERNATIVES
 from fastdllm.sampling import draws, truncates
 from fastdllm.store import UNIT, Canvas, Room, units
@@ -25,14 +26,28 @@ if TYPE_CHECKING:
     from fastdllm.models.spec import ModelSpec
 
 ROWS = 64  # requests of a live source at once, unless the caller says otherwise
-STOPS = 16  # stop tokens of a request of a live source at most
+STOPS = 16  # stop tokens of a request of a live source at most, unless the run itself has more
+SEEDS = (-(2**63), 2**64 - 1)  # what torch's generators take
 
 
 def check(model: Model, run: Decoding, request: Request) -> None:
-    """Raise ValueError, naming what is wrong, for a request that this run cannot answer."""
+    """Raise ValueError, naming the field that is wrong, for a request that this run cannot answer.
+
+    What passes does not raise later, in a round that other requests share. A request of a list may have more stop tokens
+    (`room` makes place for them), one of a live source as many as its canvas was made for.
+    """
+    _check(model, run, request)
+    most = max(STOPS, len(run.stop_ids))
+    if request.stop_ids is not None and len(request.stop_ids) > most:
+        raise ValueError(f"stop_ids has {len(request.stop_ids)} tokens; a request of a live source has at most {most}")
+
+
+def _check(model: Model, run: Decoding, request: Request) -> None:
     spec, prompt, length = model.spec, request.prompt, request.length
-    if prompt.ndim != 1 or prompt.dtype != torch.long:
-        raise ValueError(f"a prompt must be token ids [P] of type int64, not {prompt.dtype} {list(prompt.shape)}")
+    if not isinstance(prompt, Tensor) or prompt.ndim != 1 or prompt.dtype != torch.long:
+        given = f"{prompt.dtype} {list(prompt.shape)}" if isinstance(prompt, Tensor) else shown(prompt)
+        raise ValueError(f"a prompt must be token ids [P] of type int64, not {given}")
+    _check_integer("gen_length", length)
     if length < 1:
         raise ValueError(f"gen_length={length} must be at least 1")
     if not len(prompt):
@@ -44,17 +59,46 @@ def check(model: Model, run: Decoding, request: Request) -> None:
     low, high = torch.stack(prompt.aminmax()).tolist()  # sync: once a request; bad ids would read outside the embedding
     if low < 0 or high >= spec.vocab:
         raise ValueError(f"a prompt has token ids outside 0..{spec.vocab - 1}")
+    _check_integer("seed", request.seed)
+    if not SEEDS[0] <= request.seed <= SEEDS[1]:
+        raise ValueError(f"seed={shown(request.seed)} must lie in [{SEEDS[0]}, {SEEDS[1]}]")
     check_fixed(spec, request.fixed, length)
-    for name, value in request.numbers.items():
-        if name not in run.numbers:
-            raise ValueError(f"{name}={value!r} is not a number of this run; allowed are {', '.join(run.numbers)}")
-        if not abs(value) <= LARGEST:
-            raise ValueError(f"{name}={value!r} must be a finite number, and at most {LARGEST:g}")
+    _check_stops(spec, request.stop_ids)
+    if request.ends is not None and not callable(request.ends):
+        raise ValueError(f"ends={shown(request.ends)} must be a function of the answer so far")
+    _check_integer("alternatives", request.alternatives)
     if not 0 <= request.alternatives <= ALTERNATIVES:
         raise ValueError(f"alternatives={request.alternatives} must lie in 0..{ALTERNATIVES}")
     if request.alternatives and run.decoder.branches > 1:
         raise ValueError(f"alternatives={request.alternatives} must be 0: the decoder tries branches")
-    numbers = {**run.numbers, **request.numbers}
+    _check_numbers(run, request.numbers)
+
+
+def _check_integer(name: str, value: Any) -> None:
+    if not is_integer(value):
+        raise ValueError(f"{name}={shown(value)} must be of type int")
+
+
+def _check_stops(spec: ModelSpec, stops: Any) -> None:
+    if stops is None:
+        return
+    if not isinstance(stops, Sequence) or isinstance(stops, str):
+        raise ValueError(f"stop_ids={shown(stops)} must be a tuple of token ids")
+    for token in stops:
+        if not is_integer(token) or not 0 <= token < spec.vocab:
+            raise ValueError(f"stop_ids: {shown(token)} is none of the model's token ids, 0 to {spec.vocab - 1}")
+
+
+def _check_numbers(run: Decoding, own: Any) -> None:
+    """Raise ValueError for numbers of a request that are none, or that this run does not know or cannot decode with."""
+    if not isinstance(own, Mapping):
+        raise ValueError(f"numbers={shown(own)} must be a dict, name: number")
+    for name, value in own.items():
+        if name not in run.numbers:
+            raise ValueError(f"{name}={shown(value)} is not a number of this run; allowed are {', '.join(run.numbers)}")
+        if not isinstance(value, Real) or isinstance(value, bool) or not abs(value) <= LARGEST:
+            raise ValueError(f"{name}={shown(value)} must be a finite number, and at most {LARGEST:g}")
+    numbers = {**run.numbers, **own}
     for name in ("temperature", "top_k", "alg_temp", "cfg_scale"):
         if numbers.get(name, 0) < 0:
             raise ValueError(f"{name}={numbers[name]} must be at least 0")
@@ -67,16 +111,18 @@ def check(model: Model, run: Decoding, request: Request) -> None:
         raise ValueError(
             f"temperature={numbers['temperature']} and alg_temp={numbers['alg_temp']} must be 0: the decoder tries branches"
         )
-    run.decoder.checked({name: value for name, value in request.numbers.items() if name in run.decoder.per_request})
+    run.decoder.checked({name: float(value) for name, value in own.items() if name in run.decoder.per_request})
 
 
-def check_fixed(spec: ModelSpec, fixed: Mapping[int, int], length: int) -> None:
+def check_fixed(spec: ModelSpec, fixed: Any, length: int) -> None:
     """Raise ValueError for tokens to fix that are none, or that lie outside an answer of `length` positions."""
+    if not isinstance(fixed, Mapping):
+        raise ValueError(f"constraints={shown(fixed)} must be a dict, position: token id")
     for at, token in fixed.items():
-        if not 0 <= at < length:
-            raise ValueError(f"constraint at position {at} lies outside the answer, 0..{length - 1}")
-        if not 0 <= token < spec.vocab or token == spec.mask_id:
-            raise ValueError(f"constraint token {token} at position {at} is not a token that may be written")
+        if not is_integer(at) or not 0 <= at < length:
+            raise ValueError(f"constraint at position {shown(at)} lies outside the answer, 0..{length - 1}")
+        if not is_integer(token) or not 0 <= token < spec.vocab or token == spec.mask_id:
+            raise ValueError(f"constraint token {shown(token)} at position {at} is not a token that may be written")
 
 
 def room(model: Model, source: Source, run: Decoding, rows: int | None, positions: int | None) -> Room:
@@ -86,7 +132,7 @@ def room(model: Model, source: Source, run: Decoding, rows: int | None, position
     """
     spec, known = model.spec, source.known()
     for request in known or ():
-        check(model, run, request)
+        _check(model, run, request)
     if known is None:
         longest = units(spec.max_length + max(run.block_causal, run.block_length) + _shadows(run, spec) + 1)
         rows = rows or ROWS
@@ -199,10 +245,10 @@ class Desk:
         blocks = run.geometry(len(request.prompt), len(request.prompt) + request.length)
         numbers = {**run.numbers, **request.numbers}
         write(canvas, place, run.lanes, request, blocks[-1].visible_end, model.spec)
-        write_numbers(canvas, place.slot, list(numbers.values()), _stops(request, run))
+        write_numbers(canvas, place.slot, list(map(float, numbers.values())), _stops(request, run))
         generator = None
         if run.sampler.random(numbers):
-            generator = torch.Generator(model.device).manual_seed(request.seed)
+            generator = torch.Generator(model.device).manual_seed(int(request.seed))
         reuse = None if run.reuse is None else run.reuse.cursor()
         row = Row(next_one.number, request, blocks, place, generator, draws(numbers), truncates(numbers), reuse)
         self.live.append(row)

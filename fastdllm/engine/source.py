@@ -27,7 +27,7 @@ class Source(Protocol):
         """
 
     def withdrawn(self) -> Collection[int]:
-        """Numbers of requests to drop, those that ended meanwhile included; each is told once."""
+        """Numbers of requests to drop, of those that were handed over; they may have ended meanwhile. Each is told once."""
 
     def meanwhile(self) -> None:
         """Called after each launch of a forward, while the device computes: time for the source's other work."""
@@ -66,7 +66,7 @@ class Live:
         self._changed = threading.Condition()
         self._new: list[Request] = []
         self._withdrawn: set[int] = set()
-        self._count = 0
+        self._count = self._handed = 0
         self._closed = False
 
     def submit(self, request: Request) -> int:
@@ -82,8 +82,13 @@ class Live:
             return self._count - 1
 
     def withdraw(self, number: int) -> None:
-        """Drop a request; the engine frees its place before the next round."""
+        """Drop a request; the engine frees its place before the next round. Harmless for one that has ended.
+
+        Raises ValueError for a number that `submit` never returned.
+        """
         with self._changed:
+            if not 0 <= number < self._count:
+                raise ValueError(f"number={number} is no request of this source, which has taken {self._count}")
             self._withdrawn.add(number)
             self._changed.notify()
 
@@ -104,11 +109,14 @@ class Live:
             if self._closed and not self._new:
                 return None
             new, self._new = self._new, []
+            self._handed += len(new)
             return new
 
     def withdrawn(self) -> Collection[int]:
         with self._changed:
-            numbers, self._withdrawn = self._withdrawn, set()
+            # A request may come and be withdrawn since the engine asked for new ones; it does not know the number yet.
+            numbers = {number for number in self._withdrawn if number < self._handed}
+            self._withdrawn -= numbers
             return numbers
 
     def meanwhile(self) -> None:

@@ -57,7 +57,7 @@ def answer(model: Model, queries: list[Query], batch_size: int, stats: Stats) ->
         stats.take(step)
         for at, result in step.done.items():
             ids = result.ids[len(queries[at].prompt) :].cpu()  # sync: a finished answer
-            length = answer_length(ids, (*run.stop_ids, model.spec.mask_id))  # masks: blocks that nobody needed
+            length = answer_length(ids, run.stop_ids, model.spec.mask_id)
             stats.finish(result, length)
             yield at, ids[:length]
     stats.add(Stats(peak_memory=peak_memory(model.device)))

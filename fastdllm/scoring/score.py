@@ -9,10 +9,11 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from fastdllm import whole
@@ -117,7 +118,7 @@ def _run_all(pairs: list[tuple[str | None, Checks]], limits: Limits, workers: in
             running[pool.submit(_attempt, program, limits, checks)] = i
         verdicts: dict[int, Verdict] = {}
         with tqdm(total=len(pairs), desc="programs", disable=not progress) as bar:
-            for future in as_completed(running):
+            for future in _as_completed(running):
                 verdicts[running[future]] = future.result()
                 bar.update()
     except BaseException:  # an interruption too: nobody waits for what the programs that run would have given
@@ -128,6 +129,19 @@ def _run_all(pairs: list[tuple[str | None, Checks]], limits: Limits, workers: in
     finally:
         pool.shutdown(cancel_futures=True)
     return [verdicts[i] for i in range(len(pairs))]
+
+
+def _as_completed(running: Collection[Future[Verdict]]) -> Iterator[Future[Verdict]]:
+    """As that of concurrent.futures, which waits without end: a signal that comes just before such a wait is heard after it."""
+    done: SimpleQueue[Future[Verdict]] = SimpleQueue()
+    for future in running:
+        future.add_done_callback(done.put)
+    for _ in running:
+        while True:
+            with suppress(Empty):
+                future = done.get(timeout=0.5)
+                break
+        yield future
 
 
 def _attempt(program: str | None, limits: Limits, checks: Checks) -> Verdict:

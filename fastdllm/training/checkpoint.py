@@ -17,9 +17,10 @@ from transformers.trainer_callback import TrainerState
 
 from fastdllm import whole
 from fastdllm.fields import shown
-from fastdllm.models import find_folder, tiny_names
-from fastdllm.models.files import present, read_object
-from fastdllm.models.tokenizer import load_tokenizer
+from fastdllm.models import find_folder, read_spec, tiny_names
+from fastdllm.models.fast_dllm_v2 import FAMILY
+from fastdllm.models.files import Fields, present, read_object
+from fastdllm.models.tokenizer import load_tokenizer, special_ids
 from fastdllm.models.weights import shards
 from fastdllm.training.model import Fast_dLLM_QwenConfig, Fast_dLLM_QwenForCausalLM
 
@@ -55,8 +56,6 @@ def read_config(folder: Path, block: int | None, tensors: int) -> Fast_dLLM_Qwen
     kind = fields.get("model_type")
     if kind not in MODEL_TYPES:
         raise ValueError(f"{folder}: model_type={kind!r} cannot be trained; allowed are {', '.join(MODEL_TYPES)}")
-    if fields.get("use_sliding_window"):
-        raise ValueError(f"{folder}: use_sliding_window=true is not supported; block diffusion attends to all")
     if block is not None and block < 1:
         raise ValueError(f"bd_size={block} must be at least 1")
     layers = fields.get("num_hidden_layers", 0)
@@ -69,6 +68,8 @@ def read_config(folder: Path, block: int | None, tensors: int) -> Fast_dLLM_Qwen
     kept = {name: value for name, value in fields.items() if name not in OWN_FIELDS}
     if kept.get("rope_scaling") is None:
         kept.pop("rope_scaling", None)  # published as null; transformers 5 warns at the mere name
+    if isinstance(rope := kept.get("rope_parameters"), dict) and rope.get("rope_theta") is not None:
+        kept.setdefault("rope_theta", rope["rope_theta"])  # transformers 4 does not look into the others
     if kept.pop("quantization_config", None):
         raise ValueError(f"{folder}: config.json has quantization_config; quantised weights cannot be trained")
     try:
@@ -92,7 +93,8 @@ def load_for_training(
 
     `|<MASK>|` takes the tokenizer's first free id unless it has one; the embedding grows only when no row is left
     for it, as Qwen2.5's does not. attention: "sdpa" or "flex_attention", which has no backward on a CPU. Raises ValueError
-    for a checkpoint that lacks tensors, has others than the model, or holds numbers that are no weights.
+    for a checkpoint that lacks tensors, has others than the model, or holds numbers that are no weights, and for one that
+    could not be decoded after the training.
     """
     local = Path(name).expanduser()
     if (local / ADAPTER).is_file() and not list(local.glob("model*.safetensors")):
@@ -112,6 +114,7 @@ def load_for_training(
     if MASK_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([AddedToken(MASK_TOKEN, special=True, normalized=False)], special_tokens=True)
     config.mask_token_id = tokenizer.convert_tokens_to_ids(MASK_TOKEN)
+    check_decodable(folder, config, tokenizer, shapes)
     model = Fast_dLLM_QwenForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation=attention)
     if names := [name for name, tensor in model.named_parameters() if not tensor.isfinite().all()]:
         raise ValueError(f"{folder}: NaN or infinite weights in {quote(names)}")
@@ -120,6 +123,25 @@ def load_for_training(
     if config.mask_token_id >= config.vocab_size:
         model.resize_token_embeddings(config.mask_token_id + 1)
     return model, tokenizer
+
+
+def check_decodable(
+    folder: Path, config: Fast_dLLM_QwenConfig, tokenizer: PreTrainedTokenizerFast, tensors: Collection[str]
+) -> None:
+    """Raise ValueError for a config.json that decoding refuses, or reads as another network than transformers' Qwen2.
+
+    transformers keeps what it does not know and says nothing of it, and the published format has no place for some of what
+    it heeds (`rope_scaling`). So a run would train one model and leave another, or one that nobody can load.
+
+    config: what is trained, with the mask. tensors: the names of its weights.
+    """
+    fields = {name: value for name, value in read_object(folder / "config.json").items() if name not in OWN_FIELDS}
+    size = max(config.vocab_size, config.mask_token_id + 1)
+    fields |= {"bd_size": config.bd_size, "mask_token_id": config.mask_token_id, "vocab_size": size}
+    where = f"{folder}: config.json"
+    spec = read_spec(FAMILY, Fields(fields, where), folder, tokenizer, special_ids(tokenizer))
+    if other := sorted((FAMILY.names(spec).keys() ^ set(tensors)) - {FAMILY.tied}):
+        raise ValueError(f"{where} describes a network that differs from transformers' Qwen2 in the tensors {quote(other)}")
 
 
 def quote(names: list[str], most: int = 5) -> str:

@@ -7,8 +7,10 @@ import random
 import threading
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -159,6 +161,50 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"numbers": {"temperature": 1e-30}}, "temperature"),
     ({"numbers": {"temperature": -1.0}}, "temperature"),
     ({"numbers": {"top_p": 0.0}}, "top_p"),
+    ({"numbers": {"top_p": float("nan")}}, "top_p=nan"),
+    ({"numbers": {"threshold": float("nan")}}, "threshold=nan"),
+    ({"numbers": {"temperature": "1.0"}}, "temperature='1.0'"),
+    ({"numbers": {"temperature": None}}, "temperature=None"),
+    ({"numbers": {"temperature": True}}, "temperature=True"),
+    ({"numbers": {"temperature": np.bool_(True)}}, "temperature="),
+    ({"numbers": {"temperature": torch.tensor([0.5, 0.5])}}, "temperature=tensor"),
+    ({"numbers": {"threshold": "0.5"}}, "threshold='0.5'"),
+    ({"numbers": [("temperature", 1.0)]}, "numbers="),
+    ({"prompt": [1, 2]}, "int64"),
+    ({"length": 8.5}, "gen_length=8.5"),
+    ({"length": 8.0}, "gen_length=8.0"),
+    ({"length": "8"}, "gen_length='8'"),
+    ({"length": True}, "gen_length=True"),
+    ({"length": None}, "gen_length=None"),
+    ({"seed": 2**64}, "seed=18446744073709551616"),
+    ({"seed": -(2**63) - 1}, "seed=-9223372036854775809"),
+    ({"seed": 1.5}, "seed=1.5"),
+    ({"seed": True}, "seed=True"),
+    ({"seed": "1"}, "seed='1'"),
+    ({"seed": None}, "seed=None"),
+    ({"fixed": {1.5: 7}}, "constraint at position 1.5"),
+    ({"fixed": {"1": 7}}, "constraint at position '1'"),
+    ({"fixed": {True: 7}}, "constraint at position True"),
+    ({"fixed": {1: 7.5}}, "constraint token 7.5"),
+    ({"fixed": {1: "7"}}, "constraint token '7'"),
+    ({"fixed": {1: True}}, "constraint token True"),
+    ({"fixed": {1: VOCAB}}, "constraint token"),
+    ({"fixed": [(1, 7)]}, "constraints="),
+    ({"fixed": None}, "constraints=None"),
+    ({"stop_ids": (1.5,)}, "stop_ids: 1.5"),
+    ({"stop_ids": ("1",)}, "stop_ids: '1'"),
+    ({"stop_ids": (None,)}, "stop_ids: None"),
+    ({"stop_ids": (True,)}, "stop_ids: True"),
+    ({"stop_ids": (2**70,)}, "stop_ids: 1180591620717411303424"),
+    ({"stop_ids": (VOCAB,)}, "stop_ids: "),
+    ({"stop_ids": (-1,)}, "stop_ids: -1"),
+    ({"stop_ids": 1}, "stop_ids=1"),
+    ({"stop_ids": "12"}, "stop_ids='12'"),
+    ({"ends": "text"}, "ends='text'"),
+    ({"alternatives": 1.5}, "alternatives=1.5"),
+    ({"alternatives": "1"}, "alternatives='1'"),
+    ({"alternatives": True}, "alternatives=True"),
+    ({"alternatives": -1}, "alternatives=-1"),
 ]
 
 
@@ -167,13 +213,52 @@ def test_a_bad_request_is_an_error_at_the_door(change: dict[str, Any], message: 
     model = random_model("dream")
     run = build.assemble(model, fastdllm.DecodeConfig(gen_length=8))
     asked = replace(Request(torch.tensor([1, 2]), 8), **change)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         check(model, run, asked)
+    assert len(str(refused.value).splitlines()) == 1
     with pytest.raises(ValueError, match=message):
         list(decode(model, [asked], run, eager.Runner()))
     live = Live(lambda r: check(model, run, r))
     with pytest.raises(ValueError, match=message):
         live.submit(asked)
+
+
+def test_stop_tokens_have_room_on_every_canvas_that_takes_them() -> None:
+    """A canvas of a live source is made before its requests come; that of a list is made for them."""
+    model = random_model()
+    run = build.assemble(model, fastdllm.DecodeConfig(gen_length=8, block_length=8))
+    most, more = (Request(torch.arange(9), 8, stop_ids=tuple(range(n))) for n in (16, 17))
+    check(model, run, most)
+    with pytest.raises(ValueError, match="stop_ids has 17 tokens; a request of a live source has at most 16"):
+        check(model, run, more)
+    many = build.assemble(model, fastdllm.DecodeConfig(gen_length=8, block_length=8, stop_ids=tuple(range(20))))
+    check(model, many, more)
+    for chosen, asked in ((run, most), (many, more)):
+        live = Live(partial(check, model, chosen))
+        live.submit(asked)
+        live.close()
+        assert [n for step in decode(model, live, chosen, eager.Runner()) for n in step.done] == [0]
+    assert [n for step in decode(model, [more], run, eager.Runner()) for n in step.done] == [0]
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.int32], ids=lambda kind: kind.__name__)
+def test_numpys_numbers_are_numbers_of_a_request(kind: Any) -> None:
+    model = random_model("dream")
+    run = build.assemble(model, fastdllm.DecodeConfig(gen_length=8, block_length=8))
+    numbers = {"temperature": np.float32(1.0), "threshold": np.float64(0.5), "top_k": kind(5)}
+    asked = Request(torch.arange(9), kind(8), kind(3), {kind(1): kind(7)}, (kind(2),), numbers, None, kind(2))
+    plain = Request(torch.arange(9), 8, 3, {1: 7}, (2,), {name: float(value) for name, value in numbers.items()}, None, 2)
+    check(model, run, asked)
+    assert alone(model, run, asked) == alone(model, run, plain)
+
+
+@pytest.mark.parametrize("seed", [-(2**63), -1, 0, 2**63, 2**64 - 1])
+def test_every_seed_that_passes_draws(seed: int) -> None:
+    model = random_model()
+    run = build.assemble(model, fastdllm.DecodeConfig(gen_length=4, block_length=4))
+    asked = Request(torch.arange(9), 4, seed, numbers={"temperature": 1.0})
+    check(model, run, asked)
+    assert alone(model, run, asked) == alone(model, run, asked)
 
 
 @dataclass(frozen=True)
@@ -226,3 +311,36 @@ def test_a_live_source_is_fed_from_other_threads() -> None:
         assert close(told(result), alone(model, run, numbers[number]))
     with pytest.raises(RuntimeError, match="closed"):
         live.submit(asked[0])
+
+
+class Hurried(Live):
+    """Somebody submits a request and withdraws it at once, between the engine's two questions of a round."""
+
+    def __init__(self, rounds: dict[int, Request]) -> None:
+        super().__init__()
+        self.rounds, self.round, self.gone = rounds, -1, set[int]()
+
+    def take(self, idle: bool) -> list[Request] | None:
+        new, self.round = super().take(idle), self.round + 1
+        if self.round in self.rounds:
+            self.gone.add(self.submit(self.rounds[self.round]))
+            self.withdraw(max(self.gone))
+            if self.round == max(self.rounds):
+                self.close()
+        return new
+
+
+@pytest.mark.parametrize("rounds", [[0], [0, 1], [0, 1, 2, 3], [1, 3]])
+def test_a_request_that_is_withdrawn_before_it_is_handed_over_is_not_decoded(rounds: list[int]) -> None:
+    model = random_model()
+    run = build.assemble(model, fastdllm.DecodeConfig(gen_length=8, block_length=8, decoder="quota"))
+    live = Hurried({at: Request(torch.arange(9), 8) for at in rounds})
+    kept = [live.submit(Request(torch.arange(5 + n), 8)) for n in range(2)]
+    steps = list(decode(model, live, run, eager.Runner()))
+    assert live.gone == set(range(2, 2 + len(rounds)))
+    assert sorted(n for step in steps for n in step.done) == kept
+    assert {n for step in steps for n in step.rows} == set(kept), "a forward served a request that nobody wanted"
+    live.withdraw(0)  # it has ended, which is no mistake
+    for number in (-1, 2 + len(rounds)):
+        with pytest.raises(ValueError, match=f"number={number} is no request"):
+            live.withdraw(number)

@@ -196,15 +196,60 @@ def test_saved_folder_loads_in_fastdllm(model: Fast_dLLM_QwenForCausalLM, qwen2:
     assert loaded.tokenizer.chat_template == tokenizer.chat_template
 
 
+OLD = {"rope_parameters": None, "rope_theta": 1e4}  # where transformers 4 has the base
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"model_type": "llama"}, "llama"), ({"use_sliding_window": True}, "use_sliding_window")],
+    [
+        ({"model_type": "llama"}, "llama"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({**OLD, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn'; supported are default"),
+        ({**OLD, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "rope_type='linear'; supported are default"),
+        ({**OLD, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "type='dynamic'; supported are default"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "rope_type='yarn'"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary"),
+        ({"rope_theta": 1e6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_theta"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"attention_bias": False}, r"differs from transformers' Qwen2 in the tensors .*k_proj\.bias"),
+        ({"dual_chunk_attention_config": {"chunk_size": 8}}, "dual_chunk_attention_config"),
+        ({"logit_scale": 0.5}, "logit_scale=0.5"),
+        ({"use_mrope": True}, "use_mrope=True"),
+        ({"eos_token_id": 70}, "eos_token_id=.*70 is the text 'd', no control token"),
+    ],
 )
-def test_other_architectures_are_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
-    path = tiny_qwen2(tmp_path) / "config.json"
+def test_what_decoding_would_refuse_or_read_as_another_network_is_not_trained(
+    qwen2: Path, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    """transformers trains some of it as asked and some of it not at all, and the saved folder says nothing of either."""
+    shutil.copytree(qwen2, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         load_for_training(str(tmp_path))
+    assert str(tmp_path) in str(refused.value) and len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "theta"),
+    [
+        ({"rope_scaling": None}, 1e4),
+        ({**OLD, "rope_scaling": {"type": "default"}}, 1e4),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}, 1e5),
+        ({"sliding_window": 4096, "max_window_layers": 2, "use_mrope": False, "hidden_act": "silu"}, 1e4),
+    ],
+)
+def test_what_says_as_usual_is_trained_and_saved_as_it_was(
+    qwen2: Path, tmp_path: Path, change: dict[str, object], theta: float
+) -> None:
+    shutil.copytree(qwen2, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    model, tokenizer = load_for_training(str(tmp_path), BLOCK)
+    model.save_pretrained(tmp_path / "saved")
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    loaded = fastdllm.load(str(tmp_path / "saved"), device="cpu")
+    assert loaded.spec.rope_theta == theta and loaded.spec.stretch is None
 
 
 def drop(tensors: dict[str, Tensor]) -> None:

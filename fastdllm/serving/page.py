@@ -258,7 +258,7 @@ def preset(name: str, spec: ModelSpec) -> dict[str, Any]:
     if name not in known:
         raise ValueError(f"setting {name[:40]!r} is unknown; allowed are {', '.join(known)}")
     given = dict(known[name])
-    if given.get("cache") not in (None, *registry.caches_for(bool(spec.block_causal))):
+    if given.get("cache") not in (None, *registry.caches_for(spec)):
         del given["cache"]
     return given
 
@@ -372,7 +372,7 @@ def describe(service: Service) -> dict[str, Any]:
         "max_length": most,
         "examples": [question for question, _ in (about.examples if about else options.EXAMPLES)],
         "words": about.words if about else options.EXAMPLE_WORDS,
-        "caches": list(registry.caches_for(bool(model.spec.block_causal))),
+        "caches": list(registry.caches_for(model.spec)),
         "block_length": resolve(model.spec, DecodeConfig()).block_length,
     }
 

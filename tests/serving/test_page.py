@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import threading
@@ -16,14 +17,15 @@ pytest.importorskip("httpx", reason="fastapi's test client needs it")
 from fastapi.testclient import TestClient
 
 import fastdllm
-from fastdllm import DecodeConfig
+from fastdllm import DecodeConfig, registry
 from fastdllm.serving.app import STATIC, create_app
-from fastdllm.serving.page import PRESETS, Page, PageBody, config_of, plan
+from fastdllm.serving.page import PRESETS, Page, PageBody, config_of, describe, plan
 from fastdllm.serving.service import Service
 from fastdllm.serving.turns import Turns
 from fastdllm.serving.words import parse_constraints
 from fastdllm.trace import Trace
 from fastdllm.ui import options
+from tests.random_models import FAMILIES, random_model
 from tests.serving.conftest import QUESTION
 
 MARKUP = ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "onclick=", "<style", "style=")
@@ -120,6 +122,21 @@ def test_what_may_be_chosen_is_told(client: TestClient) -> None:
     assert {"threshold", "strict", "steps_per_block"} == {option["name"] for option in threshold["options"]}
     assert not threshold["steps"]
     assert next(known for known in info["decoders"] if known["name"] == "quota")["steps"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_caches_to_choose_from_are_those_that_the_model_runs(model: fastdllm.Model, family: str) -> None:
+    of = random_model(family).spec
+    reads = {name: getattr(of, name) for name in ("family", "block_causal", "causal_context", "shift", "defaults")}
+    spec = dataclasses.replace(model.spec, **reads)
+    own = Service(dataclasses.replace(model, spec=spec), DecodeConfig())
+    offered = describe(own)["caches"]
+    for cache in registry.names("caches"):
+        if cache in offered:
+            plan(own, {"name": "custom", "cache": cache}, 16, 0)
+        else:
+            with pytest.raises(ValueError, match="does not fit the family"):
+                plan(own, {"name": "custom", "cache": cache}, 16, 0)
 
 
 def test_only_the_models_given_at_the_start_answer(client: TestClient) -> None:

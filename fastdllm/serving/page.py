@@ -322,11 +322,18 @@ def in_place_of(old: Run | None, own: Service, config: DecodeConfig) -> Service:
 
 
 def beside(own: Service, config: DecodeConfig) -> Service:
-    """Another run over the same model, for a few visitors, and most often for one."""
+    """Another run over the same model, for a few visitors, and most often for one. Its canvas is there: whoever asks
+    next how much memory is free must find it taken."""
     positions = positions_that_fit(own.model, ROWS)
     service = Service(own.model, config, name=own.name, positions=positions, rows=ROWS, usual=1,
                       max_queue=own.scheduler.max_queue, timeout=own.timeout, beside=own)  # fmt: skip
-    return service.start()
+    try:
+        service.start()
+        service.scheduler.call(lambda: None).result()  # the loop takes calls as soon as it has a canvas
+    except BaseException:
+        service.close()  # nobody else knows of its threads
+        raise
+    return service
 
 
 def _fixed(own: Service, words: str, length: int) -> dict[int, int]:

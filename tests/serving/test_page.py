@@ -8,6 +8,7 @@ import dataclasses
 import json
 import re
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -20,10 +21,12 @@ from fastapi.testclient import TestClient
 
 import fastdllm
 from fastdllm import DecodeConfig, registry
+from fastdllm.runners import eager
 from fastdllm.serving import page as under_test
 from fastdllm.serving.app import STATIC, create_app
 from fastdllm.serving.errors import ApiError
 from fastdllm.serving.page import PRESETS, Page, PageBody, beside, config_of, describe, plan
+from fastdllm.serving.scheduler import Scheduler
 from fastdllm.serving.service import Service
 from fastdllm.serving.turns import Turns
 from fastdllm.serving.words import parse_constraints
@@ -514,6 +517,37 @@ def test_a_warm_up_that_nobody_waits_for_is_cut_where_another_run_needs_the_plac
         assert not making.made[0].scheduler.finished and making.made[0].scheduler.failed == 1
 
     asyncio.run(making.run(test))
+
+
+def test_a_run_whose_threads_do_not_all_start_leaves_none(model: fastdllm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(threading.enumerate())
+
+    def start(scheduler: Scheduler) -> Scheduler:
+        scheduler._thread.start()
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(Scheduler, "start", start)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        beside(Service(model, CONFIG), CONFIG)
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.name == "decoding"]
+
+
+def test_a_run_takes_its_memory_before_the_next_one_asks_how_much_is_free(
+    model: fastdllm.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    canvases, make = [], eager.new_canvas
+
+    def slowly(*given: Any) -> Any:
+        time.sleep(0.3)
+        canvases.append(make(*given))
+        return canvases[-1]
+
+    monkeypatch.setattr(eager, "new_canvas", slowly)
+    service = beside(Service(model, CONFIG), CONFIG)
+    try:
+        assert len(canvases) == 1
+    finally:
+        service.close()
 
 
 def test_a_page_that_was_closed_opens_no_run(making: Making) -> None:

@@ -212,9 +212,10 @@ class Page:
             config, numbers, key = await asyncio.to_thread(plan, own, body.setting, length, body.side)
         except ValueError as error:
             raise ApiError(400, str(error), "setting") from error
+        # Before a run is lent: what cannot be answered shall open none, in the place of somebody else's.
+        talk = await _encode(own, body, length)
+        fixed = _fixed(own, body.words, length)
         async with self._lent(own, config, key) as service:
-            talk = await _encode(own, body, length)
-            fixed = _fixed(own, body.words, length)
             constraints: dict[str, str | int] = {str(at): token for at, token in fixed.items()}
             asked_for = {
                 name: numbers[name] for name in OWN_FIELDS if name in numbers and body.setting.get(name) not in NOT_SET

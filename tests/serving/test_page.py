@@ -550,6 +550,16 @@ def test_a_run_takes_its_memory_before_the_next_one_asks_how_much_is_free(
         service.close()
 
 
+def test_what_cannot_be_answered_opens_no_run(making: Making) -> None:
+    async def test() -> None:
+        for given in ({"words": "apples"}, {"messages": [{"role": "user", "content": "  "}]}):
+            with pytest.raises(ApiError):
+                await making.ask("one", **given)
+        assert not making.made and not making.page._runs
+
+    asyncio.run(making.run(test))
+
+
 def test_a_page_that_was_closed_opens_no_run(making: Making) -> None:
     asyncio.run(making.run(lambda: asyncio.sleep(0)))
     own, config, key = asked_for(making.page, "one")

@@ -83,10 +83,10 @@ def _within_bounds(spec: ModelSpec, values: dict[str, Any], given: Mapping[str, 
 def _check_family(spec: ModelSpec, values: Mapping[str, Any]) -> None:
     """Raise ValueError for a cache, a geometry or blocks that the family cannot run."""
     causal, cache = bool(spec.block_causal), values["cache"]
-    if not registry.class_of(Kind.CACHES, cache).fits(causal, spec.causal_context):
+    if not registry.fits(cache, spec):
         raise ValueError(
             f"cache={registry.name_of(cache)!r} does not fit the family {spec.family!r}; "
-            f"allowed are {', '.join(registry.caches_for(causal, spec.causal_context))}"
+            f"allowed are {', '.join(registry.caches_for(spec))}"
         )
     if values["prompt_cache"] not in (None, 0) and not registry.class_of(Kind.CACHES, cache).final():
         raise ValueError(

@@ -17,10 +17,13 @@ from functools import cache
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastdllm import fields
 from fastdllm.fields import Option
+
+if TYPE_CHECKING:
+    from fastdllm.models.spec import ModelSpec
 
 
 class Kind(str, Enum):
@@ -258,7 +261,12 @@ def options(kind: Kind | str, name: str) -> dict[str, Any]:
     return {option.name: option.kind for option in settable(kind, name).values()}
 
 
-def caches_for(block_causal: bool, causal: bool = False) -> tuple[str, ...]:
-    """The caches that fit a family: one whose finished blocks never change, one that reads its context causally, or one that
-    reads both ways."""
-    return tuple(n for n in names(Kind.CACHES) if find(Kind.CACHES, n).fits(block_causal, causal))
+def fits(cache: Any, spec: ModelSpec) -> bool:
+    """Whether a cache, as an option chose it, is one for the model's family: one whose finished blocks never change, one
+    that reads its context causally, or one that reads both ways."""
+    return class_of(Kind.CACHES, cache).fits(bool(spec.block_causal), spec.causal_context)
+
+
+def caches_for(spec: ModelSpec) -> tuple[str, ...]:
+    """The names of the caches that fit the model's family."""
+    return tuple(name for name in names(Kind.CACHES) if fits(name, spec))

@@ -306,8 +306,7 @@ def _ids(out: Output) -> list[list[int]]:
 
 def caches_of(family: str) -> tuple[str, ...]:
     """The caches that fit a family."""
-    spec = _model(family).spec
-    return registry.caches_for(bool(spec.block_causal), spec.causal_context)
+    return registry.caches_for(_model(family).spec)
 
 
 def plans_of(plan: Chosen) -> Iterator[tuple[Any, list[Block]]]:
@@ -345,8 +344,7 @@ def check_passes(plan: Chosen) -> None:
 
 def check_endings(plan: Chosen) -> None:
     """Whatever the number of steps, no mask is left and the prompt stays."""
-    kind: Any = registry.class_of(Kind.CACHES, plan)
-    for family in (f for f in FAMILIES if kind.fits(f == "v2", f == "nemotron")):
+    for family in (f for f in FAMILIES if registry.fits(plan, _model(f).spec)):
         model, given = _model(family), prompts(3, 10)
         for steps in (5, 9, 16):
             options: dict[str, Any] = {

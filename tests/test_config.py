@@ -327,7 +327,7 @@ def test_a_rule_of_ones_own_is_an_object_a_class_or_a_registered_name() -> None:
         assert fastdllm.register("decoders", Half) is Half
         fastdllm.register("cache", Everything, name="whole")
         assert run(decoder="half", level=0.3, cache="whole") == expected
-        assert "half" in registry.names("decoders") and "whole" in registry.caches_for(True)
+        assert "half" in registry.names("decoders") and "whole" in registry.caches_for(model.spec)
         assert DecodeConfig(**decode_options(split(rename({"decoder": "half", "level": "0.3"}))[1], {})).level == 0.3
         with pytest.raises(ValueError, match=r"level=0.3 is an option of decoder .*half.*, but decoder is 'threshold'"):
             run(level=0.3)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fastdllm
+from fastdllm import registry
 from fastdllm.build import assemble, resolve
 from fastdllm.decoding import Decoding
 from fastdllm.evaluation.options import decode_options
@@ -75,7 +76,7 @@ def test_v2_keeps_its_own_blocks(preset: str) -> None:
 
 
 def fits(model: Model, built: Decoding) -> bool:
-    return type(built.cache).fits(bool(model.spec.block_causal), model.spec.causal_context)
+    return registry.fits(built.cache, model.spec)
 
 
 def test_a_preset_is_a_name_until_the_model_is_known() -> None:

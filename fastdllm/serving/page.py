@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections import Counter, OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Hashable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
@@ -25,7 +26,7 @@ from fastdllm.build import assemble, check_runner, resolve
 from fastdllm.config import DecodeConfig
 from fastdllm.memory import positions_that_fit
 from fastdllm.registry import Kind
-from fastdllm.serving.errors import ApiError, Expired, as_api_error
+from fastdllm.serving.errors import ApiError, Closed, Expired, as_api_error
 from fastdllm.serving.protocol import ChatBody, Strict
 from fastdllm.serving.responses import Asked
 from fastdllm.serving.service import Service
@@ -107,14 +108,57 @@ class WordsBody(Strict):
     length: int = Field(ge=1)
 
 
+class Run:
+    """A run over a service's model, from the moment when a visitor asks for it first.
+
+    built: its service, once that is started. ready: the same, once it is warm. users: visitors who wait for it, or whom it
+    answers. gone: is called with this run where it could not be made, when nothing is left of it.
+    """
+
+    def __init__(self, built: Future[Service], gone: Callable[[Run], None]) -> None:
+        self.built, self.users, self._gone = built, 0, gone
+        self.ready = asyncio.ensure_future(self._warm())
+        # Those who waited may have left: an error that nobody hears of is no fault of the program.
+        self.ready.add_done_callback(lambda ready: None if ready.cancelled() else ready.exception())
+
+    @property
+    def idle(self) -> bool:
+        """Whether it may make room for another. Not while it is being built: visitors who leave at once would else queue
+        any number of them."""
+        return not self.users and self.built.done()
+
+    async def _warm(self) -> Service:
+        try:
+            # Shielded, as what is building may not be cancelled: it closes another run first, which nobody else does.
+            service = await asyncio.shield(asyncio.wrap_future(self.built))
+            await service.warm_up()
+        except BaseException:
+            try:
+                await asyncio.to_thread(self.close)
+            finally:
+                self._gone(self)
+            raise
+        return service
+
+    def close(self) -> None:
+        """Stop, however far it is; blocks. Nobody waits for the answers of a warm-up, so that they are not finished."""
+        if self.built.exception() is not None:
+            return
+        service = self.built.result()
+        if service.state == "loading":
+            service.close(0.0)
+        service.close()
+
+
 class Page:
     """The services that the page uses: one for each model given at the start, and a few for other settings."""
 
     def __init__(self, services: Sequence[Service], runs: int = RUNS) -> None:
         self.services = {service.name: service for service in services}
-        self._runs, self._most = OrderedDict[Hashable, Service](), runs
-        self._uses: Counter[Hashable] = Counter()
-        self._changing = asyncio.Lock()
+        # By setting, the one that was not asked for longest first. All that happens to them is on the event loop's thread.
+        self._runs, self._most = OrderedDict[Hashable, Run](), runs
+        # One at a time: how large a run may be is measured by the memory that the others have left.
+        self._builder = ThreadPoolExecutor(1, "building")
 
     def start(self) -> None:
         for service in self.services.values():
@@ -126,7 +170,10 @@ class Page:
 
     def close(self) -> None:
         """Finish what was taken in and stop; blocks."""
-        for service in (*self._runs.values(), *self.services.values()):
+        self._builder.shutdown()  # first, so that those that are being built are known
+        for run in tuple(self._runs.values()):
+            run.close()
+        for service in self.services.values():
             service.close()
 
     # What there is to choose from.
@@ -161,9 +208,14 @@ class Page:
         before one with `end`; while the request waits, chunks with its place. Raises `ApiError` before the first."""
         own = self._service(body.model)
         length = body.length or min(own.config.gen_length, own.model.spec.max_length // 2)
-        async with self._lent(own, body, length) as (service, numbers):
-            talk = await _encode(own, body, length)
-            fixed = _fixed(own, body.words, length)
+        try:
+            config, numbers, key = await asyncio.to_thread(plan, own, body.setting, length, body.side)
+        except ValueError as error:
+            raise ApiError(400, str(error), "setting") from error
+        # Before a run is lent: what cannot be answered shall open none, in the place of somebody else's.
+        talk = await _encode(own, body, length)
+        fixed = _fixed(own, body.words, length)
+        async with self._lent(own, config, key) as service:
             constraints: dict[str, str | int] = {str(at): token for at, token in fixed.items()}
             asked_for = {
                 name: numbers[name] for name in OWN_FIELDS if name in numbers and body.setting.get(name) not in NOT_SET
@@ -181,40 +233,40 @@ class Page:
             yield {"end": {"positions": result.positions if result else 0}}
 
     @asynccontextmanager
-    async def _lent(self, own: Service, body: PageBody, length: int) -> AsyncIterator[tuple[Service, dict[str, float]]]:
-        """The run for a setting, which is kept as long as it is lent, and the numbers that come with the request."""
-        try:
-            config, numbers, key = await asyncio.to_thread(plan, own, body.setting, length, body.side)
-        except ValueError as error:
-            raise ApiError(400, str(error), "setting") from error
+    async def _lent(self, own: Service, config: DecodeConfig, key: Hashable | None) -> AsyncIterator[Service]:
+        """The run for a setting, named as by `plan`. It is kept as long as it is lent, or waited for."""
         if key is None:
-            yield own, numbers
+            yield own
             return
-        async with self._changing:
-            service = self._runs.get(key) or await self._open(key, own, config)
-            self._runs.move_to_end(key)
-            self._uses[key] += 1
+        run = self._runs.get(key) or self._open(own, config, key)
+        self._runs.move_to_end(key)
+        run.users += 1
         try:
-            yield service, numbers
+            yield await asyncio.shield(run.ready)  # a visitor who leaves takes it from nobody
         finally:
-            self._uses[key] -= 1
+            run.users -= 1
 
-    async def _open(self, key: Hashable, own: Service, config: DecodeConfig) -> Service:
-        """A new run, in the place of the one that was not asked for longest."""
-        while len(self._runs) >= self._most:
-            idle = next((known for known in self._runs if not self._uses[known]), None)
+    def _open(self, own: Service, config: DecodeConfig, key: Hashable) -> Run:
+        """A new run, in the place of the one that was not asked for longest. It is made on, whoever leaves meanwhile."""
+        idle = None
+        if len(self._runs) >= self._most:
+            idle = next((known for known, run in self._runs.items() if run.idle), None)
             if idle is None:
                 raise ApiError(429, f"{len(self._runs)} other settings are at work; one of them will be free soon",
                                "setting", "settings_busy", retry_after=2)  # fmt: skip
-            await asyncio.to_thread(self._runs.pop(idle).close)
-        service = await asyncio.to_thread(beside, own, config)
         try:
-            await service.warm_up()
-        except BaseException:
-            await asyncio.to_thread(service.close)
-            raise
-        self._runs[key] = service
-        return service
+            built = self._builder.submit(in_place_of, None if idle is None else self._runs[idle], own, config)
+        except RuntimeError as error:
+            raise as_api_error(Closed("the server is shutting down")) from error
+        if idle is not None:
+            del self._runs[idle]
+
+        def gone(failed: Run) -> None:
+            if self._runs.get(key) is failed:
+                del self._runs[key]
+
+        run = self._runs[key] = Run(built, gone)
+        return run
 
 
 def plan(
@@ -258,17 +310,31 @@ def preset(name: str, spec: ModelSpec) -> dict[str, Any]:
     if name not in known:
         raise ValueError(f"setting {name[:40]!r} is unknown; allowed are {', '.join(known)}")
     given = dict(known[name])
-    if given.get("cache") not in (None, *registry.caches_for(bool(spec.block_causal))):
+    if given.get("cache") not in (None, *registry.caches_for(spec)):
         del given["cache"]
     return given
 
 
+def in_place_of(old: Run | None, own: Service, config: DecodeConfig) -> Service:
+    """Another run once the old one has given its memory back."""
+    if old is not None:
+        old.close()
+    return beside(own, config)
+
+
 def beside(own: Service, config: DecodeConfig) -> Service:
-    """Another run over the same model, for a few visitors, and most often for one."""
+    """Another run over the same model, for a few visitors, and most often for one. Its canvas is there: whoever asks
+    next how much memory is free must find it taken."""
     positions = positions_that_fit(own.model, ROWS)
     service = Service(own.model, config, name=own.name, positions=positions, rows=ROWS, usual=1,
                       max_queue=own.scheduler.max_queue, timeout=own.timeout, beside=own)  # fmt: skip
-    return service.start()
+    try:
+        service.start()
+        service.scheduler.call(lambda: None).result()  # the loop takes calls as soon as it has a canvas
+    except BaseException:
+        service.close()  # nobody else knows of its threads
+        raise
+    return service
 
 
 def _fixed(own: Service, words: str, length: int) -> dict[int, int]:
@@ -372,7 +438,7 @@ def describe(service: Service) -> dict[str, Any]:
         "max_length": most,
         "examples": [question for question, _ in (about.examples if about else options.EXAMPLES)],
         "words": about.words if about else options.EXAMPLE_WORDS,
-        "caches": list(registry.caches_for(bool(model.spec.block_causal))),
+        "caches": list(registry.caches_for(model.spec)),
         "block_length": resolve(model.spec, DecodeConfig()).block_length,
     }
 

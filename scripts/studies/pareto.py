@@ -167,7 +167,7 @@ def settings_of(model: str, task: str, thorough: bool) -> list[str]:
         return [*all_decoders("none"), *(f"{s}+none" for s in (*levels, *orders))]
     causal = family(model) == "fast_dllm_v2"
     base = "block" if causal else "dual"
-    fitting = registry.caches_for(causal)
+    fitting = [name for name in registry.names("caches") if registry.find("caches", name).fits(causal, False)]
     found = all_decoders(base)
     found += [f"threshold=0.9+{n}" for n in fitting if n != base] if thorough or causal else ["threshold=0.9+prefix"]
     found += [f"threshold={t}+{base}" for t in ((0.99, 0.97, 0.8, 0.7) if thorough else (0.99, 0.97, 0.7))]

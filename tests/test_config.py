@@ -434,7 +434,7 @@ def test_an_object_holds_plain_numbers_whatever_they_were_given_as() -> None:
     assert rule.of({"threshold": columns}).threshold is columns, "rows' own numbers are not looked at"
 
 
-@pytest.mark.parametrize("weights", [torch.ones, np.ones])
+@pytest.mark.parametrize("weights", [torch.ones, np.ones], ids=["torch", "numpy"])
 def test_configs_with_objects_that_hold_tensors_are_compared_by_content(weights: Any) -> None:
     def config(n: int, **more: Any) -> DecodeConfig:
         return DecodeConfig(decoder=Own(1, weights=weights(n)), **more)
@@ -452,7 +452,7 @@ def test_configs_with_objects_that_hold_tensors_are_compared_by_content(weights:
         DecodeConfig(gen_length=weights(2), max_tokens=weights(3))
 
 
-@pytest.mark.parametrize("kind", [int, str, np.int64, np.uint64, np.asarray, torch.tensor], ids=str)
+@pytest.mark.parametrize("kind", [int, str, np.int64, np.uint64, np.asarray, torch.tensor], ids=lambda kind: kind.__name__)
 def test_integers_are_exact_whatever_library_they_come_from(kind: Any) -> None:
     assert DecodeConfig(seed=kind(2**53 + 1)).seed == 2**53 + 1
     assert type(DecodeConfig(seed=kind(5)).seed) is int

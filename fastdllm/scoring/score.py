@@ -132,7 +132,7 @@ def _run_all(pairs: list[tuple[str | None, Checks]], limits: Limits, workers: in
 
 
 def _as_completed(running: Collection[Future[Verdict]]) -> Iterator[Future[Verdict]]:
-    """As that of concurrent.futures, which waits without end: a signal that comes just before such a wait is heard after it."""
+    """As that of concurrent.futures, which waits without end: a signal that comes just before a wait is heard after it."""
     done: SimpleQueue[Future[Verdict]] = SimpleQueue()
     for future in running:
         future.add_done_callback(done.put)

@@ -179,7 +179,9 @@ def of_the_system(error: Exception) -> str | None:
     errors of their own: torch's says "unexpected pos 576 vs 534", whatever the reason was."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError):
-        return os.strerror(error.errno) if error.errno in NO_ROOM else text
+        if error.errno in NO_ROOM:
+            return os.strerror(error.errno)
+        return f"{error.filename}: {error.strerror}" if error.strerror and error.filename is not None else text
     if "inline_container.cc" in text and ("unexpected pos" in text or "failed writing" in text):
         return os.strerror(errno.ENOSPC)
     known = next((said for said in map(os.strerror, NO_ROOM) if said in text), None)
@@ -205,7 +207,7 @@ def one_line(prog: str) -> Iterator[None]:
         except (ValueError, OSError) as error:
             if isinstance(error, BrokenPipeError) or no_room(error):
                 raise
-            print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"{prog}: {of_the_system(error) or ' '.join(str(error).split())}", file=sys.stderr)
             raise SystemExit(2) from error
 
 

@@ -37,7 +37,7 @@ FULL = "fastdllm: No space left on device\n"
         (OSError(errno.EDQUOT, "Disk quota exceeded"), 2, "fastdllm: Disk quota exceeded\n"),
         (OSError(errno.EFBIG, "File too large"), 2, "fastdllm: File too large\n"),
         (SafetensorError("I/O error: Disk quota exceeded (os error 122)"), 2, "fastdllm: Disk quota exceeded\n"),
-        (IsADirectoryError(errno.EISDIR, "Is a directory", "a"), 2, "fastdllm: [Errno 21] Is a directory: 'a'\n"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "a b"), 2, "fastdllm: a b: Is a directory\n"),
         (SafetensorError("Is a directory (os error 21)"), 2, "fastdllm: Is a directory (os error 21)\n"),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
     ],
@@ -116,7 +116,7 @@ def test_what_was_printed_is_not_lost_where_a_file_cannot_be_written(capfd: pyte
 
     with pytest.raises(shell.Ended), shell.shell("program"):
         work()
-    assert capfd.readouterr() == ("a result\n", "program: [Errno 21] Is a directory: 'a'\n")
+    assert capfd.readouterr() == ("a result\n", "program: a: Is a directory\n")
 
 
 SIGNALS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "hung up")]

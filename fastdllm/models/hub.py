@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from pathlib import Path
 
 from fastdllm.fields import shown
@@ -28,12 +29,12 @@ def find_folder(name: str, revision: str | None = None) -> Path:
     cannot be reached.
     """
     if not isinstance(name, str | Path):
-        raise ValueError(f"model {type(name).__name__} must be a shipped name, a folder or a hub id 'owner/name'")
+        raise ValueError(f"model {shown(name)} must be a shipped name, a folder or a hub id 'owner/name'")
     name = str(name)
-    if name in tiny_names():
-        return TINY / name
-    path = Path(name).expanduser()
+    path = TINY / name if name in tiny_names() else Path(name).expanduser()
     if name and _is_folder(path):  # an empty one, as of a variable that is not set, would be the present folder
+        if revision is not None:
+            warnings.warn(f"revision={shown(revision)} has no effect: {name!r} does not come from the hub", stacklevel=1)
         return _check_folder(name, path)
     shipped = ", ".join(tiny_names())
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or "\0" in name:

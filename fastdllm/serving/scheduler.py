@@ -365,7 +365,7 @@ class Scheduler:
         for job in jobs:
             if job is not None:
                 job.started, job.forwards = True, job.forwards + 1
-        self.forwards += 1
+        self.forwards, self._crashes = self.forwards + 1, 0  # a sound round
         if any(job is not None and job.watched and not job.withdrawn for job in jobs):
             feed.news.append(partial(self._report, jobs, read(step)))
         for number, result in step.done.items():

@@ -22,7 +22,7 @@ from fastdllm.conversations import encode_literally
 from fastdllm.decisions import decide
 from fastdllm.engine import Request, check
 from fastdllm.prompts import encode
-from fastdllm.serving.errors import ApiError, Expired, as_api_error, as_fault
+from fastdllm.serving.errors import ApiError, Closed, Expired, as_api_error, as_fault
 from fastdllm.serving.jobs import Event, Failed, Finished, Progress
 from fastdllm.serving.listening import Listening
 from fastdllm.serving.listing import TokenList
@@ -228,14 +228,17 @@ class Service:
     async def _encode(self, prompts: Any, param: str) -> list[Tensor]:
         try:
             return await self.tokenize(lambda: encode(self.model, prompts), param)
-        except Expired as error:
+        except (ApiError, Expired) as error:
             raise as_api_error(error) from error
         except Exception as error:  # a chat template may raise anything of its own
             raise ApiError(400, f"{param}: {str(error) or type(error).__name__}"[:500], param) from error
 
     async def tokenize(self, work: Callable[[], T], what: str) -> T:
         """`work` on the thread that the tokenizer belongs to; `Expired` when `what` takes too long."""
-        working = asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
+        try:
+            working = asyncio.get_running_loop().run_in_executor(self._tokenizing, work)
+        except RuntimeError as error:
+            raise as_api_error(Closed("the server is shutting down")) from error
         return await _in_time(working, time.monotonic() + self.timeout, f"{what} was not encoded in time")
 
     async def _spelt(self, body: Body) -> dict[str, list[int]]:
@@ -323,7 +326,6 @@ class Service:
         stops: list[str],
         alternatives: int = 0,
     ) -> Choice:
-        stop_ids = self.model.spec.stop_ids if self.config.stop_ids is None else self.config.stop_ids
         ends = None
         if stops:
 
@@ -332,7 +334,7 @@ class Service:
 
         # A stop token may be written before a constraint; then the answer is decoded to its end.
         request = Request(prompt, length, seed, fixed, () if fixed else None, dict(given), ends, alternatives)
-        text = text_of(self.model, length, stop_ids, stops, fixed, self.scheduler.revocable)
+        text = text_of(self.model, length, self.scheduler.run.stop_ids, stops, fixed, self.scheduler.revocable)
         return Choice(number, prompt, request, text, TokenList(self._decode, length))
 
     def _decode(self, ids: Sequence[int]) -> str:

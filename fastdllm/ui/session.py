@@ -11,7 +11,7 @@ from typing import Any
 
 from fastdllm import registry, whole
 from fastdllm.build import resolve
-from fastdllm.config import DecodeConfig, nearest
+from fastdllm.config import OPTIONS, DecodeConfig, nearest
 from fastdllm.fields import shown
 from fastdllm.models import Model
 from fastdllm.prompt_cache import PromptCache
@@ -248,7 +248,8 @@ WITHOUT_MORE = ("reset", "retry", "stats")  # commands that nothing follows
 
 
 def _unknown(name: str) -> str:
-    return f"unknown command /{name}; {nearest(name, COMMANDS, '/{}')}/help lists them"
+    near = f"did you mean /set {name} VALUE? " if name in OPTIONS else nearest(name, COMMANDS, "/{}")
+    return f"unknown command /{name}; {near}/help lists them"
 
 
 def run_command(session: Session, line: str) -> None:

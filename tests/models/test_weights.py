@@ -188,8 +188,17 @@ def test_bad_folders_and_configs_say_what_is_wrong(tmp_path: Path) -> None:
     broken("empty", FileNotFoundError, "the folder has no config.json")
     with pytest.raises(FileNotFoundError, match=r"neither a folder nor a shipped name \(.*tiny-llada.*\) nor a hub id"):
         fastdllm.load("tiny-lada")
+    with pytest.raises(ValueError, match="model 5 must be a shipped name, a folder or a hub id"):
+        fastdllm.load(5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="dtype='float8' is unknown; allowed are auto, float32, bfloat16, float16"):
         fastdllm.load(str(fresh("dtype")), dtype="float8")
+
+
+def test_a_revision_of_what_is_not_on_the_hub_is_told(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "mine", "v2")
+    for name in ("tiny-llada", str(tmp_path / "mine")):
+        with pytest.warns(UserWarning, match=f"revision='v9' has no effect: '{name}' does not come from the hub"):
+            fastdllm.load(name, revision="v9", device="cpu")
 
 
 def test_the_family_does_not_come_from_the_path(tmp_path: Path) -> None:

@@ -299,6 +299,15 @@ def test_a_lost_device_ends_every_request_and_is_not_hidden(model: fastdllm.Mode
         scheduler.submit(Request(prompt(model, "Hello"), 8), Listener())
 
 
+def test_a_sound_round_makes_up_for_faults_before(model: fastdllm.Model, running: Scheduler) -> None:
+    """The loop is given up for raising with nothing in it again and again, not for doing so once in a while."""
+    running._crashes = under_test.CRASHES
+    listener = Listener()
+    running.submit(Request(prompt(model, "Hello"), 8), listener)
+    assert isinstance(listener.wait(), Finished)
+    assert running._crashes == 0
+
+
 class Stuck:
     """The engine's `decode`, but a round does not come back until it is told."""
 

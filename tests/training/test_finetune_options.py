@@ -55,8 +55,19 @@ def test_alpaca_script_finds_its_program_from_any_folder(
         (["--include_tokens_per_second", "true"], "use --include_num_input_tokens_seen"),
         (["--warmup-ratio=0.1"], "use --warmup_share"),
         (["--block_size", "512"], "use --context_length"),
+        (["--max_steps", "0"], "--max_steps 0 must be at least 1; without it --num_train_epochs decides"),
     ],
-    ids=["unknown", "value", "needs lora", "abbreviation", "near", "replaced", "replaced by this script", "published"],
+    ids=[
+        "unknown",
+        "value",
+        "needs lora",
+        "abbreviation",
+        "near",
+        "replaced",
+        "replaced by this script",
+        "published",
+        "no steps",
+    ],
 )
 def test_bad_options_are_named(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     if "use" in message and argv[0].partition("=")[0].strip("-").replace("-", "_") in INHERITED:

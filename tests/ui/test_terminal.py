@@ -49,6 +49,7 @@ def test_an_empty_input_leaves_with_zero(chat: Chat) -> None:
     ("line", "expected"),
     [
         ("/foo", "unknown command /foo"),
+        ("/preset fast", "unknown command /preset; did you mean /set preset VALUE? /help lists them"),
         ("/hel", "did you mean /help?"),
         ("/set threshold 7", "threshold=7.0 must lie in [0, 1]"),
         ("/set treshold 0.8", "did you mean 'threshold'?"),

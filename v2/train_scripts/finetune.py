@@ -197,6 +197,8 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, FinetuneArgum
     for name, (least, most) in RANGES.items():
         if given[name] is not None and not least <= given[name] <= most:
             parser.error(f"--{name} {given[name]} must lie in [{least:g}, {most:g}]")
+    if training.max_steps == 0 or training.max_steps < -1:
+        parser.error(f"--max_steps {training.max_steps} must be at least 1; without it --num_train_epochs decides")
     if training.metric_for_best_model not in (None, "loss", "eval_loss"):
         parser.error(f"--metric_for_best_model {training.metric_for_best_model} is unknown; allowed is eval_loss")
     if not encodable(training.output_dir):

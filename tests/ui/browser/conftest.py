@@ -23,22 +23,36 @@ FLAGS = [
 ]
 
 
+class Forwards(list[float]):
+    """The times of the model's forwards. seconds: that each waits, so that it can be seen. A test that acts while an answer
+    runs takes more, so that a slow browser is in time."""
+
+    seconds = 0.02
+    ACTING = 0.5
+
+
 @pytest.fixture(scope="package")
-def forwards(model: Model) -> Iterator[list[float]]:
-    """The times of the model's forwards, each slowed down enough to be seen (and stopped)."""
-    times: list[float] = []
+def forwards(model: Model) -> Iterator[Forwards]:
+    times = Forwards()
 
     def seen(*_: object) -> None:
         times.append(time.monotonic())
-        time.sleep(0.02)
+        time.sleep(times.seconds)
 
     handle = model.network.register_forward_hook(seen)
     yield times
     handle.remove()
 
 
+@pytest.fixture
+def in_time(forwards: Forwards, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Forwards are slow until it is called: the test has acted."""
+    monkeypatch.setattr(forwards, "seconds", forwards.ACTING)
+    return monkeypatch.undo
+
+
 @pytest.fixture(scope="package")
-def server(model: Model, forwards: list[float]) -> Iterator[str]:
+def server(model: Model, forwards: Forwards) -> Iterator[str]:
     import fastdllm
     from fastdllm.serving.app import create_app
     from fastdllm.serving.service import Service

@@ -28,7 +28,9 @@ def test_enter_sends_and_shift_enter_breaks_the_line(visit: Callable[..., Any], 
     assert "23 + 16 = 39" in page.locator(".answer .text").inner_text()
 
 
-def test_what_is_typed_while_an_answer_runs_stays(visit: Callable[..., Any], question: str) -> None:
+def test_what_is_typed_while_an_answer_runs_stays(
+    visit: Callable[..., Any], question: str, in_time: Callable[[], None]
+) -> None:
     page = visit()
     chat(page)
     setting(page, "chat", "one")
@@ -38,6 +40,7 @@ def test_what_is_typed_while_an_answer_runs_stays(visit: Callable[..., Any], que
     box.press_sequentially("my next question")
     box.press("Enter")
     assert page.locator("body.busy").count() == 1 and page.locator(".asked").count() == 1
+    in_time()
     idle(page)
     page.locator(".answer .text:not([hidden])").wait_for()
     assert box.input_value() == "my next question"

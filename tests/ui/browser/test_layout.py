@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.ui.browser.driving import SIZES, ask, chat, setting, tokens
+from tests.ui.browser.driving import SIZES, ask, chat, setting, tokens, until
 
 pytestmark = pytest.mark.browser
 
@@ -27,7 +27,7 @@ def test_a_long_question_is_folded_and_its_answer_in_sight(visit: Callable[..., 
     assert page.locator(".bubble").inner_text().endswith("line 599")
 
 
-def test_who_scrolls_up_stays_there(visit: Callable[..., Any], question: str) -> None:
+def test_who_scrolls_up_stays_there(visit: Callable[..., Any], question: str, in_time: Callable[[], None]) -> None:
     page = visit(1000, 500)
     chat(page)
     ask(page, question)
@@ -37,10 +37,10 @@ def test_who_scrolls_up_stays_there(visit: Callable[..., Any], question: str) ->
     page.locator(".answer").last.locator(".tok.now").first.wait_for()
     page.locator("main").hover()
     page.mouse.wheel(0, -150)
-    page.wait_for_timeout(300)
+    until(page, "(m => m.scrollTop < m.scrollHeight - m.clientHeight - 50)(document.querySelector('main'))")
+    page.wait_for_timeout(300)  # a smooth scroll comes to its end
     top = page.evaluate("document.querySelector('main').scrollTop")
-    end = page.evaluate("(m => m.scrollHeight - m.clientHeight)(document.querySelector('main'))")
-    assert top < end - 50, "there was nothing to scroll"
+    in_time()
     page.locator(".answer").last.locator(".tok:not(.open)").nth(12).wait_for()
     assert page.evaluate("document.querySelector('main').scrollTop") == top
 

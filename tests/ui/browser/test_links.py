@@ -65,7 +65,7 @@ def test_the_address_keeps_what_is_chosen_and_another_link_is_followed(visit: Ca
     assert page.locator("#model").input_value() == "tiny-llada"
 
 
-def test_a_conversation_survives_a_reload(visit: Callable[..., Any], question: str) -> None:
+def test_a_conversation_survives_a_reload(visit: Callable[..., Any], question: str, in_time: Callable[[], None]) -> None:
     page = visit()
     chat(page)
     ask(page, question)
@@ -77,6 +77,7 @@ def test_a_conversation_survives_a_reload(visit: Callable[..., Any], question: s
     ask(page, question)
     page.locator(".answer").last.locator(".tok.now").first.wait_for()
     page.reload()
+    in_time()
     page.locator("body[data-ready]").wait_for()
     assert page.locator(".asked").all_inner_texts() == [question] * 2 and page.locator("body.busy").count() == 0
     assert shown.all_inner_texts() == before and len(before) > 40

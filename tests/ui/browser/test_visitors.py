@@ -60,6 +60,7 @@ def test_two_visitors_are_answered_at_once(visit: Callable[..., Any], question: 
     assert max(rows) == 2, "one visitor waited for the other's end"
 
 
+@pytest.mark.usefixtures("in_time")
 def test_stop_and_leaving_end_the_computation(visit: Callable[..., Any], question: str, forwards: list[float]) -> None:
     page = visit()
     page.locator("#send").click()

@@ -81,6 +81,19 @@ def test_a_file_that_is_not_there_is_one_line(
     assert capsys.readouterr().err == f"{path.stem}: nowhere.json: no such file\n"
 
 
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [("--prot=1", "; did you mean --port?"), ("--prot 1", "; did you mean --port?"), ("--zz", ""), ("x", "")],
+    [("--prot=1", "; did you mean --port?"), ("--prot 1", "; did you mean --port?"), ("--zz", ""), ("x", "")],
+)
+def test_an_option_that_is_near_a_known_one_is_told(capsys: pytest.CaptureFixture[str], given: str, hint: str) -> None:
+    parser = Parser(prog="program")
+    parser.add_argument("--port")
+    with pytest.raises(SystemExit):
+        parser.parse_args(given.split())
+    assert capsys.readouterr().err == f"program: unrecognized arguments: {given}{hint}\n"
+
+
 BAD = ["-1", "0", "nan", "inf", "1e400", "x", "", "1.5", "9" * 30, "none"]
 
 

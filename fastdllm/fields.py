@@ -163,8 +163,10 @@ def typed(name: str, value: Any, kind: Any) -> Any:
 
     Raises ValueError for anything else.
     """
-    if isinstance(value, str) and member(kind) is not str:
-        raise _mistyped(name, value, member(kind))
+    plain = member(kind)
+    one = (typing.get_args(plain) or (plain,))[0]
+    if one is not str and any(isinstance(v, str) for v in (value if isinstance(value, list | tuple) else [value])):
+        raise _mistyped(name, value, plain)
     return coerce(name, value, kind)
 
 
@@ -191,7 +193,7 @@ class Declared(ABCMeta):
 @cache
 def _declared(owner: type) -> tuple[list[str], dict[str, tuple[Any, Any]]]:
     """How a dataclass is made: its positional parameters, and the type and default of each field whose type is known."""
-    if not is_dataclass(owner):
+    if not is_dataclass(owner) or owner.__init__.__code__.co_filename != "<string>":  # one of its own takes what it likes
         return [], {}
     try:
         hints = typing.get_type_hints(owner)
@@ -209,11 +211,12 @@ def same(a: Any, b: Any) -> bool:
         return True
     if is_array(a) and type(a) is type(b):
         return bool((a.dtype, a.shape) == (b.dtype, b.shape) and a.tolist() == b.tolist())
-    try:
+    if not (holds_array(a) or holds_array(b)):
         return bool(a == b)
-    except Exception:  # "the truth value is ambiguous", of torch and numpy in their own words
-        one, other = _parts(a), _parts(b)
-        return type(a) is type(b) and len(one) == len(other) > 0 and all(map(same, one, other))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    one, other = _parts(a), _parts(b)
+    return type(a) is type(b) and len(one) == len(other) and all(map(same, one, other))
 
 
 def is_array(value: Any) -> bool:

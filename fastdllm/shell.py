@@ -181,7 +181,8 @@ def of_the_system(error: Exception) -> str | None:
     if isinstance(error, OSError):
         if error.errno in NO_ROOM:
             return os.strerror(error.errno)
-        return f"{error.filename}: {error.strerror}" if error.strerror and error.filename is not None else text
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        return f"{' -> '.join(names)}: {error.strerror}" if names and error.strerror else text
     if "inline_container.cc" in text and ("unexpected pos" in text or "failed writing" in text):
         return os.strerror(errno.ENOSPC)
     known = next((said for said in map(os.strerror, NO_ROOM) if said in text), None)

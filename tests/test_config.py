@@ -396,6 +396,7 @@ def test_a_rule_of_ones_own_that_returns_something_else_is_told(step: Callable[[
         (Half, {"level": "x"}, "level='x' must be of type float"),
         (Own, {"least": "1"}, "least='1' must be of type int"),
         (Own, {"least": 1, "ids": ("x",)}, "ids=.* must be of type"),
+        (Own, {"least": 1, "ids": (1, "2")}, "ids=.* must be of type"),
         (Own, {"least": 1, "name": 3}, "name=3 must be of type str"),
         (Own, {"least": 1, "loose": "x"}, "loose='x' must be of type float"),
     ],
@@ -450,6 +451,8 @@ def test_configs_with_objects_that_hold_tensors_are_compared_by_content(weights:
         assert a.replace(preset="fast").replace(decoder=b.decoder).decoder is b.decoder
     with pytest.raises(ValueError, match="are the same option"):
         DecodeConfig(gen_length=weights(2), max_tokens=weights(3))
+    assert DecodeConfig(gen_length=8, decoder=Own(1, weights=weights(3))) == config(3, gen_length=8)
+    assert config(1) != DecodeConfig(decoder=Own(1, weights=weights((1, 1))))
 
 
 @pytest.mark.parametrize("kind", [int, str, np.int64, np.uint64, np.asarray, torch.tensor], ids=lambda kind: kind.__name__)

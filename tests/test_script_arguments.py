@@ -84,7 +84,6 @@ def test_a_file_that_is_not_there_is_one_line(
 @pytest.mark.parametrize(
     ("given", "hint"),
     [("--prot=1", "; did you mean --port?"), ("--prot 1", "; did you mean --port?"), ("--zz", ""), ("x", "")],
-    [("--prot=1", "; did you mean --port?"), ("--prot 1", "; did you mean --port?"), ("--zz", ""), ("x", "")],
 )
 def test_an_option_that_is_near_a_known_one_is_told(capsys: pytest.CaptureFixture[str], given: str, hint: str) -> None:
     parser = Parser(prog="program")

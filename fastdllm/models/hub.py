@@ -34,7 +34,7 @@ def find_folder(name: str, revision: str | None = None) -> Path:
     path = TINY / name if name in tiny_names() else Path(name).expanduser()
     if name and _is_folder(path):  # an empty one, as of a variable that is not set, would be the present folder
         if revision is not None:
-            warnings.warn(f"revision={shown(revision)} has no effect: {name!r} does not come from the hub", stacklevel=1)
+            warnings.warn(f"revision={shown(revision)} has no effect: {name!r} does not come from the hub", stacklevel=3)
         return _check_folder(name, path)
     shipped = ", ".join(tiny_names())
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or "\0" in name:

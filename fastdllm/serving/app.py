@@ -279,7 +279,9 @@ def _why(error: BaseException) -> str:
     """What keeps a body from being read."""
     if isinstance(error, UnicodeDecodeError):
         return "it is no UTF-8"
-    return "it is nested too deeply" if isinstance(error, RecursionError) else "it holds a number too long"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return "it holds a number too long" if isinstance(error, ValueError) else type(error).__name__
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -296,7 +298,10 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        if (cause := error.__cause__) is not None and error.status_code == 400:  # of a body that could not be read
+        cause = error.__cause__  # of a body that could not be read
+        if isinstance(cause, ApiError):
+            return reply(cause)
+        if cause is not None and error.status_code == 400:
             return reply(ApiError(400, f"the body cannot be read: {_why(cause)}", code="invalid_json"))
         message = f"{request.method} {request.url.path}: {error.detail}"
         return reply(ApiError(error.status_code, message[:300]))

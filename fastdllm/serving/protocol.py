@@ -12,7 +12,7 @@ import difflib
 import json
 import math
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -23,6 +23,7 @@ from fastdllm.registry import Kind
 from fastdllm.serving.errors import ApiError
 
 SEED = 2**63
+STOPS = 64  # stop strings of a request
 ROLES = ("system", "developer", "user", "assistant")
 # What OpenAI knows and this server does not, with the values that change nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -106,7 +107,7 @@ class Body(BaseModel):
     top_k: int | None = Field(None, ge=0)
     seed: int | None = Field(None, ge=-SEED, lt=SEED)
     n: int = Field(1, ge=1, le=128)
-    stop: str | Annotated[list[str], Field(max_length=64)] | None = None
+    stop: str | list[str] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -133,6 +134,8 @@ class Body(BaseModel):
     def stop_strings_say_something(cls, value: Any) -> Any:
         if "" in ([value] if isinstance(value, str) else value or []):
             raise ValueError("a stop string must not be empty")
+        if isinstance(value, list) and len(value) > STOPS:
+            raise ValueError(f"{len(value)} stop strings are more than {STOPS}")
         return value
 
     @model_validator(mode="after")

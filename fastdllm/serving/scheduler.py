@@ -225,15 +225,16 @@ class Scheduler:
     def call(self, work: Callable[[], T]) -> Future[T]:
         """Run `work` on the decoding thread, between two rounds. Raises `Overloaded` when too much waits already, `Closed`
         during shutdown."""
-        future: Future[T] = Future()
+        mine: Future[T] = Future()
         with self._lock:
             if self._closed or not self.alive:
                 raise Closed("the server is shutting down" if self._closed else "the model's device has failed")
-            if len(self._calls) > self.max_queue:
-                raise Overloaded(len(self._calls), self.retry_after(len(self._calls)))
-            self._calls.append((work, future))
+            waiting = sum(not future.cancelled() for _, future in self._calls)
+            if waiting > self.max_queue:  # besides the next one
+                raise Overloaded(waiting, self.retry_after(waiting))
+            self._calls.append((work, mine))
             self._lock.notify_all()
-        return future
+        return mine
 
     def close(self, timeout: float | None = None) -> bool:
         """Take no further requests, finish those taken, and stop; False when `timeout` seconds were not enough."""
@@ -313,7 +314,10 @@ class Scheduler:
                 if self._closed and not self._waiting and not self._suspects and not self._calls:
                     return None
                 busy = bool(self._calls)
-            if not busy:
+            if busy:
+                with self.turns.rest():  # the other runs of the device go on between two calls
+                    pass
+            else:
                 self._rest()
 
     def _rest(self) -> None:

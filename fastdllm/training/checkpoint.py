@@ -136,6 +136,8 @@ def check_decodable(
     config: what is trained, with the mask. tensors: the names of its weights.
     """
     fields = {name: value for name, value in read_object(folder / "config.json").items() if name not in OWN_FIELDS}
+    for name in ("rope_theta", "rms_norm_eps", "max_position_embeddings"):  # transformers fills them in, and saves them
+        fields.setdefault(name, getattr(config, name, None) or config.rope_parameters.get(name))
     size = max(config.vocab_size, config.mask_token_id + 1)
     fields |= {"bd_size": config.bd_size, "mask_token_id": config.mask_token_id, "vocab_size": size}
     where = f"{folder}: config.json"

@@ -216,8 +216,20 @@ def test_constraints_are_measured_before_they_are_spelt_and_spelt_once(
 
 def test_a_long_stop_text_is_one(client: Client) -> None:
     for stop, status in (("x" * 65, 200), (["x" * 65] * 64, 200), (["x"] * 65, 400)):
-        body = json.dumps(GOOD["/v1/completions"] | {"stop": stop}).encode()
-        assert client.post("/v1/completions", body).status_code == status
+        response = client.post("/v1/completions", json.dumps(GOOD["/v1/completions"] | {"stop": stop}).encode())
+        assert response.status_code == status
+    assert response.json()["error"]["message"] == "stop: 65 stop strings are more than 64"
+
+
+def test_a_body_too_long_is_told_so_whether_its_length_is_or_not(client: Client) -> None:
+    async def chunks() -> AsyncGenerator[bytes, None]:
+        for _ in range(10):
+            yield b" " * 2**20
+
+    for content in (b" " * 10 * 2**20, chunks()):
+        asked = client.http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
+        response = client.loop.run_until_complete(asked)
+        assert response.status_code == 413 and response.json()["error"]["code"] == "body_too_large"
 
 
 @pytest.mark.parametrize("stream", [False, True])

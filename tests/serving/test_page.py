@@ -500,14 +500,23 @@ def test_all_who_wait_hear_that_a_run_cannot_be_made_and_the_next_visitor_tries_
     asyncio.run(making.run(test))
 
 
-def test_a_warm_up_that_nobody_waits_for_is_cut_where_another_run_needs_the_place(making: Making) -> None:
+def test_a_warm_up_that_nobody_waits_for_is_cut_where_another_run_needs_the_place(
+    making: Making, monkeypatch: pytest.MonkeyPatch
+) -> None:
     making.page._most = 1
-    turns = making.page._service(None).turns
+    turns, warm_up, taken = making.page._service(None).turns, Service.warm_up, []
+
+    async def held(service: Service) -> None:
+        await happens(lambda: taken)
+        await warm_up(service)
+
+    monkeypatch.setattr(Service, "warm_up", held)
 
     async def test() -> None:
         visitor = asyncio.ensure_future(making.ask("one"))
         await happens(lambda: making.made)
         turns.take()  # so that it does not get on
+        taken.append(True)
         await happens(lambda: making.made[0].scheduler._active)
         await leave(visitor)
         visitor = asyncio.ensure_future(making.ask("paper"))

@@ -252,6 +252,20 @@ def test_what_says_as_usual_is_trained_and_saved_as_it_was(
     assert loaded.spec.rope_theta == theta and loaded.spec.stretch is None
 
 
+@pytest.mark.parametrize("names", [("rope_theta", "rope_parameters"), ("rms_norm_eps",), ("max_position_embeddings",)])
+def test_what_a_config_leaves_out_is_trained_and_saved_as_transformers_fills_it_in(
+    qwen2: Path, tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    shutil.copytree(qwen2, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name not in names}))
+    model, tokenizer = load_for_training(str(tmp_path), BLOCK)
+    model.save_pretrained(tmp_path / "saved")
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    spec = fastdllm.load(str(tmp_path / "saved"), device="cpu").spec
+    assert (spec.rope_theta, spec.max_length) == (1e4, model.config.max_position_embeddings)
+
+
 def drop(tensors: dict[str, Tensor]) -> None:
     del tensors["model.layers.0.mlp.up_proj.weight"]
 

@@ -193,13 +193,15 @@ class Declared(ABCMeta):
 @cache
 def _declared(owner: type) -> tuple[list[str], dict[str, tuple[Any, Any]]]:
     """How a dataclass is made: its positional parameters, and the type and default of each field whose type is known."""
-    if not is_dataclass(owner) or owner.__init__.__code__.co_filename != "<string>":  # one of its own takes what it likes
+    init: Any = owner.__init__  # type: ignore[misc]
+    made = getattr(init, "__code__", None)  # by `dataclass`, which has no file; one of its own takes what it likes
+    if not is_dataclass(owner) or made is None or made.co_filename != "<string>":
         return [], {}
     try:
         hints = typing.get_type_hints(owner)
     except Exception:  # annotations may name what only a type checker imports
         return [], {}
-    parameters = inspect.signature(owner.__init__).parameters.values()
+    parameters = inspect.signature(init).parameters.values()
     order = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
     return order, {f.name: (hints[f.name], f.default) for f in fields(owner) if f.init and is_known(hints[f.name])}
 

@@ -199,6 +199,13 @@ def test_saved_folder_loads_in_fastdllm(model: Fast_dLLM_QwenForCausalLM, qwen2:
 OLD = {"rope_parameters": None, "rope_theta": 1e4}  # where transformers 4 has the base
 
 
+def with_config(checkpoint: Path, folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Put a copy of a checkpoint into `folder`, with another config.json."""
+    shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+    path = folder / "config.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -222,9 +229,7 @@ def test_what_decoding_would_refuse_or_read_as_another_network_is_not_trained(
     qwen2: Path, tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
     """transformers trains some of it as asked and some of it not at all, and the saved folder says nothing of either."""
-    shutil.copytree(qwen2, tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with_config(qwen2, tmp_path, lambda fields: fields | change)
     with pytest.raises(ValueError, match=message) as refused:
         load_for_training(str(tmp_path))
     assert str(tmp_path) in str(refused.value) and len(str(refused.value).splitlines()) == 1
@@ -242,9 +247,7 @@ def test_what_decoding_would_refuse_or_read_as_another_network_is_not_trained(
 def test_what_says_as_usual_is_trained_and_saved_as_it_was(
     qwen2: Path, tmp_path: Path, change: dict[str, object], theta: float
 ) -> None:
-    shutil.copytree(qwen2, tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with_config(qwen2, tmp_path, lambda fields: fields | change)
     model, tokenizer = load_for_training(str(tmp_path), BLOCK)
     model.save_pretrained(tmp_path / "saved")
     save_tokenizer(tokenizer, tmp_path / "saved")
@@ -256,9 +259,7 @@ def test_what_says_as_usual_is_trained_and_saved_as_it_was(
 def test_what_a_config_leaves_out_is_trained_and_saved_as_transformers_fills_it_in(
     qwen2: Path, tmp_path: Path, names: tuple[str, ...]
 ) -> None:
-    shutil.copytree(qwen2, tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name not in names}))
+    with_config(qwen2, tmp_path, lambda fields: {name: value for name, value in fields.items() if name not in names})
     model, tokenizer = load_for_training(str(tmp_path), BLOCK)
     model.save_pretrained(tmp_path / "saved")
     save_tokenizer(tokenizer, tmp_path / "saved")

@@ -40,35 +40,45 @@ def _levels(b_w, CODE: tl.constexpr, SHIFT: tl.constexpr, PLUS: tl.constexpr, dt
 
 
 @triton.jit
-def _half(scale, sums, o_n, o_m, N, M, c, C, GROUP: tl.constexpr, stride_n, stride_g, stride_z):
-    """Steps and zeros [BLOCK_N] of the half from channel c on of rows o_n, and the sums [BLOCK_M] of x there; 0 beyond C."""
-    here = c < C
-    p_step = scale + o_n.to(tl.int64) * stride_n + c // GROUP * stride_g
-    b_step = tl.load(p_step, mask=(o_n < N) & here, other=0.0).to(tl.float32)
-    b_zero = tl.load(p_step + stride_z, mask=(o_n < N) & here, other=0.0).to(tl.float32)
-    return b_step, b_zero, tl.load(sums + c // _HALF * M + tl.minimum(o_m, M - 1), mask=here, other=0.0)
+def unit_steps(scale, o_n, N, c, C, GROUP: tl.constexpr, stride_n, stride_g, stride_z):
+    """Steps and zeros [BLOCK_N] of rows o_n in the first and the second half of the unit from channel c on; 0 beyond C.
+
+    scale: [N, groups, 2] with those strides.
+    """
+    p_row = scale + o_n.to(tl.int64) * stride_n
+    p_1, p_2 = p_row + c // GROUP * stride_g, p_row + (c + _HALF) // GROUP * stride_g
+    m_1, m_2 = (o_n < N) & (c < C), (o_n < N) & (c + _HALF < C)
+    s_1, z_1 = tl.load(p_1, mask=m_1, other=0.0), tl.load(p_1 + stride_z, mask=m_1, other=0.0)
+    s_2, z_2 = tl.load(p_2, mask=m_2, other=0.0), tl.load(p_2 + stride_z, mask=m_2, other=0.0)
+    return s_1, z_1, s_2, z_2
 
 
 @triton.jit
-def unit_product(
-    b_y, b_w, x_0, x_1, x_2, x_3, scale, sums, o_n, o_m, N, M, c, C, GROUP: tl.constexpr, stride_n, stride_g, stride_z
-):  # fmt: skip
-    """b_y [BLOCK_N, BLOCK_M] plus the product of a unit from channel c on.
+def unit_sums(sums, o_m, M, c, C):
+    """Sums [BLOCK_M] of rows o_m of x in both halves of the unit from channel c on; 0 beyond C.
 
-    b_w: int16 [BLOCK_N, 64], the unit's words of rows o_n. x_0 to x_3: [64, BLOCK_M], its quarters of rows o_m of x.
-    scale: [N, groups, 2] with those strides. sums: fp32 [ceil(C / 128), M], of 128 channels of x each.
+    sums: fp32 [ceil(C / 128), M], of 128 channels of x each.
     """
-    dtype: tl.constexpr = x_0.dtype
+    p_t = sums + c // _HALF * M + tl.minimum(o_m, M - 1)
+    return tl.load(p_t, mask=c < C, other=0.0), tl.load(p_t + M, mask=c + _HALF < C, other=0.0)
+
+
+@triton.jit
+def unit_product(b_y, b_w, x_1, x_2, x_3, x_4, s_1, z_1, s_2, z_2, t_1, t_2):
+    """b_y [BLOCK_N, BLOCK_M] plus the product of a unit.
+
+    b_w: int16 [BLOCK_N, 64], the unit's words. x_1 to x_4: [64, BLOCK_M], its quarters of rows of x. The rest: `unit_steps`
+    and `unit_sums`.
+    """
+    dtype: tl.constexpr = x_1.dtype
     PLUS: tl.constexpr = dtype == tl.bfloat16 and not _INTERPRETED
     MORE: tl.constexpr = 128.0 if PLUS else 0.0  # what the levels are too large by
-    b_s, b_z, b_t = _half(scale, sums, o_n, o_m, N, M, c, C, GROUP, stride_n, stride_g, stride_z)
     b_p = tl.zeros(b_y.shape, dtype=tl.float32)
-    b_p = dot(_levels(b_w, _FIRST, 0, PLUS, dtype), x_0, b_p)
-    b_p = dot(_levels(b_w, _SECOND, 4, PLUS, dtype), x_1, b_p)
-    b_y += b_s[:, None] * (b_p - (b_z + MORE)[:, None] * b_t[None, :])
-    b_s, b_z, b_t = _half(scale, sums, o_n, o_m, N, M, c + _HALF, C, GROUP, stride_n, stride_g, stride_z)
+    b_p = dot(_levels(b_w, _FIRST, 0, PLUS, dtype), x_1, b_p)
+    b_p = dot(_levels(b_w, _SECOND, 4, PLUS, dtype), x_2, b_p)
+    b_y += s_1.to(tl.float32)[:, None] * (b_p - (z_1.to(tl.float32) + MORE)[:, None] * t_1[None, :])
     b_p = tl.zeros(b_y.shape, dtype=tl.float32)
-    b_p = dot(_levels(b_w, _THIRD, 8, PLUS, dtype), x_2, b_p)
-    b_p = dot(_levels(b_w, _FOURTH, 12, PLUS, dtype), x_3, b_p)
-    b_y += b_s[:, None] * (b_p - (b_z + MORE)[:, None] * b_t[None, :])
+    b_p = dot(_levels(b_w, _THIRD, 8, PLUS, dtype), x_3, b_p)
+    b_p = dot(_levels(b_w, _FOURTH, 12, PLUS, dtype), x_4, b_p)
+    b_y += s_2.to(tl.float32)[:, None] * (b_p - (z_2.to(tl.float32) + MORE)[:, None] * t_2[None, :])
     return b_y

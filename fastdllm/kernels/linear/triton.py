@@ -20,7 +20,7 @@ from fastdllm.kernels.device import TensorDescriptor, stages
 from fastdllm.kernels.dot import dot
 from fastdllm.kernels.linear import fp8, reference
 from fastdllm.kernels.linear.int4 import HALF, PARTS, UNIT, group_size
-from fastdllm.kernels.linear.nibbles import unit_product
+from fastdllm.kernels.linear.nibbles import unit_product, unit_steps, unit_sums
 from fastdllm.kernels.linear.reference import FP8, FP8_MAX, Activations, Quantized
 from fastdllm.kernels.pdl import LAUNCH, wait
 
@@ -51,6 +51,55 @@ def load_quarters(x, o_m, M, c, C, EVEN: tl.constexpr, BLOCK_C: tl.constexpr):
     x_2 = load_rows(x, o_m, M, c + 2 * QUARTER, C, EVEN, QUARTER)
     x_3 = load_rows(x, o_m, M, c + 3 * QUARTER, C, EVEN, QUARTER)
     return x_0, x_1, x_2, x_3
+
+
+@triton.jit
+def streamed(
+    x,
+    w,
+    scale,
+    sums,
+    i_n,
+    o_n,
+    o_m,
+    start,
+    stop,
+    M,
+    N,
+    C,
+    stride_n,
+    stride_g,
+    stride_z,
+    GROUP: tl.constexpr,
+    EVEN: tl.constexpr,
+    JOINT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Rows o_n of w times rows o_m of x over the channels from start to stop, [ROWS, BLOCK_M]; without scales but those of
+    groups.
+
+    w: a descriptor of [N, C], or with JOINT of [2, N / 2, C], whose tiles hold the rows from i_n on of both halves.
+    """
+    # The weight is the left operand: its many rows fill the matrix unit, and it can be widened in registers.
+    b_y = tl.zeros((ROWS, BLOCK_M), dtype=tl.float32)
+    if GROUP == 0:
+        for c in range(start, stop, BLOCK_C):
+            b_w = tl.reshape(w.load([0, i_n, c]), (ROWS, BLOCK_C)) if JOINT else w.load([i_n, c])
+            b_y = dot(b_w, load_rows(x, o_m, M, c, C, EVEN, BLOCK_C), b_y)
+    else:
+        s_1, z_1, s_2, z_2 = unit_steps(scale, o_n, N, start, C, GROUP, stride_n, stride_g, stride_z)
+        t_1, t_2 = unit_sums(sums, o_m, M, start, C)
+        for c in range(start, stop, BLOCK_C):
+            # Steps, zeros and sums come from memory that nothing else has touched: they are loaded a unit ahead.
+            s_3, z_3, s_4, z_4 = unit_steps(scale, o_n, N, c + BLOCK_C, C, GROUP, stride_n, stride_g, stride_z)
+            t_3, t_4 = unit_sums(sums, o_m, M, c + BLOCK_C, C)
+            x_1, x_2, x_3, x_4 = load_quarters(x, o_m, M, c, C, EVEN, BLOCK_C)
+            b_w = tl.reshape(w.load([0, i_n, c // 4]), (ROWS, BLOCK_C // 4)) if JOINT else w.load([i_n, c // 4])
+            b_y = unit_product(b_y, b_w, x_1, x_2, x_3, x_4, s_1, z_1, s_2, z_2, t_1, t_2)
+            s_1, z_1, s_2, z_2, t_1, t_2 = s_3, z_3, s_4, z_4, t_3, t_4
+    return b_y
 
 
 @triton.jit
@@ -90,19 +139,11 @@ def _skinny_kernel(
     wait()
     if TOKEN_SCALE:
         b_token = tl.load(token_scale + o_m, mask=m_m, other=0.0)
-    # The weight is the left operand: its many rows fill the matrix unit, and it can be widened in registers.
-    b_y = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     start, stop = i_s * chunk, tl.minimum((i_s + 1) * chunk, C)
-    if GROUP == 0:
-        for c in range(start, stop, BLOCK_C):
-            b_y = dot(w.load([i_n * BLOCK_N, c]), load_rows(x, o_m, M, c, C, EVEN, BLOCK_C), b_y)
-    else:
-        for c in range(start, stop, BLOCK_C):
-            b_w = w.load([i_n * BLOCK_N, c // 4])
-            x_0, x_1, x_2, x_3 = load_quarters(x, o_m, M, c, C, EVEN, BLOCK_C)
-            b_y = unit_product(
-                b_y, b_w, x_0, x_1, x_2, x_3, scale, sums, o_n, o_m, N, M, c, C, GROUP, stride_n, stride_g, stride_z
-            )  # fmt: skip
+    b_y = streamed(
+        x, w, scale, sums, i_n * BLOCK_N, o_n, o_m, start, stop, M, N, C, stride_n, stride_g, stride_z,
+        GROUP, EVEN, False, BLOCK_N, BLOCK_M, BLOCK_C,
+    )  # fmt: skip
     if SCALE:
         b_y *= b_scale[:, None]
     if TOKEN_SCALE:
@@ -240,13 +281,19 @@ def tiling(M: int, N: int, dtype: torch.dtype) -> dict[str, int]:
     (block_n, block_c, stages, splits): qkv (64, 128, 3, 2) 138.8, (64, 128, 4, 1) 140.6, (128, 64, 5, 2) 143.3; out
     (64, 128, 4, 2) 137.9, (64, 256, 3, 2) 139.1, (64, 256, 3, 8) 143.2; down (64, 256, 3, 2) 138.2, (64, 128, 4, 4) 138.9,
     (128, 64, 4, 2) 151.0. Dream's out and down prefer (64, 256, 3, 2) too, its qkv (64, 128, 4, 3). In fp8 no candidate
-    gained 1 us of 98; in int8, of 142, (64, 256, 3, 4) gained 3 for down. In int4, each by itself: qkv (64, 256, 3, 2) 15.0,
-    (64, 256, 3, 4) 16.4, 128 rows with 8 warps 20.1; gate and up (64, 256, 3, 1) 25.9, (64, 256, 3, 2) 27.3, 128 rows 32.7;
-    down (64, 256, 3, 4) 15.8, (64, 256, 3, 8) 17.6.
+    gained 1 us of 98; in int8, of 142, (64, 256, 3, 4) gained 3 for down.
+
+    As forwards, ms (2026-11-30): v2 in fp8 at 8 rows, qkv (64, 256, 4, 4) 2.47, (64, 256, 4, 5) 2.51, (64, 256, 4, 3) 2.52;
+    down (64, 512, 4, 2) 2.48, (64, 256, 3, 7) 2.53, (64, 512, 3, 2) 2.54, (64, 512, 4, 4) 2.55. LLaDA in fp8 at 32 rows, out
+    (64, 512, 3, 2) 2.93, (64, 512, 4, 2) 2.96. LLaDA in int4, as (stages, splits): at 32 rows, out and down (4, 4) 3.17,
+    (3, 4) 3.32, qkv (3, 2) 3.26, (2, 2) 3.31, (4, 2) 3.52; at 16 rows, qkv (4, 2) 3.18, (3, 2) 3.25; at 64 rows, down (3, 4)
+    5.04, (4, 4) 5.38.
     """
     block_m, num_warps = min(64 if dtype == torch.uint8 else 128, max(16, triton.next_power_of_2(M))), 4
     if dtype == torch.uint8:
-        shape = (64, UNIT, 3, 1 if N > 16384 else 2 if N > 8192 else 4)
+        # As many programs on a multiprocessor as make all of them run at once, and no more: then they are spread evenly.
+        depth = 4 if block_m == 16 or (block_m == 32 and N <= 8192) else 3
+        shape = (64, UNIT, depth, 1 if N > 16384 else 2 if N > 8192 else 4)
     elif block_m == 128:
         shape = (64, 128, 3, 1)
     elif N > 16384:
@@ -254,10 +301,11 @@ def tiling(M: int, N: int, dtype: torch.dtype) -> dict[str, int]:
     elif N > 8192:
         shape = (64, 256 // dtype.itemsize, 3, 2)
     elif N > 4096:
-        shape = (64, 256 // dtype.itemsize, 4, 3)
+        shape = (64, 256 // dtype.itemsize, 4, 4 if block_m == 16 else 3)
     else:
         # int8 meets tiles of x that take twice its bytes, and leaves less room for deep ones.
-        shape = (64, 256, 3, 4) if dtype == torch.int8 else (64, 512 // dtype.itemsize, 3, 2)
+        depth = 3 if dtype == FP8 and block_m > 16 else 4
+        shape = (64, 256, 3, 4) if dtype == torch.int8 else (64, 512 // dtype.itemsize, depth, 2)
     names = ("block_n", "block_c", "num_stages", "splits")
     return dict(zip(names, shape, strict=True)) | {"block_m": block_m, "num_warps": num_warps}
 

@@ -13,9 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdllm.kernels.device import TensorDescriptor, stages
-from fastdllm.kernels.dot import dot
 from fastdllm.kernels.linear.int4 import PARTS, UNIT
-from fastdllm.kernels.linear.nibbles import unit_product
 from fastdllm.kernels.linear.reference import FP8, FP8_MAX, Activations, Quantized
 from fastdllm.kernels.linear.triton import (
     SKINNY_ROWS,
@@ -25,10 +23,9 @@ from fastdllm.kernels.linear.triton import (
     half_sums,
     is_skinny,
     linear,
-    load_quarters,
-    load_rows,
     quantize_rows,
     scale_of,
+    streamed,
 )
 from fastdllm.kernels.pdl import LAUNCH, wait
 
@@ -123,38 +120,24 @@ def _linear_silu_mul_kernel(
 ):
     i_n = tl.program_id(0) * BLOCK_N
     o_n = i_n + tl.arange(0, BLOCK_N)
+    o_r = tl.arange(0, 2 * BLOCK_N)
+    o_r = o_r // BLOCK_N * F + i_n + o_r % BLOCK_N  # rows of gate, then those of up
     o_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_n, m_m = o_n < F, o_m < M
     if SCALE:
-        b_of_gate = tl.load(scale + o_n, mask=m_n, other=0.0)
-        b_of_up = tl.load(scale + F + o_n, mask=m_n, other=0.0)
+        b_scale = tl.load(scale + o_r, mask=o_r < 2 * F, other=0.0)
     wait()
     if TOKEN_SCALE:
         b_token = tl.load(token_scale + o_m, mask=m_m, other=0.0)
-    b_gate = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    b_up = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    if GROUP == 0:
-        for c in range(0, C, BLOCK_C):
-            b_x = load_rows(x, o_m, M, c, C, EVEN, BLOCK_C)
-            b_gate = dot(w.load([i_n, c]), b_x, b_gate)
-            b_up = dot(w.load([F + i_n, c]), b_x, b_up)
-    else:
-        for c in range(0, C, BLOCK_C):
-            x_0, x_1, x_2, x_3 = load_quarters(x, o_m, M, c, C, EVEN, BLOCK_C)
-            b_w = w.load([i_n, c // 4])
-            b_gate = unit_product(
-                b_gate, b_w, x_0, x_1, x_2, x_3, scale, sums, o_n, o_m, F, M, c, C, GROUP, stride_n, stride_g, stride_z
-            )  # fmt: skip
-            b_w = w.load([F + i_n, c // 4])
-            b_up = unit_product(
-                b_up, b_w, x_0, x_1, x_2, x_3, scale, sums, F + o_n, o_m, 2 * F, M, c, C, GROUP, stride_n, stride_g, stride_z
-            )  # fmt: skip
+    b_y = streamed(
+        x, w, scale, sums, i_n, o_r, o_m, 0, C, M, 2 * F, C, stride_n, stride_g, stride_z,
+        GROUP, EVEN, True, 2 * BLOCK_N, BLOCK_M, BLOCK_C,
+    )  # fmt: skip
     if SCALE:
-        b_gate *= b_of_gate[:, None]
-        b_up *= b_of_up[:, None]
+        b_y *= b_scale[:, None]
     if TOKEN_SCALE:
-        b_gate *= b_token[None, :]
-        b_up *= b_token[None, :]
+        b_y *= b_token[None, :]
+    b_gate, b_up = tl.split(tl.permute(tl.reshape(b_y, (2, BLOCK_N, BLOCK_M)), (1, 2, 0)))
     p_out = out + o_m.to(tl.int64)[None, :] * F + o_n[:, None]
     tl.store(p_out, b_gate * tl.sigmoid(b_gate) * b_up, mask=m_n[:, None] & m_m[None, :])
 
@@ -191,22 +174,28 @@ def _joint(rows: Activations, weight: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def tiling(M: int, F: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile of the joint kernel for M rows and F channels, weights of `dtype`.
+    """Tile of the joint kernel for M rows and F channels, weights of `dtype`; block_n counts the rows of one half.
 
-    Measured as for `linear`, as (block_n, block_c, stages): LLaDA (64, 64, 4) 136.4 us a layer, (64, 128, 2) 137.3,
-    (32, 256, 3) 145.3; Dream (64, 64, 3) 145.1, (64, 128, 3) 148.8, (64, 64, 4) 150.5; v2's 8 rows (128, 64, 3) with 8
-    warps 139.1, (64, 128, 2) 143.1; int8 (64, 256, 3) 132.0, (64, 128, 4) 138.3.
+    Measured on an H200 (torch 2.11, triton 3.6, 2026-11-30) as forwards of the published shapes, ms, as (block_n, bytes of a
+    weight's row, stages). 8 or 16 rows: v2 fp8 (32, 512, 3) 2.50, (32, 256, 4) 2.52; LLaDA bf16 (32, 256, 4) 4.35,
+    (32, 512, 3) 4.45; v2 bf16 (32, 512, 3) 4.02, (32, 256, 4) 4.09. 32 rows: LLaDA fp8 (32, 256, 3) 2.90, (32, 256, 4) 2.96,
+    (64, 128, 4) 2.98; v2 fp8 (32, 256, 2) 2.58, (32, 256, 3) 2.62; LLaDA int8 (32, 128, 4) 3.81, (32, 256, 3) 3.89. 64 rows:
+    LLaDA fp8 (64, 128, 4) 3.25, (32, 256, 3) 3.34; v2 fp8 (64, 128, 3) 3.05, (32, 256, 3) 3.17. In int4, as (block_n,
+    stages): 16 rows (32, 4) 2.77, (32, 3) 2.94; 32 rows (32, 3) 3.18, (64, 3) 3.21; 64 rows (64, 2) 5.20, (32, 3) 5.37.
     """
     block_m = max(16, triton.next_power_of_2(M))
+    # The depth is what lets all programs run at once and spreads them evenly, which counts for more than the depth itself.
+    one_wave = F <= 2 * 132 * 64
     if dtype == torch.uint8:
-        shape = (64, UNIT, 4, 3)
-    elif block_m == 16:
-        shape = (128, 128 // dtype.itemsize, 8, 3)
+        shape = (32, UNIT, 4, 4 if block_m == 16 else 3) if block_m <= 32 else (64, UNIT, 4, 2)
     elif dtype == torch.int8:
-        shape = (64, 256, 4, 3)
+        shape = (32, 128, 4, 4)
+    elif block_m == 16:
+        shape = (32, 512 // dtype.itemsize, 4, 3)
+    elif block_m == 32:
+        shape = (32, 256 // dtype.itemsize, 4, 2 if dtype == FP8 and not one_wave else 3)
     else:
-        # Four stages leave room for two programs on a multiprocessor, three for three: all of them should run at once.
-        shape = (64, 128 // dtype.itemsize, 4, 4 if F <= 2 * 132 * 64 else 3)
+        shape = (64, 128 // dtype.itemsize, 4, 4 if one_wave else 3)
     names = ("block_n", "block_c", "num_warps", "num_stages")
     return dict(zip(names, shape, strict=True)) | {"block_m": block_m}
 
@@ -234,7 +223,7 @@ def launch(
     out = torch.empty((M, F), dtype=dtype, device=x.device)
     _linear_silu_mul_kernel[(triton.cdiv(F, block_n), triton.cdiv(M, block_m))](
         x.contiguous(),
-        TensorDescriptor.from_tensor(w, [block_n, tile_c]),
+        TensorDescriptor.from_tensor(w.view(2, F, -1), [2, block_n, tile_c]),
         out if scale is None else scale,
         out if token_scale is None else token_scale,
         sums,

@@ -382,11 +382,10 @@ def _counts(model: Model, config: DecodeConfig, geometry: Geometry, size: int, c
         and cache.open(geometry(1, 1 + config.gen_length)[0])
     )
     schedule = SCHEDULES[config.schedule]
-    # By masks: a block that is cut short, or that a prompt ends in, takes its share of the steps and none of another's.
+    # By length: a last block that is cut short takes no steps from the others.
     per_block = config.steps * size // config.gen_length
     counts = torch.full((size + 1, max(size, per_block) + 1), float(size))
     for masks in range(1, size + 1):
-        steps = -(-per_block * masks // size)
-        plan = [1, *schedule(masks - 1, steps, int(not causal))] if forced else schedule(masks, steps, 0)
+        plan = [1, *schedule(masks - 1, per_block, int(not causal))] if forced else schedule(masks, per_block, 0)
         counts[masks, : len(plan)] = torch.tensor(plan, dtype=torch.float32)
     return counts.to(model.device)

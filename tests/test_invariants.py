@@ -186,14 +186,6 @@ def test_one_token_a_step_is_the_default_also_with_a_short_last_block(
             assert out.stats.row_forwards == [gen_length]
 
 
-@pytest.mark.parametrize("gen_length, block_length, steps", [(48, 32, 24), (48, 32, 12), (20, 8, 10), (12, 8, 24), (9, 4, 9)])
-@pytest.mark.parametrize("cache", ["none", "dual"])
-def test_a_short_last_block_takes_its_share_of_the_steps(gen_length: int, block_length: int, steps: int, cache: str) -> None:
-    options = {"decoder": "quota", "cache": cache, "gen_length": gen_length, "block_length": block_length, "stop_ids": ()}
-    out = fastdllm.generate(random_model("llada"), prompts(5), steps=steps, schedule="even", **options)
-    assert out.stats.row_forwards == [min(steps, gen_length)]
-
-
 @pytest.mark.each_choice
 @over(ALL)
 def test_shortest_answers_and_blocks_that_do_not_fit(family: str, cache: str, decoder: str) -> None:

@@ -71,12 +71,14 @@ def test_every_shape_is_a_model(name: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize(
-    "module", ["decode", *(pytest.param(name, marks=pytest.mark.slow) for name in ("profile_step", "loading", "kernels"))]
+    "module",
+    ["decode", *(pytest.param(name, marks=pytest.mark.slow) for name in ("profile_step", "loading", "kernels", "tiles"))],
 )
 def test_a_benchmark_without_a_gpu_says_so_in_one_line(module: str) -> None:
-    if module == "kernels":
+    if module in ("kernels", "tiles"):
         pytest.importorskip("triton")
-    done = subprocess.run([sys.executable, "-m", f"scripts.benchmarks.{module}"], capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-m", f"scripts.benchmarks.{module}", *(["--product", "out"] if module == "tiles" else [])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.startswith(f"{module}: a GPU is needed") and done.stderr.count("\n") == 1
 
 

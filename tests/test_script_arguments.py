@@ -25,7 +25,7 @@ from scripts.studies import pareto
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = [path for path in (ROOT / "scripts").rglob("*.py") if '"__main__"' in path.read_text(encoding="utf-8")]
-SCRIPTS = sorted(path for path in PROGRAMS if path.stem != "kernels")  # which needs triton
+SCRIPTS = sorted(path for path in PROGRAMS if path.stem not in ("kernels", "tiles"))  # which need triton
 OTHERS = [path for path in SCRIPTS if path.stem != "parallel"]  # which reads its options first, and then does the rest so
 NEEDED = {  # options without which a script does not begin
     "parallel": ["--model", "tiny-llada", "--data", "nowhere.jsonl", "--out", "out", "--max_steps", "1"],

@@ -29,6 +29,11 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - RESERVED
 
 
+def reads_shared(device: torch.device) -> bool:
+    """Whether the matrix unit reads its right operand from shared memory (Hopper); elsewhere that takes registers."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+
+
 def stages(wanted: int, tile_bytes: int, device: torch.device) -> int:
     """Tiles of `tile_bytes` on their way at a time: `wanted`, or as many as the device has room for. At least two: a kernel
     that still does not fit says so."""

@@ -22,7 +22,6 @@ from fastdllm.kernels.confidence import reference as confidence_reference
 from fastdllm.kernels.confidence import triton as confidence_triton
 from fastdllm.kernels.experts import reference as experts_reference
 from fastdllm.kernels.linear import int4
-from fastdllm.kernels.linear import triton as linear_triton
 from fastdllm.kernels.partial import reference as partial_reference
 from fastdllm.kernels.partial import triton as partial_triton
 from fastdllm.kernels.rmsnorm import reference as rmsnorm_reference
@@ -154,7 +153,7 @@ def attention_tiles(tiles: int, packed: int) -> Iterator[dict[str, int]]:
         yield dict(zip(names, shape, strict=True))
 
 
-def linear_case(m: Model, name: str, M: int, kind: str, sweep: bool) -> Case:
+def linear_case(m: Model, name: str, M: int, kind: str) -> Case:
     """One linear layer at M rows, its weight of one of KINDS."""
     N, C = m.linears()[name]
     size = SIZES[kind]
@@ -163,17 +162,9 @@ def linear_case(m: Model, name: str, M: int, kind: str, sweep: bool) -> Case:
     x = rand(M, C)
     weights = [(w, None) if kind == "bf16" else kernels.quantize_weight(w, kind) for w in plain]
 
-    def streamed(i: int, tile: dict[str, int]) -> Tensor:
-        if kind != "fp8":
-            return linear_triton.skinny(x, *weights[i], None, **tile).sum(0)
-        tokens = linear_triton.quantize_rows(x)
-        return linear_triton.skinny(tokens.values, *weights[i], None, tokens.scale, x.dtype, **tile).sum(0)
-
     runs: dict[str, Run] = {"kernel": lambda i: kernels.linear(x, *weights[i])}
     if kind == "bf16":
         runs["cublas"] = lambda i: F.linear(x, plain[i])
-    if sweep:
-        runs |= {f"tile {' '.join(map(str, t.values()))}": partial(streamed, tile=t) for t in linear_tiles(M, kind)}
     flops = 2.0 * M * N * C * (0.5 if kind == "fp8" else 1)
     want = lambda i: x.float() @ exact(weights[i], plain[i]).T  # noqa: E731
     return Case("linear", f"{m.name} {name} M{M} {kind}", runs, want, size * N * C, flops, n, 0.06)
@@ -182,26 +173,6 @@ def linear_case(m: Model, name: str, M: int, kind: str, sweep: bool) -> Case:
 def exact(weight: tuple[Tensor, Tensor | None], plain: Tensor) -> Tensor:
     """What a product is compared with, in fp32: rounding to 4 bits is an error of its own."""
     return int4.widen(*weight, plain.shape[1]) if weight[0].dtype == torch.uint8 else plain.float()
-
-
-def linear_tiles(M: int, kind: str) -> Iterator[dict[str, int]]:
-    """Candidates around the table: tile rows, tile channels, tile depth, stages, splits of the channels, warps."""
-    if kind == "int4":
-        for rows in (128, 256) if M > 128 else (min(128, M),):
-            for n, warps, stages in ((64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 8, 2), (128, 8, 3), (128, 8, 4), (128, 4, 3)):
-                for splits in (1, 2, 4) if M <= 64 else (1,):
-                    yield {"block_m": rows, "block_n": n, "block_c": int4.UNIT, "num_stages": stages, "splits": splits,
-                           "num_warps": warps}  # fmt: skip
-        return
-    size = int(SIZES[kind])
-    names = ("block_m", "block_n", "block_c", "num_stages", "splits")
-    if M > 64:
-        shapes = [(128, 64, 3, 1), (64, 128, 3, 1)]
-    else:
-        bytes_of = [(64, 256, 4), (64, 256, 3), (64, 512, 3), (128, 128, 4), (128, 256, 3)]
-        shapes = [(n, c // size, stages, splits) for n, c, stages in bytes_of for splits in (1, 2, 3, 4)]
-    for shape in shapes:
-        yield dict(zip(names, (min(128, M), *shape), strict=True)) | {"num_warps": 4}
 
 
 def head_case(m: Model, N: int, sweep: bool) -> Case:
@@ -280,7 +251,7 @@ def partial_cases(m: Model, R: int, W: int, n: int) -> Iterator[Case]:
         yield Case(name, label, runs, partial(run, partial_reference), bytes_of[name])
 
 
-def gated_case(m: Model, M: int, kind: str, sweep: bool) -> Case:
+def gated_case(m: Model, M: int, kind: str) -> Case:
     """SwiGLU's gate and up projection and its activation, in one kernel and in two."""
     size, n = SIZES[kind], 4
     plain = [rand(2 * m.inner, m.width, scale=m.width**-0.5) for _ in range(n)]
@@ -290,12 +261,6 @@ def gated_case(m: Model, M: int, kind: str, sweep: bool) -> Case:
         "kernel": lambda i: kernels.linear_silu_mul(x, *weights[i]),
         "two kernels": lambda i: silu_mul_triton.silu_mul(kernels.linear(x, *weights[i])),
     }
-    if sweep and kind == "int4":
-        for n_rows, warps, stages in ((64, 4, 2), (64, 4, 3), (64, 8, 3), (128, 8, 2), (128, 8, 3)):
-            tile = {"block_m": M, "block_n": n_rows, "block_c": int4.UNIT, "num_warps": warps, "num_stages": stages}
-            runs[f"tile {n_rows} {warps} {stages}"] = partial(
-                lambda tile, i: silu_mul_triton.launch(x, *weights[i], None, x.dtype, **tile), tile
-            )
     want = lambda i: silu_mul_reference.silu_mul(x.float() @ exact(weights[i], plain[i]).T)  # noqa: E731
     nbytes = 2.0 * size * m.inner * m.width
     return Case("linear_silu_mul", f"{m.name} M{M} {kind}", runs, want, nbytes, 4.0 * M * m.inner * m.width, n, 0.1)
@@ -390,14 +355,14 @@ def cases(sweep: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
             yield "attention", partial(attention_case, m, R, W, sweep)
         for name in m.linears():
             for kind in KINDS:
-                yield "linear", partial(linear_case, m, name, 32, kind, sweep)
+                yield "linear", partial(linear_case, m, name, 32, kind)
         yield "head_confidence", partial(head_case, m, 32, sweep)
     yield "attention", partial(attention_case, DREAM, 1, KEYS, sweep, 32)
     yield "attention", partial(attention_case, DREAM, 32, 8, sweep)
     for M in (64, 128, 256, 1024):
         for name in ("o", "gate_up"):
             for kind in KINDS:
-                yield "linear", partial(linear_case, LLADA, name, M, kind, sweep)
+                yield "linear", partial(linear_case, LLADA, name, M, kind)
     for R, W in ((1, 32), (1, KEYS)):
         for case in small_cases(LLADA, R, W):
             yield case.op, partial(lambda c: c, case)
@@ -411,5 +376,5 @@ def cases(sweep: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
             yield case.op, partial(lambda c: c, case)
     for m in (LLADA, DREAM):
         for kind in KINDS:
-            yield "linear_silu_mul", partial(gated_case, m, 32, kind, sweep)
+            yield "linear_silu_mul", partial(gated_case, m, 32, kind)
             yield "layers", partial(layer_case, m, 1, 32, kind)

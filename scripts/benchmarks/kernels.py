@@ -3,8 +3,8 @@
 
 A floor is the larger of bytes over the copy bandwidth and operations over the matmul rate, both measured in the same run.
 Every candidate is captured into a graph of launches over rotating inputs (more bytes than the L2 cache holds, where the op
-streams weights or keys) and replayed; the figure is the median replay over the number of launches. `--sweep` adds the
-tilings and library alternatives from which the kernels' constants were chosen. The last line is JSON.
+streams weights or keys) and replayed; the figure is the median replay over the number of launches. `--sweep` adds
+tilings of attention and library alternatives; `scripts.benchmarks.tiles` chooses those of products. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def ceilings() -> tuple[float, float]:
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("--sweep", action="store_true", help="time the candidate tilings and library alternatives too")
+    parser.add_argument("--sweep", action="store_true", help="time attention's tilings and library alternatives too")
     parser.add_argument("--only", help="one op: attention, linear, head_confidence, ..., layers")
     parser.add_argument("--kind", help="only weights of one kind: bf16, fp8, int8, int4 (of the ops that have weights)")
     parser.add_argument("--json", type=output_file, help="also write every figure to this file")

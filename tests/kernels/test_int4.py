@@ -96,12 +96,17 @@ def test_groups(
     assert_close(out, reference.linear(x, weight, scale), ratio)
 
 
+@pytest.mark.parametrize("ahead", [True, False])
 @pytest.mark.parametrize("splits", [1, 2, 5])
 @pytest.mark.parametrize(("M", "C", "N"), [(1, 16, 1), (33, 768, 64), (20, 1100, 130)])
 @pytest.mark.usefixtures("descriptors")
-def test_partial_sums_add_up(device: torch.device, assert_close, M: int, C: int, N: int, splits: int) -> None:
+def test_partial_sums_add_up(
+    device: torch.device, monkeypatch, assert_close, M: int, C: int, N: int, splits: int, ahead: bool
+) -> None:
+    """Whether steps are loaded a unit ahead, as on Hopper, or where they are used."""
     from fastdllm.kernels.linear import triton
 
+    monkeypatch.setattr(triton, "reads_shared", lambda device: ahead)
     weight, scale = (t.to(device) for t in int4.quantize(torch.randn(N, C)))
     x = torch.randn(M, C, device=device).half()
     out = triton.skinny(x, weight, scale, None, **triton.tiling(M, N, weight.dtype) | {"splits": splits})

@@ -10,13 +10,15 @@ fp8 weights; `fp8.py` is for those between.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdllm.kernels.device import TensorDescriptor, stages
+from fastdllm.kernels.device import TensorDescriptor, reads_shared, stages
 from fastdllm.kernels.dot import dot
 from fastdllm.kernels.linear import fp8, reference
 from fastdllm.kernels.linear.int4 import HALF, PARTS, UNIT, group_size
@@ -46,11 +48,11 @@ def load_rows(x, o_m, M, c, C, EVEN: tl.constexpr, BLOCK_C: tl.constexpr):
 def load_quarters(x, o_m, M, c, C, EVEN: tl.constexpr, BLOCK_C: tl.constexpr):
     """`load_rows` in four tiles of a quarter of the channels each."""
     QUARTER: tl.constexpr = BLOCK_C // 4
-    x_0 = load_rows(x, o_m, M, c, C, EVEN, QUARTER)
-    x_1 = load_rows(x, o_m, M, c + QUARTER, C, EVEN, QUARTER)
-    x_2 = load_rows(x, o_m, M, c + 2 * QUARTER, C, EVEN, QUARTER)
-    x_3 = load_rows(x, o_m, M, c + 3 * QUARTER, C, EVEN, QUARTER)
-    return x_0, x_1, x_2, x_3
+    x_1 = load_rows(x, o_m, M, c, C, EVEN, QUARTER)
+    x_2 = load_rows(x, o_m, M, c + QUARTER, C, EVEN, QUARTER)
+    x_3 = load_rows(x, o_m, M, c + 2 * QUARTER, C, EVEN, QUARTER)
+    x_4 = load_rows(x, o_m, M, c + 3 * QUARTER, C, EVEN, QUARTER)
+    return x_1, x_2, x_3, x_4
 
 
 @triton.jit
@@ -71,16 +73,19 @@ def streamed(
     stride_g,
     stride_z,
     GROUP: tl.constexpr,
+    AHEAD: tl.constexpr,
     EVEN: tl.constexpr,
     JOINT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Rows o_n of w times rows o_m of x over the channels from start to stop, [ROWS, BLOCK_M]; without scales but those of
-    groups.
+    """Rows o_n of w times rows o_m of x [M, C] over the channels from start to stop: [ROWS, BLOCK_M], with steps and zeros
+    applied (GROUP), other scales not.
 
-    w: a descriptor of [N, C], or with JOINT of [2, N / 2, C], whose tiles hold the rows from i_n on of both halves.
+    w: a descriptor of the weights [N, C], or of their words with GROUP; with JOINT it has the shape [2, N / 2, ...], and a
+        tile holds the rows from i_n on of both halves.
+    scale, sums: see `nibbles.py`. AHEAD: whether they are loaded a unit before their use.
     """
     # The weight is the left operand: its many rows fill the matrix unit, and it can be widened in registers.
     b_y = tl.zeros((ROWS, BLOCK_M), dtype=tl.float32)
@@ -89,16 +94,25 @@ def streamed(
             b_w = tl.reshape(w.load([0, i_n, c]), (ROWS, BLOCK_C)) if JOINT else w.load([i_n, c])
             b_y = dot(b_w, load_rows(x, o_m, M, c, C, EVEN, BLOCK_C), b_y)
     else:
-        s_1, z_1, s_2, z_2 = unit_steps(scale, o_n, N, start, C, GROUP, stride_n, stride_g, stride_z)
-        t_1, t_2 = unit_sums(sums, o_m, M, start, C)
+        if AHEAD:  # these loads are small and late: their latency shows where nothing hides it
+            s_1, z_1, s_2, z_2 = unit_steps(scale, o_n, N, start, C, GROUP, stride_n, stride_g, stride_z)
+            t_1, t_2 = unit_sums(sums, o_m, M, start, C)
         for c in range(start, stop, BLOCK_C):
-            # Steps, zeros and sums come from memory that nothing else has touched: they are loaded a unit ahead.
-            s_3, z_3, s_4, z_4 = unit_steps(scale, o_n, N, c + BLOCK_C, C, GROUP, stride_n, stride_g, stride_z)
-            t_3, t_4 = unit_sums(sums, o_m, M, c + BLOCK_C, C)
-            x_1, x_2, x_3, x_4 = load_quarters(x, o_m, M, c, C, EVEN, BLOCK_C)
-            b_w = tl.reshape(w.load([0, i_n, c // 4]), (ROWS, BLOCK_C // 4)) if JOINT else w.load([i_n, c // 4])
-            b_y = unit_product(b_y, b_w, x_1, x_2, x_3, x_4, s_1, z_1, s_2, z_2, t_1, t_2)
-            s_1, z_1, s_2, z_2, t_1, t_2 = s_3, z_3, s_4, z_4, t_3, t_4
+            if AHEAD:
+                next_s_1, next_z_1, next_s_2, next_z_2 = unit_steps(
+                    scale, o_n, N, c + BLOCK_C, C, GROUP, stride_n, stride_g, stride_z
+                )
+                next_t_1, next_t_2 = unit_sums(sums, o_m, M, c + BLOCK_C, C)
+                x_1, x_2, x_3, x_4 = load_quarters(x, o_m, M, c, C, EVEN, BLOCK_C)
+                b_w = tl.reshape(w.load([0, i_n, c // 4]), (ROWS, BLOCK_C // 4)) if JOINT else w.load([i_n, c // 4])
+                b_y = unit_product(b_y, b_w, x_1, x_2, x_3, x_4, s_1, z_1, s_2, z_2, t_1, t_2)
+                s_1, z_1, s_2, z_2, t_1, t_2 = next_s_1, next_z_1, next_s_2, next_z_2, next_t_1, next_t_2
+            else:
+                b_w = tl.reshape(w.load([0, i_n, c // 4]), (ROWS, BLOCK_C // 4)) if JOINT else w.load([i_n, c // 4])
+                x_1, x_2, x_3, x_4 = load_quarters(x, o_m, M, c, C, EVEN, BLOCK_C)
+                s_1, z_1, s_2, z_2 = unit_steps(scale, o_n, N, c, C, GROUP, stride_n, stride_g, stride_z)
+                t_1, t_2 = unit_sums(sums, o_m, M, c, C)
+                b_y = unit_product(b_y, b_w, x_1, x_2, x_3, x_4, s_1, z_1, s_2, z_2, t_1, t_2)
     return b_y
 
 
@@ -120,6 +134,7 @@ def _skinny_kernel(
     BIAS: tl.constexpr,
     SCALE: tl.constexpr,
     GROUP: tl.constexpr,
+    AHEAD: tl.constexpr,
     TOKEN_SCALE: tl.constexpr,
     EVEN: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -142,7 +157,7 @@ def _skinny_kernel(
     start, stop = i_s * chunk, tl.minimum((i_s + 1) * chunk, C)
     b_y = streamed(
         x, w, scale, sums, i_n * BLOCK_N, o_n, o_m, start, stop, M, N, C, stride_n, stride_g, stride_z,
-        GROUP, EVEN, False, BLOCK_N, BLOCK_M, BLOCK_C,
+        GROUP, AHEAD, EVEN, False, BLOCK_N, BLOCK_M, BLOCK_C,
     )  # fmt: skip
     if SCALE:
         b_y *= b_scale[:, None]
@@ -283,17 +298,18 @@ def tiling(M: int, N: int, dtype: torch.dtype) -> dict[str, int]:
     (128, 64, 4, 2) 151.0. Dream's out and down prefer (64, 256, 3, 2) too, its qkv (64, 128, 4, 3). In fp8 no candidate
     gained 1 us of 98; in int8, of 142, (64, 256, 3, 4) gained 3 for down.
 
-    As forwards, ms (2026-11-30): v2 in fp8 at 8 rows, qkv (64, 256, 4, 4) 2.47, (64, 256, 4, 5) 2.51, (64, 256, 4, 3) 2.52;
-    down (64, 512, 4, 2) 2.48, (64, 256, 3, 7) 2.53, (64, 512, 3, 2) 2.54, (64, 512, 4, 4) 2.55. LLaDA in fp8 at 32 rows, out
-    (64, 512, 3, 2) 2.93, (64, 512, 4, 2) 2.96. LLaDA in int4, as (stages, splits): at 32 rows, out and down (4, 4) 3.17,
-    (3, 4) 3.32, qkv (3, 2) 3.26, (2, 2) 3.31, (4, 2) 3.52; at 16 rows, qkv (4, 2) 3.18, (3, 2) 3.25; at 64 rows, down (3, 4)
-    5.04, (4, 4) 5.38.
+    As `scripts.benchmarks.tiles` times them, ms of a forward (2026-11-30). v2 at 8 rows: fp8 qkv (64, 256, 4, 4) 2.47,
+    (64, 256, 4, 5) 2.51, (64, 256, 4, 3) 2.52, down (64, 512, 4, 2) 2.48, (64, 256, 3, 7) 2.53, (64, 512, 3, 2) 2.54; bf16
+    qkv (64, 128, 4, 5) 4.04, (64, 128, 4, 4) 4.06, (64, 128, 4, 3) 4.09, down (64, 256, 4, 2) 4.05, (64, 256, 3, 2) 4.09.
+    LLaDA at 32 rows: fp8 out (64, 512, 3, 2) 2.93, (64, 512, 4, 2) 2.96; bf16 down (64, 256, 4, 2) 4.49, (64, 256, 3, 2)
+    4.51. In int4, as (stages, splits): at 32 rows, out and down (4, 4) 3.17, (3, 4) 3.32, qkv (3, 2) 3.26, (2, 2) 3.31,
+    (4, 2) 3.52; at 16 rows, qkv (4, 2) 3.18, (3, 2) 3.25.
     """
     block_m, num_warps = min(64 if dtype == torch.uint8 else 128, max(16, triton.next_power_of_2(M))), 4
     if dtype == torch.uint8:
-        # As many programs on a multiprocessor as make all of them run at once, and no more: then they are spread evenly.
-        depth = 4 if block_m == 16 or (block_m == 32 and N <= 8192) else 3
-        shape = (64, UNIT, depth, 1 if N > 16384 else 2 if N > 8192 else 4)
+        # Four stages of 24 KB let two programs run on a multiprocessor, three stages three. LLaDA's 256 programs of out and
+        # down are spread more evenly by two.
+        shape = (64, UNIT, 4 if block_m == 16 or N <= 4096 else 3, 1 if N > 16384 else 2 if N > 8192 else 4)
     elif block_m == 128:
         shape = (64, 128, 3, 1)
     elif N > 16384:
@@ -302,10 +318,12 @@ def tiling(M: int, N: int, dtype: torch.dtype) -> dict[str, int]:
         shape = (64, 256 // dtype.itemsize, 3, 2)
     elif N > 4096:
         shape = (64, 256 // dtype.itemsize, 4, 4 if block_m == 16 else 3)
-    else:
+    elif dtype == torch.int8:
         # int8 meets tiles of x that take twice its bytes, and leaves less room for deep ones.
-        depth = 3 if dtype == FP8 and block_m > 16 else 4
-        shape = (64, 256, 3, 4) if dtype == torch.int8 else (64, 512 // dtype.itemsize, depth, 2)
+        shape = (64, 256, 3, 4)
+    else:
+        # In fp8 a fourth stage keeps the next kernel's programs waiting for shared memory, which counts from 32 rows on.
+        shape = (64, 512 // dtype.itemsize, 3 if dtype == FP8 and block_m > 16 else 4, 2)
     names = ("block_n", "block_c", "num_stages", "splits")
     return dict(zip(names, shape, strict=True)) | {"block_m": block_m, "num_warps": num_warps}
 
@@ -328,11 +346,8 @@ def skinny(
     """x [M, C] times w [N, C] transposed, w widened to x's dtype on the way, times scale [N] and token_scale [M], plus bias
     [N]: [splits, M, N], of `dtype` if there is one split and fp32 otherwise."""
     (M, C), N = x.shape, w.shape[0]
-    group, strides = group_of(w, scale, C), (0, 0, 0)
-    sums = scale if scale is not None else x
-    if group:
-        w, sums, strides = w.view(torch.int16), half_sums(x), scale.stride()
-    tile_c = block_c // PARTS if group else block_c  # elements of w that hold block_c channels
+    w, sums, strides, groups = of_groups(x, w, scale)
+    tile_c = block_c // PARTS if groups["GROUP"] else block_c  # elements of w that hold block_c channels
     y = torch.empty((splits, M, N), dtype=torch.float32 if splits > 1 else dtype or x.dtype, device=x.device)
     _skinny_kernel[(triton.cdiv(N, block_n) * splits, triton.cdiv(M, block_m))](
         x.contiguous(),
@@ -347,8 +362,8 @@ def skinny(
         C,
         *strides,
         BIAS=bias is not None,
-        SCALE=scale is not None and not group,
-        GROUP=group,
+        SCALE=scale is not None and not groups["GROUP"],
+        **groups,
         TOKEN_SCALE=token_scale is not None,
         EVEN=C % block_c == 0,
         SPLITS=splits,
@@ -360,6 +375,16 @@ def skinny(
         **LAUNCH,
     )
     return y
+
+
+def of_groups(x: Tensor, w: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, tuple[int, ...], dict[str, Any]]:
+    """What the kernels of x [M, C] need for 4-bit weights: their words, the sums of x, the strides of the scale and the
+    constants GROUP and AHEAD. Other weights come back as they are, and GROUP is 0."""
+    group = group_of(w, scale, x.shape[1])
+    if not group or scale is None:
+        return w, x, (0, 0, 0), {"GROUP": 0, "AHEAD": False}
+    # Where x takes registers there are none to spare: 1,240 bytes of a thread spilled at 64 rows on compute capability 8.6.
+    return w.view(torch.int16), half_sums(x), scale.stride(), {"GROUP": group, "AHEAD": reads_shared(x.device)}
 
 
 def half_sums(x: Tensor) -> Tensor:

@@ -19,10 +19,9 @@ from fastdllm.kernels.linear.triton import (
     SKINNY_ROWS,
     as_fp8,
     flat,
-    group_of,
-    half_sums,
     is_skinny,
     linear,
+    of_groups,
     quantize_rows,
     scale_of,
     streamed,
@@ -112,6 +111,7 @@ def _linear_silu_mul_kernel(
     stride_z,
     SCALE: tl.constexpr,
     GROUP: tl.constexpr,
+    AHEAD: tl.constexpr,
     TOKEN_SCALE: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -131,7 +131,7 @@ def _linear_silu_mul_kernel(
         b_token = tl.load(token_scale + o_m, mask=m_m, other=0.0)
     b_y = streamed(
         x, w, scale, sums, i_n, o_r, o_m, 0, C, M, 2 * F, C, stride_n, stride_g, stride_z,
-        GROUP, EVEN, True, 2 * BLOCK_N, BLOCK_M, BLOCK_C,
+        GROUP, AHEAD, EVEN, True, 2 * BLOCK_N, BLOCK_M, BLOCK_C,
     )  # fmt: skip
     if SCALE:
         b_y *= b_scale[:, None]
@@ -176,26 +176,30 @@ def _joint(rows: Activations, weight: Tensor, scale: Tensor | None) -> Tensor:
 def tiling(M: int, F: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile of the joint kernel for M rows and F channels, weights of `dtype`; block_n counts the rows of one half.
 
-    Measured on an H200 (torch 2.11, triton 3.6, 2026-11-30) as forwards of the published shapes, ms, as (block_n, bytes of a
-    weight's row, stages). 8 or 16 rows: v2 fp8 (32, 512, 3) 2.50, (32, 256, 4) 2.52; LLaDA bf16 (32, 256, 4) 4.35,
-    (32, 512, 3) 4.45; v2 bf16 (32, 512, 3) 4.02, (32, 256, 4) 4.09. 32 rows: LLaDA fp8 (32, 256, 3) 2.90, (32, 256, 4) 2.96,
-    (64, 128, 4) 2.98; v2 fp8 (32, 256, 2) 2.58, (32, 256, 3) 2.62; LLaDA int8 (32, 128, 4) 3.81, (32, 256, 3) 3.89. 64 rows:
-    LLaDA fp8 (64, 128, 4) 3.25, (32, 256, 3) 3.34; v2 fp8 (64, 128, 3) 3.05, (32, 256, 3) 3.17. In int4, as (block_n,
-    stages): 16 rows (32, 4) 2.77, (32, 3) 2.94; 32 rows (32, 3) 3.18, (64, 3) 3.21; 64 rows (64, 2) 5.20, (32, 3) 5.37.
+    As `scripts.benchmarks.tiles` times them on an H200 (torch 2.11, triton 3.6, 2026-11-30), ms of a forward, as (block_n,
+    bytes of a weight's row, stages). v2 at 8 rows: fp8 (32, 512, 3) 2.50, (32, 256, 4) 2.52; bf16 (32, 512, 3) 4.02,
+    (32, 256, 4) 4.09. LLaDA at 16: fp8 (32, 256, 4) 2.76, (32, 512, 3) 2.79; bf16 (32, 256, 4) 4.35, (32, 512, 3) 4.45.
+    LLaDA at 32: fp8 (32, 256, 3) 2.90, (32, 256, 4) 2.96, (64, 128, 4) 2.98; bf16, the same three, 4.51, 4.58, 4.62; int8
+    (32, 128, 4) 3.81, (32, 256, 3) 3.89, and int8 was measured nowhere else. v2 at 32: fp8 (32, 256, 2) 2.58, (32, 256, 3)
+    2.62; bf16 (32, 256, 3) 4.12, (32, 128, 4) 4.19. LLaDA at 64: fp8 (64, 128, 4) 3.25, (32, 256, 3) 3.34; bf16
+    (32, 128, 4) 4.94, (64, 128, 4) 4.97. v2 at 64: fp8 (64, 128, 3) 3.05, (32, 256, 3) 3.17; bf16 (64, 128, 3) 4.65,
+    (32, 128, 4) 4.68. LLaDA in int4, as (block_n, stages): at 16 (32, 4) 2.77, (32, 3) 2.94; at 32 (32, 3) 3.18, (64, 3)
+    3.21.
     """
     block_m = max(16, triton.next_power_of_2(M))
-    # The depth is what lets all programs run at once and spreads them evenly, which counts for more than the depth itself.
-    one_wave = F <= 2 * 132 * 64
+    # A tile that takes much shared memory lets fewer programs run at once, and keeps those of the next kernel waiting. A
+    # shape whose programs of 64 rows fit twice on each of an H100's 132 multiprocessors can afford a stage more.
+    few = F <= 2 * 132 * 64
     if dtype == torch.uint8:
-        shape = (32, UNIT, 4, 4 if block_m == 16 else 3) if block_m <= 32 else (64, UNIT, 4, 2)
+        shape = (32, UNIT, 4, 4 if block_m == 16 else 3)
     elif dtype == torch.int8:
         shape = (32, 128, 4, 4)
     elif block_m == 16:
-        shape = (32, 512 // dtype.itemsize, 4, 3)
+        shape = (32, 256 // dtype.itemsize, 4, 4) if few else (32, 512 // dtype.itemsize, 4, 3)
     elif block_m == 32:
-        shape = (32, 256 // dtype.itemsize, 4, 2 if dtype == FP8 and not one_wave else 3)
+        shape = (32, 256 // dtype.itemsize, 4, 2 if dtype == FP8 and not few else 3)
     else:
-        shape = (64, 128 // dtype.itemsize, 4, 4 if one_wave else 3)
+        shape = (64, 128 // dtype.itemsize, 4, 4 if few else 3)
     names = ("block_n", "block_c", "num_warps", "num_stages")
     return dict(zip(names, shape, strict=True)) | {"block_m": block_m}
 
@@ -215,11 +219,8 @@ def launch(
 ) -> Tensor:
     """silu(first half) * second half of x [M, C] times w [2F, C] transposed, scaled by channel and token: [M, F]."""
     (M, C), F = x.shape, w.shape[0] // 2
-    group, strides = group_of(w, scale, C), (0, 0, 0)
-    sums = scale if scale is not None else x
-    if group:
-        w, sums, strides = w.view(torch.int16), half_sums(x), scale.stride()
-    tile_c = block_c // PARTS if group else block_c  # elements of w that hold block_c channels
+    w, sums, strides, groups = of_groups(x, w, scale)
+    tile_c = block_c // PARTS if groups["GROUP"] else block_c  # elements of w that hold block_c channels
     out = torch.empty((M, F), dtype=dtype, device=x.device)
     _linear_silu_mul_kernel[(triton.cdiv(F, block_n), triton.cdiv(M, block_m))](
         x.contiguous(),
@@ -232,8 +233,8 @@ def launch(
         F,
         C,
         *strides,
-        SCALE=scale is not None and not group,
-        GROUP=group,
+        SCALE=scale is not None and not groups["GROUP"],
+        **groups,
         TOKEN_SCALE=token_scale is not None,
         EVEN=C % block_c == 0,
         BLOCK_M=block_m,

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark of tiles: the products it names are the network's, and each of its tiles is launched and computes the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastdllm.kernels.linear.reference import quantize_weight
+from tests.random_models import FAMILIES, random_model
+
+pytestmark = [
+    pytest.mark.usefixtures("descriptors"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled in this process, not interpreted"),
+]
+KINDS = [None, "fp8", "int8", "int4"]
+
+
+def product(N: int, C: int, kind: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    w = torch.randn(N, C).bfloat16() * C**-0.5
+    return quantize_weight(w, kind) if kind else (w, None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_products_are_those_of_a_layer(family: str) -> None:
+    from scripts.benchmarks import tiles
+
+    model = random_model(family)
+    for name in tiles.PRODUCTS:
+        assert tiles.channels(model, name) == tuple(getattr(model.network.layers[0], name).weight.shape)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_candidate_of_a_product_computes_it(assert_close, kind: str | None) -> None:
+    from fastdllm.kernels.linear import triton
+    from scripts.benchmarks import tiles
+
+    w, x, found = product(48, 256, kind), torch.randn(20, 256).bfloat16(), []
+    want, splits = triton.linear(x, *w), triton.tiling(20, 48, w[0].dtype)["splits"]
+    for tile in tiles.candidates("out", 20, kind):
+        with tiles.with_tile("out", (48, 256), tile):
+            parts = triton.split_k_partials(x, *w, None)
+        assert len(parts) == tile["splits"] and tile["block_m"] == 32
+        assert_close(parts.float().sum(0), want.float(), 1e-2)
+        found.append(tuple(tile.values()))
+    assert len(found) == len(set(found)) > 15
+    with tiles.with_tile("out", (48, 512), {"splits": splits + 1}):
+        assert len(triton.split_k_partials(x, *w, None)) == splits, "another product keeps its tile"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_candidate_of_gate_and_up_computes_them(assert_close, kind: str | None) -> None:
+    from fastdllm.kernels.silu_mul import triton
+    from scripts.benchmarks import tiles
+
+    w, x, seen = product(2 * 72, 256, kind), torch.randn(9, 256).bfloat16(), []
+    want, launch = triton.linear_silu_mul(x, *w), triton.launch
+    for tile in tiles.candidates("gate_up", 9, kind):
+        with tiles.with_tile("gate_up", (144, 256), tile), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(triton, "launch", lambda *args, **kwargs: seen.append(kwargs) or launch(*args, **kwargs))
+            assert_close(triton.linear_silu_mul(x, *w).float(), want.float(), 1e-2)
+        assert seen.pop() == tile

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of tiles: the products it names are the network's, and each of its tiles is launched and computes the same."""
+"""The benchmark of tiles: the products that it names are the network's, and each tile is launched and computes the same."""
 
 from __future__ import annotations
 

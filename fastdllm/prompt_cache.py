@@ -54,8 +54,11 @@ class PromptCache:
 
     positions: kept at most; those that were not used for the longest time go first.
 
-    It belongs to one model and block length at a time: with another one, or with other weights, it starts empty. Runs on
-    several threads may share it, as long as they use one stream of the device. Raises ValueError for positions below 1.
+    It belongs to one model and block length at a time: with another one, or with other weights, it starts empty. torch does
+    not tell of weights that change through `.data`, or of tensors of the inference mode that change: `clear` it then.
+
+    Runs on several threads may share it, as long as they use one stream of the device. Raises ValueError for positions below
+    1.
     """
 
     def __init__(self, positions: int = POSITIONS) -> None:

@@ -2,6 +2,9 @@
 """A fixed number of tokens per step, the most confident first (LLaDA's low-confidence remasking, arXiv 2502.09992).
 
 Dream decodes so as well. One token per step is the reference for all other decoders.
+
+Every block takes an even share of `steps`, and what a division leaves is left out. Passes that open a block come on top
+where they commit nothing, as in families that read in blocks. So does Dream's first token of a block that has one step.
 """
 
 from dataclasses import dataclass

@@ -6,7 +6,7 @@ Both keep eight levels in an int32, lowest bits first, and compute (level - zero
 | tensor | GPTQ (AutoGPTQ, GPTQModel) | AWQ (AutoAWQ, version "gemm") |
 |---|---|---|
 | qweight | [C / 8, N], eight input channels | [C, N / 8], eight output channels in the order 0 2 4 6 1 3 5 7 |
-| qzeros | [groups, N / 8], less one (`checkpoint_format` "gptq_v2": as they are) | [groups, N / 8], in that order |
+| qzeros | [groups, N / 8], less 0x11111111 (`checkpoint_format` "gptq_v2": as they are) | [groups, N / 8], in that order |
 | scales | [groups, N] | [groups, N] |
 
 GPTQ's g_idx [C], the group of each input channel, must be in order: `desc_act` permutes the channels and is not read.
@@ -44,8 +44,8 @@ def layout_of(quantization: Mapping[str, Any]) -> str:
         if (version := str(quantization.get("version", "gemm")).lower()) != "gemm":
             raise ValueError(f"quantization_config: version={version!r} is not read; allowed is 'gemm'")
         return "awq"
-    if quantization.get("desc_act"):
-        raise ValueError("quantization_config: desc_act=True is not read; allowed is False (channels in their own order)")
+    if (order := quantization.get("desc_act")) not in (False, None):
+        raise ValueError(f"quantization_config: desc_act={order!r} is not read; allowed is False (channels in order)")
     layout = quantization.get("checkpoint_format") or "gptq"
     if layout not in ("gptq", "gptq_v2"):
         raise ValueError(f"quantization_config: checkpoint_format={layout!r} is not one of gptq, gptq_v2")
@@ -64,9 +64,9 @@ def convert(tensors: Mapping[str, Tensor], layout: str) -> tuple[Tensor, Tensor]
     if layout == "awq":
         levels, zeros = _columns(qweight, AWQ_ORDER).T, _columns(qzeros, AWQ_ORDER).T
     else:
+        if layout == "gptq":  # a zero of 0 borrowed from its neighbour, so that the words are added to, not their parts
+            qzeros = qzeros + 0x11111111
         levels, zeros = _columns(qweight.T, range(8)), _columns(qzeros, range(8)).T
-        if layout == "gptq":
-            zeros = zeros + 1
     (outputs, channels), groups = levels.shape, scales.shape[0]
     if scales.shape[1] != outputs or zeros.shape != (outputs, groups):
         shapes = {name: list(t.shape) for name, t in tensors.items()}

@@ -32,7 +32,6 @@ FOREIGN = {
     "expert": "a mixture of experts",
     "vision": "a vision tower",
     "lora_": "a LoRA adapter",
-    "qweight": "GPTQ or AWQ quantisation",
     "scales": "quantisation",
 }
 
@@ -207,6 +206,8 @@ def load_weights(
     Raises ValueError naming the tensor that is missing, unexpected, doubled, of a wrong shape or not finite.
     """
     found = headers(shards(folder))
+    if layout is None and any(name.endswith(".qweight") for name in found):
+        raise ValueError(f"{folder}: weights as GPTQ and AWQ pack them, but no quantization_config in config.json says how")
     packed = {} if layout is None else int4.take_packed(found, family.names(spec), layout)
     if packed and adapter is not None:
         raise ValueError(f"{folder}: an adapter cannot be merged into weights in 4 bits")

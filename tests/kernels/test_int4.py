@@ -52,6 +52,13 @@ def test_quantised_weights_are_near(C: int, group: int) -> None:
         assert ((back - part).square().mean(1).sqrt() <= half[:, 0]).all()
 
 
+def test_what_is_no_number_stays_seen_and_the_smallest_weights_vanish() -> None:
+    w = torch.randn(3, 300)
+    w[1, 7], w[2] = torch.nan, 1e-45
+    back = int4.widen(*int4.quantize(w), 300)
+    assert back[0].isfinite().all() and back[1, :128].isnan().any() and (back[2] == 0).all()
+
+
 def test_clipping_lowers_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     w = torch.randn(64, 512)
     found = [(int4.widen(*int4.quantize(w), 512) - w).norm()]

@@ -240,12 +240,11 @@ def test_dream_reasoner_is_known_by_its_class(tmp_path: Path) -> None:
 
 
 def test_a_tensor_says_which_network_it_is_from(tmp_path: Path) -> None:
-    for name, what in (("model.layers.0.self_attn.q_norm.weight", "norms on queries and keys"), ("x.g.qweight", "GPTQ")):
-        write_checkpoint(tmp_path / what[:4], "dream")
-        path = tmp_path / what[:4] / "model.safetensors"
-        save_file({**load_file(path), name: torch.ones(8).to(torch.int32 if "qweight" in name else torch.float32)}, path)
-        with pytest.raises(ValueError, match=f"unexpected tensor '{name}'.*{what}"):
-            load(tmp_path / what[:4])
+    name, what = "model.layers.0.self_attn.q_norm.weight", "norms on queries and keys"
+    write_checkpoint(tmp_path, "dream")
+    save_file({**load_file(tmp_path / "model.safetensors"), name: torch.ones(8)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"unexpected tensor '{name}'.*{what}"):
+        load(tmp_path)
 
 
 def test_biases_follow_the_config(tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ def published(layout: str, N: int, C: int, group: int) -> tuple[dict[str, Tensor
     tensors = {"qweight": qweight.int(), "qzeros": by_output(zero).int(), "scales": scales}
     if layout.startswith("gptq"):
         tensors["g_idx"] = (torch.arange(C) // group).int()
-    zero = zero + (layout == "gptq")
+    if layout == "gptq":
+        tensors["qzeros"] -= 0x11111111
     step, zero = (x.double().repeat_interleave(group, 1) for x in (scales.T, zero))
     return tensors, (level - zero) * step
 
@@ -58,11 +59,13 @@ def test_layouts(layout: str, N: int, C: int, group: int) -> None:
     torch.testing.assert_close(widen(weight, scale, C).double(), want, rtol=1e-6, atol=1e-7)
 
 
-def test_zeros_of_sixteen_survive() -> None:
-    """GPTQ stores zeros less one, so that 15 stands for 16."""
+@pytest.mark.parametrize("zeros", [[0] * 8, [0, 1, 0, 15, 8, 0, 0, 7], [15] * 8])
+def test_a_zero_of_0_borrows_from_its_neighbour(zeros: list[int]) -> None:
+    """GPTQModel writes its first format from the second by a subtraction of whole words."""
     tensors, _ = published("gptq", 8, 32, 32)
-    tensors["qzeros"].fill_(-1)  # all bits
-    assert (int4.convert(tensors, "gptq")[1][..., 1] == 16).all()
+    word = (sum(zero << 4 * k for k, zero in enumerate(zeros)) - 0x11111111) % (1 << 32)
+    tensors["qzeros"].fill_(word - (1 << 32) if word >> 31 else word)
+    assert int4.convert(tensors, "gptq")[1][..., 1].flatten().tolist() == zeros
 
 
 @pytest.mark.parametrize(
@@ -192,6 +195,7 @@ def test_a_packed_checkpoint_is_the_network_that_it_stands_for(tmp_path: Path, f
     ("change", "message"),
     [
         ({"desc_act": True}, "desc_act=True is not read; allowed is False"),
+        ({"desc_act": "false"}, "desc_act='false' is not read; allowed is False"),
         ({"bits": 8}, "bits=8 is not read"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format='marlin' is not one of"),
     ],
@@ -201,6 +205,14 @@ def test_a_packed_checkpoint_of_another_kind_is_named_with_its_file(
 ) -> None:
     write_checkpoint(tmp_path, "dream", quantization_config={**AUTOGPTQ, **change})
     with pytest.raises(ValueError, match=f"^{tmp_path}: config.json: quantization_config: {message}"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("config", [{}, {"quantization_config": None}])
+def test_packed_weights_that_config_json_does_not_describe(tmp_path: Path, config: dict[str, Any]) -> None:
+    write_checkpoint(tmp_path, "dream", **config)
+    pack_checkpoint(tmp_path, "gptq", 16)
+    with pytest.raises(ValueError, match=f"^{tmp_path}: weights as GPTQ and AWQ pack them, but no quantization_config"):
         load(tmp_path)
 
 

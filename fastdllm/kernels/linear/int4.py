@@ -45,11 +45,11 @@ def _quantize(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
     step, zero, q = torch.ones_like(full), torch.zeros_like(full), torch.zeros_like(x)
     for share in SHRINK:
         # The step is rounded as it will be stored before anything is divided by it.
-        s = (full * share).bfloat16().float()
+        s = (full * share).bfloat16().float().clamp(min=torch.finfo(torch.bfloat16).tiny)
         z = (-low * share / s).round().clamp(0, LEVELS)
         t = (x / s + z).round().clamp(0, LEVELS)
         error = ((t - z) * s - x).square().sum(-1, keepdim=True)
-        better = error < least
+        better = ~(error >= least)  # what is no number stays so, and is seen
         least, step, zero, q = (torch.where(better, a, b) for a, b in ((error, least), (s, step), (z, zero), (t, q)))
     return pack(q.flatten(1)[:, :C]), torch.cat([step, zero], -1).bfloat16()
 

@@ -29,6 +29,7 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - RESERVED
 
 
+@cache
 def reads_shared(device: torch.device) -> bool:
     """Whether the matrix unit reads its right operand from shared memory (Hopper); elsewhere that takes registers."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9

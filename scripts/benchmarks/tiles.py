@@ -24,6 +24,7 @@ from fastdllm.arguments import COUNT, Parser
 from fastdllm.kernels.linear.int4 import UNIT
 from fastdllm.models import Model
 from fastdllm.models.quantize import KINDS
+from fastdllm.models.weights import parameter_shapes
 from fastdllm.shell import one_line
 from scripts.benchmarks.decode import SHAPES, Forward, median_ms, random_model, usable
 
@@ -34,19 +35,10 @@ with one_line("tiles"):  # an environment without Triton is one line
     from fastdllm.kernels.silu_mul import triton as silu_mul_triton
 
 PRODUCTS = ("qkv", "out", "gate_up", "down")
+DENSE = [
+    name for name, (family, config) in SHAPES.items() if not family.spec(config, {}).experts
+]  # experts have other products
 REPEATS = 25
-
-
-def channels(model: Model, product: str) -> tuple[int, int]:
-    """Output and input channels of a product in a layer."""
-    spec = model.spec
-    heads, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    return {
-        "qkv": (heads + 2 * kv, spec.width),
-        "out": (spec.width, heads),
-        "gate_up": (2 * spec.inner(0), spec.width),
-        "down": (spec.width, spec.inner(0)),
-    }[product]
 
 
 def candidates(product: str, rows: int, kind: str | None) -> Iterator[dict[str, int]]:
@@ -62,7 +54,7 @@ def candidates(product: str, rows: int, kind: str | None) -> Iterator[dict[str, 
         yield tile if product == "gate_up" else tile | {"splits": parts}
 
 
-def with_tile(product: str, shape: tuple[int, int], tile: dict[str, int]) -> AbstractContextManager[Any]:
+def with_tile(product: str, shape: tuple[int, ...], tile: dict[str, int]) -> AbstractContextManager[Any]:
     """Launches of the product with these output and input channels take `tile`."""
     if product == "gate_up":
         return mock.patch.object(silu_mul_triton, "tiling", return_value=tile)
@@ -84,7 +76,7 @@ def milliseconds(model: Model, rows: int, width: int, keys: int) -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("--model", default="llada", choices=list(SHAPES))
+    parser.add_argument("--model", default="llada", choices=DENSE)
     parser.add_argument("--quantize", choices=list(KINDS), help="default: bf16")
     parser.add_argument("--product", required=True, choices=PRODUCTS)
     parser.add_argument("--rows", type=COUNT, default=1, help="sequences")
@@ -93,10 +85,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.width > args.keys:
         parser.error(f"--keys {args.keys} must be at least --width {args.width}")
+    if args.rows * args.width > linear_triton.SKINNY_ROWS:
+        parser.error(f"--rows times --width must be at most {linear_triton.SKINNY_ROWS}: of more, other kernels take over")
     device = usable("cuda")
     print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}")
     model = random_model(args.model, device, args.quantize)
-    shape, work = channels(model, args.product), (args.rows, args.width, args.keys)
+    shape = parameter_shapes(model.spec)[f"layers.0.{args.product}.weight"]
+    work = args.rows, args.width, args.keys
     print(f"{milliseconds(model, *work):.3f} ms  as it is")
     found = []
     for tile in candidates(args.product, args.rows * args.width, args.quantize):

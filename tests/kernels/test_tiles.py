@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of tiles: the products that it names are the network's, and each tile is launched and computes the same."""
+"""The benchmark of tiles: each tile is launched and computes the same, and what has no such tiles is refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from fastdllm.kernels.linear.reference import quantize_weight
-from tests.random_models import FAMILIES, random_model
 
 pytestmark = [
     pytest.mark.usefixtures("descriptors"),
@@ -21,13 +20,21 @@ def product(N: int, C: int, kind: str | None) -> tuple[torch.Tensor, torch.Tenso
     return quantize_weight(w, kind) if kind else (w, None)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_products_are_those_of_a_layer(family: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--width", "65"], "must be at most 64"),
+        (["--rows", "3"], "must be at most 64"),
+        (["--keys", "31"], "--keys 31 must be at least --width 32"),
+        (["--model", "llada_moe"], "invalid choice: 'llada_moe'"),
+    ],
+)
+def test_forwards_whose_tiles_it_cannot_change_are_refused(capsys, arguments: list[str], message: str) -> None:
     from scripts.benchmarks import tiles
 
-    model = random_model(family)
-    for name in tiles.PRODUCTS:
-        assert tiles.channels(model, name) == tuple(getattr(model.network.layers[0], name).weight.shape)
+    with pytest.raises(SystemExit, match="2"):
+        tiles.main(["--product", "down", *arguments])
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -77,6 +77,7 @@ experts_rmsnorm = dispatch(_experts.experts_rmsnorm)
 linear_rope_store = dispatch(_rope_store.linear_rope_store)
 # Triton multiplies fp32 outside the matrix unit and takes half a minute to compile it; the library has both.
 attention = dispatch(_attention.attention, library=torch.float32)
+attention_fp8 = dispatch(_attention.attention_fp8, library=torch.float32)
 block_attention = dispatch(_block_attention.block_attention, library=torch.float32)
 confidence = dispatch(_confidence.confidence)
 head_confidence = dispatch(_confidence.head_confidence)
@@ -93,6 +94,7 @@ __all__ = [
     "Quantized",
     "accept",
     "attention",
+    "attention_fp8",
     "block_attention",
     "confidence",
     "discount",

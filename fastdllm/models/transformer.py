@@ -103,13 +103,16 @@ class Layer(nn.Module):
         )  # [R, W, H, D]
         if window.look is not None and index == spec.layers - 1:
             self._between(window.look, q, k, window)
-        y = kernels.attention(
+        attention = kernels.attention_fp8 if out.in_fp8 else kernels.attention
+        y = attention(
             q, k, v, row, window.kv_len, window.max_kv_len,
             hide=window.hide, dense=window.dense, swap=window.swap, together=window.together,
         )  # fmt: skip
+        if isinstance(y, Tensor):
+            y = y.flatten(2)
         gate_up, eps = self.gate_up, spec.rms_eps
         quantized = self.experts is None and gate_up.in_fp8  # a router reads plain numbers
-        y, h = normed(quantized)(y.flatten(2), out.weight, self.ffn_norm, eps, h, out.scale)
+        y, h = normed(quantized)(y, out.weight, self.ffn_norm, eps, h, out.scale)
         if self.experts is None:
             gated = kernels.linear_silu_mul_fp8 if down.in_fp8 else kernels.linear_silu_mul
             return normed(to_fp8)(gated(y, gate_up.weight, gate_up.scale), down.weight, next_norm, eps, h, down.scale)

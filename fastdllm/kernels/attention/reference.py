@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdllm.kernels.linear.reference import Quantized, quantize_tokens
+
 
 def attention(
     q: Tensor,
@@ -52,6 +54,25 @@ def attention(
     if q.device.type == "cpu":
         return _row_by_row(q, k_store, v_store, row, kv_len, max_kv_len, hide, scale, swap)
     return _masked(q, k_store, v_store, row, kv_len, max_kv_len, hide, scale, swap)
+
+
+def attention_fp8(
+    q: Tensor,
+    k_store: Tensor,
+    v_store: Tensor,
+    row: Tensor,
+    kv_len: Tensor,
+    max_kv_len: int,
+    hide: Tensor | None = None,
+    scale: float | None = None,
+    dense: bool = False,
+    swap: Tensor | None = None,
+    together: Tensor | None = None,
+) -> Quantized:
+    """`attention` in fp8, for the product that reads it: tokens [R, W, H * D]."""
+    return quantize_tokens(
+        attention(q, k_store, v_store, row, kv_len, max_kv_len, hide, scale, dense, swap, together).flatten(2)
+    )
 
 
 def _row_by_row(

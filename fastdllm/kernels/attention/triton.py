@@ -16,8 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdllm.kernels.attention import hopper
 from fastdllm.kernels.device import multiprocessors, stages
 from fastdllm.kernels.dot import dot
+from fastdllm.kernels.linear.reference import Quantized
+from fastdllm.kernels.linear.triton import quantize_rows
 from fastdllm.kernels.pdl import LAUNCH, wait
 
 LOG2E = 1.4426950408889634
@@ -280,11 +283,52 @@ def attention(
     together: Tensor | None = None,
 ) -> Tensor:
     """See `fastdllm.kernels.attention.reference.attention`."""
+    if (parts := _split(q, k_store, v_store, row, kv_len, max_kv_len, hide, scale, swap, together)) is not None:
+        return hopper.join(*parts, torch.empty(q.shape, dtype=q.dtype, device=q.device))
     R, W, H, D = q.shape
     K = k_store.shape[1]
     rows, queries = (R, W) if together is None else together.shape
     tile = tiling(rows * K, queries * H // K, max_kv_len, triton.next_power_of_2(D) * k_store.itemsize, q.device)
     return launch(q, k_store, v_store, row, kv_len, max_kv_len, hide, scale, swap, together, **tile)
+
+
+def attention_fp8(
+    q: Tensor,
+    k_store: Tensor,
+    v_store: Tensor,
+    row: Tensor,
+    kv_len: Tensor,
+    max_kv_len: int,
+    hide: Tensor | None = None,
+    scale: float | None = None,
+    dense: bool = False,
+    swap: Tensor | None = None,
+    together: Tensor | None = None,
+) -> Quantized:
+    """See `fastdllm.kernels.attention.reference.attention_fp8`."""
+    if (parts := _split(q, k_store, v_store, row, kv_len, max_kv_len, hide, scale, swap, together)) is not None:
+        tokens = hopper.join_fp8(*parts, q.dtype)
+    else:
+        y = attention(q, k_store, v_store, row, kv_len, max_kv_len, hide, scale, dense, swap, together)
+        tokens = quantize_rows(y.flatten(2).flatten(0, 1))
+    return Quantized(tokens.values.view(*q.shape[:2], -1), tokens.scale.view(q.shape[:2]), q.dtype)
+
+
+def _split(
+    q: Tensor,
+    k_store: Tensor,
+    v_store: Tensor,
+    row: Tensor,
+    kv_len: Tensor,
+    max_kv_len: int,
+    hide: Tensor | None,
+    scale: float | None,
+    swap: Tensor | None,
+    together: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """The parts that `hopper.join` joins, or None where other kernels compute this attention."""
+    tile = hopper.tile_for(q, k_store, v_store, max_kv_len) if swap is None and together is None else None
+    return None if tile is None else hopper.attention(q, k_store, v_store, row, kv_len, max_kv_len, hide, scale, **tile)
 
 
 def launch(

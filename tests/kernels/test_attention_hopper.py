@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Split attention on Hopper against the reference, and the kernel that joins its splits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdllm.kernels.attention import reference
+from fastdllm.kernels.gluon import usable
+
+pytestmark = pytest.mark.pairwise
+
+TILES = [(16, 1, 1), (16, 8, 2), (32, 4, 2), (32, 2, 3), (64, 2, 1)]  # queries of a tile, splits, stages
+
+
+@pytest.fixture
+def hopper() -> torch.device:
+    device = torch.device("cuda")
+    if not usable(device):
+        pytest.skip("these kernels are for Hopper")
+    return device
+
+
+def parts(M: int, H: int, S: int, D: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Results of S splits and the logarithms of their weights. Of some heads a split saw nothing, of one all did."""
+    part, lse = torch.randn(M, H, S, D), torch.randn(M, H, S) * 8
+    lse[torch.rand(M, H, S) < 0.3] = -math.inf
+    lse[0, 0] = -math.inf
+    return part.masked_fill(lse[..., None] == -math.inf, 0).to(device), lse.to(device)
+
+
+@pytest.mark.parametrize("M, H, S, D", [(1, 1, 1, 64), (5, 7, 2, 64), (3, 28, 8, 128), (32, 32, 4, 128), (2, 40, 4, 64)])
+def test_splits_weigh_what_they_saw(
+    device: torch.device, assert_close, dtype: torch.dtype, ratio: float, M: int, H: int, S: int, D: int
+) -> None:
+    from fastdllm.kernels.attention import hopper
+    from fastdllm.kernels.linear import triton as linear
+
+    part, lse = parts(M, H, S, D, device)
+    weight = torch.where(lse == -math.inf, 0, 2.0 ** (lse.double() - lse.double().amax(-1, True).clamp(min=-1e9)))
+    want = (weight / weight.sum(-1, True).clamp(min=1e-9)).unsqueeze(-1).mul(part.double()).sum(2)
+    out = hopper.join(part, lse, torch.empty(M, H, D, dtype=dtype, device=device))
+    assert_close(out, want, ratio)
+    assert (out[0, 0] == 0).all()
+    if dtype == torch.float32:
+        return
+    tokens = hopper.join_fp8(part, lse, dtype)
+    same = linear.quantize_rows(out.flatten(1))
+    assert tokens.dtype == dtype and tokens.values.shape == (M, H * D) and tokens.scale.shape == (M,)
+    assert_close(tokens.values.double() * tokens.scale[:, None], same.values.double() * same.scale[:, None], 2e-3)
+    assert_close(tokens.scale, same.scale, 1e-5)
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["open", "hide"])
+@pytest.mark.parametrize("W, H, K, D, keys", [(5, 4, 1, 64, 63), (32, 2, 2, 128, 111), (8, 7, 1, 64, 130)])
+def test_attention_in_fp8_is_attention_quantised(
+    device: torch.device, assert_close, hidden: bool, W: int, H: int, K: int, D: int, keys: int
+) -> None:
+    from fastdllm.kernels.attention import triton
+
+    q, k, v, row, limit, hide = given(W, H, K, D, keys, torch.bfloat16, device, hidden)
+    want = reference.attention_fp8(q, k.nan_to_num(0), v.nan_to_num(0), row, limit, keys, hide)
+    out = triton.attention_fp8(q, k, v, row, limit, keys, hide)
+    assert out.dtype == torch.bfloat16 and out.shape == (2, W, H * D) and out.scale.shape == (2, W)
+    # The interpreter truncates tokens to fp8 where the hardware rounds.
+    ratio = 0.15 if device.type == "cpu" else 3e-2
+    assert_close(out.values.double() * out.scale[..., None], want.values.double() * want.scale[..., None], ratio)
+
+
+def given(
+    W: int, H: int, K: int, D: int, keys: int, dtype: torch.dtype, device: torch.device, hidden: bool
+) -> tuple[Tensor, ...]:
+    """Two rows of queries whose rows of the store overlap, as those of a batch do; NaN where nobody looks."""
+    apart, length = 96, keys + 40
+    slots = 2 * apart + length
+    shape, strides = (3, K, length, D), (apart * D, slots * D, D, 1)
+    row, limit = torch.tensor([2, 0]), torch.randint(1, keys + 1, (2, W))
+    limit[0] = limit[0].clamp(max=apart + 5)
+    hide = torch.tensor([[3, 40], [keys // 2, keys // 2]]) if hidden else None
+    stores = []
+    for _ in range(2):
+        store = torch.randn(K, slots, D).to(dtype)
+        seen = torch.zeros(slots, dtype=torch.bool)
+        for r in range(2):
+            sees = torch.arange(slots) - row[r] * apart
+            here = (sees >= 0) & (sees < limit[r].max())
+            if hide is not None:
+                here &= (sees < hide[r, 0]) | (sees >= hide[r, 1])
+            seen |= here
+        stores.append(store.masked_fill(~seen[None, :, None], math.nan).to(device).as_strided(shape, strides))
+    q = torch.randn(2, W, H, D).to(dtype)
+    return (q.to(device), *stores, row.to(device), limit.to(device), None if hide is None else hide.to(device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_m, splits, stages", TILES)
+@pytest.mark.parametrize("hidden", [False, True], ids=["open", "hide"])
+@pytest.mark.parametrize(
+    "W, H, K, D, keys",
+    [
+        (1, 1, 1, 64, 1),
+        (5, 4, 1, 128, 63),
+        (33, 2, 1, 64, 111),
+        (32, 2, 2, 128, 700),
+        (8, 28, 4, 128, 160),
+        (32, 28, 4, 128, 1256),
+    ],
+)
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_kernel(
+    hopper: torch.device, assert_close, block_m: int, splits: int, stages: int, hidden: bool, W: int, H: int, K: int, D: int,
+    keys: int, half: torch.dtype,
+) -> None:  # fmt: skip
+    from fastdllm.kernels.attention import hopper as kernels
+
+    q, k, v, row, limit, hide = given(W, H, K, D, keys, half, hopper, hidden)
+    want = reference.attention(q, k.nan_to_num(0), v.nan_to_num(0), row, limit, keys, hide)
+    tile = {"block_m": block_m, "splits": splits, "num_stages": stages}
+    out = kernels.join(*kernels.attention(q, k, v, row, limit, keys, hide, None, **tile), torch.empty_like(q))
+    assert_close(out, want, 1e-3 if half == torch.float16 else 6e-3)
+
+
+@pytest.mark.gpu
+def test_a_query_that_sees_nothing_gives_zeros(hopper: torch.device) -> None:
+    from fastdllm.kernels.attention import hopper as kernels
+
+    q, k, v, row, limit, _ = given(8, 4, 1, 64, 100, torch.bfloat16, hopper, False)
+    limit[0, 3], limit[1] = 0, 0
+    tile = {"block_m": 16, "splits": 4, "num_stages": 2}
+    out = kernels.join(*kernels.attention(q, k, v, row, limit, 100, None, 0.3, **tile), torch.empty_like(q))
+    assert (out[0, 3] == 0).all() and (out[1] == 0).all() and (out[0, :3] != 0).any(-1).all()
+
+
+@pytest.mark.gpu
+def test_what_takes_it(hopper: torch.device) -> None:
+    """A block of one answer does; a batch that fills the device, a pass over all positions, fp32 and odd heads do not."""
+    from fastdllm.kernels.attention import hopper as kernels
+
+    def tile(rows: int, width: int, heads: int, kv_heads: int, channels: int, dtype: torch.dtype = torch.bfloat16):
+        store = torch.zeros(rows, kv_heads, 1256, channels, dtype=dtype, device=hopper)
+        return kernels.tile_for(store.new_zeros(rows, width, heads, channels), store, store, 1256)
+
+    assert tile(1, 32, 32, 32, 128) and tile(1, 8, 28, 4, 128) and tile(2, 16, 16, 8, 64)
+    assert tile(32, 32, 32, 32, 128) is None and tile(1, 1256, 32, 32, 128) is None
+    assert tile(1, 32, 32, 32, 128, torch.float32) is None and tile(1, 32, 8, 8, 96) is None
+
+
+@pytest.mark.gpu
+def test_a_captured_launch_reads_lengths_on_the_device(hopper: torch.device, assert_close) -> None:
+    from fastdllm.kernels.attention import triton
+
+    q, k, v, row, limit, _ = given(32, 8, 8, 128, 600, torch.bfloat16, hopper, False)
+    triton.attention(q, k, v, row, limit, 600)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = triton.attention(q, k, v, row, limit, 600)
+    for most in (600, 17):
+        limit.copy_(limit.clamp(max=most))
+        graph.replay()
+        assert_close(out, reference.attention(q, k.nan_to_num(0), v.nan_to_num(0), row, limit, 600), 6e-3)

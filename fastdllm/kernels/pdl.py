@@ -3,8 +3,8 @@
 
 Every kernel of this package calls `wait()` before it reads what an earlier kernel wrote. There it lets the next kernel be
 scheduled and waits until the one before has finished; since all of them wait, so has everything before that. Before it a
-kernel reads only what none writes: norms, and the scales and biases of weights. Elsewhere (older cards, a Triton that lacks
-it, the interpreter, FASTDLLM_PDL=0) both are nothing, and kernels run one after another.
+kernel reads only what none writes: norms, and weights with their scales and biases. Elsewhere (older cards, a Triton that
+lacks it, the interpreter, FASTDLLM_PDL=0) both are nothing, and kernels run one after another.
 """
 
 from __future__ import annotations

@@ -56,15 +56,14 @@ def candidates(product: str, rows: int, kind: str | None) -> Iterator[dict[str, 
 
 def with_tile(product: str, shape: tuple[int, ...], tile: dict[str, int]) -> AbstractContextManager[Any]:
     """Launches of the product with these output and input channels take `tile`."""
-    if product == "gate_up":
-        return mock.patch.object(silu_mul_triton, "tiling", return_value=tile)
-    skinny = linear_triton.skinny
+    module, name = (silu_mul_triton, "launch") if product == "gate_up" else (linear_triton, "skinny")
+    launch = getattr(module, name)
 
     def changed(x: Tensor, w: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         hit = (len(w), x.shape[1]) == shape
-        return skinny(x, w, *args, **(kwargs | tile if hit else kwargs))
+        return launch(x, w, *args, **(kwargs | tile if hit else kwargs))
 
-    return mock.patch.object(linear_triton, "skinny", changed)
+    return mock.patch.object(module, name, changed)
 
 
 def milliseconds(model: Model, rows: int, width: int, keys: int) -> float:

@@ -56,14 +56,19 @@ def test_every_candidate_of_a_product_computes_it(assert_close, kind: str | None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_candidate_of_gate_and_up_computes_them(assert_close, kind: str | None) -> None:
+def test_every_candidate_of_gate_and_up_computes_them(
+    assert_close, monkeypatch: pytest.MonkeyPatch, kind: str | None
+) -> None:
     from fastdllm.kernels.silu_mul import triton
     from scripts.benchmarks import tiles
 
     w, x, seen = product(2 * 72, 256, kind), torch.randn(9, 256).bfloat16(), []
     want, launch = triton.linear_silu_mul(x, *w), triton.launch
+    monkeypatch.setattr(triton, "launch", lambda *args, **kwargs: seen.append(kwargs) or launch(*args, **kwargs))
     for tile in tiles.candidates("gate_up", 9, kind):
-        with tiles.with_tile("gate_up", (144, 256), tile), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(triton, "launch", lambda *args, **kwargs: seen.append(kwargs) or launch(*args, **kwargs))
+        with tiles.with_tile("gate_up", (144, 256), tile):
             assert_close(triton.linear_silu_mul(x, *w).float(), want.float(), 1e-2)
         assert seen.pop() == tile
+    with tiles.with_tile("gate_up", (144, 512), {"block_n": 128}):
+        triton.linear_silu_mul(x, *w)
+    assert seen.pop() == triton.tiling(9, 72, w[0].dtype), "another product keeps its tile"

@@ -4,8 +4,9 @@
 A few rows (a block of one or two sequences) are bound by reading the weight: one kernel streams it through the left operand
 of the matrix unit, widening int8 in registers, and several programs share the channels of a narrow one. The bulk copy engine
 fetches the tiles; plain asynchronous copies were up to a fifth slower, and prefetching weights into the L2 cache before the
-kernel's turn gained nothing. Many rows are bound by arithmetic and belong to the library, with x quantised per token for
-fp8 weights; `fp8.py` is for those between.
+kernel's turn gained nothing. Fetching them into shared memory by then does gain, and `hopper.py` does so on Hopper. Many
+rows are bound by arithmetic and belong to the library, with x quantised per token for fp8 weights; `fp8.py` is for those
+between.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from fastdllm.kernels.device import TensorDescriptor, reads_shared, stages
 from fastdllm.kernels.dot import dot
-from fastdllm.kernels.linear import fp8, reference
+from fastdllm.kernels.linear import fp8, hopper, reference
 from fastdllm.kernels.linear.int4 import HALF, PARTS, UNIT, group_size
 from fastdllm.kernels.linear.nibbles import unit_product, unit_steps, unit_sums
 from fastdllm.kernels.linear.reference import FP8, FP8_MAX, Activations, Quantized
@@ -257,14 +258,14 @@ def split_k_partials(x: Activations, weight: Tensor, scale: Tensor | None, bias:
         tokens = as_fp8(rows)
         given = (tokens.values, weight, scale, bias, tokens.scale)
         if skinny_rows:
-            return skinny(*given, tokens.dtype, **tiling(M, len(weight), FP8))
+            return skinny(*given, tokens.dtype, **tile_of(tokens.values, weight))
         if TensorDescriptor is not None and (few := fp8.tiling(M, *weight.shape, weight.device)):
             return fp8.fp8_product(*given, tokens.dtype, **few)
         return scaled_mm(*given)[None]
     if isinstance(rows, Quantized) or (scale is None and not skinny_rows):
         return reference.linear(rows, weight, scale, bias)[None]
     if skinny_rows:
-        return skinny(rows, weight, scale, bias, **tiling(M, len(weight), weight.dtype))
+        return skinny(rows, weight, scale, bias, **tile_of(rows, weight))
     return F.linear(rows, widen(weight, scale, rows.shape[1], rows.dtype), bias)[None]
 
 
@@ -287,6 +288,12 @@ def is_skinny(rows: Activations, weight: Tensor, scale: Tensor | None) -> bool:
     if weight.dtype == torch.uint8:
         readable &= group_of(weight, scale, rows.shape[1]) % HALF == 0
     return readable and rows.dtype.itemsize == 2 and rows.shape[0] <= most
+
+
+def tile_of(x: Tensor, w: Tensor) -> dict[str, int]:
+    """Tile for x [M, C] and w [N, ...] of the kernel that `skinny` launches."""
+    tile = tiling(len(x), len(w), w.dtype)
+    return tile | hopper.tiling(len(x), *w.shape, w.dtype) if hopper.applies(x, w) else tile
 
 
 def tiling(M: int, N: int, dtype: torch.dtype) -> dict[str, int]:
@@ -344,7 +351,12 @@ def skinny(
     num_stages: int,
 ) -> Tensor:
     """x [M, C] times w [N, C] transposed, w widened to x's dtype on the way, times scale [N] and token_scale [M], plus bias
-    [N]: [splits, M, N], of `dtype` if there is one split and fp32 otherwise."""
+    [N]: [splits, M, N], of `dtype` if there is one split and fp32 otherwise. `hopper.product` where that applies."""
+    if hopper.applies(x, w):
+        return hopper.product(
+            x, w, scale, bias, token_scale, dtype, block_m=block_m, block_n=block_n, block_c=block_c, splits=splits,
+            num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
     (M, C), N = x.shape, w.shape[0]
     w, sums, strides, groups = of_groups(x, w, scale)
     tile_c = block_c // PARTS if groups["GROUP"] else block_c  # elements of w that hold block_c channels

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdllm.kernels.device import TensorDescriptor, stages
+from fastdllm.kernels.linear import hopper
 from fastdllm.kernels.linear.int4 import PARTS, UNIT
 from fastdllm.kernels.linear.reference import FP8, FP8_MAX, Activations, Quantized
 from fastdllm.kernels.linear.triton import (
@@ -166,11 +167,16 @@ def _fits(rows: Activations, weight: Tensor, scale: Tensor | None) -> bool:
 
 def _joint(rows: Activations, weight: Tensor, scale: Tensor | None) -> Tensor:
     """rows [M, C] through the joint kernel: [M, F]."""
-    tile = tiling(rows.shape[0], weight.shape[0] // 2, weight.dtype)
     if weight.dtype == FP8:
         tokens = as_fp8(rows)
-        return launch(tokens.values, weight, scale, tokens.scale, tokens.dtype, **tile)
-    return launch(rows, weight, scale, None, rows.dtype, **tile)
+        return launch(tokens.values, weight, scale, tokens.scale, tokens.dtype, **tile_of(tokens.values, weight))
+    return launch(rows, weight, scale, None, rows.dtype, **tile_of(rows, weight))
+
+
+def tile_of(x: Tensor, w: Tensor) -> dict[str, int]:
+    """Tile for x [M, C] and w [2F, ...] of the kernel that `launch` launches."""
+    given = len(x), len(w) // 2, w.dtype
+    return tiling(*given) | hopper.gated_tiling(*given) if hopper.applies(x, w) else tiling(*given)
 
 
 def tiling(M: int, F: int, dtype: torch.dtype) -> dict[str, int]:
@@ -217,7 +223,14 @@ def launch(
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
-    """silu(first half) * second half of x [M, C] times w [2F, C] transposed, scaled by channel and token: [M, F]."""
+    """silu(first half) * second half of x [M, C] times w [2F, C] transposed, scaled by channel and token: [M, F].
+
+    `hopper.gated_product` where that applies."""
+    if hopper.applies(x, w):
+        return hopper.gated_product(
+            x, w, scale, token_scale, dtype, block_m=block_m, block_n=block_n, block_c=block_c, num_warps=num_warps,
+            num_stages=num_stages,
+        )  # fmt: skip
     (M, C), F = x.shape, w.shape[0] // 2
     w, sums, strides, groups = of_groups(x, w, scale)
     tile_c = block_c // PARTS if groups["GROUP"] else block_c  # elements of w that hold block_c channels

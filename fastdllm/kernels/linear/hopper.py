@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products of few rows on Hopper, in Gluon: the weights are on their way before the kernel's turn.
+
+A kernel starts while the one before it drains (`pdl.py`), and waits for it before it reads x. Weights are constant, so their
+first tiles need not wait: each program asks the bulk copy engine for as many as its ring of tiles holds, and waits then. So
+the memory is busy while kernels change. Triton orders the copies of a loop itself and begins them behind the wait. That is
+why these two kernels are written in Gluon, its language in which layouts, copies and barriers are written by hand.
+
+The products are those of `skinny` in `linear/triton.py` and of `launch` in `silu_mul/triton.py`, bit by bit. Those remain
+for other cards, for weights that are widened on the way, and for a Triton without Gluon.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fastdllm.kernels.device import reads_shared, stages
+from fastdllm.kernels.linear.reference import FP8
+from fastdllm.kernels.pdl import LAUNCH
+
+try:
+    from triton.experimental.gluon import jit
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language import num_warps as warps  # since Triton 3.6
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+    GLUON = True
+except ImportError:  # an older Triton
+    GLUON = False
+
+    def jit(fn: Callable[..., Any]) -> Callable[..., Any]:
+        return fn
+
+
+_ENABLED = GLUON and torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1"
+TYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", FP8: "float8e4nv"}  # Gluon's names
+
+
+@jit
+def fetch(x, tiles, ready, slot, i, c, more):
+    """Rows i on, channels c on, to a slot of the ring, if there are `more`; ready[slot] counts the bytes that arrive."""
+    if len(x.block_shape) == 3:  # of both halves
+        tma.async_copy_global_to_shared(x, [0, i, c], ready.index(slot), tiles.index(slot), more)
+    else:
+        tma.async_copy_global_to_shared(x, [i, c], ready.index(slot), tiles.index(slot), more)
+
+
+@jit
+def streamed(x, w, i_n, i_m, start, count, STAGES: gl.constexpr):
+    """Rows i_n on of w times rows i_m on of x, over `count` tiles of channels from `start` on: [ROWS, BLOCK_M].
+
+    x: a descriptor of x [M, C], in tiles [BLOCK_M, BLOCK_C].
+    w: a descriptor of the weights [N, C], in tiles [ROWS, BLOCK_C]; or of [2, N / 2, C], in tiles [2, ROWS / 2, BLOCK_C].
+    """
+    BLOCK_M: gl.constexpr = x.block_shape[0]
+    BLOCK_C: gl.constexpr = x.block_shape[1]
+    ROWS: gl.constexpr = w.block_type.numel // BLOCK_C
+    BYTES: gl.constexpr = (ROWS + BLOCK_M) * BLOCK_C * w.dtype.primitive_bitwidth // 8
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0],
+        warps_per_cta=[warps(), 1],
+        instr_shape=[16, BLOCK_M, 256 // w.dtype.primitive_bitwidth],
+    )
+    # The compiler knows no star within a list.
+    w_s = gl.allocate_shared_memory(w.dtype, [STAGES] + w.block_shape, w.layout)  # noqa: RUF005
+    x_s = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_shape, x.layout)  # noqa: RUF005
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(STAGES):
+        mbarrier.init(ready.index(s), count=1)
+    for s in gl.static_range(STAGES):
+        mbarrier.expect(ready.index(s), BYTES, s < count)
+        fetch(w, w_s, ready, s, i_n, start + s * BLOCK_C, s < count)
+    # Everything above reads weights only. Without the launch attribute both instructions are nothing.
+    gdc_launch_dependents()
+    gdc_wait()
+    for s in gl.static_range(STAGES):
+        fetch(x, x_s, ready, s, i_m, start + s * BLOCK_C, s < count)
+    acc = gl.zeros((ROWS, BLOCK_M), gl.float32, LAYOUT)
+    for i in range(count):
+        slot = i % STAGES
+        mbarrier.wait(ready.index(slot), (i // STAGES) & 1)
+        # The weight is the left operand: its many rows fill the matrix unit.
+        acc = warpgroup_mma(w_s.index(slot).reshape((ROWS, BLOCK_C)), x_s.index(slot).permute((1, 0)), acc)
+        more = i + STAGES < count
+        c = start + (i + STAGES) * BLOCK_C
+        mbarrier.expect(ready.index(slot), BYTES, more)
+        fetch(w, w_s, ready, slot, i_n, c, more)
+        fetch(x, x_s, ready, slot, i_m, c, more)
+    for s in gl.static_range(STAGES):
+        mbarrier.invalidate(ready.index(s))
+    return acc
+
+
+@jit
+def _product_kernel(
+    x,
+    w,
+    scale,
+    token_scale,
+    bias,
+    y,
+    M,
+    N,
+    C,
+    BIAS: gl.constexpr,
+    SCALE: gl.constexpr,
+    TOKEN_SCALE: gl.constexpr,
+    SPLITS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_C: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    i_n, i_s = gl.program_id(0) // SPLITS, gl.program_id(0) % SPLITS
+    i_m = gl.program_id(1) * BLOCK_M
+    tiles = gl.cdiv(C, BLOCK_C)
+    share = gl.cdiv(tiles, SPLITS)
+    count = gl.minimum(share, tiles - i_s * share)  # none, or fewer, where the tiles before it are all
+    b_y = streamed(x, w, i_n * BLOCK_N, i_m, i_s * share * BLOCK_C, count, STAGES)
+    o_n = i_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, b_y.type.layout))
+    o_m = i_m + gl.arange(0, BLOCK_M, gl.SliceLayout(0, b_y.type.layout))
+    m_n, m_m = o_n < N, o_m < M
+    if SCALE:
+        b_y *= gl.load(scale + o_n, mask=m_n, other=0.0)[:, None]
+    if TOKEN_SCALE:
+        b_y *= gl.load(token_scale + o_m, mask=m_m, other=0.0)[None, :]
+    if BIAS:
+        b_y += gl.load(bias + o_n, mask=m_n & (i_s == 0), other=0.0).to(gl.float32)[:, None]
+    p_y = y + (i_s.to(gl.int64) * M + o_m[None, :]) * N + o_n[:, None]
+    gl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_n[:, None] & m_m[None, :])
+
+
+@jit
+def _gated_kernel(
+    x,
+    w,
+    scale,
+    token_scale,
+    out,
+    M,
+    F,
+    C,
+    SCALE: gl.constexpr,
+    TOKEN_SCALE: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_C: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    i_n, i_m = gl.program_id(0) * BLOCK_N, gl.program_id(1) * BLOCK_M
+    b_y = streamed(x, w, i_n, i_m, 0, gl.cdiv(C, BLOCK_C), STAGES)
+    o_r = gl.arange(0, 2 * BLOCK_N, gl.SliceLayout(1, b_y.type.layout))
+    o_r = o_r // BLOCK_N * F + i_n + o_r % BLOCK_N  # rows of gate, then those of up
+    o_t = i_m + gl.arange(0, BLOCK_M, gl.SliceLayout(0, b_y.type.layout))
+    if SCALE:
+        b_y *= gl.load(scale + o_r, mask=o_r < 2 * F, other=0.0)[:, None]
+    if TOKEN_SCALE:
+        b_y *= gl.load(token_scale + o_t, mask=o_t < M, other=0.0)[None, :]
+    # Each thread gets gate and up of the same channels.
+    PAIRS: gl.constexpr = gl.BlockedLayout([1, 1, 2], [32, 1, 1], [1, warps(), 1], [2, 0, 1])
+    b_y = gl.convert_layout(gl.permute(gl.reshape(b_y, (2, BLOCK_N, BLOCK_M)), (1, 2, 0)), PAIRS)
+    b_gate, b_up = gl.split(b_y)
+    o_n = i_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, gl.SliceLayout(2, PAIRS)))
+    o_m = i_m + gl.arange(0, BLOCK_M, gl.SliceLayout(0, gl.SliceLayout(2, PAIRS)))
+    p_out = out + o_m.to(gl.int64)[None, :] * F + o_n[:, None]
+    b_act = b_gate * (1 / (1 + gl.exp(-b_gate))) * b_up
+    gl.store(p_out, b_act.to(out.dtype.element_ty), mask=(o_n < F)[:, None] & (o_m < M)[None, :])
+
+
+def applies(x: Tensor, w: Tensor) -> bool:
+    """Whether these kernels multiply x [M, C] by weights w [N, C]: both are bf16, fp16 or fp8, and lie in a Hopper's memory
+    where the bulk copy engine can read them."""
+    return (
+        _ENABLED
+        and x.is_cuda
+        and x.dtype == w.dtype
+        and x.dtype in TYPES
+        and reads_shared(x.device)
+        and len(x) > 0
+        and w.is_contiguous()
+        and w.shape[1] * w.itemsize % 16 == 0
+        and x.data_ptr() % 16 == w.data_ptr() % 16 == 0
+    )
+
+
+def tiling(M: int, N: int, C: int, dtype: torch.dtype) -> dict[str, int]:
+    """What differs from `linear.triton.tiling` in the tile of `product`, for M rows, N output and C input channels.
+
+    As `scripts.benchmarks.tiles` times them on an H200 (torch 2.11, triton 3.6, 2026-11-30), ms of a forward, as (block_n,
+    block_c, stages, splits). v2 at 8 rows in fp8: qkv (64, 128, 5, 4) 2.279, (64, 256, 2, 4) 2.280; out (64, 512, 2, 3)
+    2.276, (64, 256, 5, 2) 2.291, (64, 512, 3, 2) 2.299; down (64, 256, 4, 4) 2.287, (64, 512, 2, 4) 2.296, (64, 512, 3, 2)
+    2.33. LLaDA at 32 rows in fp8 prefers the tiles of the Triton kernel. Other shapes take those, too; none was measured.
+    """
+    if dtype != FP8 or M > 16 or N > 8192 or N == 4096:
+        return {}
+    shape = (128, 5, 4) if N > 4096 else (256, 4, 4) if C > 2 * N else (512, 2, 3)
+    return dict(zip(("block_c", "num_stages", "splits"), shape, strict=True))
+
+
+def gated_tiling(M: int, F: int, dtype: torch.dtype) -> dict[str, int]:
+    """What differs from `silu_mul.triton.tiling` in the tile of `gated_product`, for M rows and F channels.
+
+    Timed like the tiles of `tiling`, as (block_n, block_c, stages). v2 at 8 rows in fp8: (32, 256, 2) 2.308, (32, 128, 4)
+    2.324, (32, 256, 3) 2.333. LLaDA at 32 rows in fp8 prefers the tile of the Triton kernel, and other shapes take it, too.
+    """
+    if dtype != FP8 or M > 16 or F <= 2 * 132 * 64:
+        return {}
+    return {"block_c": 256, "num_stages": 2}
+
+
+def product(
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    token_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    block_m: int,
+    block_n: int,
+    block_c: int,
+    splits: int,
+    num_warps: int,
+    num_stages: int,
+) -> Tensor:
+    """`linear.triton.skinny` where `applies(x, w)`: x [M, C] times w [N, C] transposed, times scale [N] and token_scale [M],
+    plus bias [N]: [splits, M, N], of `dtype` if there is one split and fp32 otherwise.
+
+    w must be written before the kernel just before this one may start the next: it is read without waiting for that one."""
+    (M, C), N = x.shape, w.shape[0]
+    y = torch.empty((splits, M, N), dtype=torch.float32 if splits > 1 else dtype or x.dtype, device=x.device)
+    _product_kernel[(triton.cdiv(N, block_n) * splits, triton.cdiv(M, block_m))](
+        _described(x.contiguous(), (M, C), (block_m, block_c)),
+        _described(w, (N, C), (block_n, block_c)),
+        y if scale is None else scale,
+        y if token_scale is None else token_scale,
+        y if bias is None else bias,
+        y,
+        M,
+        N,
+        C,
+        BIAS=bias is not None,
+        SCALE=scale is not None,
+        TOKEN_SCALE=token_scale is not None,
+        SPLITS=splits,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_C=block_c,
+        STAGES=stages(num_stages, (block_n + block_m) * block_c * x.itemsize, x.device),
+        num_warps=num_warps,
+        **LAUNCH,
+    )
+    return y
+
+
+def gated_product(
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor | None,
+    token_scale: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    block_m: int,
+    block_n: int,
+    block_c: int,
+    num_warps: int,
+    num_stages: int,
+) -> Tensor:
+    """`silu_mul.triton.launch` where `applies(x, w)`: silu(first half) * second half of x [M, C] times w [2F, C] transposed,
+    scaled by channel and token: [M, F]. w is read as `product` reads it."""
+    (M, C), F = x.shape, w.shape[0] // 2
+    out = torch.empty((M, F), dtype=dtype, device=x.device)
+    _gated_kernel[(triton.cdiv(F, block_n), triton.cdiv(M, block_m))](
+        _described(x.contiguous(), (M, C), (block_m, block_c)),
+        _described(w, (2, F, C), (2, block_n, block_c)),
+        out if scale is None else scale,
+        out if token_scale is None else token_scale,
+        out,
+        M,
+        F,
+        C,
+        SCALE=scale is not None,
+        TOKEN_SCALE=token_scale is not None,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_C=block_c,
+        STAGES=stages(num_stages, (2 * block_n + block_m) * block_c * x.itemsize, x.device),
+        num_warps=num_warps,
+        **LAUNCH,
+    )
+    return out
+
+
+def layout_of(tile: tuple[int, ...], dtype: torch.dtype) -> Any:
+    """How a tile lies in shared memory, for the copy engine and the matrix unit."""
+    return gl.NVMMASharedLayout.get_default_for(list(tile), getattr(gl, TYPES[dtype]))
+
+
+def _described(x: Tensor, shape: tuple[int, ...], tile: tuple[int, ...]) -> Any:
+    """A descriptor of contiguous x, read in this shape and in these tiles."""
+    # Strides from the shape: a dimension of one element may have any, which the copy engine would refuse.
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return TensorDescriptor(x, list(shape), strides, list(tile), layout_of(tile, x.dtype))

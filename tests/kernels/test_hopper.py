@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products of few rows on Hopper: they equal Triton's bit by bit, and their weights are fetched before the kernel's turn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdllm.kernels.linear import reference
+from fastdllm.kernels.linear.reference import FP8
+from fastdllm.kernels.silu_mul import reference as silu_mul_reference
+from tests.kernels.hopper_ptx import CASES
+from tests.processes import python
+
+KINDS = ["bf16", "fp16", "fp8"]
+SHAPES = [(1, 16, 16), (5, 1000, 4112), (16, 136, 272), (33, 40, 528), (64, 4608, 1040)]  # M, N, C
+
+
+@pytest.fixture
+def hopper_card() -> torch.device:
+    from fastdllm.kernels.linear import hopper
+
+    x = torch.zeros(16, 16, device="cuda", dtype=torch.bfloat16)
+    if not hopper.applies(x, x):
+        pytest.skip("needs a Hopper card and a Triton with Gluon")
+    return x.device
+
+
+def operands(M: int, N: int, C: int, kind: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """x [M, C], w [N, C] and their scales."""
+    dtype = torch.float16 if kind == "fp16" else torch.bfloat16
+    x, w = torch.randn(M, C, device=device).to(dtype), (torch.randn(N, C, device=device) * C**-0.5).to(dtype)
+    if kind != "fp8":
+        return x, w, None, None
+    tokens, (wq, scale) = reference.quantize_tokens(x), reference.quantize_weight(w, "fp8")
+    return tokens.values, wq, scale, tokens.scale
+
+
+def both(run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """What it gives through these kernels, and through Triton's."""
+    from fastdllm.kernels.linear import hopper
+
+    found = run()
+    with mock.patch.object(hopper, "applies", return_value=False):
+        return found, run()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("tile", "bias"), [((64, 128, 3, 1), True), ((64, 64, 5, 4), True), ((128, 256, 2, 3), False)], ids=str
+)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("M", "N", "C"), SHAPES)
+def test_products(
+    hopper_card: torch.device, assert_close, M: int, N: int, C: int, kind: str, bias: bool, tile: tuple[int, ...]
+) -> None:
+    """Few channels leave stages, and whole programs, without a tile."""
+    from fastdllm.kernels.linear import triton
+
+    x, w, scale, token_scale = operands(M, N, C, kind, hopper_card)
+    added = torch.randn(N, device=hopper_card).bfloat16() if bias else None
+    chosen = dict(zip(("block_n", "block_c", "num_stages", "splits"), tile, strict=True))
+    chosen |= {"block_m": triton.tiling(M, N, w.dtype)["block_m"], "num_warps": 4}
+    got, want = both(lambda: triton.skinny(x, w, scale, added, token_scale, torch.bfloat16, **chosen))
+    assert got.shape == (tile[-1], M, N) and torch.equal(got, want)
+    exact = (x.double() * (1 if token_scale is None else token_scale[:, None])) @ w.double().T
+    exact = exact * (1 if scale is None else scale) + (0 if added is None else added.double())
+    assert_close(got.sum(0, dtype=torch.float32), exact, 6e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [(32, 128, 3), (64, 64, 4), (32, 256, 2)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("M", "F", "C"), SHAPES)
+def test_gate_and_up(hopper_card: torch.device, M: int, F: int, C: int, kind: str, tile: tuple[int, ...]) -> None:
+    from fastdllm.kernels.silu_mul import triton
+
+    x, w, scale, token_scale = operands(M, 2 * F, C, kind, hopper_card)
+    chosen = dict(zip(("block_n", "block_c", "num_stages"), tile, strict=True))
+    chosen |= {"block_m": triton.tiling(M, F, w.dtype)["block_m"], "num_warps": 4}
+    got, want = both(lambda: triton.launch(x, w, scale, token_scale, torch.bfloat16, **chosen))
+    assert got.shape == (M, F) and torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("M", [1, 5, 16, 33, 64])
+def test_the_operations_of_real_widths(hopper_card: torch.device, assert_close, M: int, kind: str) -> None:
+    """With the tiles that they choose, which must fit the device's shared memory, and x that is a view."""
+    from fastdllm.kernels.linear import triton
+    from fastdllm.kernels.silu_mul import triton as silu_mul_triton
+
+    for N, C in ((3584, 3584), (3584, 8192), (4096, 4096), (4608, 3584), (12288, 1024), (2 * 18944, 1024)):
+        _, w, scale, _ = operands(1, N, C, kind, hopper_card)
+        x = torch.randn(M, C + 8, device=hopper_card).to(torch.float16 if kind == "fp16" else torch.bfloat16)[:, :C]
+        bias = torch.randn(N, device=hopper_card).to(x.dtype)
+        assert_close(triton.linear(x, w, scale, bias), reference.linear(x, w, scale, bias), 8e-3)
+        want = silu_mul_reference.linear_silu_mul(x, w, scale)
+        assert_close(silu_mul_triton.linear_silu_mul(x, w, scale), want, 1e-2)
+
+
+@pytest.mark.gpu
+def test_without_dependent_launches(hopper_card: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with FASTDLLM_PDL=0."""
+    from fastdllm.kernels.linear import hopper, triton
+    from fastdllm.kernels.silu_mul import triton as silu_mul_triton
+
+    x, w, scale, token_scale = operands(8, 4608, 3584, "fp8", hopper_card)
+    given, gated = (x, w, scale, None, token_scale, torch.bfloat16), (x, w, scale, token_scale, torch.bfloat16)
+    want = triton.skinny(*given, **triton.tile_of(x, w)), silu_mul_triton.launch(*gated, **silu_mul_triton.tile_of(x, w))
+    monkeypatch.setattr(hopper, "LAUNCH", {})
+    assert torch.equal(triton.skinny(*given, **triton.tile_of(x, w)), want[0])
+    assert torch.equal(silu_mul_triton.launch(*gated, **silu_mul_triton.tile_of(x, w)), want[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+def test_a_chain_of_products_waits_for_what_it_reads(hopper_card: torch.device, kind: str) -> None:
+    """Each product reads what the kernel just before it wrote."""
+    from fastdllm.kernels.linear import hopper, triton
+
+    layers = [torch.randn(4096, 4096, device=hopper_card).bfloat16() / 64 for _ in range(24)]
+    weights = [reference.quantize_weight(w, "fp8") if kind == "fp8" else (w, None) for w in layers]
+    start = torch.randn(32, 4096, device=hopper_card).bfloat16()
+
+    def run() -> Tensor:
+        x = start
+        for w, scale in weights:  # one part, so that the next product, or its quantisation, comes right behind
+            rows = triton.quantize_rows(x) if scale is not None else None
+            given = (x, w, scale, None) if rows is None else (rows.values, w, scale, None, rows.scale, x.dtype)
+            x = triton.skinny(*given, **triton.tiling(32, 4096, w.dtype) | {"splits": 1})[0]
+        return x
+
+    assert hopper.applies(start, layers[0])
+    got, want = both(run)
+    assert got.isfinite().all() and torch.equal(got, want)
+    for _ in range(20):
+        assert torch.equal(run(), want)
+
+
+@pytest.mark.gpu
+def test_what_the_copy_engine_cannot_read_is_left_to_triton(hopper_card: torch.device, assert_close) -> None:
+    from fastdllm.kernels.linear import hopper, triton
+
+    w, x = torch.randn(64, 256, device=hopper_card).bfloat16(), torch.randn(9 * 256 + 1, device=hopper_card).bfloat16()
+    shifted, row = x[1:].view(9, 256), x[: 256 * 9 : 9].view(1, 256)
+    assert not hopper.applies(shifted, w) and not hopper.applies(x[:0].view(0, 256), w)
+    assert not hopper.applies(x[:2304].view(9, 256), w.t().contiguous().t())
+    assert not hopper.applies(x[:2304].view(9, 256), w.to(torch.int8)) and hopper.applies(x[: 9 * 256].view(9, 256), w)
+    for rows in (shifted, row, torch.randn(256, 1, device=hopper_card).bfloat16().t()):
+        assert_close(triton.linear(rows, w), reference.linear(rows, w), 8e-3)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+@pytest.mark.usefixtures("descriptors")
+def test_where_they_apply_products_are_theirs(device: torch.device, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """With every argument: here they hand the product back to Triton."""
+    from fastdllm.kernels.linear import hopper, triton
+    from fastdllm.kernels.silu_mul import triton as silu_mul_triton
+
+    x, bias = torch.randn(3, 64, device=device).bfloat16(), torch.randn(48, device=device).bfloat16()
+    w, scale = torch.randn(48, 64, device=device).bfloat16(), None
+    if kind == "fp8":
+        w, scale = reference.quantize_weight(w, kind)
+    want = triton.linear(x, w, scale, bias), silu_mul_triton.linear_silu_mul(x, w, scale)
+    seen: list[str] = []
+
+    def back(name: str, launch: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*args: Tensor, **tile: int) -> Tensor:
+            seen.append(name)
+            with mock.patch.object(hopper, "applies", return_value=False):
+                return launch(*args, **tile)
+
+        return run
+
+    monkeypatch.setattr(hopper, "applies", lambda x, w: True)
+    monkeypatch.setattr(hopper, "product", back("product", triton.skinny))
+    monkeypatch.setattr(hopper, "gated_product", back("gated_product", silu_mul_triton.launch))
+    assert torch.equal(triton.linear(x, w, scale, bias), want[0]) and seen == ["product"]
+    assert torch.equal(silu_mul_triton.linear_silu_mul(x, w, scale), want[1]) and seen == ["product", "gated_product"]
+
+
+def test_their_tiles_differ_where_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastdllm.kernels.linear import hopper, triton
+    from fastdllm.kernels.silu_mul import triton as silu_mul_triton
+
+    def tiles(M: int, N: int, C: int, dtype: torch.dtype) -> list[dict[str, int]]:
+        x, w = (torch.empty(rows, C, dtype=dtype, device="meta") for rows in (M, N))
+        return [module.tile_of(x, w) for module in (triton, silu_mul_triton)]
+
+    shapes = [(M, N, C, dtype) for M in (8, 32, 64) for N, C in ((3584, 18944), (4608, 3584), (37888, 3584))
+              for dtype in (torch.bfloat16, FP8)]  # fmt: skip
+    as_they_are = [tiles(*shape) for shape in shapes]
+    monkeypatch.setattr(hopper, "applies", lambda x, w: True)
+    for shape, usual in zip(shapes, as_they_are, strict=True):
+        found = tiles(*shape)
+        assert [tile.keys() for tile in found] == [tile.keys() for tile in usual]
+        assert (found != usual) == (shape[0] == 8 and shape[-1] == FP8)
+
+
+def test_on_a_cpu_they_do_not_apply() -> None:
+    from fastdllm.kernels.linear import hopper
+
+    for dtype in (torch.bfloat16, FP8):
+        assert not hopper.applies(torch.zeros(16, 16).to(dtype), torch.zeros(16, 16).to(dtype))
+
+
+def test_without_gluon_products_are_tritons() -> None:
+    """An older Triton has none, or another."""
+    code = (
+        "import os, sys; os.environ['TRITON_INTERPRET'] = '1'; sys.modules['triton.experimental.gluon'] = None\n"
+        "import torch\n"
+        "from fastdllm.kernels.linear import hopper, triton\n"
+        "x = torch.ones(2, 16)\n"
+        "print(hopper.GLUON, hopper.applies(x, x), triton.linear(x, x).tolist() == [[16.0, 16.0]] * 2)"
+    )
+    done = python(code)
+    assert done.stdout == "False False True\n", done.stderr
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, list[str]]:
+    from fastdllm.kernels.linear import hopper
+
+    if not hopper.GLUON:
+        pytest.skip("this Triton lacks what the kernels need of Gluon")
+    done = python("from tests.kernels import hopper_ptx; hopper_ptx.main()")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_are_fetched_before_the_wait_and_x_after_it(compiled: dict[str, list[str]], case: str) -> None:
+    """That is what the kernels are for: a ring full of weights before, and not one tile of x."""
+    stages, found = CASES[case][-1]["STAGES"], compiled[case]
+    assert found[: stages + 1] == ["w"] * stages + ["wait"]
+    assert found[stages + 1 :][:stages] == ["x"] * stages and found.count("wait") == 1
+    assert set(found[2 * stages + 1 :]) == {"w", "x"}, "the loop fills the ring again"

@@ -68,14 +68,18 @@ def usable(device: torch.device) -> bool:
 
 def copyable(x: Tensor) -> bool:
     """Whether the bulk copy engine can read tiles of x, contiguous in its last dimension."""
-    strides = x.stride()
-    return (
-        x.dtype in TYPES
-        and x.numel() > 0
-        and x.data_ptr() % ALIGNED == 0
-        and strides[-1] == 1
-        and all(stride * x.itemsize % ALIGNED == 0 for stride in strides[:-1])
-    )
+    *outer, last = strides(x)
+    aligned = x.data_ptr() % ALIGNED == 0 and all(stride * x.itemsize % ALIGNED == 0 for stride in outer)
+    return x.dtype in TYPES and x.numel() > 0 and last == 1 and aligned
+
+
+def strides(x: Tensor) -> list[int]:
+    """The strides of x; a dimension of one element may have any, and gets that of a contiguous one."""
+    found, packed = [], 1
+    for size, stride in reversed(list(zip(x.shape, x.stride(), strict=True))):
+        found.append(packed if size == 1 else stride)
+        packed = size * found[-1]
+    return found[::-1]
 
 
 def layout_of(tile: list[int], dtype: torch.dtype) -> Any:
@@ -85,4 +89,4 @@ def layout_of(tile: list[int], dtype: torch.dtype) -> Any:
 
 def described(x: Tensor, tile: list[int]) -> Any:
     """A descriptor of x, which is read in tiles."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), tile, layout_of(tile, x.dtype))
+    return TensorDescriptor(x, list(x.shape), strides(x), tile, layout_of(tile, x.dtype))

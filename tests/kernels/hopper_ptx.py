@@ -25,10 +25,11 @@ def ptx(kernel: str, dtype: str, rows: int, tile: tuple[int, ...], constants: di
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
+    from fastdllm.kernels import gluon
     from fastdllm.kernels.linear import hopper
 
     def descriptor(tile: tuple[int, ...]) -> str:
-        return f"tensordesc<{NAMES[dtype]}{list(tile)},{hopper.layout_of(tile, getattr(torch, dtype))!r}>"
+        return f"tensordesc<{NAMES[dtype]}{list(tile)},{gluon.layout_of(list(tile), getattr(torch, dtype))!r}>"
 
     fn, scaled, block_m = getattr(hopper, kernel), dtype not in ("bfloat16", "float16"), max(16, rows)
     constants = constants | {"SCALE": scaled, "TOKEN_SCALE": scaled, "BIAS": True}

@@ -12,36 +12,17 @@ for other cards, for weights that are widened on the way, and for a Triton witho
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
 
-from fastdllm.kernels.device import reads_shared, stages
+from fastdllm.kernels.device import stages
+from fastdllm.kernels.gluon import GLUON, copyable, described, jit, usable
 from fastdllm.kernels.linear.reference import FP8
 from fastdllm.kernels.pdl import LAUNCH
 
-try:
-    from triton.experimental.gluon import jit
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language import num_warps as warps  # since Triton 3.6
-    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-    GLUON = True
-except ImportError:  # an older Triton
-    GLUON = False
-
-    def jit(fn: Callable[..., Any]) -> Callable[..., Any]:
-        return fn
-
-
-_ENABLED = GLUON and torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1"
-TYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", FP8: "float8e4nv"}  # Gluon's names
+if GLUON:
+    from fastdllm.kernels.gluon import gl, mbarrier, num_warps, tma, wait, warpgroup_mma
 
 
 @jit
@@ -66,7 +47,7 @@ def streamed(x, w, i_n, i_m, start, count, STAGES: gl.constexpr):
     BYTES: gl.constexpr = (ROWS + BLOCK_M) * BLOCK_C * w.dtype.primitive_bitwidth // 8
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0],
-        warps_per_cta=[warps(), 1],
+        warps_per_cta=[num_warps(), 1],
         instr_shape=[16, BLOCK_M, 256 // w.dtype.primitive_bitwidth],
     )
     # The compiler knows no star within a list.
@@ -78,9 +59,7 @@ def streamed(x, w, i_n, i_m, start, count, STAGES: gl.constexpr):
     for s in gl.static_range(STAGES):
         mbarrier.expect(ready.index(s), BYTES, s < count)
         fetch(w, w_s, ready, s, i_n, start + s * BLOCK_C, s < count)
-    # Everything above reads weights only. Without the launch attribute both instructions are nothing.
-    gdc_launch_dependents()
-    gdc_wait()
+    wait()  # everything above reads weights only
     for s in gl.static_range(STAGES):
         fetch(x, x_s, ready, s, i_m, start + s * BLOCK_C, s < count)
     acc = gl.zeros((ROWS, BLOCK_M), gl.float32, LAYOUT)
@@ -165,7 +144,7 @@ def _gated_kernel(
     if TOKEN_SCALE:
         b_y *= gl.load(token_scale + o_t, mask=o_t < M, other=0.0)[None, :]
     # Each thread gets gate and up of the same channels.
-    PAIRS: gl.constexpr = gl.BlockedLayout([1, 1, 2], [32, 1, 1], [1, warps(), 1], [2, 0, 1])
+    PAIRS: gl.constexpr = gl.BlockedLayout([1, 1, 2], [32, 1, 1], [1, num_warps(), 1], [2, 0, 1])
     b_y = gl.convert_layout(gl.permute(gl.reshape(b_y, (2, BLOCK_N, BLOCK_M)), (1, 2, 0)), PAIRS)
     b_gate, b_up = gl.split(b_y)
     o_n = i_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, gl.SliceLayout(2, PAIRS)))
@@ -178,17 +157,7 @@ def _gated_kernel(
 def applies(x: Tensor, w: Tensor) -> bool:
     """Whether these kernels multiply x [M, C] by weights w [N, C]: both are bf16, fp16 or fp8, and lie in a Hopper's memory
     where the bulk copy engine can read them."""
-    return (
-        _ENABLED
-        and x.is_cuda
-        and x.dtype == w.dtype
-        and x.dtype in TYPES
-        and reads_shared(x.device)
-        and len(x) > 0
-        and w.is_contiguous()
-        and w.shape[1] * w.itemsize % 16 == 0
-        and x.data_ptr() % 16 == w.data_ptr() % 16 == 0
-    )
+    return usable(x.device) and x.dtype == w.dtype and copyable(x) and w.is_contiguous() and copyable(w)
 
 
 def tiling(M: int, N: int, C: int, dtype: torch.dtype) -> dict[str, int]:
@@ -238,8 +207,8 @@ def product(
     (M, C), N = x.shape, w.shape[0]
     y = torch.empty((splits, M, N), dtype=torch.float32 if splits > 1 else dtype or x.dtype, device=x.device)
     _product_kernel[(triton.cdiv(N, block_n) * splits, triton.cdiv(M, block_m))](
-        _described(x.contiguous(), (M, C), (block_m, block_c)),
-        _described(w, (N, C), (block_n, block_c)),
+        described(x.contiguous(), [block_m, block_c]),
+        described(w, [block_n, block_c]),
         y if scale is None else scale,
         y if token_scale is None else token_scale,
         y if bias is None else bias,
@@ -279,8 +248,8 @@ def gated_product(
     (M, C), F = x.shape, w.shape[0] // 2
     out = torch.empty((M, F), dtype=dtype, device=x.device)
     _gated_kernel[(triton.cdiv(F, block_n), triton.cdiv(M, block_m))](
-        _described(x.contiguous(), (M, C), (block_m, block_c)),
-        _described(w, (2, F, C), (2, block_n, block_c)),
+        described(x.contiguous(), [block_m, block_c]),
+        described(w.view(2, F, C), [2, block_n, block_c]),
         out if scale is None else scale,
         out if token_scale is None else token_scale,
         out,
@@ -297,17 +266,3 @@ def gated_product(
         **LAUNCH,
     )
     return out
-
-
-def layout_of(tile: tuple[int, ...], dtype: torch.dtype) -> Any:
-    """How a tile lies in shared memory, for the copy engine and the matrix unit."""
-    return gl.NVMMASharedLayout.get_default_for(list(tile), getattr(gl, TYPES[dtype]))
-
-
-def _described(x: Tensor, shape: tuple[int, ...], tile: tuple[int, ...]) -> Any:
-    """A descriptor of contiguous x, read in this shape and in these tiles."""
-    # Strides from the shape: a dimension of one element may have any, which the copy engine would refuse.
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.insert(0, strides[0] * size)
-    return TensorDescriptor(x, list(shape), strides, list(tile), layout_of(tile, x.dtype))

@@ -25,6 +25,9 @@ if GLUON:
     from fastdllm.kernels.gluon import gl, mbarrier, num_warps, tma, wait, warpgroup_mma
 
 
+FEW_CHANNELS = 2 * 132 * 64  # of gate: programs of 64 rows fit twice on each of an H100's multiprocessors
+
+
 @jit
 def fetch(x, tiles, ready, slot, i, c, more):
     """Rows i on, channels c on, to a slot of the ring, if there are `more`; ready[slot] counts the bytes that arrive."""
@@ -163,26 +166,32 @@ def applies(x: Tensor, w: Tensor) -> bool:
 def tiling(M: int, N: int, C: int, dtype: torch.dtype) -> dict[str, int]:
     """What differs from `linear.triton.tiling` in the tile of `product`, for M rows, N output and C input channels.
 
-    As `scripts.benchmarks.tiles` times them on an H200 (torch 2.11, triton 3.6, 2026-11-30), ms of a forward, as (block_n,
-    block_c, stages, splits). v2 at 8 rows in fp8: qkv (64, 128, 5, 4) 2.279, (64, 256, 2, 4) 2.280; out (64, 512, 2, 3)
-    2.276, (64, 256, 5, 2) 2.291, (64, 512, 3, 2) 2.299; down (64, 256, 4, 4) 2.287, (64, 512, 2, 4) 2.296, (64, 512, 3, 2)
-    2.33. LLaDA at 32 rows in fp8 prefers the tiles of the Triton kernel. Other shapes take those, too; none was measured.
+    Timed on an H200 (torch 2.11, triton 3.6, 2026-11-30) as `scripts.benchmarks.tiles` does, ms of a forward in fp8, as
+    (block_c, stages, splits). v2 at 8 rows: qkv (256, 2, 4) 2.280, (128, 5, 4) 2.279; out (512, 2, 3) 2.276, (512, 3, 2)
+    2.299; down (256, 4, 4) 2.287, (512, 3, 2) 2.33. v2 at 32: qkv (256, 2, 4) 2.391, (256, 3, 4) 2.387, (256, 4, 3) 2.41;
+    out and down (512, 3, 2) 2.38, others up to 2.46. LLaDA at 16 and 32 rows, and bf16 at 8 and 32, gain less than 1 %.
     """
-    if dtype != FP8 or M > 16 or N > 8192 or N == 4096:
+    if dtype != FP8 or M > 32:
         return {}
-    shape = (128, 5, 4) if N > 4096 else (256, 4, 4) if C > 2 * N else (512, 2, 3)
-    return dict(zip(("block_c", "num_stages", "splits"), shape, strict=True))
+    shape = None
+    if 4096 < N <= 8192:
+        shape = (256, 2, 4)
+    elif N < 4096 and M <= 16:  # two splits leave many multiprocessors without a program
+        shape = (256, 4, 4) if C > 2 * N else (512, 2, 3)
+    return dict(zip(("block_c", "num_stages", "splits"), shape, strict=True)) if shape else {}
 
 
 def gated_tiling(M: int, F: int, dtype: torch.dtype) -> dict[str, int]:
     """What differs from `silu_mul.triton.tiling` in the tile of `gated_product`, for M rows and F channels.
 
-    Timed like the tiles of `tiling`, as (block_n, block_c, stages). v2 at 8 rows in fp8: (32, 256, 2) 2.308, (32, 128, 4)
-    2.324, (32, 256, 3) 2.333. LLaDA at 32 rows in fp8 prefers the tile of the Triton kernel, and other shapes take it, too.
+    Timed like the tiles of `tiling`, as (block_n, bytes of a weight's row, stages). v2 at 8 rows: fp8 (32, 256, 2) 2.308,
+    (32, 256, 3) 2.333; bf16 (32, 256, 2) 3.760, (32, 256, 3) 3.802. v2 at 32: fp8 (32, 256, 3) 2.407, (32, 256, 2) 2.52.
+    LLaDA at 16: fp8 (32, 256, 3) 2.622, (32, 256, 4) 2.679. LLaDA at 32: fp8 (32, 256, 3) 2.777, (32, 128, 6) 2.772; bf16
+    (32, 256, 3) 4.298, (32, 128, 6) 4.340.
     """
-    if dtype != FP8 or M > 16 or F <= 2 * 132 * 64:
+    if M > 32:
         return {}
-    return {"block_c": 256, "num_stages": 2}
+    return {"block_n": 32, "block_c": 256 // dtype.itemsize, "num_stages": 2 if M <= 16 and F > FEW_CHANNELS else 3}
 
 
 def product(

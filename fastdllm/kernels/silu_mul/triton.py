@@ -195,7 +195,7 @@ def tiling(M: int, F: int, dtype: torch.dtype) -> dict[str, int]:
     block_m = max(16, triton.next_power_of_2(M))
     # A tile that takes much shared memory lets fewer programs run at once, and keeps those of the next kernel waiting. A
     # shape whose programs of 64 rows fit twice on each of an H100's 132 multiprocessors can afford a stage more.
-    few = F <= 2 * 132 * 64
+    few = F <= hopper.FEW_CHANNELS
     if dtype == torch.uint8:
         shape = (32, UNIT, 4, 4 if block_m == 16 else 3)
     elif dtype == torch.int8:

@@ -186,6 +186,8 @@ def test_where_they_apply_products_are_theirs(device: torch.device, monkeypatch:
 
 
 def test_their_tiles_differ_where_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tile of theirs has the same arguments as Triton's, and fits a Hopper's shared memory."""
+    from fastdllm.kernels.device import stages
     from fastdllm.kernels.linear import hopper, triton
     from fastdllm.kernels.silu_mul import triton as silu_mul_triton
 
@@ -193,14 +195,20 @@ def test_their_tiles_differ_where_that_was_measured(monkeypatch: pytest.MonkeyPa
         x, w = (torch.empty(rows, C, dtype=dtype, device="meta") for rows in (M, N))
         return [module.tile_of(x, w) for module in (triton, silu_mul_triton)]
 
-    shapes = [(M, N, C, dtype) for M in (8, 32, 64) for N, C in ((3584, 18944), (4608, 3584), (37888, 3584))
+    shapes = [(M, N, C, dtype) for M in (1, 8, 32, 64)
+              for N, C in ((3584, 3584), (3584, 18944), (4608, 3584), (37888, 3584), (4096, 12288), (24576, 4096))
               for dtype in (torch.bfloat16, FP8)]  # fmt: skip
     as_they_are = [tiles(*shape) for shape in shapes]
     monkeypatch.setattr(hopper, "applies", lambda x, w: True)
-    for shape, usual in zip(shapes, as_they_are, strict=True):
-        found = tiles(*shape)
-        assert [tile.keys() for tile in found] == [tile.keys() for tile in usual]
-        assert (found != usual) == (shape[0] == 8 and shape[-1] == FP8)
+    changed = 0
+    for (M, *_, dtype), usual, found in zip(shapes, as_they_are, (tiles(*shape) for shape in shapes), strict=True):
+        for before, tile, halves in zip(usual, found, (1, 2), strict=True):
+            assert tile.keys() == before.keys()
+            if tile != before:
+                changed += 1
+                size = (halves * tile["block_n"] + tile["block_m"]) * tile["block_c"] * dtype.itemsize
+                assert M <= 32 and stages(tile["num_stages"], size, torch.device("cpu")) == tile["num_stages"]
+    assert changed
 
 
 def test_on_a_cpu_they_do_not_apply() -> None:

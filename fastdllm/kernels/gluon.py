@@ -19,7 +19,13 @@ try:
     from triton.experimental.gluon import jit
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language import num_warps
-    from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
@@ -31,7 +37,7 @@ except ImportError:
         return fn
 
 
-TYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", FP8: "float8e4nv"}  # Gluon's names
+TYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", FP8: "float8e4nv", torch.int16: "int16"}  # Gluon's names
 ALIGNED = 16  # bytes that an address and a stride of what the bulk copy engine reads are multiples of
 
 
@@ -56,6 +62,7 @@ __all__ = [
     "usable",
     "wait",
     "warpgroup_mma",
+    "warpgroup_mma_wait",
 ]
 
 

@@ -82,6 +82,22 @@ def streamed(x, w, i_n, i_m, start, count, STAGES: gl.constexpr):
 
 
 @jit
+def store_gated(b_y, out, i_n, i_m, M, F):
+    """silu(gate) * up to channels i_n on of rows i_m on of out [M, F]. b_y: rows of gate, then of up, [.., BLOCK_M]."""
+    BLOCK_N: gl.constexpr = b_y.shape[0] // 2
+    BLOCK_M: gl.constexpr = b_y.shape[1]
+    # Each thread gets gate and up of the same channels.
+    PAIRS: gl.constexpr = gl.BlockedLayout([1, 1, 2], [32, 1, 1], [1, num_warps(), 1], [2, 0, 1])
+    b_y = gl.convert_layout(gl.permute(gl.reshape(b_y, (2, BLOCK_N, BLOCK_M)), (1, 2, 0)), PAIRS)
+    b_gate, b_up = gl.split(b_y)
+    o_n = i_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, gl.SliceLayout(2, PAIRS)))
+    o_m = i_m + gl.arange(0, BLOCK_M, gl.SliceLayout(0, gl.SliceLayout(2, PAIRS)))
+    p_out = out + o_m.to(gl.int64)[None, :] * F + o_n[:, None]
+    b_act = b_gate * (1 / (1 + gl.exp(-b_gate))) * b_up
+    gl.store(p_out, b_act.to(out.dtype.element_ty), mask=(o_n < F)[:, None] & (o_m < M)[None, :])
+
+
+@jit
 def _product_kernel(
     x,
     w,
@@ -146,15 +162,7 @@ def _gated_kernel(
         b_y *= gl.load(scale + o_r, mask=o_r < 2 * F, other=0.0)[:, None]
     if TOKEN_SCALE:
         b_y *= gl.load(token_scale + o_t, mask=o_t < M, other=0.0)[None, :]
-    # Each thread gets gate and up of the same channels.
-    PAIRS: gl.constexpr = gl.BlockedLayout([1, 1, 2], [32, 1, 1], [1, num_warps(), 1], [2, 0, 1])
-    b_y = gl.convert_layout(gl.permute(gl.reshape(b_y, (2, BLOCK_N, BLOCK_M)), (1, 2, 0)), PAIRS)
-    b_gate, b_up = gl.split(b_y)
-    o_n = i_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, gl.SliceLayout(2, PAIRS)))
-    o_m = i_m + gl.arange(0, BLOCK_M, gl.SliceLayout(0, gl.SliceLayout(2, PAIRS)))
-    p_out = out + o_m.to(gl.int64)[None, :] * F + o_n[:, None]
-    b_act = b_gate * (1 / (1 + gl.exp(-b_gate))) * b_up
-    gl.store(p_out, b_act.to(out.dtype.element_ty), mask=(o_n < F)[:, None] & (o_m < M)[None, :])
+    store_gated(b_y, out, i_n, i_m, M, F)
 
 
 def applies(x: Tensor, w: Tensor) -> bool:

@@ -19,16 +19,17 @@ _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _HALF = tl.constexpr(HALF)
 
 
-def _of_word(part: int) -> tl.constexpr:
+def _of_word(part: int) -> str:
     """Two words to the levels of their `part`-th four bits in bf16, plus 128: below the exponent of 128 a level's bits are
     its value, so that two instructions widen two weights. Written for one operand and one result: such code Triton moves
     behind the load from shared memory, which then brings words straight to where the matrix unit wants its left operand.
     """
     shift = f"shr.u32 t, $1, {4 * part};" if part else "mov.b32 t, $1;"
-    return tl.constexpr("{ .reg .b32 t; " + shift + " lop3.b32 $0, t, 0x000f000f, 0x43004300, 0xea; }")
+    return "{ .reg .b32 t; " + shift + " lop3.b32 $0, t, 0x000f000f, 0x43004300, 0xea; }"
 
 
-_FIRST, _SECOND, _THIRD, _FOURTH = (_of_word(part) for part in range(4))
+OF_WORD = tuple(_of_word(part) for part in range(4))
+_FIRST, _SECOND, _THIRD, _FOURTH = (tl.constexpr(code) for code in OF_WORD)
 
 
 @triton.jit

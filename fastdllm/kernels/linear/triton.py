@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastdllm.kernels.device import TensorDescriptor, reads_shared, stages
 from fastdllm.kernels.dot import dot
-from fastdllm.kernels.linear import fp8, hopper, reference
+from fastdllm.kernels.linear import fp8, hopper, hopper_int4, reference
 from fastdllm.kernels.linear.int4 import HALF, PARTS, UNIT, group_size
 from fastdllm.kernels.linear.nibbles import unit_product, unit_steps, unit_sums
 from fastdllm.kernels.linear.reference import FP8, FP8_MAX, Activations, Quantized
@@ -265,7 +265,7 @@ def split_k_partials(x: Activations, weight: Tensor, scale: Tensor | None, bias:
     if isinstance(rows, Quantized) or (scale is None and not skinny_rows):
         return reference.linear(rows, weight, scale, bias)[None]
     if skinny_rows:
-        return skinny(rows, weight, scale, bias, **tile_of(rows, weight))
+        return skinny(rows, weight, scale, bias, **tile_of(rows, weight, scale))
     return F.linear(rows, widen(weight, scale, rows.shape[1], rows.dtype), bias)[None]
 
 
@@ -290,8 +290,10 @@ def is_skinny(rows: Activations, weight: Tensor, scale: Tensor | None) -> bool:
     return readable and rows.dtype.itemsize == 2 and rows.shape[0] <= most
 
 
-def tile_of(x: Tensor, w: Tensor) -> dict[str, int]:
+def tile_of(x: Tensor, w: Tensor, scale: Tensor | None = None) -> dict[str, int]:
     """Tile for x [M, C] and w [N, ...] of the kernel that `skinny` launches."""
+    if hopper_int4.applies(x, w, scale):
+        return hopper_int4.tiling(len(x), len(w), x.shape[1])
     tile = tiling(len(x), len(w), w.dtype)
     return tile | hopper.tiling(len(x), *w.shape, w.dtype) if hopper.applies(x, w) else tile
 
@@ -356,6 +358,11 @@ def skinny(
         return hopper.product(
             x, w, scale, bias, token_scale, dtype, block_m=block_m, block_n=block_n, block_c=block_c, splits=splits,
             num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+    if scale is not None and hopper_int4.applies(x, w, scale):
+        return hopper_int4.product(
+            x, w.view(torch.int16), scale, half_sums(x), bias, group_of(w, scale, x.shape[1]), block_m=block_m,
+            block_n=block_n, block_c=block_c, splits=splits, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     (M, C), N = x.shape, w.shape[0]
     w, sums, strides, groups = of_groups(x, w, scale)

@@ -13,13 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdllm.kernels.device import TensorDescriptor, stages
-from fastdllm.kernels.linear import hopper
+from fastdllm.kernels.linear import hopper, hopper_int4
 from fastdllm.kernels.linear.int4 import PARTS, UNIT
 from fastdllm.kernels.linear.reference import FP8, FP8_MAX, Activations, Quantized
 from fastdllm.kernels.linear.triton import (
     SKINNY_ROWS,
     as_fp8,
     flat,
+    group_of,
+    half_sums,
     is_skinny,
     linear,
     of_groups,
@@ -170,11 +172,13 @@ def _joint(rows: Activations, weight: Tensor, scale: Tensor | None) -> Tensor:
     if weight.dtype == FP8:
         tokens = as_fp8(rows)
         return launch(tokens.values, weight, scale, tokens.scale, tokens.dtype, **tile_of(tokens.values, weight))
-    return launch(rows, weight, scale, None, rows.dtype, **tile_of(rows, weight))
+    return launch(rows, weight, scale, None, rows.dtype, **tile_of(rows, weight, scale))
 
 
-def tile_of(x: Tensor, w: Tensor) -> dict[str, int]:
+def tile_of(x: Tensor, w: Tensor, scale: Tensor | None = None) -> dict[str, int]:
     """Tile for x [M, C] and w [2F, ...] of the kernel that `launch` launches."""
+    if hopper_int4.gated_applies(x, w, scale):
+        return hopper_int4.gated_tiling(len(x))
     given = len(x), len(w) // 2, w.dtype
     return tiling(*given) | hopper.gated_tiling(*given) if hopper.applies(x, w) else tiling(*given)
 
@@ -230,6 +234,11 @@ def launch(
         return hopper.gated_product(
             x, w, scale, token_scale, dtype, block_m=block_m, block_n=block_n, block_c=block_c, num_warps=num_warps,
             num_stages=num_stages,
+        )  # fmt: skip
+    if scale is not None and hopper_int4.gated_applies(x, w, scale):
+        return hopper_int4.gated_product(
+            x, w.view(torch.int16), scale, half_sums(x), group_of(w, scale, x.shape[1]), block_m=block_m, block_n=block_n,
+            block_c=block_c, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     (M, C), F = x.shape, w.shape[0] // 2
     w, sums, strides, groups = of_groups(x, w, scale)

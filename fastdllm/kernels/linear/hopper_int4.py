@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products of few rows with 4-bit weights on Hopper, in Gluon.
+
+The arithmetic is that of `nibbles.py`: bare levels are multiplied by halves of a unit, steps and zeros applied to the sums.
+In Triton such a product waits most of its time: its programs take so many registers that few run at once, and each loads
+steps, zeros and sums for every unit. Here a program brings all of these to shared memory at its beginning, those of weights
+before the kernel's turn, as it does with the first tiles (`hopper.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from fastdllm.kernels.device import shared_memory, stages
+from fastdllm.kernels.gluon import GLUON, copyable, described, jit, usable
+from fastdllm.kernels.linear.hopper import fetch, store_gated
+from fastdllm.kernels.linear.int4 import HALF, PARTS, UNIT
+from fastdllm.kernels.linear.nibbles import OF_WORD
+from fastdllm.kernels.pdl import LAUNCH
+
+if GLUON:
+    from fastdllm.kernels.gluon import gl, mbarrier, num_warps, wait, warpgroup_mma, warpgroup_mma_wait
+
+    _HALF, _UNIT, _WORDS = gl.constexpr(HALF), gl.constexpr(UNIT), gl.constexpr(UNIT // PARTS)
+    _FIRST, _SECOND, _THIRD, _FOURTH = (gl.constexpr(code) for code in OF_WORD)
+
+
+MOST_HALVES = 64  # of a unit, whose steps a program holds
+
+
+@jit
+def _levels(b_w, CODE: gl.constexpr):
+    """Words b_w int16 -> the levels of four of their bits, plus 128, in bf16."""
+    return gl.inline_asm_elementwise(CODE, "=r,r", [b_w], dtype=gl.bfloat16, is_pure=True, pack=2)
+
+
+@jit
+def _half(b_y, b_p, s, z, t):
+    """b_y plus the half of a unit whose levels, each 128 too large, gave b_p."""
+    b_zero = z.to(gl.float32) + 128.0
+    return b_y + s.to(gl.float32)[:, None] * (b_p - b_zero[:, None] * t[None, :])
+
+
+@jit
+def _streamed(
+    x, w, scale, sums, i_n, i_m, first, count, M, N, C, stride_g, stride_z,
+    GROUP: gl.constexpr, ROWS: gl.constexpr, BLOCK_M: gl.constexpr, HALVES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Rows i_n on of w times rows i_m on of x, over `count` units of channels from unit `first` on: [ROWS, BLOCK_M].
+
+    x: a descriptor of x [M, C], in tiles [BLOCK_M, 256].
+    w: a descriptor of the words [N, units * 64], in tiles [ROWS, 64]; or of [2, N / 2, ...], in tiles [2, ROWS / 2, 64].
+    scale, sums: see `nibbles.py`. HALVES: a power of two, no less than twice the units.
+    """
+    JOINT: gl.constexpr = len(w.block_shape) == 3
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps(), 1], [16, BLOCK_M, 16])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, 2)
+    ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    COLUMN: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    LOAD: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [num_warps(), 1], [1, 0])
+    BYTES: gl.constexpr = ROWS * 2 * _WORDS + BLOCK_M * 2 * _UNIT
+    w_s = gl.allocate_shared_memory(w.dtype, [STAGES] + w.block_shape, w.layout)  # noqa: RUF005
+    x_s = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_shape, x.layout)  # noqa: RUF005
+    step_s = gl.allocate_shared_memory(gl.bfloat16, [HALVES, ROWS], PLAIN)
+    zero_s = gl.allocate_shared_memory(gl.bfloat16, [HALVES, ROWS], PLAIN)
+    sum_s = gl.allocate_shared_memory(gl.float32, [HALVES, BLOCK_M], PLAIN)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(STAGES):
+        mbarrier.init(ready.index(s), count=1)
+    for s in gl.static_range(STAGES):
+        mbarrier.expect(ready.index(s), BYTES, s < count)
+        fetch(w, w_s, ready, s, i_n, (first + s) * _WORDS, s < count)
+    o_h = 2 * first + gl.arange(0, HALVES, gl.SliceLayout(1, LOAD))
+    o_r = gl.arange(0, ROWS, gl.SliceLayout(0, LOAD))
+    m_r = i_n + o_r < N
+    if JOINT:
+        m_r = i_n + o_r % (ROWS // 2) < N // 2
+        o_r = o_r // (ROWS // 2) * (N // 2) + o_r % (ROWS // 2)
+    m_h = (o_h < 2 * (first + count)) & (o_h * _HALF < C)
+    p_step = scale + (o_h * _HALF // GROUP)[:, None] * stride_g + (i_n + o_r)[None, :]
+    step_s.store(gl.load(p_step, mask=m_h[:, None] & m_r[None, :], other=0.0))
+    zero_s.store(gl.load(p_step + stride_z, mask=m_h[:, None] & m_r[None, :], other=0.0))
+    wait()  # everything above reads weights only
+    for s in gl.static_range(STAGES):
+        fetch(x, x_s, ready, s, i_m, (first + s) * _UNIT, s < count)
+    o_t = i_m + gl.arange(0, BLOCK_M, gl.SliceLayout(0, LOAD))
+    sum_s.store(gl.load(sums + o_h[:, None] * M + o_t[None, :], mask=m_h[:, None] & (o_t < M)[None, :], other=0.0))
+    # The same memory, of which a line can be indexed.
+    step_s = step_s._reinterpret(gl.bfloat16, [HALVES, ROWS], LINE)
+    zero_s = zero_s._reinterpret(gl.bfloat16, [HALVES, ROWS], LINE)
+    sum_s = sum_s._reinterpret(gl.float32, [HALVES, BLOCK_M], LINE)
+    b_y = gl.zeros((ROWS, BLOCK_M), gl.float32, LAYOUT)
+    none = gl.zeros((ROWS, BLOCK_M), gl.float32, LAYOUT)
+    for i in range(count):
+        slot = i % STAGES
+        mbarrier.wait(ready.index(slot), (i // STAGES) & 1)
+        b_w = w_s.index(slot).reshape((ROWS, _WORDS)).load(LEFT)
+        x_t = x_s.index(slot)
+        b_p = warpgroup_mma(
+            _levels(b_w, _FIRST), x_t.slice(0, _WORDS, 1).permute((1, 0)), none, use_acc=False, is_async=True
+        )
+        b_p = warpgroup_mma(_levels(b_w, _SECOND), x_t.slice(_WORDS, _WORDS, 1).permute((1, 0)), b_p, is_async=True)
+        b_p = warpgroup_mma_wait(num_outstanding=0, deps=(b_p,))
+        b_y = _half(b_y, b_p, step_s.index(2 * i).load(ROW), zero_s.index(2 * i).load(ROW), sum_s.index(2 * i).load(COLUMN))
+        b_p = warpgroup_mma(
+            _levels(b_w, _THIRD), x_t.slice(2 * _WORDS, _WORDS, 1).permute((1, 0)), none, use_acc=False, is_async=True
+        )
+        b_p = warpgroup_mma(_levels(b_w, _FOURTH), x_t.slice(3 * _WORDS, _WORDS, 1).permute((1, 0)), b_p, is_async=True)
+        b_p = warpgroup_mma_wait(num_outstanding=0, deps=(b_p,))
+        more = i + STAGES < count
+        mbarrier.expect(ready.index(slot), BYTES, more)
+        fetch(w, w_s, ready, slot, i_n, (first + i + STAGES) * _WORDS, more)
+        fetch(x, x_s, ready, slot, i_m, (first + i + STAGES) * _UNIT, more)
+        h = 2 * i + 1
+        b_y = _half(b_y, b_p, step_s.index(h).load(ROW), zero_s.index(h).load(ROW), sum_s.index(h).load(COLUMN))
+    for s in gl.static_range(STAGES):
+        mbarrier.invalidate(ready.index(s))
+    return b_y
+
+
+@jit
+def _product_kernel(
+    x,
+    w,
+    scale,
+    sums,
+    bias,
+    y,
+    M,
+    N,
+    C,
+    stride_g,
+    stride_z,
+    BIAS: gl.constexpr,
+    GROUP: gl.constexpr,
+    HALVES: gl.constexpr,
+    SPLITS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    i_n, i_s = gl.program_id(0) // SPLITS, gl.program_id(0) % SPLITS
+    i_m = gl.program_id(1) * BLOCK_M
+    units = gl.cdiv(C, _UNIT)
+    share = gl.cdiv(units, SPLITS)
+    count = gl.maximum(gl.minimum(share, units - i_s * share), 0)
+    b_y = _streamed(
+        x, w, scale, sums, i_n * BLOCK_N, i_m, i_s * share, count, M, N, C, stride_g, stride_z,
+        GROUP, BLOCK_N, BLOCK_M, HALVES, STAGES,
+    )  # fmt: skip
+    o_n = i_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, b_y.type.layout))
+    o_m = i_m + gl.arange(0, BLOCK_M, gl.SliceLayout(0, b_y.type.layout))
+    m_n, m_m = o_n < N, o_m < M
+    if BIAS:
+        b_y += gl.load(bias + o_n, mask=m_n & (i_s == 0), other=0.0).to(gl.float32)[:, None]
+    p_y = y + (i_s.to(gl.int64) * M + o_m[None, :]) * N + o_n[:, None]
+    gl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_n[:, None] & m_m[None, :])
+
+
+@jit
+def _gated_kernel(
+    x,
+    w,
+    scale,
+    sums,
+    out,
+    M,
+    F,
+    C,
+    stride_g,
+    stride_z,
+    GROUP: gl.constexpr,
+    HALVES: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    i_n, i_m = gl.program_id(0) * BLOCK_N, gl.program_id(1) * BLOCK_M
+    b_y = _streamed(
+        x, w, scale, sums, i_n, i_m, 0, gl.cdiv(C, _UNIT), M, 2 * F, C, stride_g, stride_z,
+        GROUP, 2 * BLOCK_N, BLOCK_M, HALVES, STAGES,
+    )  # fmt: skip
+    store_gated(b_y, out, i_n, i_m, M, F)
+
+
+def applies(x: Tensor, w: Tensor, scale: Tensor | None) -> bool:
+    """Whether these kernels multiply x [M, C] by 4-bit weights w [N, ceil(C / 256) * 128]: x is bf16, and all lies in a
+    Hopper's memory where the bulk copy engine can read it."""
+    return (
+        w.dtype == torch.uint8
+        and x.dtype == torch.bfloat16
+        and usable(x.device)
+        and copyable(x)
+        and w.is_contiguous()
+        and copyable(w.view(torch.int16))
+        and scale is not None
+        and scale.dtype == torch.bfloat16
+        and scale.stride(0) == 1
+    )
+
+
+def gated_applies(x: Tensor, w: Tensor, scale: Tensor | None) -> bool:
+    """`applies`, and a program can hold the steps of all channels."""
+    return applies(x, w, scale) and 2 * triton.cdiv(x.shape[1], UNIT) <= MOST_HALVES
+
+
+def tiling(M: int, N: int, C: int) -> dict[str, int]:
+    """Tile of `product` for M rows, N output and C input channels."""
+    fewest = triton.cdiv(2 * triton.cdiv(C, UNIT), MOST_HALVES)
+    splits = max(fewest, 1 if N > 16384 else 2 if N > 8192 else 4)
+    return {"block_n": 64, "block_c": UNIT, "splits": splits, "num_warps": 4, "num_stages": 2, "block_m": rows_of_tile(M)}
+
+
+def gated_tiling(M: int) -> dict[str, int]:
+    """Tile of `gated_product` for M rows."""
+    return {"block_n": 32, "block_c": UNIT, "num_warps": 4, "num_stages": 2, "block_m": rows_of_tile(M)}
+
+
+def rows_of_tile(M: int) -> int:
+    return min(64, max(16, triton.next_power_of_2(M)))
+
+
+def product(
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    sums: Tensor,
+    bias: Tensor | None,
+    group: int,
+    *,
+    block_m: int,
+    block_n: int,
+    block_c: int,
+    splits: int,
+    num_warps: int,
+    num_stages: int,
+) -> Tensor:
+    """`linear.triton.skinny` of x [M, C] and words w int16 [N, units * 64] where `applies`: [splits, M, N], of x's dtype if
+    there is one split and fp32 otherwise. sums: `half_sums` of x. group: channels that share a step."""
+    (M, C), N = x.shape, w.shape[0]
+    y = torch.empty((splits, M, N), dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)
+    halves = triton.next_power_of_2(2 * triton.cdiv(triton.cdiv(C, UNIT), splits))
+    _product_kernel[(triton.cdiv(N, block_n) * splits, triton.cdiv(M, block_m))](
+        described(x.contiguous(), [block_m, block_c]),
+        described(w, [block_n, block_c // PARTS]),
+        scale,
+        sums,
+        y if bias is None else bias,
+        y,
+        M,
+        N,
+        C,
+        *scale.stride()[1:],
+        BIAS=bias is not None,
+        GROUP=group,
+        HALVES=halves,
+        SPLITS=splits,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        STAGES=_stages(num_stages, halves, block_n, block_m, x.device),
+        num_warps=num_warps,
+        **LAUNCH,
+    )
+    return y
+
+
+def gated_product(
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    sums: Tensor,
+    group: int,
+    *,
+    block_m: int,
+    block_n: int,
+    block_c: int,
+    num_warps: int,
+    num_stages: int,
+) -> Tensor:
+    """`silu_mul.triton.launch` of x [M, C] and words w int16 [2F, units * 64] where `applies`: [M, F]."""
+    (M, C), F = x.shape, w.shape[0] // 2
+    out = torch.empty((M, F), dtype=x.dtype, device=x.device)
+    halves = triton.next_power_of_2(2 * triton.cdiv(C, UNIT))
+    _gated_kernel[(triton.cdiv(F, block_n), triton.cdiv(M, block_m))](
+        described(x.contiguous(), [block_m, block_c]),
+        described(w.view(2, F, -1), [2, block_n, block_c // PARTS]),
+        scale,
+        sums,
+        out,
+        M,
+        F,
+        C,
+        *scale.stride()[1:],
+        GROUP=group,
+        HALVES=halves,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        STAGES=_stages(num_stages, halves, 2 * block_n, block_m, x.device),
+        num_warps=num_warps,
+        **LAUNCH,
+    )
+    return out
+
+
+def _stages(wanted: int, halves: int, rows: int, block_m: int, device: torch.device) -> int:
+    """Tiles on their way at a time, beside the steps, zeros and sums."""
+    tile, kept = rows * UNIT // 2 + block_m * UNIT * 2, halves * (4 * rows + 4 * block_m)
+    return stages(max(2, min(wanted, (shared_memory(device) - kept) // tile)), tile, device)

@@ -59,8 +59,8 @@ def with_tile(product: str, shape: tuple[int, ...], tile: dict[str, int]) -> Abs
     module = silu_mul_triton if product == "gate_up" else linear_triton
     tile_of = module.tile_of
 
-    def chosen(x: Tensor, w: Tensor) -> dict[str, int]:
-        return tile if (len(w), x.shape[1]) == shape else tile_of(x, w)
+    def chosen(x: Tensor, w: Tensor, scale: Tensor | None = None) -> dict[str, int]:
+        return tile if (len(w), x.shape[1]) == shape else tile_of(x, w, scale)
 
     return mock.patch.object(module, "tile_of", chosen)
 

@@ -3,39 +3,67 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
 from typing import Any
 
-NAMES = {"bfloat16": "bf16", "float16": "fp16", "float8_e4m3fn": "fp8e4nv"}  # of torch's types in a signature
-CASES = {  # a kernel, the type, rows and a tile of w, then what the kernel is compiled for
-    "fp8 product": ("_product_kernel", "float8_e4m3fn", 32, (64, 512), {"SPLITS": 2, "STAGES": 3}),
-    "bf16 product of a row": ("_product_kernel", "bfloat16", 1, (64, 128), {"SPLITS": 1, "STAGES": 5}),
-    "fp16 product": ("_product_kernel", "float16", 64, (64, 64), {"SPLITS": 4, "STAGES": 2}),
-    "fp8 gate and up": ("_gated_kernel", "float8_e4m3fn", 16, (2, 32, 256), {"STAGES": 2}),
-    "bf16 gate and up": ("_gated_kernel", "bfloat16", 64, (2, 64, 64), {"STAGES": 4}),
-}
+BF16, FP16, FP8, WORDS = "bfloat16", "float16", "float8_e4m3fn", "int16"
+NAMES = {BF16: "bf16", FP16: "fp16", FP8: "fp8e4nv", WORDS: "i16"}  # of torch's types in a signature
+LINEAR, INT4, ATTENTION = "linear.hopper", "linear.hopper_int4", "attention.hopper"
+OF_TILE = {"SCALE": True, "TOKEN_SCALE": True, "BIAS": True, "GROUP": 128, "HALVES": 32}
+OF_HEADS = {"H": 28, "G": 7, "HIDE": True, "BLOCK_N": 64}
+# A kernel, what the copy engine reads, in the order of the arguments: its type and its tile; then the constants.
+CASES: dict[str, tuple[str, str, dict[str, tuple[str, list[int]]], dict[str, Any]]] = {
+    "fp8 product": (LINEAR, "_product_kernel", {"x": (FP8, [32, 512]), "w": (FP8, [64, 512])}, {"SPLITS": 2, "STAGES": 3}),
+    "bf16 product of a row": (
+        LINEAR, "_product_kernel", {"x": (BF16, [16, 128]), "w": (BF16, [64, 128])},
+        {"SPLITS": 1, "STAGES": 5, "SCALE": False, "TOKEN_SCALE": False, "M": 1},
+    ),
+    "fp16 product": (
+        LINEAR, "_product_kernel", {"x": (FP16, [64, 64]), "w": (FP16, [64, 64])},
+        {"SPLITS": 4, "STAGES": 2, "SCALE": False, "TOKEN_SCALE": False},
+    ),
+    "fp8 gate and up": (LINEAR, "_gated_kernel", {"x": (FP8, [16, 256]), "w": (FP8, [2, 32, 256])}, {"STAGES": 2}),
+    "bf16 gate and up": (
+        LINEAR, "_gated_kernel", {"x": (BF16, [64, 64]), "w": (BF16, [2, 64, 64])},
+        {"STAGES": 4, "SCALE": False, "TOKEN_SCALE": False},
+    ),
+    "4-bit product": (INT4, "_product_kernel", {"x": (BF16, [32, 256]), "w": (WORDS, [64, 64])}, {"SPLITS": 4, "STAGES": 3}),
+    "4-bit gate and up": (INT4, "_gated_kernel", {"x": (BF16, [16, 256]), "w": (WORDS, [2, 32, 64])}, {"STAGES": 4}),
+    "attention": (
+        ATTENTION, "_attend_kernel", {"k": (BF16, [1, 1, 64, 128]), "v": (BF16, [1, 1, 64, 128])},
+        OF_HEADS | {"D": 128, "SPLITS": 4, "BLOCK_M": 16, "STAGES": 3},
+    ),
+    "fp16 attention of small heads": (
+        ATTENTION, "_attend_kernel", {"k": (FP16, [1, 1, 64, 64]), "v": (FP16, [1, 1, 64, 64])},
+        OF_HEADS | {"D": 64, "SPLITS": 8, "BLOCK_M": 16, "STAGES": 1},
+    ),
+}  # fmt: skip
 EVENT = re.compile(r"(griddepcontrol\.wait)|cp\.async\.bulk\.tensor\S+ \[%r\d+\], \[(%rd\d+),")
 
 
-def ptx(kernel: str, dtype: str, rows: int, tile: tuple[int, ...], constants: dict[str, Any]) -> str:
+def ptx(module: str, kernel: str, read: dict[str, tuple[str, list[int]]], constants: dict[str, Any]) -> str:
     import torch
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from fastdllm.kernels import gluon
-    from fastdllm.kernels.linear import hopper
 
-    def descriptor(tile: tuple[int, ...]) -> str:
-        return f"tensordesc<{NAMES[dtype]}{list(tile)},{gluon.layout_of(list(tile), getattr(torch, dtype))!r}>"
-
-    fn, scaled, block_m = getattr(hopper, kernel), dtype not in ("bfloat16", "float16"), max(16, rows)
-    constants = constants | {"SCALE": scaled, "TOKEN_SCALE": scaled, "BIAS": True}
-    constants |= {"BLOCK_M": block_m, "BLOCK_N": tile[-2], "BLOCK_C": tile[-1]} | ({"M": 1} if rows == 1 else {})
-    types = {"x": descriptor((block_m, tile[-1])), "w": descriptor(tile), "bias": "*bf16", "y": "*fp32", "out": "*bf16"}
-    types |= {"scale": "*fp32", "token_scale": "*fp32"} | dict.fromkeys("MNFC", "i32")
+    fn = getattr(importlib.import_module(f"fastdllm.kernels.{module}"), kernel)
+    half = NAMES[BF16 if any(dtype in (FP8, WORDS) for dtype, _ in read.values()) else next(iter(read.values()))[0]]
+    types = dict.fromkeys(("bias", "out", "q"), f"*{half}") | dict.fromkeys(("row", "kv_len", "hide"), "*i64")
+    types |= dict.fromkeys(("y", "token_scale", "sums", "part", "lse"), "*fp32")
+    types |= dict.fromkeys(("M", "N", "F", "C", "W", "max_kv_len", "stride_g", "stride_z"), "i32")
+    types["scale"] = {LINEAR: "*fp32", INT4: "*bf16", ATTENTION: "fp32"}[module]
+    for name, (dtype, tile) in read.items():
+        types[name] = f"tensordesc<{NAMES[dtype]}{tile},{gluon.layout_of(tile, getattr(torch, dtype))!r}>"
+    if "x" in read:
+        constants = (
+            OF_TILE | {"BLOCK_M": read["x"][1][0], "BLOCK_N": read["w"][1][-2], "BLOCK_C": read["w"][1][-1]} | constants
+        )
     source = GluonASTSource(
         fn=fn,
         signature={name: "constexpr" if name in constants else types[name] for name in fn.arg_names},
@@ -44,10 +72,10 @@ def ptx(kernel: str, dtype: str, rows: int, tile: tuple[int, ...], constants: di
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
 
 
-def events(text: str) -> list[str]:
-    """Copies of x and of w, and the wait for the kernel before, in their order in the program."""
-    names = dict(zip(re.findall(r"\.param \.align 64 \.b8 (\w+)\[128\]", text), "xw", strict=True))
-    moved = {register: names[param] for register, param in re.findall(r"mov\.b64\s+(%rd\d+), (\w+_param_\d+);", text)}
+def events(text: str, names: list[str]) -> list[str]:
+    """Copies of what the names say, and the wait for the kernel before, in their order in the program."""
+    params = dict(zip(re.findall(r"\.param \.align 64 \.b8 (\w+)\[128\]", text), names, strict=True))
+    moved = {register: params[param] for register, param in re.findall(r"mov\.b64\s+(%rd\d+), (\w+_param_\d+);", text)}
     found = {to: moved[of] for to, of in re.findall(r"cvta\.param\.u64\s+(%rd\d+), (%rd\d+);", text)}
     return ["wait" if wait else found[register] for wait, register in EVENT.findall(text)]
 
@@ -55,4 +83,4 @@ def events(text: str) -> list[str]:
 def main() -> None:
     """Print the events of each case, as JSON."""
     os.environ["TRITON_INTERPRET"] = "0"
-    print(json.dumps({name: events(ptx(*case)) for name, case in CASES.items()}))
+    print(json.dumps({name: events(ptx(*case), list(case[2])) for name, case in CASES.items()}))

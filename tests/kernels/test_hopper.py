@@ -242,10 +242,16 @@ def compiled() -> dict[str, list[str]]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if "w" in case[2]])
 def test_weights_are_fetched_before_the_wait_and_x_after_it(compiled: dict[str, list[str]], case: str) -> None:
     """That is what the kernels are for: a ring full of weights before, and not one tile of x."""
     stages, found = CASES[case][-1]["STAGES"], compiled[case]
     assert found[: stages + 1] == ["w"] * stages + ["wait"]
     assert found[stages + 1 :][:stages] == ["x"] * stages and found.count("wait") == 1
     assert set(found[2 * stages + 1 :]) == {"w", "x"}, "the loop fills the ring again"
+
+
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if "k" in case[2]])
+def test_keys_and_values_are_fetched_after_the_wait(compiled: dict[str, list[str]], case: str) -> None:
+    """The kernel before has just written some of them."""
+    assert compiled[case] == ["wait"] + ["k", "v"] * (CASES[case][-1]["STAGES"] + 1)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gluon, the language within Triton that names layouts, copies and barriers: what the kernels for Hopper (H100, H200) use.
 
-It has no interpreter, and before Triton 3.6 it has not all of this: `usable` is then False, and other kernels do the work.
+It has no interpreter, and its names may change with every Triton. With a version that is not listed here, `usable` is False
+and other kernels do the work.
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ from torch import Tensor
 
 from fastdllm.kernels.linear.reference import FP8
 
+VERSIONS = ("3.6", "3.7")  # of Triton, with which every kernel has been compiled
+
 try:
+    import triton
+
+    if triton.__version__.rsplit(".", 1)[0] not in VERSIONS:
+        raise ImportError
     from triton.experimental.gluon import jit
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language import num_warps

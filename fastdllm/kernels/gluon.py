@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ VERSIONS = ("3.6", "3.7")  # of Triton, with which every kernel has been compile
 try:
     import triton
 
-    if triton.__version__.rsplit(".", 1)[0] not in VERSIONS:
+    if ".".join(triton.__version__.split(".")[:2]) not in VERSIONS:
         raise ImportError
     from triton.experimental.gluon import jit
     from triton.experimental.gluon import language as gl
@@ -73,6 +74,7 @@ __all__ = [
 ]
 
 
+@cache
 def usable(device: torch.device) -> bool:
     """Whether kernels in Gluon run on this device."""
     if not GLUON or device.type != "cuda" or torch.version.hip is not None or os.environ.get("TRITON_INTERPRET") == "1":

@@ -35,7 +35,7 @@ def reads_shared(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
 
 
-def stages(wanted: int, tile_bytes: int, device: torch.device) -> int:
-    """Tiles of `tile_bytes` on their way at a time: `wanted`, or as many as the device has room for. At least two: a kernel
-    that still does not fit says so."""
-    return max(2, min(wanted, (shared_memory(device) - SCRATCH) // tile_bytes))
+def stages(wanted: int, tile_bytes: int, device: torch.device, kept: int = SCRATCH) -> int:
+    """Tiles of `tile_bytes` on their way at a time: `wanted`, or as many as the device has room for beside `kept` bytes. At
+    least two: a kernel that still does not fit says so."""
+    return max(2, min(wanted, (shared_memory(device) - kept) // tile_bytes))

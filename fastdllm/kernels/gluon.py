@@ -45,17 +45,6 @@ except ImportError:
         return fn
 
 
-TYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", FP8: "float8e4nv", torch.int16: "int16"}  # Gluon's names
-ALIGNED = 16  # bytes that an address and a stride of what the bulk copy engine reads are multiples of
-
-
-@jit
-def wait():
-    """`pdl.wait` for kernels in Gluon. Launched without the attribute, both instructions are nothing."""
-    gdc_launch_dependents()
-    gdc_wait()
-
-
 __all__ = [
     "GLUON",
     "copyable",
@@ -72,6 +61,16 @@ __all__ = [
     "warpgroup_mma",
     "warpgroup_mma_wait",
 ]
+
+TYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", FP8: "float8e4nv", torch.int16: "int16"}  # Gluon's names
+ALIGNED = 16  # bytes that an address and a stride of what the bulk copy engine reads are multiples of
+
+
+@jit
+def wait():
+    """`pdl.wait` for kernels in Gluon. Launched without the attribute, both instructions are nothing."""
+    gdc_launch_dependents()
+    gdc_wait()
 
 
 @cache
@@ -98,11 +97,12 @@ def strides(x: Tensor) -> list[int]:
     return found[::-1]
 
 
-def layout_of(tile: list[int], dtype: torch.dtype) -> Any:
+@cache
+def layout_of(tile: tuple[int, ...], dtype: torch.dtype) -> Any:
     """How a tile lies in shared memory, for the copy engine and the matrix unit."""
-    return gl.NVMMASharedLayout.get_default_for(tile, getattr(gl, TYPES[dtype]))
+    return gl.NVMMASharedLayout.get_default_for(list(tile), getattr(gl, TYPES[dtype]))
 
 
-def described(x: Tensor, tile: list[int]) -> Any:
-    """A descriptor of x, which is read in tiles."""
-    return TensorDescriptor(x, list(x.shape), strides(x), tile, layout_of(tile, x.dtype))
+def described(x: Tensor, tile: tuple[int, ...]) -> Any:
+    """A descriptor of x, which is `copyable` and is read in tiles."""
+    return TensorDescriptor(x, list(x.shape), strides(x), list(tile), layout_of(tile, x.dtype))

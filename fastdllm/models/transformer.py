@@ -108,7 +108,7 @@ class Layer(nn.Module):
             q, k, v, row, window.kv_len, window.max_kv_len,
             hide=window.hide, dense=window.dense, swap=window.swap, together=window.together,
         )  # fmt: skip
-        if isinstance(y, Tensor):
+        if isinstance(y, Tensor):  # tokens in fp8 have all heads side by side
             y = y.flatten(2)
         gate_up, eps = self.gate_up, spec.rms_eps
         quantized = self.experts is None and gate_up.in_fp8  # a router reads plain numbers

@@ -104,3 +104,14 @@ def scalar_masks() -> None:
 
     if hasattr(semantic, "_store_legacy") and "if not mask:" in inspect.getsource(semantic._store_legacy):
         pytest.skip("this Triton's interpreter stores in spite of a scalar mask")
+
+
+@pytest.fixture
+def hopper_card() -> torch.device:
+    """A Hopper card, with a Triton whose Gluon the kernels know."""
+    from fastdllm.kernels.gluon import usable
+
+    device = torch.device("cuda")
+    if not torch.cuda.is_available() or not usable(device):
+        pytest.skip("needs a Hopper card and a Triton with Gluon")
+    return device

@@ -41,13 +41,12 @@ CASES: dict[str, tuple[str, str, dict[str, tuple[str, list[int]]], dict[str, Any
         OF_HEADS | {"D": 64, "SPLITS": 8, "BLOCK_M": 16, "STAGES": 1},
     ),
 }  # fmt: skip
+JOINED = [(28, 8), (32, 4), (64, 8), (128, 4)]  # heads and splits
 EVENT = re.compile(r"(griddepcontrol\.wait)|cp\.async\.bulk\.tensor\S+ \[%r\d+\], \[(%rd\d+),")
 
 
-def ptx(module: str, kernel: str, read: dict[str, tuple[str, list[int]]], constants: dict[str, Any]) -> str:
+def compiled(module: str, kernel: str, read: dict[str, tuple[str, list[int]]], constants: dict[str, Any]) -> Any:
     import torch
-    import triton
-    from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from fastdllm.kernels import gluon
@@ -59,17 +58,38 @@ def ptx(module: str, kernel: str, read: dict[str, tuple[str, list[int]]], consta
     types |= dict.fromkeys(("M", "N", "F", "C", "W", "max_kv_len", "stride_g", "stride_z"), "i32")
     types["scale"] = {LINEAR: "*fp32", INT4: "*bf16", ATTENTION: "fp32"}[module]
     for name, (dtype, tile) in read.items():
-        types[name] = f"tensordesc<{NAMES[dtype]}{tile},{gluon.layout_of(tile, getattr(torch, dtype))!r}>"
+        types[name] = f"tensordesc<{NAMES[dtype]}{tile},{gluon.layout_of(tuple(tile), getattr(torch, dtype))!r}>"
     if "x" in read:
         constants = (
             OF_TILE | {"BLOCK_M": read["x"][1][0], "BLOCK_N": read["w"][1][-2], "BLOCK_C": read["w"][1][-1]} | constants
         )
-    source = GluonASTSource(
+    return built(GluonASTSource, fn, types, constants, 4)
+
+
+def built(source: Any, fn: Any, types: dict[str, str], constants: dict[str, Any], num_warps: int) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    kernel = source(
         fn=fn,
         signature={name: "constexpr" if name in constants else types[name] for name in fn.arg_names},
         constexprs={(i,): constants[name] for i, name in enumerate(fn.arg_names) if name in constants},
     )
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+    return triton.compile(kernel, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+
+
+def join_of(heads: int, splits: int) -> Any:
+    """The kernel that joins attention's splits and quantises, as it is launched."""
+    import triton
+    import triton.language as tl
+    from triton.compiler import ASTSource
+
+    from fastdllm.kernels.attention import hopper
+
+    types = {"part": "*fp32", "lse": "*fp32", "out": "*fp8e4nv", "of_token": "*fp32"}
+    block = triton.next_power_of_2(heads)
+    constants = {"H": heads, "D": 128, "SPLITS": splits, "LARGEST": 448.0, "ROUNDED": tl.bfloat16, "BLOCK_H": block}
+    return built(ASTSource, hopper._join_kernel, types, constants, hopper.join_warps(block, splits, 128))
 
 
 def events(text: str, names: list[str]) -> list[str]:
@@ -81,6 +101,10 @@ def events(text: str, names: list[str]) -> list[str]:
 
 
 def main() -> None:
-    """Print the events of each case, as JSON."""
+    """Print the events of each case, and the bytes of shared memory that a program takes, as JSON."""
     os.environ["TRITON_INTERPRET"] = "0"
-    print(json.dumps({name: events(ptx(*case), list(case[2])) for name, case in CASES.items()}))
+    kernels = {name: compiled(*case) for name, case in CASES.items()}
+    shared = {name: kernel.metadata.shared for name, kernel in kernels.items()}
+    shared |= {f"join {joined}": join_of(*joined).metadata.shared for joined in JOINED}
+    found = {name: events(kernels[name].asm["ptx"], list(case[2])) for name, case in CASES.items()}
+    print(json.dumps({"events": found, "shared": shared}))

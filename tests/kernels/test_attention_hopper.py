@@ -10,19 +10,10 @@ import torch
 from torch import Tensor
 
 from fastdllm.kernels.attention import reference
-from fastdllm.kernels.gluon import usable
 
 pytestmark = pytest.mark.pairwise
 
 TILES = [(16, 1, 1), (16, 8, 2), (32, 4, 2), (32, 2, 3), (64, 2, 1)]  # queries of a tile, splits, stages
-
-
-@pytest.fixture
-def hopper() -> torch.device:
-    device = torch.device("cuda")
-    if not usable(device):
-        pytest.skip("these kernels are for Hopper")
-    return device
 
 
 def parts(M: int, H: int, S: int, D: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -33,7 +24,9 @@ def parts(M: int, H: int, S: int, D: int, device: torch.device) -> tuple[Tensor,
     return part.masked_fill(lse[..., None] == -math.inf, 0).to(device), lse.to(device)
 
 
-@pytest.mark.parametrize("M, H, S, D", [(1, 1, 1, 64), (5, 7, 2, 64), (3, 28, 8, 128), (32, 32, 4, 128), (2, 40, 4, 64)])
+@pytest.mark.parametrize(
+    "M, H, S, D", [(1, 1, 1, 64), (5, 7, 2, 64), (3, 28, 8, 128), (32, 32, 4, 128), (2, 40, 4, 64), (2, 64, 8, 128)]
+)
 def test_splits_weigh_what_they_saw(
     device: torch.device, assert_close, dtype: torch.dtype, ratio: float, M: int, H: int, S: int, D: int
 ) -> None:
@@ -112,12 +105,12 @@ def given(
 )
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 def test_kernel(
-    hopper: torch.device, assert_close, block_m: int, splits: int, stages: int, hidden: bool, W: int, H: int, K: int, D: int,
-    keys: int, half: torch.dtype,
+    hopper_card: torch.device, assert_close, block_m: int, splits: int, stages: int, hidden: bool, W: int, H: int, K: int,
+    D: int, keys: int, half: torch.dtype,
 ) -> None:  # fmt: skip
     from fastdllm.kernels.attention import hopper as kernels
 
-    q, k, v, row, limit, hide = given(W, H, K, D, keys, half, hopper, hidden)
+    q, k, v, row, limit, hide = given(W, H, K, D, keys, half, hopper_card, hidden)
     want = reference.attention(q, k.nan_to_num(0), v.nan_to_num(0), row, limit, keys, hide)
     tile = {"block_m": block_m, "splits": splits, "num_stages": stages}
     out = kernels.join(*kernels.attention(q, k, v, row, limit, keys, hide, None, **tile), torch.empty_like(q))
@@ -125,10 +118,10 @@ def test_kernel(
 
 
 @pytest.mark.gpu
-def test_a_query_that_sees_nothing_gives_zeros(hopper: torch.device) -> None:
+def test_a_query_that_sees_nothing_gives_zeros(hopper_card: torch.device) -> None:
     from fastdllm.kernels.attention import hopper as kernels
 
-    q, k, v, row, limit, _ = given(8, 4, 1, 64, 100, torch.bfloat16, hopper, False)
+    q, k, v, row, limit, _ = given(8, 4, 1, 64, 100, torch.bfloat16, hopper_card, False)
     limit[0, 3], limit[1] = 0, 0
     tile = {"block_m": 16, "splits": 4, "num_stages": 2}
     out = kernels.join(*kernels.attention(q, k, v, row, limit, 100, None, 0.3, **tile), torch.empty_like(q))
@@ -136,12 +129,12 @@ def test_a_query_that_sees_nothing_gives_zeros(hopper: torch.device) -> None:
 
 
 @pytest.mark.gpu
-def test_what_takes_it(hopper: torch.device) -> None:
+def test_what_takes_it(hopper_card: torch.device) -> None:
     """A block of one answer does; a batch that fills the device, a pass over all positions, fp32 and odd heads do not."""
     from fastdllm.kernels.attention import hopper as kernels
 
     def tile(rows: int, width: int, heads: int, kv_heads: int, channels: int, dtype: torch.dtype = torch.bfloat16):
-        store = torch.zeros(rows, kv_heads, 1256, channels, dtype=dtype, device=hopper)
+        store = torch.zeros(rows, kv_heads, 1256, channels, dtype=dtype, device=hopper_card)
         return kernels.tile_for(store.new_zeros(rows, width, heads, channels), store, store, 1256)
 
     assert tile(1, 32, 32, 32, 128) and tile(1, 8, 28, 4, 128) and tile(2, 16, 16, 8, 64)
@@ -150,10 +143,10 @@ def test_what_takes_it(hopper: torch.device) -> None:
 
 
 @pytest.mark.gpu
-def test_a_captured_launch_reads_lengths_on_the_device(hopper: torch.device, assert_close) -> None:
+def test_a_captured_launch_reads_lengths_on_the_device(hopper_card: torch.device, assert_close) -> None:
     from fastdllm.kernels.attention import triton
 
-    q, k, v, row, limit, _ = given(32, 8, 8, 128, 600, torch.bfloat16, hopper, False)
+    q, k, v, row, limit, _ = given(32, 8, 8, 128, 600, torch.bfloat16, hopper_card, False)
     triton.attention(q, k, v, row, limit, 600)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -19,16 +20,6 @@ from tests.processes import python
 
 KINDS = ["bf16", "fp16", "fp8"]
 SHAPES = [(1, 16, 16), (5, 1000, 4112), (16, 136, 272), (33, 40, 528), (64, 4608, 1040)]  # M, N, C
-
-
-@pytest.fixture
-def hopper_card() -> torch.device:
-    from fastdllm.kernels.linear import hopper
-
-    x = torch.zeros(16, 16, device="cuda", dtype=torch.bfloat16)
-    if not hopper.applies(x, x):
-        pytest.skip("needs a Hopper card and a Triton with Gluon")
-    return x.device
 
 
 def operands(M: int, N: int, C: int, kind: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -232,7 +223,7 @@ def test_without_gluon_products_are_tritons() -> None:
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[str, list[str]]:
+def compiled() -> dict[str, Any]:
     from fastdllm.kernels.linear import hopper
 
     if not hopper.GLUON:
@@ -243,15 +234,24 @@ def compiled() -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("case", [name for name, case in CASES.items() if "w" in case[2]])
-def test_weights_are_fetched_before_the_wait_and_x_after_it(compiled: dict[str, list[str]], case: str) -> None:
+def test_weights_are_fetched_before_the_wait_and_x_after_it(compiled: dict[str, Any], case: str) -> None:
     """That is what the kernels are for: a ring full of weights before, and not one tile of x."""
-    stages, found = CASES[case][-1]["STAGES"], compiled[case]
+    stages, found = CASES[case][-1]["STAGES"], compiled["events"][case]
     assert found[: stages + 1] == ["w"] * stages + ["wait"]
     assert found[stages + 1 :][:stages] == ["x"] * stages and found.count("wait") == 1
     assert set(found[2 * stages + 1 :]) == {"w", "x"}, "the loop fills the ring again"
 
 
 @pytest.mark.parametrize("case", [name for name, case in CASES.items() if "k" in case[2]])
-def test_keys_and_values_are_fetched_after_the_wait(compiled: dict[str, list[str]], case: str) -> None:
+def test_keys_and_values_are_fetched_after_the_wait(compiled: dict[str, Any], case: str) -> None:
     """The kernel before has just written some of them."""
-    assert compiled[case] == ["wait"] + ["k", "v"] * (CASES[case][-1]["STAGES"] + 1)
+    assert compiled["events"][case] == ["wait"] + ["k", "v"] * (CASES[case][-1]["STAGES"] + 1)
+
+
+def test_programs_fit_the_shared_memory(compiled: dict[str, Any]) -> None:
+    """Those that join attention's splits need next to none, and so keep no other kernel waiting for it."""
+    from fastdllm.kernels.device import shared_memory
+
+    room = shared_memory(torch.device("cpu"))  # taken for an H100
+    for name, size in compiled["shared"].items():
+        assert size <= (room // 64 if name.startswith("join") else room), name

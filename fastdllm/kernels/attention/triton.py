@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Flash attention over the KV store, split over keys where the queries do not fill the device.
 
-The query heads of one kv head are packed into the rows of a tile, so that the tile reads its keys once. Each
-split writes a normalised partial output and its log-sum-exp, and the tile's last split to finish joins them, always in the
-same order. Lengths are read on the device, so that one captured launch serves every length up to `max_kv_len`. Method:
-FlashAttention-2 (arXiv 2307.08691), split over keys as in Flash-Decoding.
+The query heads of one kv head are packed into the rows of a tile, so that the tile reads its keys once. Each split writes a
+normalised partial output and its log-sum-exp, and the tile's last split to finish joins them, always in the same order.
+`hopper.py` is for few queries on Hopper. Lengths are read on the device, so that one captured launch serves every length up
+to `max_kv_len`. Method: FlashAttention-2 (arXiv 2307.08691), split over keys as in Flash-Decoding.
 """
 
 from __future__ import annotations
@@ -248,11 +248,12 @@ def tiling(tiles: int, packed: int, max_kv_len: int, row_bytes: int, device: tor
     `row_bytes`.
 
     Splits make about one program a multiprocessor; with few of them, deep pipelines keep the memory busy. The queries of a
-    kv head that many heads share fill several tiles, which read the same keys from the L2 cache. Measured on an H200 (torch
-    2.11, triton 3.6, 2026-11-28) in a captured chain of layers, us a layer at 1256 keys, as (rows, keys, splits, stages):
-    LLaDA 1 x 32 queries (32, 64, 4, 6) 140.7, with 4 stages 143.8, with 8 splits 144.1; Dream 1 x 32 (32, 32, 8, 3) 156.5,
-    (64, 64, 8, 4) 157.5; v2 1 x 8 (32, 32, 8, 3) 146.9, (64, 32, 8, 3) 149.1. Unsplit, on an H100: LLaDA 32 x 32 queries 242
-    us with 128 keys a tile, 248 with 64; tiles of 128 queries were no faster than 64 for 1256 queries.
+    kv head that many heads share fill several tiles, which read the same keys from the L2 cache. (Hopper now takes
+    `hopper.py` where keys are split.) Measured on an H200 (torch 2.11, triton 3.6, 2026-11-28) in a captured chain of
+    layers, us a layer at 1256 keys, as (rows, keys, splits, stages): LLaDA 1 x 32 queries (32, 64, 4, 6) 140.7, with 4
+    stages 143.8, with 8 splits 144.1; Dream 1 x 32 (32, 32, 8, 3) 156.5, (64, 64, 8, 4) 157.5; v2 1 x 8 (32, 32, 8, 3)
+    146.9, (64, 32, 8, 3) 149.1. Unsplit, on an H100: LLaDA 32 x 32 queries 242 us with 128 keys a tile, 248 with 64; tiles
+    of 128 queries were no faster than 64 for 1256 queries.
     """
     shared = tiles < 8
     block_m = min(32 if shared and packed <= 256 else 64, max(16, triton.next_power_of_2(packed)))

@@ -4,7 +4,7 @@
 A kernel starts while the one before it drains (`pdl.py`), and waits for it before it reads x. Weights are constant, so their
 first tiles need not wait: each program asks the bulk copy engine for as many as its ring of tiles holds, and waits then. So
 the memory is busy while kernels change. Triton orders the copies of a loop itself and begins them behind the wait. That is
-why these two kernels are written in Gluon, its language in which layouts, copies and barriers are written by hand.
+why the kernels here are written in Gluon, its language in which layouts, copies and barriers are written by hand.
 
 The products are those of `skinny` in `linear/triton.py` and of `launch` in `silu_mul/triton.py`, bit by bit. Those remain
 for other cards, for weights that are widened on the way, and for a Triton without Gluon.
@@ -82,6 +82,25 @@ def streamed(x, w, i_n, i_m, start, count, STAGES: gl.constexpr):
 
 
 @jit
+def share_of(tiles, i_s, SPLITS: gl.constexpr):
+    """The first of the tiles of channels that split i_s adds up, and their number; none where those before it are all."""
+    share = gl.cdiv(tiles, SPLITS)
+    return i_s * share, gl.maximum(gl.minimum(share, tiles - i_s * share), 0)
+
+
+@jit
+def store_product(b_y, bias, y, i_n, i_m, i_s, M, N, BIAS: gl.constexpr):
+    """b_y [BLOCK_N, BLOCK_M], plus bias [N] in the first split, to channels i_n on of rows i_m on of y [splits, M, N]."""
+    o_n = i_n + gl.arange(0, b_y.shape[0], gl.SliceLayout(1, b_y.type.layout))
+    o_m = i_m + gl.arange(0, b_y.shape[1], gl.SliceLayout(0, b_y.type.layout))
+    m_n, m_m = o_n < N, o_m < M
+    if BIAS:
+        b_y += gl.load(bias + o_n, mask=m_n & (i_s == 0), other=0.0).to(gl.float32)[:, None]
+    p_y = y + (i_s.to(gl.int64) * M + o_m[None, :]) * N + o_n[:, None]
+    gl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_n[:, None] & m_m[None, :])
+
+
+@jit
 def store_gated(b_y, out, i_n, i_m, M, F):
     """silu(gate) * up to channels i_n on of rows i_m on of out [M, F]. b_y: rows of gate, then of up, [.., BLOCK_M]."""
     BLOCK_N: gl.constexpr = b_y.shape[0] // 2
@@ -117,23 +136,17 @@ def _product_kernel(
     BLOCK_C: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    i_n, i_s = gl.program_id(0) // SPLITS, gl.program_id(0) % SPLITS
+    i_n, i_s = gl.program_id(0) // SPLITS * BLOCK_N, gl.program_id(0) % SPLITS
     i_m = gl.program_id(1) * BLOCK_M
-    tiles = gl.cdiv(C, BLOCK_C)
-    share = gl.cdiv(tiles, SPLITS)
-    count = gl.minimum(share, tiles - i_s * share)  # none, or fewer, where the tiles before it are all
-    b_y = streamed(x, w, i_n * BLOCK_N, i_m, i_s * share * BLOCK_C, count, STAGES)
-    o_n = i_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, b_y.type.layout))
+    first, count = share_of(gl.cdiv(C, BLOCK_C), i_s, SPLITS)
+    b_y = streamed(x, w, i_n, i_m, first * BLOCK_C, count, STAGES)
+    o_n = i_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, b_y.type.layout))
     o_m = i_m + gl.arange(0, BLOCK_M, gl.SliceLayout(0, b_y.type.layout))
-    m_n, m_m = o_n < N, o_m < M
     if SCALE:
-        b_y *= gl.load(scale + o_n, mask=m_n, other=0.0)[:, None]
+        b_y *= gl.load(scale + o_n, mask=o_n < N, other=0.0)[:, None]
     if TOKEN_SCALE:
-        b_y *= gl.load(token_scale + o_m, mask=m_m, other=0.0)[None, :]
-    if BIAS:
-        b_y += gl.load(bias + o_n, mask=m_n & (i_s == 0), other=0.0).to(gl.float32)[:, None]
-    p_y = y + (i_s.to(gl.int64) * M + o_m[None, :]) * N + o_n[:, None]
-    gl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_n[:, None] & m_m[None, :])
+        b_y *= gl.load(token_scale + o_m, mask=o_m < M, other=0.0)[None, :]
+    store_product(b_y, bias, y, i_n, i_m, i_s, M, N, BIAS)
 
 
 @jit
@@ -220,12 +233,13 @@ def product(
     """`linear.triton.skinny` where `applies(x, w)`: x [M, C] times w [N, C] transposed, times scale [N] and token_scale [M],
     plus bias [N]: [splits, M, N], of `dtype` if there is one split and fp32 otherwise.
 
-    w must be written before the kernel just before this one may start the next: it is read without waiting for that one."""
+    w is read without waiting for the kernels that still run. None of them may write it: kernels of torch end before the next
+    one begins, those of this package let it begin early (`pdl.py`)."""
     (M, C), N = x.shape, w.shape[0]
     y = torch.empty((splits, M, N), dtype=torch.float32 if splits > 1 else dtype or x.dtype, device=x.device)
     _product_kernel[(triton.cdiv(N, block_n) * splits, triton.cdiv(M, block_m))](
-        described(x.contiguous(), [block_m, block_c]),
-        described(w, [block_n, block_c]),
+        described(x, (block_m, block_c)),
+        described(w, (block_n, block_c)),
         y if scale is None else scale,
         y if token_scale is None else token_scale,
         y if bias is None else bias,
@@ -265,8 +279,8 @@ def gated_product(
     (M, C), F = x.shape, w.shape[0] // 2
     out = torch.empty((M, F), dtype=dtype, device=x.device)
     _gated_kernel[(triton.cdiv(F, block_n), triton.cdiv(M, block_m))](
-        described(x.contiguous(), [block_m, block_c]),
-        described(w.view(2, F, C), [2, block_n, block_c]),
+        described(x, (block_m, block_c)),
+        described(w.view(2, F, C), (2, block_n, block_c)),
         out if scale is None else scale,
         out if token_scale is None else token_scale,
         out,

@@ -13,9 +13,9 @@ import torch
 import triton
 from torch import Tensor
 
-from fastdllm.kernels.device import shared_memory, stages
+from fastdllm.kernels.device import stages
 from fastdllm.kernels.gluon import GLUON, copyable, described, jit, usable
-from fastdllm.kernels.linear.hopper import fetch, store_gated
+from fastdllm.kernels.linear.hopper import fetch, share_of, store_gated, store_product
 from fastdllm.kernels.linear.int4 import HALF, PARTS, UNIT
 from fastdllm.kernels.linear.nibbles import OF_WORD
 from fastdllm.kernels.pdl import LAUNCH
@@ -143,22 +143,14 @@ def _product_kernel(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    i_n, i_s = gl.program_id(0) // SPLITS, gl.program_id(0) % SPLITS
+    i_n, i_s = gl.program_id(0) // SPLITS * BLOCK_N, gl.program_id(0) % SPLITS
     i_m = gl.program_id(1) * BLOCK_M
-    units = gl.cdiv(C, _UNIT)
-    share = gl.cdiv(units, SPLITS)
-    count = gl.maximum(gl.minimum(share, units - i_s * share), 0)
+    first, count = share_of(gl.cdiv(C, _UNIT), i_s, SPLITS)
     b_y = _streamed(
-        x, w, scale, sums, i_n * BLOCK_N, i_m, i_s * share, count, M, N, C, stride_g, stride_z,
+        x, w, scale, sums, i_n, i_m, first, count, M, N, C, stride_g, stride_z,
         GROUP, BLOCK_N, BLOCK_M, HALVES, STAGES,
     )  # fmt: skip
-    o_n = i_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, b_y.type.layout))
-    o_m = i_m + gl.arange(0, BLOCK_M, gl.SliceLayout(0, b_y.type.layout))
-    m_n, m_m = o_n < N, o_m < M
-    if BIAS:
-        b_y += gl.load(bias + o_n, mask=m_n & (i_s == 0), other=0.0).to(gl.float32)[:, None]
-    p_y = y + (i_s.to(gl.int64) * M + o_m[None, :]) * N + o_n[:, None]
-    gl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_n[:, None] & m_m[None, :])
+    store_product(b_y, bias, y, i_n, i_m, i_s, M, N, BIAS)
 
 
 @jit
@@ -187,7 +179,7 @@ def _gated_kernel(
     store_gated(b_y, out, i_n, i_m, M, F)
 
 
-def applies(x: Tensor, w: Tensor, scale: Tensor | None) -> bool:
+def applies(x: Tensor, w: Tensor, scale: Tensor) -> bool:
     """Whether these kernels multiply x [M, C] by 4-bit weights w [N, ceil(C / 256) * 128]: x is bf16, and all lies in a
     Hopper's memory where the bulk copy engine can read it."""
     return (
@@ -197,13 +189,12 @@ def applies(x: Tensor, w: Tensor, scale: Tensor | None) -> bool:
         and copyable(x)
         and w.is_contiguous()
         and copyable(w.view(torch.int16))
-        and scale is not None
         and scale.dtype == torch.bfloat16
         and scale.stride(0) == 1
     )
 
 
-def gated_applies(x: Tensor, w: Tensor, scale: Tensor | None) -> bool:
+def gated_applies(x: Tensor, w: Tensor, scale: Tensor) -> bool:
     """`applies`, and a program can hold the steps of all channels."""
     return applies(x, w, scale) and 2 * triton.cdiv(x.shape[1], UNIT) <= MOST_HALVES
 
@@ -262,8 +253,8 @@ def product(
     y = torch.empty((splits, M, N), dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)
     halves = triton.next_power_of_2(2 * triton.cdiv(triton.cdiv(C, UNIT), splits))
     _product_kernel[(triton.cdiv(N, block_n) * splits, triton.cdiv(M, block_m))](
-        described(x.contiguous(), [block_m, block_c]),
-        described(w, [block_n, block_c // PARTS]),
+        described(x, (block_m, block_c)),
+        described(w, (block_n, block_c // PARTS)),
         scale,
         sums,
         y if bias is None else bias,
@@ -303,8 +294,8 @@ def gated_product(
     out = torch.empty((M, F), dtype=x.dtype, device=x.device)
     halves = triton.next_power_of_2(2 * triton.cdiv(C, UNIT))
     _gated_kernel[(triton.cdiv(F, block_n), triton.cdiv(M, block_m))](
-        described(x.contiguous(), [block_m, block_c]),
-        described(w.view(2, F, -1), [2, block_n, block_c // PARTS]),
+        described(x, (block_m, block_c)),
+        described(w.view(2, F, -1), (2, block_n, block_c // PARTS)),
         scale,
         sums,
         out,
@@ -326,4 +317,4 @@ def gated_product(
 def stages_of(wanted: int, halves: int, rows: int, block_m: int, device: torch.device) -> int:
     """Tiles on their way at a time, beside the steps, zeros and sums."""
     tile, kept = rows * UNIT // 2 + block_m * UNIT * 2, halves * (4 * rows + 4 * block_m)
-    return stages(max(2, min(wanted, (shared_memory(device) - kept) // tile)), tile, device)
+    return stages(wanted, tile, device, kept)

@@ -292,7 +292,7 @@ def is_skinny(rows: Activations, weight: Tensor, scale: Tensor | None) -> bool:
 
 def tile_of(x: Tensor, w: Tensor, scale: Tensor | None = None) -> dict[str, int]:
     """Tile for x [M, C] and w [N, ...] of the kernel that `skinny` launches."""
-    if hopper_int4.applies(x, w, scale):
+    if scale is not None and hopper_int4.applies(x, w, scale):
         return hopper_int4.tiling(len(x), len(w), x.shape[1])
     tile = tiling(len(x), len(w), w.dtype)
     return tile | hopper.tiling(len(x), *w.shape, w.dtype) if hopper.applies(x, w) else tile
@@ -301,11 +301,11 @@ def tile_of(x: Tensor, w: Tensor, scale: Tensor | None = None) -> dict[str, int]
 def tiling(M: int, N: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile of the skinny kernel for M rows and N output channels, weights of `dtype`.
 
-    Measured on an H200 (torch 2.11, triton 3.6, 2026-11-28) in a captured chain of layers, us a layer, LLaDA at 32 rows, as
-    (block_n, block_c, stages, splits): qkv (64, 128, 3, 2) 138.8, (64, 128, 4, 1) 140.6, (128, 64, 5, 2) 143.3; out
-    (64, 128, 4, 2) 137.9, (64, 256, 3, 2) 139.1, (64, 256, 3, 8) 143.2; down (64, 256, 3, 2) 138.2, (64, 128, 4, 4) 138.9,
-    (128, 64, 4, 2) 151.0. Dream's out and down prefer (64, 256, 3, 2) too, its qkv (64, 128, 4, 3). In fp8 no candidate
-    gained 1 us of 98; in int8, of 142, (64, 256, 3, 4) gained 3 for down.
+    Hopper now takes `hopper.py` for most of these. Measured on an H200 (torch 2.11, triton 3.6, 2026-11-28) in a captured
+    chain of layers, us a layer, LLaDA at 32 rows, as (block_n, block_c, stages, splits): qkv (64, 128, 3, 2) 138.8, (64,
+    128, 4, 1) 140.6, (128, 64, 5, 2) 143.3; out (64, 128, 4, 2) 137.9, (64, 256, 3, 2) 139.1, (64, 256, 3, 8) 143.2; down
+    (64, 256, 3, 2) 138.2, (64, 128, 4, 4) 138.9, (128, 64, 4, 2) 151.0. Dream's out and down prefer (64, 256, 3, 2) too,
+    its qkv (64, 128, 4, 3). In fp8 no candidate gained 1 us of 98; in int8, of 142, (64, 256, 3, 4) gained 3 for down.
 
     As `scripts.benchmarks.tiles` times them, ms of a forward (2026-11-30). v2 at 8 rows: fp8 qkv (64, 256, 4, 4) 2.47,
     (64, 256, 4, 5) 2.51, (64, 256, 4, 3) 2.52, down (64, 512, 4, 2) 2.48, (64, 256, 3, 7) 2.53, (64, 512, 3, 2) 2.54; bf16
@@ -353,7 +353,9 @@ def skinny(
     num_stages: int,
 ) -> Tensor:
     """x [M, C] times w [N, C] transposed, w widened to x's dtype on the way, times scale [N] and token_scale [M], plus bias
-    [N]: [splits, M, N], of `dtype` if there is one split and fp32 otherwise. `hopper.product` where that applies."""
+    [N]: [splits, M, N], of `dtype` if there is one split and fp32 otherwise.
+
+    `hopper.py` and `hopper_int4.py` do it where they apply."""
     if hopper.applies(x, w):
         return hopper.product(
             x, w, scale, bias, token_scale, dtype, block_m=block_m, block_n=block_n, block_c=block_c, splits=splits,

@@ -177,7 +177,7 @@ def _joint(rows: Activations, weight: Tensor, scale: Tensor | None) -> Tensor:
 
 def tile_of(x: Tensor, w: Tensor, scale: Tensor | None = None) -> dict[str, int]:
     """Tile for x [M, C] and w [2F, ...] of the kernel that `launch` launches."""
-    if hopper_int4.gated_applies(x, w, scale):
+    if scale is not None and hopper_int4.gated_applies(x, w, scale):
         return hopper_int4.gated_tiling(len(x))
     given = len(x), len(w) // 2, w.dtype
     return tiling(*given) | hopper.gated_tiling(*given) if hopper.applies(x, w) else tiling(*given)
@@ -186,15 +186,15 @@ def tile_of(x: Tensor, w: Tensor, scale: Tensor | None = None) -> dict[str, int]
 def tiling(M: int, F: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile of the joint kernel for M rows and F channels, weights of `dtype`; block_n counts the rows of one half.
 
-    As `scripts.benchmarks.tiles` times them on an H200 (torch 2.11, triton 3.6, 2026-11-30), ms of a forward, as (block_n,
-    bytes of a weight's row, stages). v2 at 8 rows: fp8 (32, 512, 3) 2.50, (32, 256, 4) 2.52; bf16 (32, 512, 3) 4.02,
-    (32, 256, 4) 4.09. LLaDA at 16: fp8 (32, 256, 4) 2.76, (32, 512, 3) 2.79; bf16 (32, 256, 4) 4.35, (32, 512, 3) 4.45.
-    LLaDA at 32: fp8 (32, 256, 3) 2.90, (32, 256, 4) 2.96, (64, 128, 4) 2.98; bf16, the same three, 4.51, 4.58, 4.62; int8
-    (32, 128, 4) 3.81, (32, 256, 3) 3.89, and int8 was measured nowhere else. v2 at 32: fp8 (32, 256, 2) 2.58, (32, 256, 3)
-    2.62; bf16 (32, 256, 3) 4.12, (32, 128, 4) 4.19. LLaDA at 64: fp8 (64, 128, 4) 3.25, (32, 256, 3) 3.34; bf16
-    (32, 128, 4) 4.94, (64, 128, 4) 4.97. v2 at 64: fp8 (64, 128, 3) 3.05, (32, 256, 3) 3.17; bf16 (64, 128, 3) 4.65,
-    (32, 128, 4) 4.68. LLaDA in int4, as (block_n, stages): at 16 (32, 4) 2.77, (32, 3) 2.94; at 32 (32, 3) 3.18, (64, 3)
-    3.21.
+    Hopper now takes `linear/hopper.py` for most of these. As `scripts.benchmarks.tiles` times them on an H200 (torch 2.11,
+    triton 3.6, 2026-11-30), ms of a forward, as (block_n, bytes of a weight's row, stages). v2 at 8 rows: fp8 (32, 512, 3)
+    2.50, (32, 256, 4) 2.52; bf16 (32, 512, 3) 4.02, (32, 256, 4) 4.09. LLaDA at 16: fp8 (32, 256, 4) 2.76, (32, 512, 3)
+    2.79; bf16 (32, 256, 4) 4.35, (32, 512, 3) 4.45. LLaDA at 32: fp8 (32, 256, 3) 2.90, (32, 256, 4) 2.96, (64, 128, 4)
+    2.98; bf16, the same three, 4.51, 4.58, 4.62; int8 (32, 128, 4) 3.81, (32, 256, 3) 3.89, and int8 was measured nowhere
+    else. v2 at 32: fp8 (32, 256, 2) 2.58, (32, 256, 3) 2.62; bf16 (32, 256, 3) 4.12, (32, 128, 4) 4.19. LLaDA at 64: fp8
+    (64, 128, 4) 3.25, (32, 256, 3) 3.34; bf16 (32, 128, 4) 4.94, (64, 128, 4) 4.97. v2 at 64: fp8 (64, 128, 3) 3.05, (32,
+    256, 3) 3.17; bf16 (64, 128, 3) 4.65, (32, 128, 4) 4.68. LLaDA in int4, as (block_n, stages): at 16 (32, 4) 2.77, (32,
+    3) 2.94; at 32 (32, 3) 3.18, (64, 3) 3.21.
     """
     block_m = max(16, triton.next_power_of_2(M))
     # A tile that takes much shared memory lets fewer programs run at once, and keeps those of the next kernel waiting. A
@@ -229,7 +229,7 @@ def launch(
 ) -> Tensor:
     """silu(first half) * second half of x [M, C] times w [2F, C] transposed, scaled by channel and token: [M, F].
 
-    `hopper.gated_product` where that applies."""
+    `linear/hopper.py` and `linear/hopper_int4.py` where they apply."""
     if hopper.applies(x, w):
         return hopper.gated_product(
             x, w, scale, token_scale, dtype, block_m=block_m, block_n=block_n, block_c=block_c, num_warps=num_warps,

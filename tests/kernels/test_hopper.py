@@ -255,3 +255,14 @@ def test_programs_fit_the_shared_memory(compiled: dict[str, Any]) -> None:
     room = shared_memory(torch.device("cpu"))  # taken for an H100
     for name, size in compiled["shared"].items():
         assert size <= (room // 64 if name.startswith("join") else room), name
+
+
+def test_launches_give_each_kernel_its_arguments(compiled: dict[str, Any]) -> None:
+    """Of a device that takes them; no interpreter runs these kernels."""
+    done = python("from tests.kernels import hopper_launches; hopper_launches.main()")
+    assert done.returncode == 0, done.stderr
+    kernels = {
+        "attention.hopper._attend_kernel", "attention.hopper._join_kernel", "linear.hopper._product_kernel",
+        "linear.hopper._gated_kernel", "linear.hopper_int4._product_kernel", "linear.hopper_int4._gated_kernel",
+    }  # fmt: skip
+    assert kernels <= json.loads(done.stdout).keys()

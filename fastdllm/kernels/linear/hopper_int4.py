@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products of few rows with 4-bit weights on Hopper, in Gluon.
 
-The arithmetic is that of `nibbles.py`: bare levels are multiplied by halves of a unit, steps and zeros applied to the sums.
+A group's zero is a whole number. A level less its zero is exact in bf16 then, and one instruction subtracts it from two
+levels. What a half of a unit adds up to is multiplied by its steps. (`nibbles.py`, for other cards, does without the
+subtraction, and needs the sums of the activations for it.)
+
 In Triton such a product waits most of its time: its programs take so many registers that few run at once, and each loads
-steps, zeros and sums for every unit. Here a program brings all of these to shared memory at its beginning, those of weights
-before the kernel's turn, as it does with the first tiles (`hopper.py`).
+steps and zeros for every unit. Here a program brings all of them to shared memory before the kernel's turn, as it does with
+the first tiles of weights (`hopper.py`).
 """
 
 from __future__ import annotations
@@ -24,41 +27,40 @@ if GLUON:
     from fastdllm.kernels.gluon import gl, mbarrier, num_warps, wait, warpgroup_mma, warpgroup_mma_wait
 
     _HALF, _UNIT, _WORDS = gl.constexpr(HALF), gl.constexpr(UNIT), gl.constexpr(UNIT // PARTS)
-    _FIRST, _SECOND, _THIRD, _FOURTH = (gl.constexpr(code) for code in OF_WORD)
+    _FIRST, _SECOND, _THIRD, _FOURTH = (gl.constexpr(code.replace(" }", " sub.rn.bf16x2 $0, $0, $2; }")) for code in OF_WORD)
 
 
 MOST_HALVES = 64  # of a unit, whose steps a program holds
 
 
 @jit
-def _levels(b_w, CODE: gl.constexpr):
-    """Words b_w int16 -> the levels of four of their bits, plus 128, in bf16."""
-    return gl.inline_asm_elementwise(CODE, "=r,r", [b_w], dtype=gl.bfloat16, is_pure=True, pack=2)
+def _levels(b_w, zero, CODE: gl.constexpr):
+    """Words b_w int16 [ROWS, 64] -> the levels of four of their bits less their rows' zeros, in bf16; zero: plus 128."""
+    return gl.inline_asm_elementwise(CODE, "=r,r,r", [b_w, zero[:, None]], dtype=gl.bfloat16, is_pure=True, pack=2)
 
 
 @jit
-def _half(b_y, b_p, s, z, t):
-    """b_y plus the half of a unit whose levels, each 128 too large, gave b_p."""
-    b_zero = z.to(gl.float32) + 128.0
-    return b_y + s.to(gl.float32)[:, None] * (b_p - b_zero[:, None] * t[None, :])
+def _half(b_y, b_p, step):
+    """b_y plus the half of a unit whose levels gave b_p."""
+    return b_y + step.to(gl.float32)[:, None] * b_p
 
 
 @jit
 def _streamed(
-    x, w, scale, sums, i_n, i_m, first, count, M, N, C, stride_g, stride_z,
+    x, w, scale, i_n, i_m, first, count, N, C, stride_g, stride_z,
     GROUP: gl.constexpr, ROWS: gl.constexpr, BLOCK_M: gl.constexpr, HALVES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Rows i_n on of w times rows i_m on of x, over `count` units of channels from unit `first` on: [ROWS, BLOCK_M].
 
     x: a descriptor of x [M, C], in tiles [BLOCK_M, 256].
     w: a descriptor of the words [N, units * 64], in tiles [ROWS, 64]; or of [2, N / 2, ...], in tiles [2, ROWS / 2, 64].
-    scale, sums: see `nibbles.py`. HALVES: a power of two, no less than twice the units.
+    scale: [N, groups, 2], of which the rows lie side by side. HALVES: a power of two, no less than twice the units.
     """
     JOINT: gl.constexpr = len(w.block_shape) == 3
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps(), 1], [16, BLOCK_M, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    COLUMN: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    LEFT_ROW: gl.constexpr = gl.SliceLayout(1, LEFT)
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     LOAD: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [num_warps(), 1], [1, 0])
@@ -67,7 +69,6 @@ def _streamed(
     x_s = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_shape, x.layout)  # noqa: RUF005
     step_s = gl.allocate_shared_memory(gl.bfloat16, [HALVES, ROWS], PLAIN)
     zero_s = gl.allocate_shared_memory(gl.bfloat16, [HALVES, ROWS], PLAIN)
-    sum_s = gl.allocate_shared_memory(gl.float32, [HALVES, BLOCK_M], PLAIN)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
         mbarrier.init(ready.index(s), count=1)
@@ -83,16 +84,14 @@ def _streamed(
     m_h = (o_h < 2 * (first + count)) & (o_h * _HALF < C)
     p_step = scale + (o_h * _HALF // GROUP)[:, None] * stride_g + (i_n + o_r)[None, :]
     step_s.store(gl.load(p_step, mask=m_h[:, None] & m_r[None, :], other=0.0))
-    zero_s.store(gl.load(p_step + stride_z, mask=m_h[:, None] & m_r[None, :], other=0.0))
+    b_zero = gl.load(p_step + stride_z, mask=m_h[:, None] & m_r[None, :], other=0.0)
+    zero_s.store((b_zero.to(gl.float32) + 128.0).to(gl.bfloat16))
     wait()  # everything above reads weights only
     for s in gl.static_range(STAGES):
         fetch(x, x_s, ready, s, i_m, (first + s) * _UNIT, s < count)
-    o_t = i_m + gl.arange(0, BLOCK_M, gl.SliceLayout(0, LOAD))
-    sum_s.store(gl.load(sums + o_h[:, None] * M + o_t[None, :], mask=m_h[:, None] & (o_t < M)[None, :], other=0.0))
     # The same memory, of which a line can be indexed.
     step_s = step_s._reinterpret(gl.bfloat16, [HALVES, ROWS], LINE)
     zero_s = zero_s._reinterpret(gl.bfloat16, [HALVES, ROWS], LINE)
-    sum_s = sum_s._reinterpret(gl.float32, [HALVES, BLOCK_M], LINE)
     b_y = gl.zeros((ROWS, BLOCK_M), gl.float32, LAYOUT)
     none = gl.zeros((ROWS, BLOCK_M), gl.float32, LAYOUT)
     for i in range(count):
@@ -100,23 +99,27 @@ def _streamed(
         mbarrier.wait(ready.index(slot), (i // STAGES) & 1)
         b_w = w_s.index(slot).reshape((ROWS, _WORDS)).load(LEFT)
         x_t = x_s.index(slot)
+        zero = zero_s.index(2 * i).load(LEFT_ROW)
         b_p = warpgroup_mma(
-            _levels(b_w, _FIRST), x_t.slice(0, _WORDS, 1).permute((1, 0)), none, use_acc=False, is_async=True
+            _levels(b_w, zero, _FIRST), x_t.slice(0, _WORDS, 1).permute((1, 0)), none, use_acc=False, is_async=True
         )
-        b_p = warpgroup_mma(_levels(b_w, _SECOND), x_t.slice(_WORDS, _WORDS, 1).permute((1, 0)), b_p, is_async=True)
-        b_p = warpgroup_mma_wait(num_outstanding=0, deps=(b_p,))
-        b_y = _half(b_y, b_p, step_s.index(2 * i).load(ROW), zero_s.index(2 * i).load(ROW), sum_s.index(2 * i).load(COLUMN))
-        b_p = warpgroup_mma(
-            _levels(b_w, _THIRD), x_t.slice(2 * _WORDS, _WORDS, 1).permute((1, 0)), none, use_acc=False, is_async=True
+        b_p = warpgroup_mma(_levels(b_w, zero, _SECOND), x_t.slice(_WORDS, _WORDS, 1).permute((1, 0)), b_p, is_async=True)
+        # The second half is on its way before the first is added up.
+        zero = zero_s.index(2 * i + 1).load(LEFT_ROW)
+        b_q = warpgroup_mma(
+            _levels(b_w, zero, _THIRD), x_t.slice(2 * _WORDS, _WORDS, 1).permute((1, 0)), none, use_acc=False, is_async=True
         )
-        b_p = warpgroup_mma(_levels(b_w, _FOURTH), x_t.slice(3 * _WORDS, _WORDS, 1).permute((1, 0)), b_p, is_async=True)
-        b_p = warpgroup_mma_wait(num_outstanding=0, deps=(b_p,))
+        b_q = warpgroup_mma(
+            _levels(b_w, zero, _FOURTH), x_t.slice(3 * _WORDS, _WORDS, 1).permute((1, 0)), b_q, is_async=True
+        )
+        b_p = warpgroup_mma_wait(num_outstanding=2, deps=(b_p,))
+        b_y = _half(b_y, b_p, step_s.index(2 * i).load(ROW))
+        b_q = warpgroup_mma_wait(num_outstanding=0, deps=(b_q,))
         more = i + STAGES < count
         mbarrier.expect(ready.index(slot), BYTES, more)
         fetch(w, w_s, ready, slot, i_n, (first + i + STAGES) * _WORDS, more)
         fetch(x, x_s, ready, slot, i_m, (first + i + STAGES) * _UNIT, more)
-        h = 2 * i + 1
-        b_y = _half(b_y, b_p, step_s.index(h).load(ROW), zero_s.index(h).load(ROW), sum_s.index(h).load(COLUMN))
+        b_y = _half(b_y, b_q, step_s.index(2 * i + 1).load(ROW))
     for s in gl.static_range(STAGES):
         mbarrier.invalidate(ready.index(s))
     return b_y
@@ -127,7 +130,6 @@ def _product_kernel(
     x,
     w,
     scale,
-    sums,
     bias,
     y,
     M,
@@ -146,10 +148,7 @@ def _product_kernel(
     i_n, i_s = gl.program_id(0) // SPLITS * BLOCK_N, gl.program_id(0) % SPLITS
     i_m = gl.program_id(1) * BLOCK_M
     first, count = share_of(gl.cdiv(C, _UNIT), i_s, SPLITS)
-    b_y = _streamed(
-        x, w, scale, sums, i_n, i_m, first, count, M, N, C, stride_g, stride_z,
-        GROUP, BLOCK_N, BLOCK_M, HALVES, STAGES,
-    )  # fmt: skip
+    b_y = _streamed(x, w, scale, i_n, i_m, first, count, N, C, stride_g, stride_z, GROUP, BLOCK_N, BLOCK_M, HALVES, STAGES)
     store_product(b_y, bias, y, i_n, i_m, i_s, M, N, BIAS)
 
 
@@ -158,7 +157,6 @@ def _gated_kernel(
     x,
     w,
     scale,
-    sums,
     out,
     M,
     F,
@@ -173,7 +171,7 @@ def _gated_kernel(
 ):
     i_n, i_m = gl.program_id(0) * BLOCK_N, gl.program_id(1) * BLOCK_M
     b_y = _streamed(
-        x, w, scale, sums, i_n, i_m, 0, gl.cdiv(C, _UNIT), M, 2 * F, C, stride_g, stride_z,
+        x, w, scale, i_n, i_m, 0, gl.cdiv(C, _UNIT), 2 * F, C, stride_g, stride_z,
         GROUP, 2 * BLOCK_N, BLOCK_M, HALVES, STAGES,
     )  # fmt: skip
     store_gated(b_y, out, i_n, i_m, M, F)
@@ -244,7 +242,6 @@ def product(
     x: Tensor,
     w: Tensor,
     scale: Tensor,
-    sums: Tensor,
     bias: Tensor | None,
     group: int,
     *,
@@ -256,7 +253,7 @@ def product(
     num_stages: int,
 ) -> Tensor:
     """`linear.triton.skinny` of x [M, C] and words w int16 [N, units * 64] where `applies`: [splits, M, N], of x's dtype if
-    there is one split and fp32 otherwise. sums: `half_sums` of x. group: channels that share a step."""
+    there is one split and fp32 otherwise. group: channels that share a step, whose zeros are whole numbers."""
     (M, C), N = x.shape, w.shape[0]
     y = torch.empty((splits, M, N), dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)
     halves = triton.next_power_of_2(2 * triton.cdiv(triton.cdiv(C, UNIT), splits))
@@ -264,7 +261,6 @@ def product(
         described(x, (block_m, block_c)),
         described(w, (block_n, block_c // PARTS)),
         scale,
-        sums,
         y if bias is None else bias,
         y,
         M,
@@ -288,7 +284,6 @@ def gated_product(
     x: Tensor,
     w: Tensor,
     scale: Tensor,
-    sums: Tensor,
     group: int,
     *,
     block_m: int,
@@ -305,7 +300,6 @@ def gated_product(
         described(x, (block_m, block_c)),
         described(w.view(2, F, -1), (2, block_n, block_c // PARTS)),
         scale,
-        sums,
         out,
         M,
         F,
@@ -323,6 +317,6 @@ def gated_product(
 
 
 def stages_of(wanted: int, halves: int, rows: int, block_m: int, device: torch.device) -> int:
-    """Tiles on their way at a time, beside the steps, zeros and sums."""
-    tile, kept = rows * UNIT // 2 + block_m * UNIT * 2, halves * (4 * rows + 4 * block_m)
+    """Tiles on their way at a time, beside the steps and zeros."""
+    tile, kept = rows * UNIT // 2 + block_m * UNIT * 2, halves * 4 * rows
     return stages(wanted, tile, device, kept)

@@ -363,8 +363,8 @@ def skinny(
         )  # fmt: skip
     if scale is not None and hopper_int4.applies(x, w, scale):
         return hopper_int4.product(
-            x, w.view(torch.int16), scale, half_sums(x), bias, group_of(w, scale, x.shape[1]), block_m=block_m,
-            block_n=block_n, block_c=block_c, splits=splits, num_warps=num_warps, num_stages=num_stages,
+            x, w.view(torch.int16), scale, bias, group_of(w, scale, x.shape[1]), block_m=block_m, block_n=block_n,
+            block_c=block_c, splits=splits, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     (M, C), N = x.shape, w.shape[0]
     w, sums, strides, groups = of_groups(x, w, scale)

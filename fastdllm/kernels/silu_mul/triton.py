@@ -21,7 +21,6 @@ from fastdllm.kernels.linear.triton import (
     as_fp8,
     flat,
     group_of,
-    half_sums,
     is_skinny,
     linear,
     of_groups,
@@ -237,7 +236,7 @@ def launch(
         )  # fmt: skip
     if scale is not None and hopper_int4.gated_applies(x, w, scale):
         return hopper_int4.gated_product(
-            x, w.view(torch.int16), scale, half_sums(x), group_of(w, scale, x.shape[1]), block_m=block_m, block_n=block_n,
+            x, w.view(torch.int16), scale, group_of(w, scale, x.shape[1]), block_m=block_m, block_n=block_n,
             block_c=block_c, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     (M, C), F = x.shape, w.shape[0] // 2

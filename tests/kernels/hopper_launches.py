@@ -50,7 +50,7 @@ def main() -> None:
     half = {"dtype": torch.bfloat16}
     for M in (1, 8, 32, 64):
         x, residual, norm = torch.randn(M, 512, **half), torch.randn(M, 1024, **half), torch.ones(1024, **half)
-        for kind in ("bf16", "fp8", "int4"):
+        for kind in ("bf16", "fp8", "int8", "int4"):
             w, scale = torch.randn(1024, 512, **half), None
             if kind != "bf16":
                 w, scale = quantize_weight(w, kind)

@@ -30,6 +30,13 @@ CASES: dict[str, tuple[str, str, dict[str, tuple[str, list[int]]], dict[str, Any
         LINEAR, "_gated_kernel", {"x": (BF16, [64, 64]), "w": (BF16, [2, 64, 64])},
         {"STAGES": 4, "SCALE": False, "TOKEN_SCALE": False},
     ),
+    "int8 product": (
+        LINEAR, "_product_kernel", {"x": (BF16, [32, 256]), "w": (WORDS, [64, 128])},
+        {"SPLITS": 2, "STAGES": 3, "TOKEN_SCALE": False},
+    ),
+    "int8 gate and up": (
+        LINEAR, "_gated_kernel", {"x": (BF16, [16, 256]), "w": (WORDS, [2, 32, 128])}, {"STAGES": 2, "TOKEN_SCALE": False},
+    ),
     "4-bit product": (INT4, "_product_kernel", {"x": (BF16, [32, 256]), "w": (WORDS, [64, 64])}, {"SPLITS": 4, "STAGES": 3}),
     "4-bit gate and up": (INT4, "_gated_kernel", {"x": (BF16, [16, 256]), "w": (WORDS, [2, 32, 64])}, {"STAGES": 4}),
     "attention": (
@@ -54,14 +61,14 @@ def compiled(module: str, kernel: str, read: dict[str, tuple[str, list[int]]], c
     fn = getattr(importlib.import_module(f"fastdllm.kernels.{module}"), kernel)
     half = NAMES[BF16 if any(dtype in (FP8, WORDS) for dtype, _ in read.values()) else next(iter(read.values()))[0]]
     types = dict.fromkeys(("bias", "out", "q"), f"*{half}") | dict.fromkeys(("row", "kv_len", "hide"), "*i64")
-    types |= dict.fromkeys(("y", "token_scale", "sums", "part", "lse"), "*fp32")
+    types |= dict.fromkeys(("y", "token_scale", "part", "lse"), "*fp32")
     types |= dict.fromkeys(("M", "N", "F", "C", "W", "max_kv_len", "stride_g", "stride_z"), "i32")
     types["scale"] = {LINEAR: "*fp32", INT4: "*bf16", ATTENTION: "fp32"}[module]
     for name, (dtype, tile) in read.items():
         types[name] = f"tensordesc<{NAMES[dtype]}{tile},{gluon.layout_of(tuple(tile), getattr(torch, dtype))!r}>"
     if "x" in read:
         constants = (
-            OF_TILE | {"BLOCK_M": read["x"][1][0], "BLOCK_N": read["w"][1][-2], "BLOCK_C": read["w"][1][-1]} | constants
+            OF_TILE | {"BLOCK_M": read["x"][1][0], "BLOCK_N": read["w"][1][-2], "BLOCK_C": read["x"][1][-1]} | constants
         )
     return built(GluonASTSource, fn, types, constants, 4)
 

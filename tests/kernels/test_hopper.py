@@ -18,7 +18,7 @@ from fastdllm.kernels.silu_mul import reference as silu_mul_reference
 from tests.kernels.hopper_ptx import CASES
 from tests.processes import python
 
-KINDS = ["bf16", "fp16", "fp8"]
+KINDS = ["bf16", "fp16", "fp8", "int8"]
 SHAPES = [(1, 16, 16), (5, 1000, 4112), (16, 136, 272), (33, 40, 528), (64, 4608, 1040)]  # M, N, C
 
 
@@ -26,6 +26,8 @@ def operands(M: int, N: int, C: int, kind: str, device: torch.device) -> tuple[T
     """x [M, C], w [N, C] and their scales."""
     dtype = torch.float16 if kind == "fp16" else torch.bfloat16
     x, w = torch.randn(M, C, device=device).to(dtype), (torch.randn(N, C, device=device) * C**-0.5).to(dtype)
+    if kind == "int8":
+        return x, *reference.quantize_weight(w, kind), None
     if kind != "fp8":
         return x, w, None, None
     tokens, (wq, scale) = reference.quantize_tokens(x), reference.quantize_weight(w, "fp8")
@@ -57,8 +59,10 @@ def test_products(
     added = torch.randn(N, device=hopper_card).bfloat16() if bias else None
     chosen = dict(zip(("block_n", "block_c", "num_stages", "splits"), tile, strict=True))
     chosen |= {"block_m": triton.tiling(M, N, w.dtype)["block_m"], "num_warps": 4}
+    if kind == "int8":  # in whole units, and in another order
+        chosen["block_c"] = 256
     got, want = both(lambda: triton.skinny(x, w, scale, added, token_scale, torch.bfloat16, **chosen))
-    assert got.shape == (tile[-1], M, N) and torch.equal(got, want)
+    assert got.shape == (tile[-1], M, N) and (kind == "int8" or torch.equal(got, want))
     exact = (x.double() * (1 if token_scale is None else token_scale[:, None])) @ w.double().T
     exact = exact * (1 if scale is None else scale) + (0 if added is None else added.double())
     assert_close(got.sum(0, dtype=torch.float32), exact, 6e-3)
@@ -68,14 +72,18 @@ def test_products(
 @pytest.mark.parametrize("tile", [(32, 128, 3), (64, 64, 4), (32, 256, 2)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("M", "F", "C"), SHAPES)
-def test_gate_and_up(hopper_card: torch.device, M: int, F: int, C: int, kind: str, tile: tuple[int, ...]) -> None:
+def test_gate_and_up(
+    hopper_card: torch.device, assert_close, M: int, F: int, C: int, kind: str, tile: tuple[int, ...]
+) -> None:
     from fastdllm.kernels.silu_mul import triton
 
     x, w, scale, token_scale = operands(M, 2 * F, C, kind, hopper_card)
     chosen = dict(zip(("block_n", "block_c", "num_stages"), tile, strict=True))
     chosen |= {"block_m": triton.tiling(M, F, w.dtype)["block_m"], "num_warps": 4}
+    if kind == "int8":
+        chosen["block_c"] = 256
     got, want = both(lambda: triton.launch(x, w, scale, token_scale, torch.bfloat16, **chosen))
-    assert got.shape == (M, F) and torch.equal(got, want)
+    assert_close(got, want, 1e-2 if kind == "int8" else 0.0)
 
 
 @pytest.mark.gpu
@@ -93,6 +101,22 @@ def test_the_operations_of_real_widths(hopper_card: torch.device, assert_close, 
         assert_close(triton.linear(x, w, scale, bias), reference.linear(x, w, scale, bias), 8e-3)
         want = silu_mul_reference.linear_silu_mul(x, w, scale)
         assert_close(silu_mul_triton.linear_silu_mul(x, w, scale), want, 1e-2)
+
+
+@pytest.mark.gpu
+def test_each_byte_is_widened_to_its_value(hopper_card: torch.device) -> None:
+    """Exactly, wherever in a row of weights it lies."""
+    from fastdllm.kernels.linear import hopper, triton
+
+    C = 512
+    w = torch.arange(-128, 128, device=hopper_card).to(torch.int8).repeat(2)[None, :].repeat(64, 1)
+    w = torch.stack([row.roll(i) for i, row in enumerate(w)])
+    x = torch.eye(C, device=hopper_card).bfloat16()
+    scale = torch.ones(64, device=hopper_card)
+    assert hopper.applies(x, w)
+    for rows in x.split(64):
+        got = triton.skinny(rows, w, scale, None, **triton.tile_of(rows, w))
+        assert torch.equal(got.float().sum(0), rows.float() @ w.float().T)
 
 
 @pytest.mark.gpu
@@ -142,7 +166,7 @@ def test_what_the_copy_engine_cannot_read_is_left_to_triton(hopper_card: torch.d
     shifted, row = x[1:].view(9, 256), x[: 256 * 9 : 9].view(1, 256)
     assert not hopper.applies(shifted, w) and not hopper.applies(x[:0].view(0, 256), w)
     assert not hopper.applies(x[:2304].view(9, 256), w.t().contiguous().t())
-    assert not hopper.applies(x[:2304].view(9, 256), w.to(torch.int8)) and hopper.applies(x[: 9 * 256].view(9, 256), w)
+    assert not hopper.applies(x[:2304].view(9, 256).half(), w.to(torch.int8)) and hopper.applies(x[:2304].view(9, 256), w)
     for rows in (shifted, row, torch.randn(256, 1, device=hopper_card).bfloat16().t()):
         assert_close(triton.linear(rows, w), reference.linear(rows, w), 8e-3)
 
@@ -183,22 +207,24 @@ def test_their_tiles_differ_where_that_was_measured(monkeypatch: pytest.MonkeyPa
     from fastdllm.kernels.silu_mul import triton as silu_mul_triton
 
     def tiles(M: int, N: int, C: int, dtype: torch.dtype) -> list[dict[str, int]]:
-        x, w = (torch.empty(rows, C, dtype=dtype, device="meta") for rows in (M, N))
+        x = torch.empty(M, C, dtype=torch.bfloat16 if dtype == torch.int8 else dtype, device="meta")
+        w = torch.empty(N, C, dtype=dtype, device="meta")
         return [module.tile_of(x, w) for module in (triton, silu_mul_triton)]
 
-    shapes = [(M, N, C, dtype) for M in (1, 8, 32, 64)
+    shapes = [(M, N, C, dtype) for M in (1, 8, 32, 64, 200)
               for N, C in ((3584, 3584), (3584, 18944), (4608, 3584), (37888, 3584), (4096, 12288), (24576, 4096))
-              for dtype in (torch.bfloat16, FP8)]  # fmt: skip
+              for dtype in (torch.bfloat16, FP8, torch.int8)]  # fmt: skip
     as_they_are = [tiles(*shape) for shape in shapes]
     monkeypatch.setattr(hopper, "applies", lambda x, w: True)
     changed = 0
-    for (M, *_, dtype), usual, found in zip(shapes, as_they_are, (tiles(*shape) for shape in shapes), strict=True):
+    for (*_, dtype), usual, found in zip(shapes, as_they_are, (tiles(*shape) for shape in shapes), strict=True):
         for before, tile, halves in zip(usual, found, (1, 2), strict=True):
             assert tile.keys() == before.keys()
             if tile != before:
                 changed += 1
-                size = (halves * tile["block_n"] + tile["block_m"]) * tile["block_c"] * dtype.itemsize
-                assert M <= 32 and stages(tile["num_stages"], size, torch.device("cpu")) == tile["num_stages"]
+                of_x = 2 if dtype == torch.int8 else dtype.itemsize
+                size = (halves * tile["block_n"] * dtype.itemsize + tile["block_m"] * of_x) * tile["block_c"]
+                assert stages(tile["num_stages"], size, torch.device("cpu")) == tile["num_stages"]
     assert changed
 
 

@@ -7,23 +7,39 @@ the memory is busy while kernels change. Triton orders the copies of a loop itse
 why the kernels here are written in Gluon, its language in which layouts, copies and barriers are written by hand.
 
 The products are those of `skinny` in `linear/triton.py` and of `launch` in `silu_mul/triton.py`, bit by bit. Those remain
-for other cards, for weights that are widened on the way, and for a Triton without Gluon.
+for other cards and for a Triton without Gluon.
+
+Weights in int8 are read as words of two bytes and widened to bf16 in registers. A thread gets two neighbouring words at
+once, and they go to different operands: the first of every two words to one, the second to the other. So x comes in that
+order (`paired`); a kernel of its own for it is cheaper than moving bytes between threads.
 """
 
 from __future__ import annotations
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from fastdllm.kernels.device import stages
-from fastdllm.kernels.gluon import GLUON, copyable, described, jit, usable
+from fastdllm.kernels.gluon import ALIGNED, GLUON, copyable, described, jit, usable
 from fastdllm.kernels.linear.reference import FP8
 from fastdllm.kernels.pdl import LAUNCH
+from fastdllm.kernels.pdl import wait as wait_in_triton
+
+PAIRED = 256  # channels of x that `paired` puts in order: as many as two operands take
 
 if GLUON:
-    from fastdllm.kernels.gluon import gl, mbarrier, num_warps, tma, wait, warpgroup_mma
+    from fastdllm.kernels.gluon import gl, mbarrier, num_warps, tma, wait, warpgroup_mma, warpgroup_mma_wait
 
+    _PAIRED, _HALF = gl.constexpr(PAIRED), gl.constexpr(PAIRED // 2)
+    # Two words of int8 to two pairs in bf16. Below the exponent of 128 the low seven bits of a byte are a value, and its
+    # eighth bit turns 128 into 256. The byte with its sign is the difference of the two.
+    _WIDEN = gl.constexpr(
+        "{ .reg .b32 a, b, c; prmt.b32 a, $2, 0x43434343, 0x4140; prmt.b32 b, $2, 0x43434343, 0x4342;"
+        " and.b32 c, a, 0xff80ff80; and.b32 a, a, 0xff7fff7f; sub.rn.bf16x2 $0, a, c;"
+        " and.b32 c, b, 0xff80ff80; and.b32 b, b, 0xff7fff7f; sub.rn.bf16x2 $1, b, c; }"
+    )
 
 FEW_CHANNELS = 2 * 132 * 64  # of gate: programs of 64 rows fit twice on each of an H100's multiprocessors
 
@@ -38,20 +54,41 @@ def fetch(x, tiles, ready, slot, i, c, more):
 
 
 @jit
-def streamed(x, w, i_n, i_m, start, count, STAGES: gl.constexpr):
-    """Rows i_n on of w times rows i_m on of x, over `count` tiles of channels from `start` on: [ROWS, BLOCK_M].
+def multiplied(w_t, x_t, acc):
+    """acc plus a tile w_t [ROWS, BLOCK_C] of weights, or of their words, times a tile x_t [BLOCK_M, BLOCK_C] of x."""
+    if w_t.dtype == x_t.dtype:
+        acc = warpgroup_mma(w_t, x_t.permute((1, 0)), acc)
+    else:
+        LEFT: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
+        BLOCK_C: gl.constexpr = x_t.shape[1]
+        for c in gl.static_range(0, BLOCK_C, _PAIRED):
+            b_w = w_t.slice(c // 2, _HALF, 1).load(LEFT)
+            b_1, b_2 = gl.inline_asm_elementwise(
+                _WIDEN, "=r,=r,r", [b_w], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=2
+            )
+            acc = warpgroup_mma(b_1, x_t.slice(c, _HALF, 1).permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma(b_2, x_t.slice(c + _HALF, _HALF, 1).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+    return acc
+
+
+@jit
+def streamed(x, w, i_n, i_m, first, count, STAGES: gl.constexpr):
+    """Rows i_n on of w times rows i_m on of x, over `count` tiles of channels from tile `first` on: [ROWS, BLOCK_M].
 
     x: a descriptor of x [M, C], in tiles [BLOCK_M, BLOCK_C].
     w: a descriptor of the weights [N, C], in tiles [ROWS, BLOCK_C]; or of [2, N / 2, C], in tiles [2, ROWS / 2, BLOCK_C].
+        Of int8 it has words of two channels.
     """
     BLOCK_M: gl.constexpr = x.block_shape[0]
-    BLOCK_C: gl.constexpr = x.block_shape[1]
-    ROWS: gl.constexpr = w.block_type.numel // BLOCK_C
-    BYTES: gl.constexpr = (ROWS + BLOCK_M) * BLOCK_C * w.dtype.primitive_bitwidth // 8
+    X_C: gl.constexpr = x.block_shape[1]
+    W_C: gl.constexpr = w.block_shape[len(w.block_shape) - 1]
+    ROWS: gl.constexpr = w.block_type.numel // W_C
+    BYTES: gl.constexpr = (ROWS * W_C * w.dtype.primitive_bitwidth + BLOCK_M * X_C * x.dtype.primitive_bitwidth) // 8
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0],
         warps_per_cta=[num_warps(), 1],
-        instr_shape=[16, BLOCK_M, 256 // w.dtype.primitive_bitwidth],
+        instr_shape=[16, BLOCK_M, 256 // x.dtype.primitive_bitwidth],
     )
     # The compiler knows no star within a list.
     w_s = gl.allocate_shared_memory(w.dtype, [STAGES] + w.block_shape, w.layout)  # noqa: RUF005
@@ -61,21 +98,20 @@ def streamed(x, w, i_n, i_m, start, count, STAGES: gl.constexpr):
         mbarrier.init(ready.index(s), count=1)
     for s in gl.static_range(STAGES):
         mbarrier.expect(ready.index(s), BYTES, s < count)
-        fetch(w, w_s, ready, s, i_n, start + s * BLOCK_C, s < count)
+        fetch(w, w_s, ready, s, i_n, (first + s) * W_C, s < count)
     wait()  # everything above reads weights only
     for s in gl.static_range(STAGES):
-        fetch(x, x_s, ready, s, i_m, start + s * BLOCK_C, s < count)
+        fetch(x, x_s, ready, s, i_m, (first + s) * X_C, s < count)
     acc = gl.zeros((ROWS, BLOCK_M), gl.float32, LAYOUT)
     for i in range(count):
         slot = i % STAGES
         mbarrier.wait(ready.index(slot), (i // STAGES) & 1)
         # The weight is the left operand: its many rows fill the matrix unit.
-        acc = warpgroup_mma(w_s.index(slot).reshape((ROWS, BLOCK_C)), x_s.index(slot).permute((1, 0)), acc)
+        acc = multiplied(w_s.index(slot).reshape((ROWS, W_C)), x_s.index(slot), acc)
         more = i + STAGES < count
-        c = start + (i + STAGES) * BLOCK_C
         mbarrier.expect(ready.index(slot), BYTES, more)
-        fetch(w, w_s, ready, slot, i_n, c, more)
-        fetch(x, x_s, ready, slot, i_m, c, more)
+        fetch(w, w_s, ready, slot, i_n, (first + i + STAGES) * W_C, more)
+        fetch(x, x_s, ready, slot, i_m, (first + i + STAGES) * X_C, more)
     for s in gl.static_range(STAGES):
         mbarrier.invalidate(ready.index(s))
     return acc
@@ -139,7 +175,7 @@ def _product_kernel(
     i_n, i_s = gl.program_id(0) // SPLITS * BLOCK_N, gl.program_id(0) % SPLITS
     i_m = gl.program_id(1) * BLOCK_M
     first, count = share_of(gl.cdiv(C, BLOCK_C), i_s, SPLITS)
-    b_y = streamed(x, w, i_n, i_m, first * BLOCK_C, count, STAGES)
+    b_y = streamed(x, w, i_n, i_m, first, count, STAGES)
     o_n = i_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, b_y.type.layout))
     o_m = i_m + gl.arange(0, BLOCK_M, gl.SliceLayout(0, b_y.type.layout))
     if SCALE:
@@ -178,10 +214,36 @@ def _gated_kernel(
     store_gated(b_y, out, i_n, i_m, M, F)
 
 
+@triton.jit
+def _pair_kernel(x, y, C, stride, PAIRED: tl.constexpr, BLOCK: tl.constexpr):
+    i_m = tl.program_id(0).to(tl.int64)
+    o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    # Where channel c of a unit goes: words of two channels, those at even places first.
+    o_y = o_c // PAIRED * PAIRED + o_c // 2 % 2 * (PAIRED // 2) + o_c % PAIRED // 4 * 2 + o_c % 2
+    wait_in_triton()
+    tl.store(y + i_m * stride + o_y, tl.load(x + i_m * C + o_c, mask=o_c < C, other=0.0), mask=o_c < stride)
+
+
+def paired(x: Tensor) -> Tensor:
+    """x [M, C] filled up with zeros to [M, ceil(C / 256) * 256]. Of every 256 channels 0, 1, 4, 5, 8, 9 and so on come
+    first, then 2, 3, 6, 7, 10, 11."""
+    M, C = x.shape
+    y = torch.empty((M, triton.cdiv(C, PAIRED) * PAIRED), dtype=x.dtype, device=x.device)
+    block = 4 * PAIRED
+    _pair_kernel[(M, triton.cdiv(y.shape[1], block))](
+        x.contiguous(), y, C, y.shape[1], PAIRED=PAIRED, BLOCK=block, num_warps=4, **LAUNCH
+    )
+    return y
+
+
 def applies(x: Tensor, w: Tensor) -> bool:
-    """Whether these kernels multiply x [M, C] by weights w [N, C]: both are bf16, fp16 or fp8, and lie in a Hopper's memory
-    where the bulk copy engine can read them."""
-    return usable(x.device) and x.dtype == w.dtype and copyable(x) and w.is_contiguous() and copyable(w)
+    """Whether these kernels multiply x [M, C] by weights w [N, C]: both are bf16, fp16 or fp8, or w is int8 and x bf16. They
+    lie in a Hopper's memory where the bulk copy engine can read them."""
+    if not (usable(x.device) and copyable(x) and w.is_contiguous()):
+        return False
+    if w.dtype == torch.int8:
+        return x.dtype == torch.bfloat16 and w.shape[1] % ALIGNED == 0 and copyable(w.view(torch.int16))
+    return x.dtype == w.dtype and copyable(w)
 
 
 def tiling(M: int, N: int, C: int, dtype: torch.dtype) -> dict[str, int]:
@@ -192,14 +254,20 @@ def tiling(M: int, N: int, C: int, dtype: torch.dtype) -> dict[str, int]:
     2.299; down (256, 4, 4) 2.287, (512, 3, 2) 2.33. v2 at 32: qkv (256, 2, 4) 2.391, (256, 3, 4) 2.387, (256, 4, 3) 2.41;
     out and down (512, 3, 2) 2.38, others up to 2.46. LLaDA at 16 and 32 rows, and bf16 at 8 and 32, gain less than 1 %.
     """
-    if dtype != FP8 or M > 32:
-        return {}
-    shape = None
-    if 4096 < N <= 8192:
-        shape = (256, 2, 4)
-    elif N < 4096 and M <= 16:  # two splits leave many multiprocessors without a program
+    shape: tuple[int, ...] | None = None
+    if dtype == torch.int8:
+        shape = PAIRED, (3 if M <= 16 else 2) if N > 4096 else 4 if M <= 16 else 3 if M <= 32 else 2
+    elif M > 32 and 8192 < N <= 16384 and dtype == FP8:
+        shape = 256, 3, 1
+    elif M > 32 and N <= 4096 and C > 2 * N and dtype == FP8:
+        shape = 256, 4, 2
+    elif M > 32 and N <= 4096 and C <= 2 * N and dtype.itemsize == 2:
+        shape = 256, 2, 2
+    elif 4096 < N <= 8192 and dtype == FP8:
+        shape = (256, 2, 4) if M <= 32 else (256, 3, 2)
+    elif M <= 16 and N < 4096 and dtype == FP8:  # two splits leave many multiprocessors without a program
         shape = (256, 4, 4) if C > 2 * N else (512, 2, 3)
-    return dict(zip(("block_c", "num_stages", "splits"), shape, strict=True)) if shape else {}
+    return dict(zip(("block_c", "num_stages", "splits"), shape, strict=False)) if shape else {}
 
 
 def gated_tiling(M: int, F: int, dtype: torch.dtype) -> dict[str, int]:
@@ -208,10 +276,13 @@ def gated_tiling(M: int, F: int, dtype: torch.dtype) -> dict[str, int]:
     Timed like the tiles of `tiling`, as (block_n, bytes of a weight's row, stages). v2 at 8 rows: fp8 (32, 256, 2) 2.308,
     (32, 256, 3) 2.333; bf16 (32, 256, 2) 3.760, (32, 256, 3) 3.802. v2 at 32: fp8 (32, 256, 3) 2.407, (32, 256, 2) 2.52.
     LLaDA at 16: fp8 (32, 256, 3) 2.622, (32, 256, 4) 2.679. LLaDA at 32: fp8 (32, 256, 3) 2.777, (32, 128, 6) 2.772; bf16
-    (32, 256, 3) 4.298, (32, 128, 6) 4.340.
+    (32, 256, 3) 4.298, (32, 128, 6) 4.340. LLaDA at 64: fp8 (32, 256, 2) 3.032, (64, 256, 2) 3.061, (64, 128, 4) 3.071; bf16
+    (32, 256, 2) 4.614, (64, 256, 2) 4.674, (64, 128, 4) 4.697.
     """
+    if dtype == torch.int8:
+        return {"block_n": 32, "block_c": PAIRED, "num_stages": 3 if M <= 16 else 2}
     if M > 32:
-        return {}
+        return {"block_n": 32, "block_c": 256 // dtype.itemsize, "num_stages": 2} if F <= FEW_CHANNELS else {}
     return {"block_n": 32, "block_c": 256 // dtype.itemsize, "num_stages": 2 if M <= 16 and F > FEW_CHANNELS else 3}
 
 
@@ -236,10 +307,11 @@ def product(
     w is read without waiting for the kernels that still run. None of them may write it: kernels of torch end before the next
     one begins, those of this package let it begin early (`pdl.py`)."""
     (M, C), N = x.shape, w.shape[0]
+    x, words = (paired(x), w.view(torch.int16)) if w.dtype == torch.int8 else (x, w)
     y = torch.empty((splits, M, N), dtype=torch.float32 if splits > 1 else dtype or x.dtype, device=x.device)
     _product_kernel[(triton.cdiv(N, block_n) * splits, triton.cdiv(M, block_m))](
         described(x, (block_m, block_c)),
-        described(w, (block_n, block_c)),
+        described(words, (block_n, block_c * w.itemsize // words.itemsize)),
         y if scale is None else scale,
         y if token_scale is None else token_scale,
         y if bias is None else bias,
@@ -254,7 +326,7 @@ def product(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_C=block_c,
-        STAGES=stages(num_stages, (block_n + block_m) * block_c * x.itemsize, x.device),
+        STAGES=stages(num_stages, (block_n * w.itemsize + block_m * x.itemsize) * block_c, x.device),
         num_warps=num_warps,
         **LAUNCH,
     )
@@ -277,10 +349,11 @@ def gated_product(
     """`silu_mul.triton.launch` where `applies(x, w)`: silu(first half) * second half of x [M, C] times w [2F, C] transposed,
     scaled by channel and token: [M, F]. w is read as `product` reads it."""
     (M, C), F = x.shape, w.shape[0] // 2
+    x, words = (paired(x), w.view(torch.int16)) if w.dtype == torch.int8 else (x, w)
     out = torch.empty((M, F), dtype=dtype, device=x.device)
     _gated_kernel[(triton.cdiv(F, block_n), triton.cdiv(M, block_m))](
         described(x, (block_m, block_c)),
-        described(w.view(2, F, C), (2, block_n, block_c)),
+        described(words.view(2, F, -1), (2, block_n, block_c * w.itemsize // words.itemsize)),
         out if scale is None else scale,
         out if token_scale is None else token_scale,
         out,
@@ -292,7 +365,7 @@ def gated_product(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_C=block_c,
-        STAGES=stages(num_stages, (2 * block_n + block_m) * block_c * x.itemsize, x.device),
+        STAGES=stages(num_stages, (2 * block_n * w.itemsize + block_m * x.itemsize) * block_c, x.device),
         num_warps=num_warps,
         **LAUNCH,
     )

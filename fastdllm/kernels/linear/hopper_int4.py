@@ -208,18 +208,18 @@ def tiling(M: int, N: int, C: int) -> dict[str, int]:
     """
     block_m = rows_of_tile(M)
     if N > 16384:
-        block_n, splits, num_warps, num_stages = 64, 1, 4, 2
+        splits, num_stages = 1, 2
     elif N > 8192:
-        block_n, splits, num_warps, num_stages = 64, 2, 4, 4 if block_m == 16 else 2
-    elif C > 2 * N:
-        block_n, splits, num_warps, num_stages = 64, 4, 4, {16: 4, 32: 3}.get(block_m, 2)
-    elif block_m == 32:
-        block_n, splits, num_warps, num_stages = 128, 4, 8, 3
+        splits, num_stages = 2, 4 if block_m == 16 else 2
+    elif N > 4096:
+        splits, num_stages = (4, 2) if block_m == 16 else (3, 3)
+    elif block_m < 64:
+        splits, num_stages = 4, 4
     else:
-        block_n, splits, num_warps, num_stages = 64, 4, 4, 3 if block_m == 16 else 2
+        splits, num_stages = (4, 2) if C > 2 * N else (2, 3)
     splits = max(splits, triton.cdiv(2 * triton.cdiv(C, UNIT), MOST_HALVES))
     names = ("block_m", "block_n", "block_c", "splits", "num_warps", "num_stages")
-    return dict(zip(names, (block_m, block_n, UNIT, splits, num_warps, num_stages), strict=True))
+    return dict(zip(names, (block_m, 64, UNIT, splits, 4, num_stages), strict=True))
 
 
 def gated_tiling(M: int) -> dict[str, int]:

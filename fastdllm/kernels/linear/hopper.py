@@ -236,6 +236,14 @@ def paired(x: Tensor) -> Tensor:
     return y
 
 
+def operands(x: Tensor, w: Tensor, block_c: int) -> tuple[Tensor, Tensor, int, int]:
+    """x and w as the kernels read them, and how many channels of x and elements of w a tile has."""
+    if w.dtype != torch.int8:
+        return x, w, block_c, block_c
+    block_c = max(block_c, PAIRED)
+    return paired(x), w.view(torch.int16), block_c, block_c // 2
+
+
 def applies(x: Tensor, w: Tensor) -> bool:
     """Whether these kernels multiply x [M, C] by weights w [N, C]: both are bf16, fp16 or fp8, or w is int8 and x bf16. They
     lie in a Hopper's memory where the bulk copy engine can read them."""
@@ -307,11 +315,11 @@ def product(
     w is read without waiting for the kernels that still run. None of them may write it: kernels of torch end before the next
     one begins, those of this package let it begin early (`pdl.py`)."""
     (M, C), N = x.shape, w.shape[0]
-    x, words = (paired(x), w.view(torch.int16)) if w.dtype == torch.int8 else (x, w)
+    x, w, block_c, tile_c = operands(x, w, block_c)
     y = torch.empty((splits, M, N), dtype=torch.float32 if splits > 1 else dtype or x.dtype, device=x.device)
     _product_kernel[(triton.cdiv(N, block_n) * splits, triton.cdiv(M, block_m))](
         described(x, (block_m, block_c)),
-        described(words, (block_n, block_c * w.itemsize // words.itemsize)),
+        described(w, (block_n, tile_c)),
         y if scale is None else scale,
         y if token_scale is None else token_scale,
         y if bias is None else bias,
@@ -326,7 +334,7 @@ def product(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_C=block_c,
-        STAGES=stages(num_stages, (block_n * w.itemsize + block_m * x.itemsize) * block_c, x.device),
+        STAGES=stages(num_stages, block_n * tile_c * w.itemsize + block_m * block_c * x.itemsize, x.device),
         num_warps=num_warps,
         **LAUNCH,
     )
@@ -349,11 +357,11 @@ def gated_product(
     """`silu_mul.triton.launch` where `applies(x, w)`: silu(first half) * second half of x [M, C] times w [2F, C] transposed,
     scaled by channel and token: [M, F]. w is read as `product` reads it."""
     (M, C), F = x.shape, w.shape[0] // 2
-    x, words = (paired(x), w.view(torch.int16)) if w.dtype == torch.int8 else (x, w)
+    x, w, block_c, tile_c = operands(x, w, block_c)
     out = torch.empty((M, F), dtype=dtype, device=x.device)
     _gated_kernel[(triton.cdiv(F, block_n), triton.cdiv(M, block_m))](
         described(x, (block_m, block_c)),
-        described(words.view(2, F, -1), (2, block_n, block_c * w.itemsize // words.itemsize)),
+        described(w.view(2, F, -1), (2, block_n, tile_c)),
         out if scale is None else scale,
         out if token_scale is None else token_scale,
         out,
@@ -365,7 +373,7 @@ def gated_product(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_C=block_c,
-        STAGES=stages(num_stages, (2 * block_n * w.itemsize + block_m * x.itemsize) * block_c, x.device),
+        STAGES=stages(num_stages, 2 * block_n * tile_c * w.itemsize + block_m * block_c * x.itemsize, x.device),
         num_warps=num_warps,
         **LAUNCH,
     )

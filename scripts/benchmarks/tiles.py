@@ -31,7 +31,9 @@ from scripts.benchmarks.decode import SHAPES, Forward, median_ms, random_model, 
 with one_line("tiles"):  # an environment without Triton is one line
     from triton.runtime.errors import OutOfResources
 
+    from fastdllm.kernels.gluon import usable as takes_gluon
     from fastdllm.kernels.linear import triton as linear_triton
+    from fastdllm.kernels.linear.hopper import PAIRED
     from fastdllm.kernels.silu_mul import triton as silu_mul_triton
 
 PRODUCTS = ("qkv", "out", "gate_up", "down")
@@ -92,7 +94,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     work = args.rows, args.width, args.keys
     print(f"{milliseconds(model, *work):.3f} ms  as it is")
     found = []
+    least = PAIRED if args.quantize == "int8" and takes_gluon(device) else 0  # of smaller depth a tile is rounded up
     for tile in candidates(args.product, args.rows * args.width, args.quantize):
+        if tile["block_c"] < least:
+            continue
         try:
             with with_tile(args.product, shape, tile):
                 found.append((milliseconds(model, *work), tile))

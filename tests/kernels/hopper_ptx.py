@@ -34,6 +34,10 @@ CASES: dict[str, tuple[str, str, dict[str, tuple[str, list[int]]], dict[str, Any
         LINEAR, "_product_kernel", {"x": (BF16, [32, 256]), "w": (WORDS, [64, 128])},
         {"SPLITS": 2, "STAGES": 3, "TOKEN_SCALE": False},
     ),
+    "int8 product of many rows": (
+        LINEAR, "_product_kernel", {"x": (BF16, [128, 256]), "w": (WORDS, [64, 128])},
+        {"SPLITS": 1, "STAGES": 2, "TOKEN_SCALE": False},
+    ),
     "int8 gate and up": (
         LINEAR, "_gated_kernel", {"x": (BF16, [16, 256]), "w": (WORDS, [2, 32, 128])}, {"STAGES": 2, "TOKEN_SCALE": False},
     ),

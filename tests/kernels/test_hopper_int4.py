@@ -64,6 +64,19 @@ def test_the_operations_of_real_widths(hopper_card: torch.device, assert_close, 
 
 
 @pytest.mark.gpu
+def test_steps_of_a_checkpoint_may_be_fp16(hopper_card: torch.device, assert_close) -> None:
+    from fastdllm.kernels.linear import hopper_int4, triton
+    from fastdllm.kernels.silu_mul import triton as silu_mul_triton
+
+    w, scale = int4.quantize(torch.randn(2 * 640, 1024, device=hopper_card).bfloat16())
+    x, halves = torch.randn(21, 1024, device=hopper_card).bfloat16(), scale.half()
+    assert hopper_int4.applies(x, w, halves)
+    assert_close(triton.linear(x, w, halves), reference.linear(x, w, halves), 8e-3)
+    got, want = both(lambda: silu_mul_triton.linear_silu_mul(x, w, halves))
+    assert_close(got, want, 1e-2)
+
+
+@pytest.mark.gpu
 def test_what_they_cannot_read_is_left_to_triton(hopper_card: torch.device) -> None:
     from fastdllm.kernels.linear import hopper_int4
 
@@ -82,15 +95,18 @@ def test_on_a_cpu_they_do_not_apply() -> None:
 
 
 def test_a_program_holds_the_steps_of_its_channels() -> None:
-    """Of any width: more splits take what one program cannot."""
+    """Of any width: more splits take what one program cannot. Beside them it holds as many tiles as it wants."""
+    from fastdllm.kernels.device import shared_memory
     from fastdllm.kernels.linear import hopper_int4
     from fastdllm.kernels.linear.int4 import UNIT
 
     cpu = torch.device("cpu")  # taken for an H100
+    shapes = (4096, 4096), (4608, 3584), (12288, 4096), (126464, 4096), (8192, 28672), (152064, 16384), (3584, 18944)
     for M in (1, 16, 33, 64, 200):
-        for N, C in ((4096, 4096), (12288, 4096), (126464, 4096), (8192, 28672), (152064, 16384), (3584, 18944)):
+        for N, C in shapes:
             tile = hopper_int4.tiling(M, N, C)
-            units = math.ceil(math.ceil(C / UNIT) / tile["splits"])
-            assert 2 * units <= hopper_int4.MOST_HALVES and tile["block_m"] <= 64
-            size = tile["block_n"], tile["block_m"]
-            assert hopper_int4.stages_of(tile["num_stages"], 2 * units, *size, cpu) == tile["num_stages"]
+            halves = 1 << (2 * math.ceil(math.ceil(C / UNIT) / tile["splits"]) - 1).bit_length()
+            assert halves <= hopper_int4.MOST_HALVES and tile["block_m"] <= 64
+            stages = hopper_int4.stages_of(tile["num_stages"], halves, tile["block_n"], tile["block_m"], cpu)
+            held = halves * tile["block_n"] * 4 + stages * (tile["block_n"] * UNIT // 2 + tile["block_m"] * UNIT * 2)
+            assert stages == tile["num_stages"] and held + 1024 <= shared_memory(cpu)

@@ -6,12 +6,12 @@ first tiles need not wait: each program asks the bulk copy engine for as many as
 the memory is busy while kernels change. Triton orders the copies of a loop itself and begins them behind the wait. That is
 why the kernels here are written in Gluon, its language in which layouts, copies and barriers are written by hand.
 
-The products are those of `skinny` in `linear/triton.py` and of `launch` in `silu_mul/triton.py`, bit by bit. Those remain
-for other cards and for a Triton without Gluon.
+The products are those of `skinny` in `linear/triton.py` and of `launch` in `silu_mul/triton.py`, bit by bit but for int8.
+Those remain for other cards and for a Triton without Gluon.
 
 Weights in int8 are read as words of two bytes and widened to bf16 in registers. A thread gets two neighbouring words at
 once, and they go to different operands: the first of every two words to one, the second to the other. So x comes in that
-order (`paired`); a kernel of its own for it is cheaper than moving bytes between threads.
+order (`paired`); a kernel of its own for it is cheaper than moving bytes between threads. It is added up in it, too.
 """
 
 from __future__ import annotations
@@ -215,23 +215,23 @@ def _gated_kernel(
 
 
 @triton.jit
-def _pair_kernel(x, y, C, stride, PAIRED: tl.constexpr, BLOCK: tl.constexpr):
+def _pair_kernel(x, y, C, stride_x, stride_y, PAIRED: tl.constexpr, BLOCK: tl.constexpr):
     i_m = tl.program_id(0).to(tl.int64)
     o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     # Where channel c of a unit goes: words of two channels, those at even places first.
     o_y = o_c // PAIRED * PAIRED + o_c // 2 % 2 * (PAIRED // 2) + o_c % PAIRED // 4 * 2 + o_c % 2
     wait_in_triton()
-    tl.store(y + i_m * stride + o_y, tl.load(x + i_m * C + o_c, mask=o_c < C, other=0.0), mask=o_c < stride)
+    tl.store(y + i_m * stride_y + o_y, tl.load(x + i_m * stride_x + o_c, mask=o_c < C, other=0.0), mask=o_c < stride_y)
 
 
 def paired(x: Tensor) -> Tensor:
-    """x [M, C] filled up with zeros to [M, ceil(C / 256) * 256]. Of every 256 channels 0, 1, 4, 5, 8, 9 and so on come
-    first, then 2, 3, 6, 7, 10, 11."""
+    """x [M, C], contiguous in its last dimension, filled up with zeros to [M, ceil(C / 256) * 256]. Of every 256 channels 0,
+    1, 4, 5, 8, 9 and so on come first, then 2, 3, 6, 7, 10, 11."""
     M, C = x.shape
     y = torch.empty((M, triton.cdiv(C, PAIRED) * PAIRED), dtype=x.dtype, device=x.device)
     block = 4 * PAIRED
     _pair_kernel[(M, triton.cdiv(y.shape[1], block))](
-        x.contiguous(), y, C, y.shape[1], PAIRED=PAIRED, BLOCK=block, num_warps=4, **LAUNCH
+        x, y, C, x.stride(0), y.shape[1], PAIRED=PAIRED, BLOCK=block, num_warps=4, **LAUNCH
     )
     return y
 
@@ -257,25 +257,38 @@ def applies(x: Tensor, w: Tensor) -> bool:
 def tiling(M: int, N: int, C: int, dtype: torch.dtype) -> dict[str, int]:
     """What differs from `linear.triton.tiling` in the tile of `product`, for M rows, N output and C input channels.
 
-    Timed on an H200 (torch 2.11, triton 3.6, 2026-11-30) as `scripts.benchmarks.tiles` does, ms of a forward in fp8, as
-    (block_c, stages, splits). v2 at 8 rows: qkv (256, 2, 4) 2.280, (128, 5, 4) 2.279; out (512, 2, 3) 2.276, (512, 3, 2)
-    2.299; down (256, 4, 4) 2.287, (512, 3, 2) 2.33. v2 at 32: qkv (256, 2, 4) 2.391, (256, 3, 4) 2.387, (256, 4, 3) 2.41;
-    out and down (512, 3, 2) 2.38, others up to 2.46. LLaDA at 16 and 32 rows, and bf16 at 8 and 32, gain less than 1 %.
+    Timed on an H200 (torch 2.11, triton 3.6, 2026-11-30) as `scripts.benchmarks.tiles` does, ms of a forward, as (block_c,
+    stages, splits). fp8: v2 at 8 rows qkv (256, 2, 4) 2.280, (128, 5, 4) 2.279; out (512, 2, 3) 2.276, (512, 3, 2) 2.299;
+    down (256, 4, 4) 2.287, (512, 3, 2) 2.33. v2 at 32: qkv (256, 2, 4) 2.391, (256, 3, 4) 2.387, (256, 4, 3) 2.41; out and
+    down (512, 3, 2) 2.38, others up to 2.46. v2 at 64: qkv (256, 3, 2) 2.646, (256, 2, 2) 2.70. LLaDA at 64: qkv (256, 3, 1)
+    3.09, (256, 3, 2) 3.18; down (256, 4, 2) 3.00, (512, 3, 2) 3.04. bf16, LLaDA at 64: out (256, 2, 2) 4.69, (256, 4, 2)
+    4.77. LLaDA at 16 and 32 rows, and bf16 at 8 and 32, gain less than 1 %.
+
+    int8, as (stages, splits) of 256 channels. LLaDA at 16 rows: qkv (3, 2) 2.97, (2, 2) 3.00; out (4, 4) 2.96, (3, 4) 2.97;
+    down (4, 4) 2.84, (3, 4) 2.92. At 32: qkv (2, 2) 3.02, (3, 2) 3.29; out and down (3, 4) 3.01, (4, 4) 3.16. At 64: down
+    (2, 4) 3.72, (3, 4) 3.92. v2 at 8: qkv (3, 4) 2.81, (4, 4) 2.86; down (4, 4) 2.52, (3, 4) 2.65. The head: 2 stages 3.60,
+    4 stages 3.67 (in another order, before x was paired).
     """
-    shape: tuple[int, ...] | None = None
+    wide, narrow = 8192 < N <= 16384, N <= 4096
     if dtype == torch.int8:
-        shape = PAIRED, (3 if M <= 16 else 2) if N > 4096 else 4 if M <= 16 else 3 if M <= 32 else 2
-    elif M > 32 and 8192 < N <= 16384 and dtype == FP8:
-        shape = 256, 3, 1
-    elif M > 32 and N <= 4096 and C > 2 * N and dtype == FP8:
-        shape = 256, 4, 2
-    elif M > 32 and N <= 4096 and C <= 2 * N and dtype.itemsize == 2:
-        shape = 256, 2, 2
-    elif 4096 < N <= 8192 and dtype == FP8:
-        shape = (256, 2, 4) if M <= 32 else (256, 3, 2)
-    elif M <= 16 and N < 4096 and dtype == FP8:  # two splits leave many multiprocessors without a program
-        shape = (256, 4, 4) if C > 2 * N else (512, 2, 3)
-    return dict(zip(("block_c", "num_stages", "splits"), shape, strict=False)) if shape else {}
+        few, many = (3, 4) if M <= 16 else (2, 3) if M <= 32 else (2, 2)
+        return {"block_c": PAIRED, "num_stages": many if narrow else few}
+    if M <= 32:
+        if dtype == FP8 and 4096 < N <= 8192:
+            return {"block_c": 256, "num_stages": 2, "splits": 4}
+        if dtype == FP8 and N < 4096 and M <= 16:  # two splits leave many multiprocessors without a program
+            shape = (256, 4, 4) if C > 2 * N else (512, 2, 3)
+            return dict(zip(("block_c", "num_stages", "splits"), shape, strict=True))
+        return {}
+    if dtype == FP8 and wide:
+        return {"block_c": 256, "num_stages": 3, "splits": 1}
+    if dtype == FP8 and not narrow and N <= 8192:
+        return {"block_c": 256, "num_stages": 3, "splits": 2}
+    if dtype == FP8 and narrow and C > 2 * N:
+        return {"block_c": 256, "num_stages": 4, "splits": 2}
+    if dtype != FP8 and narrow and C <= 2 * N:
+        return {"block_c": 256, "num_stages": 2, "splits": 2}
+    return {}
 
 
 def gated_tiling(M: int, F: int, dtype: torch.dtype) -> dict[str, int]:
@@ -285,7 +298,8 @@ def gated_tiling(M: int, F: int, dtype: torch.dtype) -> dict[str, int]:
     (32, 256, 3) 2.333; bf16 (32, 256, 2) 3.760, (32, 256, 3) 3.802. v2 at 32: fp8 (32, 256, 3) 2.407, (32, 256, 2) 2.52.
     LLaDA at 16: fp8 (32, 256, 3) 2.622, (32, 256, 4) 2.679. LLaDA at 32: fp8 (32, 256, 3) 2.777, (32, 128, 6) 2.772; bf16
     (32, 256, 3) 4.298, (32, 128, 6) 4.340. LLaDA at 64: fp8 (32, 256, 2) 3.032, (64, 256, 2) 3.061, (64, 128, 4) 3.071; bf16
-    (32, 256, 2) 4.614, (64, 256, 2) 4.674, (64, 128, 4) 4.697.
+    (32, 256, 2) 4.614, (64, 256, 2) 4.674, (64, 128, 4) 4.697. int8: LLaDA at 16 (32, 256, 3) 2.92, (32, 256, 2) 2.98; at 32
+    (32, 256, 2) 3.00, (32, 256, 3) 3.18; v2 at 8 (32, 256, 3) 2.65, (32, 256, 2) 2.80.
     """
     if dtype == torch.int8:
         return {"block_n": 32, "block_c": PAIRED, "num_stages": 3 if M <= 16 else 2}

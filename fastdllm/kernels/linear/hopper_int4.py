@@ -36,7 +36,7 @@ MOST_HALVES = 64  # of a unit, whose steps a program holds
 @jit
 def _levels(b_w, zero, CODE: gl.constexpr):
     """Words b_w int16 [ROWS, 64] -> the levels of four of their bits less their rows' zeros, in bf16; zero: plus 128."""
-    return gl.inline_asm_elementwise(CODE, "=r,r,r", [b_w, zero[:, None]], dtype=gl.bfloat16, is_pure=True, pack=2)
+    return gl.inline_asm_elementwise(CODE, "=&r,r,r", [b_w, zero[:, None]], dtype=gl.bfloat16, is_pure=True, pack=2)
 
 
 @jit
@@ -67,7 +67,7 @@ def _streamed(
     BYTES: gl.constexpr = ROWS * 2 * _WORDS + BLOCK_M * 2 * _UNIT
     w_s = gl.allocate_shared_memory(w.dtype, [STAGES] + w.block_shape, w.layout)  # noqa: RUF005
     x_s = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_shape, x.layout)  # noqa: RUF005
-    step_s = gl.allocate_shared_memory(gl.bfloat16, [HALVES, ROWS], PLAIN)
+    step_s = gl.allocate_shared_memory(scale.dtype.element_ty, [HALVES, ROWS], PLAIN)
     zero_s = gl.allocate_shared_memory(gl.bfloat16, [HALVES, ROWS], PLAIN)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
@@ -90,7 +90,7 @@ def _streamed(
     for s in gl.static_range(STAGES):
         fetch(x, x_s, ready, s, i_m, (first + s) * _UNIT, s < count)
     # The same memory, of which a line can be indexed.
-    step_s = step_s._reinterpret(gl.bfloat16, [HALVES, ROWS], LINE)
+    step_s = step_s._reinterpret(scale.dtype.element_ty, [HALVES, ROWS], LINE)
     zero_s = zero_s._reinterpret(gl.bfloat16, [HALVES, ROWS], LINE)
     b_y = gl.zeros((ROWS, BLOCK_M), gl.float32, LAYOUT)
     none = gl.zeros((ROWS, BLOCK_M), gl.float32, LAYOUT)
@@ -187,7 +187,7 @@ def applies(x: Tensor, w: Tensor, scale: Tensor) -> bool:
         and copyable(x)
         and w.is_contiguous()
         and copyable(w.view(torch.int16))
-        and scale.dtype == torch.bfloat16
+        and scale.dtype in (torch.bfloat16, torch.float16)  # of a checkpoint they may be fp16
         and scale.stride(0) == 1
     )
 
@@ -200,11 +200,12 @@ def gated_applies(x: Tensor, w: Tensor, scale: Tensor) -> bool:
 def tiling(M: int, N: int, C: int) -> dict[str, int]:
     """Tile of `product` for M rows, N output and C input channels.
 
-    LLaDA on an H200 (torch 2.11, triton 3.6, 2026-11-30), ms of a forward, as (block_n, splits, warps, stages), one product
-    after the other. At 32 rows: qkv (64, 2, 4, 2) 2.71, (64, 3, 4, 2) 2.74, (128, 2, 8, 2) 2.77, (64, 2, 4, 3) 2.78; out
-    (128, 4, 8, 3) 2.66, (64, 4, 4, 3) 2.69, (64, 4, 4, 2) 2.71; down (64, 4, 4, 3) 2.61, (64, 4, 4, 2) 2.67. At 16: qkv
-    (64, 2, 4, 4) 2.74, (64, 2, 4, 3) 2.95; out (64, 4, 4, 3) 2.75, (64, 4, 4, 4) 2.82; down (64, 4, 4, 4) 2.37, with three
-    stages 2.44. At 64 rows, and for the head, no other tile was tried.
+    Timed on an H200 (torch 2.11, triton 3.6, 2026-11-30) in forwards, ms, as (splits, stages), one product after the other.
+    LLaDA at 16 rows: qkv (2, 4) 2.20, (2, 2) 2.30; out (4, 2) 2.18, (4, 4) 2.18; down (4, 4) 2.18, (4, 3) 2.20. At 32: qkv
+    (2, 2) 2.45, (2, 3) 2.62; out (4, 4) 2.46, (4, 2) 2.49; down (4, 4) and (4, 3) 2.46, (4, 2) 2.55. At 64: qkv (1, 2) 3.23,
+    (2, 2) 3.24; out (2, 3) 3.18, (4, 2) 3.23; down (4, 2) 3.20, (2, 3) 3.28. v2 at 8 rows: qkv (4, 2) 1.92, (4, 3) 1.94; out
+    (4, 4) 1.90, (4, 2) 1.93; down (4, 4) 1.90, (4, 3) 2.07. v2 at 32: qkv (3, 3) 2.19, (4, 3) 2.23; out (4, 4) 2.17, (2, 4)
+    2.20; down (4, 4) 2.18, (2, 4) 2.28. Tiles of 128 rows of weights were no faster.
     """
     block_m = rows_of_tile(M)
     if N > 16384:
@@ -225,8 +226,9 @@ def tiling(M: int, N: int, C: int) -> dict[str, int]:
 def gated_tiling(M: int) -> dict[str, int]:
     """Tile of `gated_product` for M rows.
 
-    Timed like the tiles of `tiling`, as (block_n, warps, stages). At 32 rows (32, 4, 2) 2.67, (64, 8, 2) 2.93, (32, 4, 3)
-    3.01; at 16 (32, 4, 4) 2.50, (32, 4, 3) 2.61, (32, 4, 2) 2.74.
+    Timed like the tiles of `tiling`, as (block_n, warps, stages). LLaDA at 16 rows: (32, 4, 4) 2.17, (32, 4, 3) 2.21,
+    (32, 4, 2) 2.32; at 32: (32, 4, 2) 2.45, (32, 4, 3) 2.66; at 64: (32, 4, 2) 3.19, (32, 4, 3) 3.45, (64, 8, 3) 3.49. v2 at
+    8: (32, 4, 4) 1.90, (32, 4, 2) 1.99, (64, 8, 3) 2.02; at 32: (32, 4, 2) 2.18, (64, 8, 3) 2.32.
     """
     block_m = rows_of_tile(M)
     names = ("block_m", "block_n", "block_c", "num_warps", "num_stages")

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights in 4 bits: w = (q - zero) * step, with q in 0..15 and one (step, zero) for each group of an output row's channels.
+A zero is a whole number in 0..15.
 
 The layout is that of the product's tiles. Channels are packed in units of 256, as 64 words of 16 bits: word j holds the
 channels j, 64 + j, 128 + j and 192 + j, from its low bits on. So a tile of words is four tiles of adjacent channels, and no

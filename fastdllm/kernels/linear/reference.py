@@ -67,7 +67,8 @@ def linear(x: Activations, weight: Tensor, scale: Tensor | None = None, bias: Te
 
     scale: of a quantised weight (`quantize_weight`), whose products accumulate in fp32. [N] fp32: products are scaled by
         output channel; fp8 weights meet fp8 activations, quantised here with one scale per token, int8 weights x as it is.
-        [N, groups, 2], the steps and zeros of 4-bit weights [N, ceil(C / 256) * 128] uint8, which meet x as it is too.
+        [N, groups, 2], the steps and zeros of 4-bit weights [N, ceil(C / 256) * 128] uint8, which meet x as it is too; a
+        zero is a whole number in 0..15.
     """
     if weight.dtype == FP8 and scale is not None:
         tokens = quantize_tokens(x) if isinstance(x, Tensor) else x

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantised projections: fp8 for Hopper and later, int8 weights for older cards, int4 weights for small memories.
+"""Quantised projections: fp8 for Hopper and later, int8 weights for accuracy and older cards, int4 for small memories.
 
 A block step at batch 1 is bound by reading the weights, so halving their bytes is worth up to a factor of two. In 8 bits
 every output channel keeps its own scale, in 4 every group of 128 input channels a step and a zero; a head takes 8 bits then,

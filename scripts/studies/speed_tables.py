@@ -41,9 +41,10 @@ def decode_runs(*weights: str) -> Iterable[tuple[str, Row]]:
 
 
 def batches(*weights: str) -> str:
-    sizes = 1, 4, 16, 32, 64
+    runs = list(decode_runs(*weights))
+    sizes = sorted({int(key.rpartition("batch")[2]) for _, run in runs for key in run if "_batch" in key})
     rows = []
-    for name, run in decode_runs(*weights):
+    for name, run in runs:
         for prompt in (1000, 128):
             answers = {int(key.rpartition("batch")[2]): run[key] for key in run if f"_prompt{prompt}_batch" in key}
             cells = [f"{answers[n]['tokens_per_second']:,.0f}" if n in answers else "" for n in sizes]

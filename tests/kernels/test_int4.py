@@ -59,6 +59,13 @@ def test_what_is_no_number_stays_seen_and_the_smallest_weights_vanish() -> None:
     assert back[0].isfinite().all() and back[1, :128].isnan().any() and (back[2] == 0).all()
 
 
+def test_weights_whose_squares_are_beyond_fp32_are_kept(assert_close) -> None:
+    w = torch.randn(4, 256).bfloat16() * torch.tensor([1.0, 1e18, 1e30, 1e37])[:, None].bfloat16()
+    weight, scale = int4.quantize(w)
+    for got, want in zip(int4.widen(weight, scale, 256), w.double(), strict=True):
+        assert_close(got, want, 0.15)
+
+
 def test_clipping_lowers_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     w = torch.randn(64, 512)
     found = [(int4.widen(*int4.quantize(w), 512) - w).norm()]

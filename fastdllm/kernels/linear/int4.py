@@ -42,7 +42,7 @@ def _quantize(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
     x = F.pad(w.float(), (0, -C % group)).view(N, -1, group)
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     full = torch.where(high > low, (high - low) / LEVELS, 1.0)
-    least = torch.full_like(full, torch.inf)
+    least = torch.full_like(full, torch.nan)  # so that the first range is taken even if its error is beyond fp32
     step, zero, q = torch.ones_like(full), torch.zeros_like(full), torch.zeros_like(x)
     for share in SHRINK:
         # The step is rounded as it will be stored before anything is divided by it.

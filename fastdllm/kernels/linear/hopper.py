@@ -3,7 +3,7 @@
 
 A kernel starts while the one before it drains (`pdl.py`), and waits for it before it reads x. Weights are constant, so their
 first tiles need not wait: each program asks the bulk copy engine for as many as its ring of tiles holds, and waits then. So
-the memory is busy while kernels change. Triton orders the copies of a loop itself and begins them behind the wait. That is
+the memory is busy while kernels change. Triton orders the copies of a loop itself and begins them after the wait. That is
 why the kernels here are written in Gluon, its language in which layouts, copies and barriers are written by hand.
 
 The products are those of `skinny` in `linear/triton.py` and of `launch` in `silu_mul/triton.py`, bit by bit but for int8.
@@ -11,7 +11,7 @@ Those remain for other cards and for a Triton without Gluon.
 
 Weights in int8 are read as words of two bytes and widened to bf16 in registers. A thread gets two neighbouring words at
 once, and they go to different operands: the first of every two words to one, the second to the other. So x comes in that
-order (`paired`); a kernel of its own for it is cheaper than moving bytes between threads. It is added up in it, too.
+order (`paired`) and is added up in it. A kernel that puts x in order is cheaper than moving bytes between threads.
 """
 
 from __future__ import annotations
@@ -271,8 +271,8 @@ def tiling(M: int, N: int, C: int, dtype: torch.dtype) -> dict[str, int]:
     """
     wide, narrow = 8192 < N <= 16384, N <= 4096
     if dtype == torch.int8:
-        few, many = (3, 4) if M <= 16 else (2, 3) if M <= 32 else (2, 2)
-        return {"block_c": PAIRED, "num_stages": many if narrow else few}
+        of_narrow, others = (4, 3) if M <= 16 else (3, 2) if M <= 32 else (2, 2)
+        return {"block_c": PAIRED, "num_stages": of_narrow if narrow else others}
     if M <= 32:
         if dtype == FP8 and 4096 < N <= 8192:
             return {"block_c": 256, "num_stages": 2, "splits": 4}

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products of few rows with 4-bit weights on Hopper, in Gluon.
 
-A group's zero is a whole number. A level less its zero is exact in bf16 then, and one instruction subtracts it from two
-levels. What a half of a unit adds up to is multiplied by its steps. (`nibbles.py`, for other cards, does without the
-subtraction, and needs the sums of the activations for it.)
+A group's zero is a whole number. A level less its zero is then exact in bf16, and one instruction subtracts it from two
+levels. Channels come in units of 256 (`int4.py`), and the sum over half a unit is multiplied by the half's steps.
+(`nibbles.py`, for other cards, does without the subtraction, and needs the sums of the activations for it.)
 
 In Triton such a product waits most of its time: its programs take so many registers that few run at once, and each loads
 steps and zeros for every unit. Here a program brings all of them to shared memory before the kernel's turn, as it does with

@@ -68,3 +68,19 @@ def test_another_server_is_named(answer: str, status: int) -> None:
 
     with pytest.raises(ValueError, match=r"http://elsewhere:1.* answers (otherwise|with status 404)"):
         asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--quantize", "int8"], "--quantize is of a --shape"),
+        (["--url", "http://127.0.0.1:1", "--device", "cpu"], "--device is of a server in this process"),
+        (["--url", "http://127.0.0.1:1", "--set", "cache=dual"], "--set is of a server in this process"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        serve.main(arguments)
+    assert message in capsys.readouterr().err

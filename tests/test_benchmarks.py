@@ -52,6 +52,13 @@ def test_the_benchmark_reports_what_was_decoded(name: str, tmp_path: Path, capsy
     assert f"x 1.000 of {earlier}" in capsys.readouterr().out  # the forwards of an answer do not vary
 
 
+@pytest.mark.parametrize("name", ["llada", "dream", "v2"])
+def test_a_prompt_and_an_answer_shorter_than_a_block_are_measured(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--prompts", "1", "--gen", "1", "--batches", "1", "--repeats", "1"]
+    decode.main(["--cpu", "--models", name, "--brief", "--skip-checks", *sizes])
+    assert "tokens_per_second" in capsys.readouterr().out
+
+
 def test_a_floor_counts_the_experts_that_are_read() -> None:
     network = testing.random_model("llada2_moe").network
     total = sum(p.nbytes for name, p in network.named_parameters() if name != "embed.weight")

@@ -15,6 +15,7 @@ GPTQ's g_idx [C], the group of each input channel, must be in order: `desc_act` 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,11 @@ def convert(tensors: Mapping[str, Tensor], layout: str) -> tuple[Tensor, Tensor]
         shapes = {name: list(t.shape) for name, t in tensors.items()}
         raise ValueError(f"{layout} tensors do not fit together: {shapes}")
     size = channels // groups
-    if size * groups != channels or (groups > 1 and size != group_size(scales.T, channels)):
+    if size * groups != channels:
+        raise ValueError(
+            f"{layout}: {channels} channels are no whole number of {groups} groups; a shorter last one is not read"
+        )
+    if groups > 1 and size != group_size(scales.T, channels):
         raise ValueError(f"{layout}: {channels} channels in {groups} groups; a group must be a power of two of channels")
     g_idx = tensors.get("g_idx")
     if g_idx is not None and not torch.equal(g_idx.long(), torch.arange(channels, device=g_idx.device) // size):
@@ -95,6 +100,8 @@ def take_packed(found: Headers, table: Mapping[str, tuple[str, int]], layout: st
         if stem + "qweight" not in found:
             continue
         path, shape = _check_parts(found, stem, layout)
+        if name in found:
+            raise ValueError(f"{found[name][0]}: {name} is there beside {stem}qweight, which stands for it")
         parts = [*PARTS, "bias"] if stem + "bias" not in table else PARTS
         packed[name] = {part: (found.pop(stem + part)[0], stem + part) for part in parts if stem + part in found}
         found[name] = path, shape
@@ -107,7 +114,7 @@ def _check_parts(found: Headers, stem: str, layout: str) -> tuple[Path, list[int
     """The file and the shape [N, C] of the weight whose parts are called `stem` and PARTS. Raises ValueError where a part is
     missing, or where its shape is not that of the table above."""
     path = found[stem + "qweight"][0]
-    shapes = {part: found[stem + part][1] for part in PARTS if stem + part in found}
+    shapes = {part: found[stem + part][1] for part in (*PARTS, "bias") if stem + part in found}
     if missing := [part for part in PARTS[:3] if part not in shapes]:
         raise ValueError(f"{path}: {stem}qweight comes without {stem}{missing[0]}")
     for part in ("qweight", "scales"):
@@ -116,7 +123,7 @@ def _check_parts(found: Headers, stem: str, layout: str) -> tuple[Path, list[int
     rows, columns = shapes["qweight"]
     outputs, channels = (8 * columns, rows) if layout == "awq" else (columns, 8 * rows)
     groups = shapes["scales"][0]
-    expected = {"scales": [groups, outputs], "qzeros": [groups, outputs // 8], "g_idx": [channels]}
+    expected = {"scales": [groups, outputs], "qzeros": [groups, outputs // 8], "g_idx": [channels], "bias": [outputs]}
     for part, shape in expected.items():
         if part in shapes and (shapes[part] != shape or not groups):
             raise ValueError(
@@ -142,7 +149,8 @@ def make_room(network: nn.Module, table: Mapping[str, tuple[str, int]], scales: 
             raise ValueError(f"{names[0]!r} and the weights that it is fused with have groups of different sizes")
         weight = torch.empty(outputs, -(-channels // UNIT) * HALF, dtype=torch.uint8, device=device)
         module.weight = nn.Parameter(weight, requires_grad=False)
-        module.scale = by_group(torch.empty(outputs, groups.pop(), 2, dtype=scales[names[0]].dtype, device=device))
+        dtype = reduce(torch.promote_types, [scales[name].dtype for name in names])  # in which every one is what it was
+        module.scale = by_group(torch.empty(outputs, groups.pop(), 2, dtype=dtype, device=device))
 
 
 def _columns(packed: Tensor, order: range | tuple[int, ...]) -> Tensor:

@@ -263,7 +263,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.output.exists() and args.input.exists() and args.output.samefile(args.input):
         raise ValueError(f"{args.output} is the input as well; the responses need a file of their own")
     lines = read_lines(args.input)
-    options = {name: getattr(chosen, name) for name in ("model", "revision", "quantize", "adapter", "decoding")}
+    options = {name: getattr(chosen, name) for name in ("model", "revision", "dtype", "quantize", "adapter", "decoding")}
     digests = {line.custom_id: line.digest(options) for line in lines}
     done = {name: answer for name, answer in output.done().items() if name in digests}
     for name, answer in done.items():

@@ -259,7 +259,8 @@ def forwards(model: Model, peak: dict[str, float], prompt: int, gen: int, repeat
     kv = 2 * spec.layers * spec.kv_heads * spec.head_dim * model.dtype.itemsize
     out: dict[str, Any] = {}
     widths = {"block": block, "sub_block": 8} if in_sub_blocks(spec) else {"block": block}
-    for name, width in widths.items():
+    for name, wanted in widths.items():
+        width = min(wanted, keys)
         floor = (weight_bytes(model.network, width) + keys * kv) / peak["copy_gb_s"] / 1e6
         ms = median_ms(
             Forward(model, 1, width, keys, keys - width, min(8, width) if spec.block_causal else width), device, repeats
@@ -283,7 +284,7 @@ def answers(model: Model, batch: int, prompt: int, gen: int, per_step: float, op
     """Whole answers through the engine: `per_step` tokens a step on average, unless the options name a decoder; prompts of
     unequal lengths in a batch."""
     prompts = random_prompts(model, batch, prompt)
-    pace = {} if "decoder" in options else {"decoder": "quota", "steps": round(gen / per_step)}
+    pace = {} if "decoder" in options else {"decoder": "quota", "steps": max(1, round(gen / per_step))}
     config = fastdllm.DecodeConfig(gen_length=gen, stop_ids=(), **pace, **options)
     began = time.perf_counter()
     fastdllm.generate(model, prompts, config)
@@ -323,7 +324,7 @@ def step_times(model: Model, prompt: int, gen: int, options: dict[str, Any]) -> 
     to back, and the host's share of a step: the device has finished a step, and the next one has not been launched yet.
     """
     request = Request(torch.randint(0, model.spec.vocab - 600, (prompt,), device=model.device), gen)
-    config = fastdllm.DecodeConfig(decoder="quota", gen_length=gen, steps=gen // 4, stop_ids=(), **options)
+    config = fastdllm.DecodeConfig(decoder="quota", gen_length=gen, steps=max(1, gen // 4), stop_ids=(), **options)
     runner: Runner = cuda_graph.Runner(eager_first=0) if model.device.type == "cuda" else eager.Runner()
 
     def walls() -> list[float]:

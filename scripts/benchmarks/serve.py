@@ -213,7 +213,7 @@ def load_model(args: argparse.Namespace, length: int) -> tuple[Model, DecodeConf
 
     model = random_model(args.shape, usable(args.device or "cuda"), args.quantize)
     model.tokenizer = fastdllm.load("tiny-llada", "cpu").tokenizer  # any: what is written means nothing
-    fixed = {"gen_length": length, "decoder": "quota", "steps": length // args.per_step, "stop_ids": ()}
+    fixed = {"gen_length": length, "decoder": "quota", "steps": max(1, length // args.per_step), "stop_ids": ()}
     return model, DecodeConfig(**{**fixed, **decoding})
 
 
@@ -250,7 +250,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(arguments)
+    own = parser()
+    args = own.parse_args(arguments)
+    if args.quantize and not args.shape:
+        own.error("--quantize is of a --shape; a checkpoint is measured as it is")
+    if args.url and (given := [name for name in ("shape", "device", "set") if getattr(args, name)]):
+        own.error(f"--{given[0]} is of a server in this process, not of that at --url")
     if args.send:
         import httpx
 

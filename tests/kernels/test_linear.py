@@ -31,6 +31,28 @@ def test_quantised_weights_are_near(kind: str, bound: float) -> None:
     assert (wq[4].float() == 0).all()
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_rows_of_any_magnitude_are_quantised_alike(kind: str) -> None:
+    """Scaled by a power of two, a row has the same numbers and another scale."""
+    w = torch.randn(1, 64)
+    want, scale = reference.quantize_weight(w, kind)
+    for power in (-100, -60, -40, 60, 100):
+        got, other = reference.quantize_weight(w * 2.0**power, kind)
+        assert torch.equal(got.float(), want.float()) and torch.equal(other, scale * 2.0**power)
+    nothing, scale = reference.quantize_weight(torch.tensor([[0.0, 0.0], [1e-45, 0.0]]), kind)
+    assert (nothing[0].float() == 0).all() and scale.isfinite().all() and (scale > 0).all()
+
+
+def test_small_tokens_are_quantised_as_by_the_reference(device: torch.device) -> None:
+    from fastdllm.kernels.linear import triton
+
+    x = torch.randn(5, 64, device=device).bfloat16() * torch.logspace(-30, 0, 5, device=device)[:, None].bfloat16()
+    x[2] = 0
+    got, want = triton.quantize_rows(x), reference.quantize_tokens(x)
+    assert torch.equal(got.scale, want.scale) and (got.values[2].float() == 0).all()
+    assert (got.values.float().abs().amax(1)[[0, 1, 3, 4]] == FP8_MAX).all()
+
+
 def test_unknown_kind() -> None:
     with pytest.raises(ValueError, match="quantize='int3' is not one of fp8, int8, int4"):
         reference.quantize_weight(torch.zeros(1, 1), "int3")

@@ -264,3 +264,39 @@ def test_packed_checkpoints_that_cannot_be_read(tmp_path: Path) -> None:
     save_file(stored | {bias: torch.ones_like(stored[bias])}, path)
     with pytest.raises(ValueError, match="a projection has a bias"):
         load(tmp_path)
+
+
+def test_scales_of_a_fused_projection_keep_what_they_are(tmp_path: Path) -> None:
+    """In the widest of their formats: fp16 has no room for small steps in fp32."""
+    write_checkpoint(tmp_path, "dream", quantization_config=quantization("awq"))
+    pack_checkpoint(tmp_path, "awq", 16)
+    path = tmp_path / "model.safetensors"
+    stored = load_file(path)
+    small = {n: t.float() * 1e-9 for n, t in stored.items() if n.endswith("up_proj.scales")}
+    save_file(stored | small, path)
+    layers = load(tmp_path, device="cpu").network.layers
+    rows = layers[0].gate_up.scale.shape[0] // 2
+    name = next(n for n in sorted(small) if ".0." in n)
+    assert layers[0].gate_up.scale.dtype == torch.float32
+    assert torch.equal(layers[0].gate_up.scale[rows:, :, 0], small[name].T)
+
+
+def test_what_stands_beside_packed_weights_must_fit_them(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "dream", quantization_config=quantization("gptq"))
+    pack_checkpoint(tmp_path, "gptq", 16)
+    path = tmp_path / "model.safetensors"
+    stored = load_file(path)
+    stem = next(n for n in sorted(stored) if n.endswith("up_proj.qweight")).removesuffix("qweight")
+    save_file(stored | {f"{stem}weight": torch.zeros(8, 8)}, path)
+    with pytest.raises(ValueError, match=f"^{path}: {re.escape(stem)}weight is there beside {re.escape(stem)}qweight"):
+        load(tmp_path)
+    save_file(stored | {f"{stem}bias": torch.zeros(5)}, path)
+    with pytest.raises(ValueError, match=rf"^{path}: {re.escape(stem)}bias has shape \[5\]"):
+        load(tmp_path)
+
+
+def test_a_shorter_last_group_is_named() -> None:
+    tensors, _ = published("awq", 8, 96, 32)
+    tensors["scales"], tensors["qzeros"] = torch.ones(5, 8).half(), torch.zeros(5, 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="96 channels are no whole number of 5 groups"):
+        int4.convert(tensors, "awq")

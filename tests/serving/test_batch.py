@@ -138,7 +138,7 @@ def test_errors_of_an_earlier_session_count(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.usefixtures("silent")
-@pytest.mark.parametrize("change", ["body", "url", "model", "option"])
+@pytest.mark.parametrize("change", ["body", "url", "model", "dtype", "option"])
 def test_an_answer_to_another_request_is_not_taken_for_this_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,7 +148,7 @@ def test_an_answer_to_another_request_is_not_taken_for_this_ones(
     kept = out.read_bytes()
     changed = {**ask("a", 7 if change == "body" else 1), **({"url": "/v1/decide"} if change == "url" else {})}
     write(source, [changed, ask("b", 2)])
-    options = {"model": ["--model", "tiny-dream"], "option": ["--gen-length", "32"]}
+    options = {"model": ["--model", "tiny-dream"], "dtype": ["--dtype", "bfloat16"], "option": ["--gen-length", "32"]}
     assert main([str(source), str(out), *options.get(change, [])]) == 2
     assert "answers 'a' for another body, model or options" in capsys.readouterr().err
     assert out.read_bytes() == kept

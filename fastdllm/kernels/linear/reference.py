@@ -14,6 +14,7 @@ from fastdllm.kernels.linear import int4
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
+TINY = torch.finfo(torch.float32).tiny  # the least scale: its inverse is still a number
 EIGHT_BITS = {"fp8": (FP8, FP8_MAX), "int8": (torch.int8, 127.0)}
 KINDS = (*EIGHT_BITS, "int4")
 
@@ -91,7 +92,7 @@ def _scaled(x: Tensor, largest: float) -> tuple[Tensor, Tensor]:
     """`x` with each row stretched to a largest magnitude of `largest`, and the scale [...] that undoes it; fp32."""
     x = x.float()
     # A row of zeros has no magnitude; any positive scale represents it.
-    magnitude = x.abs().amax(dim=-1).clamp(min=1e-12)
+    magnitude = x.abs().amax(dim=-1).clamp(min=largest * TINY)
     # By a tensor: torch divides by a number on a GPU as it multiplies by its inverse, and halves then round the other way.
     scale = magnitude / torch.full_like(magnitude, largest)
     return (x * scale.reciprocal().unsqueeze(-1)).clamp(-largest, largest), scale

@@ -24,7 +24,7 @@ from fastdllm.kernels.dot import dot
 from fastdllm.kernels.linear import fp8, hopper, hopper_int4, reference
 from fastdllm.kernels.linear.int4 import HALF, PARTS, UNIT, group_size
 from fastdllm.kernels.linear.nibbles import unit_product, unit_steps, unit_sums
-from fastdllm.kernels.linear.reference import FP8, FP8_MAX, Activations, Quantized
+from fastdllm.kernels.linear.reference import FP8, FP8_MAX, TINY, Activations, Quantized
 from fastdllm.kernels.pdl import LAUNCH, wait
 
 # Most rows of the skinny kernel; more go to the library, from where on int8 costs a widened copy of the weight.
@@ -33,6 +33,7 @@ WIDENED_ROWS = 256
 WIDEN_BLOCK = 4096  # channels of one output row that a program widens
 FEW_ROWS = 64  # of long rows as many are quantised whole; of more, several share a multiprocessor, in pieces
 SUMS = 8  # halves of a unit that a program adds up
+_TINY = tl.constexpr(TINY)
 
 
 @triton.jit
@@ -173,7 +174,7 @@ def _skinny_kernel(
 @triton.jit
 def scale_of(b_max, LARGEST: tl.constexpr):
     """The scale of a token whose largest magnitude is b_max, and what to multiply it by."""
-    b_scale = tl.div_rn(tl.maximum(b_max, 1e-12), LARGEST)
+    b_scale = tl.div_rn(tl.maximum(b_max, LARGEST * _TINY), LARGEST)
     return b_scale, tl.div_rn(1.0, b_scale)  # a division an element would take longer than its memory
 
 

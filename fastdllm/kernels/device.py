@@ -30,6 +30,12 @@ def shared_memory(device: torch.device) -> int:
 
 
 @cache
+def cache_size(device: torch.device) -> int:
+    """Bytes of the L2 cache."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 50 * 2**20
+
+
+@cache
 def reads_shared(device: torch.device) -> bool:
     """Whether the matrix unit reads its right operand from shared memory (Hopper); elsewhere that takes registers."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9

@@ -36,16 +36,17 @@ def main() -> None:
     import torch
 
     from fastdllm.kernels.attention import hopper as attention_hopper
+    from fastdllm.kernels.attention import hopper_wide
     from fastdllm.kernels.attention import triton as attention
     from fastdllm.kernels.linear import hopper, hopper_int4, triton
     from fastdllm.kernels.linear.reference import quantize_weight
     from fastdllm.kernels.rmsnorm import triton as rmsnorm
     from fastdllm.kernels.silu_mul import triton as silu_mul
 
-    for module in (attention_hopper, hopper, hopper_int4, triton, silu_mul, rmsnorm):
+    for module in (attention_hopper, hopper_wide, hopper, hopper_int4, triton, silu_mul, rmsnorm):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             setattr(module, name, Bound(module, name))
-    for module in (attention_hopper, hopper, hopper_int4):
+    for module in (attention_hopper, hopper_wide, hopper, hopper_int4):
         module.usable = lambda device: True  # type: ignore[attr-defined]
     half = {"dtype": torch.bfloat16}
     for M in (1, 8, 32, 64):
@@ -62,7 +63,7 @@ def main() -> None:
                 silu_mul.linear_silu_mul_fp8(x, w, scale)
     view = torch.randn(5, 4104, **half)[:, :4100]  # its rows are aligned, those of a copy are not
     triton.linear(view, *quantize_weight(torch.randn(64, 4100, **half), "int4"))
-    for W, H, K, T in ((8, 28, 4, 160), (32, 32, 32, 1256), (1, 8, 8, 4000), (3, 64, 8, 4096)):
+    for W, H, K, T in ((8, 28, 4, 160), (32, 32, 32, 1256), (1, 8, 8, 4000), (3, 64, 8, 4096), (1256, 28, 4, 1256)):
         q, store = torch.randn(1, W, H, 128, **half), torch.randn(2, K, T, 128, **half)
         row, limit = torch.tensor([1]), torch.full((1, W), T)
         for hide in (None, torch.zeros(1, 2, dtype=torch.long)):

@@ -11,9 +11,10 @@ from typing import Any
 
 BF16, FP16, FP8, WORDS = "bfloat16", "float16", "float8_e4m3fn", "int16"
 NAMES = {BF16: "bf16", FP16: "fp16", FP8: "fp8e4nv", WORDS: "i16"}  # of torch's types in a signature
-LINEAR, INT4, ATTENTION = "linear.hopper", "linear.hopper_int4", "attention.hopper"
+LINEAR, INT4, ATTENTION, WIDE = "linear.hopper", "linear.hopper_int4", "attention.hopper", "attention.hopper_wide"
 OF_TILE = {"SCALE": True, "TOKEN_SCALE": True, "BIAS": True, "GROUP": 128, "HALVES": 32}
 OF_HEADS = {"H": 28, "G": 7, "HIDE": True, "BLOCK_N": 64}
+OF_MANY = {"H": 28, "G": 7, "D": 128, "HIDE": True, "LONGEST_FIRST": True, "BLOCK_N": 128}
 # A kernel, what the copy engine reads, in the order of the arguments: its type and its tile; then the constants.
 CASES: dict[str, tuple[str, str, dict[str, tuple[str, list[int]]], dict[str, Any]]] = {
     "fp8 product": (LINEAR, "_product_kernel", {"x": (FP8, [32, 512]), "w": (FP8, [64, 512])}, {"SPLITS": 2, "STAGES": 3}),
@@ -51,6 +52,16 @@ CASES: dict[str, tuple[str, str, dict[str, tuple[str, list[int]]], dict[str, Any
         ATTENTION, "_attend_kernel", {"k": (FP16, [1, 1, 64, 64]), "v": (FP16, [1, 1, 64, 64])},
         OF_HEADS | {"D": 64, "SPLITS": 8, "BLOCK_M": 16, "STAGES": 1},
     ),
+    "attention of many queries": (
+        WIDE, "_attend_kernel",
+        {"q": (BF16, [1, 64, 1, 128]), "k": (BF16, [1, 1, 128, 128]), "v": (BF16, [1, 1, 128, 128]),
+         "out": (BF16, [1, 64, 1, 128])}, OF_MANY,
+    ),
+    "fp16 attention of many queries": (
+        WIDE, "_attend_kernel",
+        {"q": (FP16, [1, 64, 1, 128]), "k": (FP16, [1, 1, 128, 128]), "v": (FP16, [1, 1, 128, 128]),
+         "out": (FP16, [1, 64, 1, 128])}, OF_MANY | {"HIDE": False, "LONGEST_FIRST": False},
+    ),
 }  # fmt: skip
 JOINED = [(28, 8), (32, 4), (64, 8), (128, 4)]  # heads and splits
 EVENT = re.compile(r"(griddepcontrol\.wait)|cp\.async\.bulk\.tensor\S+ \[%r\d+\], \[(%rd\d+),")
@@ -67,7 +78,8 @@ def compiled(module: str, kernel: str, read: dict[str, tuple[str, list[int]]], c
     types = dict.fromkeys(("bias", "out", "q"), f"*{half}") | dict.fromkeys(("row", "kv_len", "hide"), "*i64")
     types |= dict.fromkeys(("y", "token_scale", "part", "lse"), "*fp32")
     types |= dict.fromkeys(("M", "N", "F", "C", "W", "max_kv_len", "stride_g", "stride_z"), "i32")
-    types["scale"] = {LINEAR: "*fp32", INT4: "*bf16", ATTENTION: "fp32"}[module]
+    types |= dict.fromkeys(("per", "tiles"), "i32")
+    types["scale"] = {LINEAR: "*fp32", INT4: "*bf16"}.get(module, "fp32")
     for name, (dtype, tile) in read.items():
         types[name] = f"tensordesc<{NAMES[dtype]}{tile},{gluon.layout_of(tuple(tile), getattr(torch, dtype))!r}>"
     if "x" in read:

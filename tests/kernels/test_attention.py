@@ -304,6 +304,16 @@ def test_tilings_cover_the_device() -> None:
     assert triton.tiling(32, 1256, 1256, 256, device)["SPLITS"] == 1
 
 
+def test_few_tiles_share_keys_only_where_these_are_many() -> None:
+    """A split that finds a few dozen keys costs more than it saves."""
+    from fastdllm.kernels.attention import triton
+
+    device = torch.device("cpu")  # taken for an H100
+    splits = [triton.tiling(16 * 4, 8 * 7, keys, 256, device)["SPLITS"] for keys in (160, 384, 1256)]
+    assert splits == [1, 1, 2]
+    assert triton.tiling(32, 20, 1256, 256, device)["BLOCK_M"] == 64, "the rows that the matrix unit takes"
+
+
 def test_pipelines_fit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of keys and values on their way take no more shared memory than there is, on a card with 100 KB too."""
     from fastdllm.kernels import device as devices

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Split attention on Hopper against the reference, and the kernel that joins its splits."""
+"""Attention on Hopper against the reference: split over keys, with the kernel that joins the splits, and of many queries."""
 
 from __future__ import annotations
 
@@ -155,3 +155,79 @@ def test_a_captured_launch_reads_lengths_on_the_device(hopper_card: torch.device
         limit.copy_(limit.clamp(max=most))
         graph.replay()
         assert_close(out, reference.attention(q, k.nan_to_num(0), v.nan_to_num(0), row, limit, 600), 6e-3)
+
+
+WIDE = [  # queries, heads, heads of keys, keys: less than a tile, just one, one more, several a program
+    (65, 1, 1, 1),
+    (96, 4, 1, 63),
+    (128, 2, 2, 128),
+    (129, 6, 2, 129),
+    (200, 28, 4, 300),
+    (640, 32, 32, 700),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("programs", [132, 3])
+@pytest.mark.parametrize("first", [False, True], ids=["by head", "longest first"])
+@pytest.mark.parametrize("hidden", [False, True], ids=["open", "hide"])
+@pytest.mark.parametrize("W, H, K, keys", WIDE)
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_many_queries(
+    hopper_card: torch.device, assert_close, monkeypatch: pytest.MonkeyPatch, programs: int, first: bool, hidden: bool,
+    W: int, H: int, K: int, keys: int, half: torch.dtype,
+) -> None:  # fmt: skip
+    """Few programs have many tiles each, whose rings go round."""
+    from fastdllm.kernels.attention import hopper_wide as kernels
+
+    monkeypatch.setattr(kernels, "multiprocessors", lambda device: programs)
+    monkeypatch.setattr(kernels, "longest_first", lambda *given: first)
+    q, k, v, row, limit, hide = given(W, H, K, 128, keys, half, hopper_card, hidden)
+    want = reference.attention(q, k.nan_to_num(0), v.nan_to_num(0), row, limit, keys, hide)
+    assert_close(kernels.attention(q, k, v, row, limit, keys, hide, None), want, 1e-3 if half == torch.float16 else 6e-3)
+
+
+@pytest.mark.gpu
+def test_of_many_queries_too_one_that_sees_nothing_gives_zeros(hopper_card: torch.device) -> None:
+    from fastdllm.kernels.attention import hopper_wide as kernels
+
+    q, k, v, row, limit, _ = given(300, 4, 1, 128, 200, torch.bfloat16, hopper_card, False)
+    limit[0, 3], limit[0, 128:256], limit[1] = 0, 0, 0
+    out = kernels.attention(q, k, v, row, limit, 200, None, 0.3)
+    assert (out[0, 3] == 0).all() and (out[0, 128:256] == 0).all() and (out[1] == 0).all()
+    assert (out[0, :3] != 0).any(-1).all() and not out.isnan().any()
+
+
+@pytest.mark.gpu
+def test_a_captured_launch_of_many_queries_reads_lengths_on_the_device(hopper_card: torch.device, assert_close) -> None:
+    from fastdllm.kernels.attention import triton
+
+    q, k, v, row, limit, _ = given(300, 8, 8, 128, 600, torch.bfloat16, hopper_card, False)
+    k, v = k.nan_to_num(0), v.nan_to_num(0)
+    triton.attention(q, k, v, row, limit, 600)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = triton.attention(q, k, v, row, limit, 600)
+    for most in (600, 17, 300):
+        limit.copy_(torch.randint(1, most + 1, limit.shape))
+        graph.replay()
+        assert_close(out, reference.attention(q, k, v, row, limit, 600), 6e-3)
+
+
+@pytest.mark.gpu
+def test_what_takes_many_queries(hopper_card: torch.device) -> None:
+    """Not tiles that are half empty, few tiles over many keys, other heads, fp32, a store that no copy engine reads, or a
+    negative scale."""
+    from fastdllm.kernels.attention import hopper_wide as kernels
+
+    def takes(
+        W: int, channels: int = 128, dtype: torch.dtype = torch.bfloat16, scale: float | None = None, keys: int = 300
+    ) -> bool:
+        store = torch.zeros(2, 4, 300, channels, dtype=dtype, device=hopper_card)
+        return kernels.applies(store.new_zeros(2, W, 8, channels), store, store, keys, scale)
+
+    assert takes(100) and takes(1000, dtype=torch.float16, scale=0.1) and takes(1000, keys=9000)
+    assert not (takes(64) or takes(130) or takes(100, keys=9000))
+    assert not (takes(300, 64) or takes(300, 96) or takes(300, dtype=torch.float32) or takes(300, scale=-1.0))
+    store = torch.zeros(2, 4, 300, 132, dtype=torch.bfloat16, device=hopper_card)[..., :128]
+    assert not kernels.applies(store.new_zeros(2, 300, 8, 128), store, store, 300, None)

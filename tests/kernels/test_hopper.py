@@ -15,7 +15,7 @@ from torch import Tensor
 from fastdllm.kernels.linear import reference
 from fastdllm.kernels.linear.reference import FP8
 from fastdllm.kernels.silu_mul import reference as silu_mul_reference
-from tests.kernels.hopper_ptx import CASES
+from tests.kernels.hopper_ptx import ATTENTION, CASES, WIDE
 from tests.processes import python
 
 KINDS = ["bf16", "fp16", "fp8", "int8"]
@@ -294,7 +294,14 @@ def test_weights_are_fetched_before_the_wait_and_x_after_it(compiled: dict[str, 
     assert set(found[2 * stages + 1 :]) == {"w", "x"}, "the loop fills the ring again"
 
 
-@pytest.mark.parametrize("case", [name for name, case in CASES.items() if "k" in case[2]])
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case[0] == WIDE])
+def test_a_warp_of_its_own_fetches_for_many_queries(compiled: dict[str, Any], case: str) -> None:
+    """Nothing before the wait: the kernel before has just written some of it."""
+    found = compiled["events"][case]
+    assert found[0] == "wait" and set(found[1:]) == {"q", "k", "v"} and found.count("k") == found.count("v")
+
+
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case[0] == ATTENTION])
 def test_keys_and_values_are_fetched_after_the_wait(compiled: dict[str, Any], case: str) -> None:
     """The kernel before has just written some of them."""
     assert compiled["events"][case] == ["wait"] + ["k", "v"] * (CASES[case][-1]["STAGES"] + 1)
@@ -314,8 +321,8 @@ def test_launches_give_each_kernel_its_arguments(compiled: dict[str, Any]) -> No
     done = python("from tests.kernels import hopper_launches; hopper_launches.main()")
     assert done.returncode == 0, done.stderr
     kernels = {
-        "attention.hopper._attend_kernel", "attention.hopper._join_kernel", "linear.hopper._product_kernel",
-        "linear.hopper._gated_kernel", "linear.hopper._pair_kernel", "linear.hopper_int4._product_kernel",
-        "linear.hopper_int4._gated_kernel",
+        "attention.hopper._attend_kernel", "attention.hopper._join_kernel", "attention.hopper_wide._attend_kernel",
+        "linear.hopper._product_kernel", "linear.hopper._gated_kernel", "linear.hopper._pair_kernel",
+        "linear.hopper_int4._product_kernel", "linear.hopper_int4._gated_kernel",
     }  # fmt: skip
     assert kernels <= json.loads(done.stdout).keys()

@@ -3,8 +3,9 @@
 
 The query heads of one kv head are packed into the rows of a tile, so that the tile reads its keys once. Each split writes a
 normalised partial output and its log-sum-exp, and the tile's last split to finish joins them, always in the same order.
-`hopper.py` is for few queries on Hopper. Lengths are read on the device, so that one captured launch serves every length up
-to `max_kv_len`. Method: FlashAttention-2 (arXiv 2307.08691), split over keys as in Flash-Decoding.
+`hopper.py` is for few queries on Hopper, `hopper_wide.py` for many. Lengths are read on the device, so that one captured
+launch serves every length up to `max_kv_len`. Method: FlashAttention-2 (arXiv 2307.08691), split over keys as in
+Flash-Decoding.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdllm.kernels.attention import hopper
-from fastdllm.kernels.device import multiprocessors, stages
+from fastdllm.kernels.attention import hopper, hopper_wide
+from fastdllm.kernels.device import multiprocessors, reads_shared, stages
 from fastdllm.kernels.dot import dot
 from fastdllm.kernels.linear.reference import Quantized
 from fastdllm.kernels.linear.triton import quantize_rows
@@ -25,6 +26,8 @@ from fastdllm.kernels.pdl import LAUNCH, wait
 
 LOG2E = 1.4426950408889634
 FEW_TILES = 8
+FEW_KEYS = 256
+LONG_SPLIT = 256  # keys that a split has at least
 
 
 @triton.jit
@@ -248,24 +251,41 @@ def tiling(tiles: int, packed: int, max_kv_len: int, row_bytes: int, device: tor
     `row_bytes`.
 
     Splits make about one program a multiprocessor; with few of them, deep pipelines keep the memory busy. The queries of a
-    kv head that many heads share fill several tiles, which read the same keys from the L2 cache. (Hopper now takes
-    `hopper.py` where keys are split.) Measured on an H200 (torch 2.11, triton 3.6, 2026-11-28) in a captured chain of
-    layers, us a layer at 1256 keys, as (rows, keys, splits, stages): LLaDA 1 x 32 queries (32, 64, 4, 6) 140.7, with 4
-    stages 143.8, with 8 splits 144.1; Dream 1 x 32 (32, 32, 8, 3) 156.5, (64, 64, 8, 4) 157.5; v2 1 x 8 (32, 32, 8, 3)
-    146.9, (64, 32, 8, 3) 149.1. Unsplit, on an H100: LLaDA 32 x 32 queries 242 us with 128 keys a tile, 248 with 64; tiles
-    of 128 queries were no faster than 64 for 1256 queries.
+    kv head that many heads share fill several tiles, which read the same keys from the L2 cache.
+
+    Where the matrix unit reads shared memory it takes 64 rows at a time, and a tile of 64 that is half empty is faster than
+    one of 32. Measured on an H200 (torch 2.11, triton 3.6, 2026-12-01), us of a launch over keys that no cache has, as
+    (queries, keys, stages), with 160, 384 and 1256 keys. LLaDA 32 x 32: (64, 32, 3) 32, 59, 164, (64, 64, 3) 38, 60, 162,
+    (32, 128, 3) 65, 76, 191. LLaDA 8 x 32: (64, 64, 3) 10.9, 18.0, 44.5, (32, 64, 3) 11.9, 18.0, 45.0. v2 32 x 32: (64, 32,
+    3) 15.8, 25.8, 67.6, (64, 64, 3) 17.8, 23.7, 55.0; 32 x 8, one program a multiprocessor: (64, 64, 4) 7.4, 11.6, 26.3,
+    (64, 64, 3) 8.3, 12.6, 29.1; 16 x 8: (64, 64, 4) 7.1, 9.2, 22.0, in two splits 9.9, 11.4, 21.0. 32 rows of 8 queries, 32
+    heads: (16, 32, 3) 27.1, 54.1, 157.2, (16, 64, 3) 30.4, 53.6, 160.0, (16, 128, 3) 50.9, 64.5, 166.7.
+
+    Other cards keep what an H100 preferred before: LLaDA 32 x 32 over 1256 keys 242 us with 128 keys a tile, 248 with 64.
     """
-    shared = tiles < 8
-    block_m = min(32 if shared and packed <= 256 else 64, max(16, triton.next_power_of_2(packed)))
-    programs = tiles * triton.cdiv(packed, block_m)
-    splits = max(1, min(multiprocessors(device) // programs, triton.cdiv(max_kv_len, 64)))
-    splits = 1 << (splits.bit_length() - 1)
-    if splits == 1:
-        block_n, depth = 128 if block_m <= 32 else 64, 3
-    elif shared:
-        block_n, depth, splits = 32, 3, 8
+    room, shared = multiprocessors(device), tiles < 8
+    if reads_shared(device) and not (shared and packed <= 256):
+        block_m = 16 if packed <= 16 else 64
+        programs = tiles * triton.cdiv(packed, block_m)
+        splits = max(1, min(room // programs, max_kv_len // LONG_SPLIT))
+        splits = 1 << (splits.bit_length() - 1)
+        if block_m == 16:
+            block_n, depth = 32, 3
+        elif programs <= room:
+            block_n, depth = 64, 4 if splits == 1 else 6
+        else:
+            block_n, depth = 32 if max_kv_len <= FEW_KEYS else 64, 3
     else:
-        block_n, depth = 64, 6
+        block_m = min(32 if shared and packed <= 256 else 64, max(16, triton.next_power_of_2(packed)))
+        programs = tiles * triton.cdiv(packed, block_m)
+        splits = max(1, min(room // programs, triton.cdiv(max_kv_len, 64)))
+        splits = 1 << (splits.bit_length() - 1)
+        if splits == 1:
+            block_n, depth = 128 if block_m <= 32 else 64, 3
+        elif shared:
+            block_n, depth, splits = 32, 3, 8
+        else:
+            block_n, depth = 64, 6
     depth = stages(depth, 2 * block_n * row_bytes, device)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "SPLITS": splits, "num_warps": 4, "num_stages": depth}
 
@@ -286,6 +306,8 @@ def attention(
     """See `fastdllm.kernels.attention.reference.attention`."""
     if (parts := _split(q, k_store, v_store, row, kv_len, max_kv_len, hide, scale, swap, together)) is not None:
         return hopper.join(*parts, torch.empty(q.shape, dtype=q.dtype, device=q.device))
+    if swap is None and together is None and hopper_wide.applies(q, k_store, v_store, max_kv_len, scale):
+        return hopper_wide.attention(q, k_store, v_store, row, kv_len, max_kv_len, hide, scale)
     R, W, H, D = q.shape
     K = k_store.shape[1]
     rows, queries = (R, W) if together is None else together.shape

@@ -89,27 +89,27 @@ def sets(nbytes: float) -> int:
     return max(1, min(32, int(L2_BYTES // nbytes) + 1))
 
 
-def attention_case(m: Model, R: int, W: int, sweep: bool, causal_block: int = 0) -> Case:
-    """R rows of W queries over KEYS keys; with `causal_block`, a block-causal prefill."""
+def attention_case(m: Model, R: int, W: int, sweep: bool, keys: int = KEYS, causal_block: int = 0) -> Case:
+    """R rows of W queries over `keys` keys; with `causal_block`, a block-causal prefill."""
     H, K, D = m.heads, m.kv_heads, m.head_dim
-    nbytes = 2 * 2 * R * K * KEYS * D + 2 * 2 * R * W * H * D
+    nbytes = 2 * 2 * R * K * keys * D + 2 * 2 * R * W * H * D
     n = min(4, sets(nbytes)) if R > 1 else sets(nbytes)
-    store = rand(n, 2, R, K, KEYS + 24, D)
+    store = rand(n, 2, R, K, keys + 24, D)
     q = rand(n, R, W, H, D)
     row = torch.arange(R, device=DEVICE)
-    limit = torch.full((R, W), KEYS, device=DEVICE)
+    limit = torch.full((R, W), keys, device=DEVICE)
     if causal_block:
         limit = (
-            ((torch.arange(W, device=DEVICE) // causal_block + 1) * causal_block).clamp(max=KEYS).expand(R, W).contiguous()
+            ((torch.arange(W, device=DEVICE) // causal_block + 1) * causal_block).clamp(max=keys).expand(R, W).contiguous()
         )
-    seen = limit.double().mean().item() / KEYS
+    seen = limit.double().mean().item() / keys
 
     def run(i: int, tile: dict[str, int] | None = None) -> Tensor:
-        args = (q[i], store[i, 0], store[i, 1], row, limit, KEYS)
+        args = (q[i], store[i, 0], store[i, 1], row, limit, keys)
         return attention_triton.launch(*args, None, None, None, **tile) if tile else attention_triton.attention(*args)
 
     def sdpa(i: int, backend: SDPBackend) -> Tensor:
-        k, v = (store[i, s, :, :, :KEYS] for s in (0, 1))
+        k, v = (store[i, s, :, :, :keys] for s in (0, 1))
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q[i].transpose(1, 2), k, v, enable_gqa=K < H).transpose(1, 2)
 
@@ -121,13 +121,13 @@ def attention_case(m: Model, R: int, W: int, sweep: bool, causal_block: int = 0)
         }
     if sweep:
         runs |= {f"tile {' '.join(map(str, t.values()))}": partial(run, tile=t) for t in attention_tiles(R * K, W * H // K)}
-    want = partial(_attention_want, q, store, row, limit)
-    label = f"{m.name} R{R} W{W}" + (f" causal{causal_block}" if causal_block else "")
-    return Case("attention", label, runs, want, nbytes, 4 * R * W * KEYS * H * D * seen, n)
+    want = partial(_attention_want, q, store, row, limit, keys)
+    label = f"{m.name} R{R} W{W} K{keys}" + (f" causal{causal_block}" if causal_block else "")
+    return Case("attention", label, runs, want, nbytes, 4 * R * W * keys * H * D * seen, n)
 
 
-def _attention_want(q: Tensor, store: Tensor, row: Tensor, limit: Tensor, i: int) -> Tensor:
-    return attention_reference.attention(q[i], store[i, 0], store[i, 1], row, limit, KEYS)
+def _attention_want(q: Tensor, store: Tensor, row: Tensor, limit: Tensor, keys: int, i: int) -> Tensor:
+    return attention_reference.attention(q[i], store[i, 0], store[i, 1], row, limit, keys)
 
 
 def attention_tiles(tiles: int, packed: int) -> Iterator[dict[str, int]]:
@@ -351,14 +351,16 @@ def layer_case(m: Model, R: int, W: int, kind: str, layers: int = 8) -> Case:
 def cases(sweep: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
     """Ops and their cases as thunks: inputs are made when a case runs, and freed after it."""
     for m in (LLADA, DREAM):
-        for R, W in ((1, 32), (32, 32), (1, KEYS)):
-            yield "attention", partial(attention_case, m, R, W, sweep)
+        for R, W, keys in ((1, 32, KEYS), (32, 32, KEYS), (32, 32, 384), (1, KEYS, KEYS), (4, KEYS, KEYS), (32, 128, 128)):
+            yield "attention", partial(attention_case, m, R, W, sweep, keys)
         for name in m.linears():
             for kind in KINDS:
                 yield "linear", partial(linear_case, m, name, 32, kind)
         yield "head_confidence", partial(head_case, m, 32, sweep)
-    yield "attention", partial(attention_case, DREAM, 1, KEYS, sweep, 32)
-    yield "attention", partial(attention_case, DREAM, 32, 8, sweep)
+    for R in (1, 4):
+        yield "attention", partial(attention_case, DREAM, R, KEYS, sweep, causal_block=32)
+    for keys in (KEYS, 384):
+        yield "attention", partial(attention_case, DREAM, 32, 8, sweep, keys)
     for M in (64, 128, 256, 1024):
         for name in ("o", "gate_up"):
             for kind in KINDS:

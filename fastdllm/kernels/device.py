@@ -38,7 +38,7 @@ def cache_size(device: torch.device) -> int:
 @cache
 def reads_shared(device: torch.device) -> bool:
     """Whether the matrix unit reads its right operand from shared memory (Hopper); elsewhere that takes registers."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+    return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9)
 
 
 def stages(wanted: int, tile_bytes: int, device: torch.device, kept: int = SCRATCH) -> int:

@@ -297,21 +297,30 @@ def test_tilings_cover_the_device() -> None:
     from fastdllm.kernels.attention import triton
 
     device = torch.device("cpu")  # taken for an H100
-    for tiles, packed in ((32, 32), (4, 32 * 7)):
-        t = triton.tiling(tiles, packed, 1256, 256, device)
-        assert tiles * -(-packed // t["BLOCK_M"]) * t["SPLITS"] >= 120
-    assert triton.tiling(32 * 32, 32, 1256, 256, device)["SPLITS"] == 1
-    assert triton.tiling(32, 1256, 1256, 256, device)["SPLITS"] == 1
+    for tiles, packed in ((32, 32), (4, 32 * 7), (16, 8 * 7), (8, 16)):
+        for keys in (511, 1023, 1256):
+            t = triton.tiling(tiles, packed, keys, 128, 2, device)
+            assert tiles * -(-packed // t["BLOCK_M"]) * t["SPLITS"] >= (120 if keys > 511 else 64)
+    assert triton.tiling(32 * 32, 32, 1256, 128, 2, device)["SPLITS"] == 1
+    assert triton.tiling(32, 1256, 1256, 128, 2, device)["SPLITS"] == 1
 
 
-def test_few_tiles_share_keys_only_where_these_are_many() -> None:
+def test_where_tiles_fill_a_part_of_the_device_only_long_keys_are_split() -> None:
     """A split that finds a few dozen keys costs more than it saves."""
     from fastdllm.kernels.attention import triton
 
     device = torch.device("cpu")  # taken for an H100
-    splits = [triton.tiling(16 * 4, 8 * 7, keys, 256, device)["SPLITS"] for keys in (160, 384, 1256)]
+    splits = [triton.tiling(16 * 4, 8 * 7, keys, 128, 2, device)["SPLITS"] for keys in (160, 384, 1256)]
     assert splits == [1, 1, 2]
-    assert triton.tiling(32, 20, 1256, 256, device)["BLOCK_M"] == 64, "the rows that the matrix unit takes"
+
+
+def test_tiles_have_the_rows_that_the_matrix_unit_takes() -> None:
+    """In 16 bits, with heads that leave room for it in the registers."""
+    from fastdllm.kernels.attention import triton
+
+    device = torch.device("cpu")  # taken for an H100
+    rows = [triton.tiling(32 * 32, 32, 1256, *of, device)["BLOCK_M"] for of in ((64, 2), (128, 2), (256, 2), (64, 4))]
+    assert rows == [64, 64, 32, 32]
 
 
 def test_pipelines_fit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,11 +331,20 @@ def test_pipelines_fit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cpu")
     for room in (232448, 166912, 101376):
         monkeypatch.setattr(devices, "shared_memory", lambda _, room=room: room)
-        for row_bytes in (32, 256, 512):
+        for channels, itemsize in ((16, 2), (128, 2), (256, 2), (128, 4)):
             for tiles, packed in ((2, 32), (32, 32), (4, 224), (32, 1256)):
-                t = triton.tiling(tiles, packed, 1256, row_bytes, device)
-                used = 2 * t["BLOCK_N"] * row_bytes * t["num_stages"]
+                t = triton.tiling(tiles, packed, 1256, channels, itemsize, device)
+                used = 2 * t["BLOCK_N"] * channels * itemsize * t["num_stages"]
                 assert used <= room or t["num_stages"] == 2
+
+
+def test_tiles_go_from_the_end_where_all_keys_fit_the_cache() -> None:
+    """The last queries of causal blocks see most."""
+    from fastdllm.kernels.attention import hopper_wide
+
+    store = torch.zeros(1, 1, 1, 128, dtype=torch.bfloat16)  # only its heads and formats count
+    assert hopper_wide.longest_first(store.expand(4, 4, 1024, 128), 4, 1024)
+    assert not hopper_wide.longest_first(store.expand(4, 32, 1256, 128), 4, 1256)
 
 
 @pytest.mark.gpu

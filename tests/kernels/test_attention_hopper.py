@@ -187,6 +187,39 @@ def test_many_queries(
     assert_close(kernels.attention(q, k, v, row, limit, keys, hide, None), want, 1e-3 if half == torch.float16 else 6e-3)
 
 
+SEEN = {  # kv_len of every query and the slots that are hidden: of a middle tile, of several, of all, of none
+    "whole tiles": (384, (0, 0)),
+    "one tile": (128, (0, 0)),
+    "part of a tile": (300, (0, 0)),
+    "some hidden": (384, (100, 250)),
+    "a whole tile hidden": (384, (128, 256)),
+    "all hidden": (300, (0, 384)),
+    "hidden beyond what is seen": (200, (250, 300)),
+    "turned round": (384, (250, 100)),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seen, hidden", SEEN.values(), ids=list(SEEN))
+def test_many_queries_that_see_alike(hopper_card: torch.device, assert_close, seen: int, hidden: tuple[int, int]) -> None:
+    """Most tiles of keys are then seen whole, and need no mask. What nobody sees is NaN."""
+    from fastdllm.kernels.attention import hopper_wide as kernels
+
+    R, W, H, K, T = 2, 150, 4, 2, 400
+    q, k, v = (torch.randn(shape).bfloat16() for shape in ((R, W, H, 128), (R, K, T, 128), (R, K, T, 128)))
+    slot = torch.arange(T)
+    unseen = (slot >= seen) | ((slot >= hidden[0]) & (slot < hidden[1]))
+    poisoned = [x.masked_fill(unseen[None, None, :, None], math.nan).to(hopper_card) for x in (k, v)]
+    row, limit = torch.arange(R).to(hopper_card), torch.tensor([[seen]], device=hopper_card).expand(R, W)
+    hide = torch.tensor([hidden] * R, device=hopper_card)
+    want = reference.attention(q, k, v, row.cpu(), limit.cpu(), 384, hide.cpu()).to(hopper_card)
+    assert_close(kernels.attention(q.to(hopper_card), *poisoned, row, limit, 384, hide, None), want, 6e-3)
+    turned = q.transpose(1, 2).contiguous().to(hopper_card).transpose(1, 2)  # lies in memory in another order
+    assert_close(kernels.attention(turned, *poisoned, row, limit, 384, hide, None), want, 6e-3)
+    if hidden == (0, 0):
+        assert_close(kernels.attention(turned, *poisoned, row, limit + 50, seen, None, None), want, 6e-3)
+
+
 @pytest.mark.gpu
 def test_of_many_queries_too_one_that_sees_nothing_gives_zeros(hopper_card: torch.device) -> None:
     from fastdllm.kernels.attention import hopper_wide as kernels
@@ -231,3 +264,8 @@ def test_what_takes_many_queries(hopper_card: torch.device) -> None:
     assert not (takes(300, 64) or takes(300, 96) or takes(300, dtype=torch.float32) or takes(300, scale=-1.0))
     store = torch.zeros(2, 4, 300, 132, dtype=torch.bfloat16, device=hopper_card)[..., :128]
     assert not kernels.applies(store.new_zeros(2, 300, 8, 128), store, store, 300, None)
+    store = store.contiguous()
+    askew = store.new_zeros(1 + 2 * 300 * 8 * 128)[1:].view(2, 300, 8, 128)
+    assert not kernels.applies(askew, store, store, 300, None) and kernels.applies(
+        askew.transpose(0, 1), store, store, 300, None
+    )

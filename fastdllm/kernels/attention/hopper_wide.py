@@ -36,7 +36,7 @@ LOG2E = 1.4426950408889634
 BLOCK_M = 128  # queries of a tile, half for each warpgroup
 BLOCK_N = 128  # keys of a tile
 CHANNELS = 128
-FEW_KEYS = 4 * BLOCK_N
+FEW_KEYS = 4 * BLOCK_N  # so few are not worth splitting
 
 
 @jit
@@ -326,13 +326,14 @@ def _attend_kernel(
 
 
 def applies(q: Tensor, k_store: Tensor, v_store: Tensor, max_kv_len: int, scale: float | None) -> bool:
-    """Whether this kernel computes attention of q [R, W, H, D]: on Hopper, in 16 bits, with heads of 128 channels, where the
-    queries of a row fill its tiles and the tiles the device. The bulk copy engine reads keys and values where they lie.
+    """Whether this kernel computes attention of q [R, W, H, D]: on Hopper, in 16 bits, with heads of 128 channels. Its tiles
+    of queries are at least two thirds full. It does not split keys, so its tiles are more than a quarter of the
+    multiprocessors, or keys are few. The bulk copy engine reads queries, keys and values where they lie.
 
     Measured on an H200 (torch 2.11, triton 3.6, 2026-12-01), us in Triton and here. LLaDA-8B's 32 heads over 1,256 keys:
-    1,256 queries 77 and 59, 4 x 1,256 257 and 188, 128 queries 16.5 and 20.2. v2-7B's 28 heads of 4: 1,256 queries 73 and
-    57, 128 over 384 keys 21.8 and 9.3, 32 x 128 over 128 keys 48 and 29, 8 x 65 over 512 keys 13.7 and 19.0. 1,256 queries
-    of 16 heads with 64 channels: 24.3 and 32.7.
+    1,256 queries 77 and 59, 4 x 1,256 257 and 188, 128 queries 16.5 and 20.2. v2-7B's 28 heads, which share 4 of keys: 1,256
+    queries 73 and 57, 128 over 384 keys 21.8 and 9.3, 32 x 128 over 128 keys 48 and 29, 8 x 65 over 512 keys 13.7 and 19.0.
+    1,256 queries of 16 heads with 64 channels: 24.3 and 32.7.
     """
     R, W, H, D = q.shape
     per = triton.cdiv(W, BLOCK_M)
@@ -343,6 +344,7 @@ def applies(q: Tensor, k_store: Tensor, v_store: Tensor, max_kv_len: int, scale:
         and (4 * per * H * R > multiprocessors(q.device) or max_kv_len <= FEW_KEYS)  # this kernel does not split keys
         and q.dtype.itemsize == 2
         and q.dtype == k_store.dtype == v_store.dtype
+        and (copyable(q) or not q.is_contiguous())  # a copy is aligned
         and copyable(k_store)
         and copyable(v_store)
         and (scale is None or scale > 0)  # the maximum is taken before scores are scaled

@@ -26,8 +26,11 @@ from fastdllm.kernels.pdl import LAUNCH, wait
 
 LOG2E = 1.4426950408889634
 FEW_TILES = 8
-FEW_KEYS = 256
-LONG_SPLIT = 256  # keys that a split has at least
+SHORT = 256  # keys up to which tiles of 32 of them are faster
+SHORT_SPLIT, LONG_SPLIT = (
+    64,
+    1024,
+)  # keys for which one more split pays: on an empty device, and on one that is a quarter full
 
 
 @triton.jit
@@ -246,47 +249,49 @@ def _counters(device: torch.device, size: int) -> Tensor:
     return torch.zeros(size, dtype=torch.int32, device=device)
 
 
-def tiling(tiles: int, packed: int, max_kv_len: int, row_bytes: int, device: torch.device) -> dict[str, int]:
-    """Tile shape and number of key splits for `packed` queries of each of `tiles` (row, kv head) pairs; a key or value takes
-    `row_bytes`.
+def tiling(tiles: int, packed: int, max_kv_len: int, channels: int, itemsize: int, device: torch.device) -> dict[str, int]:
+    """Tile shape and number of key splits for `packed` queries of each of `tiles` (row, kv head) pairs, whose heads take so
+    many channels, a power of two, of `itemsize` bytes.
 
-    Splits make about one program a multiprocessor; with few of them, deep pipelines keep the memory busy. The queries of a
-    kv head that many heads share fill several tiles, which read the same keys from the L2 cache.
+    Splits make about one program a multiprocessor; with few of them, deep pipelines keep the memory busy. Where tiles fill a
+    quarter of the device, only long keys are split. The queries of a kv head that many heads share fill several tiles, which
+    read the same keys from the L2 cache. (Hopper takes `hopper.py` where its kernel splits keys.) Measured on an H200
+    (torch 2.11, triton 3.6, 2026-11-28) in a captured chain of layers, us a layer at 1256 keys, as (rows, keys, splits,
+    stages): LLaDA 1 x 32 queries (32, 64, 4, 6) 140.7, with 4 stages 143.8, with 8 splits 144.1; Dream 1 x 32 (32, 32, 8, 3)
+    156.5, (64, 64, 8, 4) 157.5; v2 1 x 8 (32, 32, 8, 3) 146.9, (64, 32, 8, 3) 149.1.
 
     Where the matrix unit reads shared memory it takes 64 rows at a time, and a tile of 64 that is half empty is faster than
-    one of 32. Measured on an H200 (torch 2.11, triton 3.6, 2026-12-01), us of a launch over keys that no cache has, as
-    (queries, keys, stages), with 160, 384 and 1256 keys. LLaDA 32 x 32: (64, 32, 3) 32, 59, 164, (64, 64, 3) 38, 60, 162,
-    (32, 128, 3) 65, 76, 191. LLaDA 8 x 32: (64, 64, 3) 10.9, 18.0, 44.5, (32, 64, 3) 11.9, 18.0, 45.0. v2 32 x 32: (64, 32,
-    3) 15.8, 25.8, 67.6, (64, 64, 3) 17.8, 23.7, 55.0; 32 x 8, one program a multiprocessor: (64, 64, 4) 7.4, 11.6, 26.3,
-    (64, 64, 3) 8.3, 12.6, 29.1; 16 x 8: (64, 64, 4) 7.1, 9.2, 22.0, in two splits 9.9, 11.4, 21.0. 32 rows of 8 queries, 32
+    one of 32. Measured on an H200 (2026-12-01), us of a launch over keys that no cache has, as (rows, keys, stages), with
+    160, 384 and 1256 keys. LLaDA 32 x 32: (64, 32, 3) 32, 59, 164, (64, 64, 3) 38, 60, 162, (32, 128, 3) 65, 76, 191. LLaDA
+    8 x 32: (64, 32, 3) 10.7, 18.7, 46.5, (64, 64, 3) 10.9, 18.0, 44.5, (32, 64, 3) 11.9, 18.0, 45.0. v2 32 x 32: (64, 32, 3)
+    15.8, 25.8, 67.6, (64, 64, 3) 17.8, 23.7, 55.0; 32 x 8, one program a multiprocessor: (64, 64, 4) 7.4, 11.6, 26.3, (64,
+    64, 3) 8.3, 12.6, 29.1; 16 x 8: (64, 64, 4) 7.1, 9.2, 22.0, in two splits 9.9, 11.4, 21.0. 32 rows of 8 queries, 32
     heads: (16, 32, 3) 27.1, 54.1, 157.2, (16, 64, 3) 30.4, 53.6, 160.0, (16, 128, 3) 50.9, 64.5, 166.7.
 
-    Other cards keep what an H100 preferred before: LLaDA 32 x 32 over 1256 keys 242 us with 128 keys a tile, 248 with 64.
+    Other cards, and what is wider than that (whose tiles of 64 rows spill), keep what an H100 preferred unsplit: LLaDA 32 x
+    32 over 1256 keys 242 us with 128 keys a tile, 248 with 64.
     """
-    room, shared = multiprocessors(device), tiles < 8
-    if reads_shared(device) and not (shared and packed <= 256):
+    room, few = multiprocessors(device), tiles < 8
+    by_64 = reads_shared(device) and itemsize == 2 and channels <= 128 and not (few and packed <= 256)
+    if by_64:
         block_m = 16 if packed <= 16 else 64
-        programs = tiles * triton.cdiv(packed, block_m)
-        splits = max(1, min(room // programs, max_kv_len // LONG_SPLIT))
-        splits = 1 << (splits.bit_length() - 1)
-        if block_m == 16:
-            block_n, depth = 32, 3
-        elif programs <= room:
-            block_n, depth = 64, 4 if splits == 1 else 6
-        else:
-            block_n, depth = 32 if max_kv_len <= FEW_KEYS else 64, 3
     else:
-        block_m = min(32 if shared and packed <= 256 else 64, max(16, triton.next_power_of_2(packed)))
-        programs = tiles * triton.cdiv(packed, block_m)
-        splits = max(1, min(room // programs, triton.cdiv(max_kv_len, 64)))
-        splits = 1 << (splits.bit_length() - 1)
-        if splits == 1:
-            block_n, depth = 128 if block_m <= 32 else 64, 3
-        elif shared:
+        block_m = min(32 if few and packed <= 256 else 64, max(16, triton.next_power_of_2(packed)))
+    programs = tiles * triton.cdiv(packed, block_m)
+    least = LONG_SPLIT if by_64 and 4 * programs > room else SHORT_SPLIT
+    splits = max(1, min(room // programs, triton.cdiv(max_kv_len, least)))
+    splits = 1 << (splits.bit_length() - 1)
+    if splits > 1:
+        block_n, depth = 64, 6
+        if few and not by_64:
             block_n, depth, splits = 32, 3, 8
-        else:
-            block_n, depth = 64, 6
-    depth = stages(depth, 2 * block_n * row_bytes, device)
+    elif not by_64:
+        block_n, depth = 128 if block_m <= 32 else 64, 3
+    elif programs <= room:
+        block_n, depth = 64, 4
+    else:
+        block_n, depth = 32 if block_m == 16 or max_kv_len <= SHORT else 64, 3
+    depth = stages(depth, 2 * block_n * channels * itemsize, device)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "SPLITS": splits, "num_warps": 4, "num_stages": depth}
 
 
@@ -311,7 +316,7 @@ def attention(
     R, W, H, D = q.shape
     K = k_store.shape[1]
     rows, queries = (R, W) if together is None else together.shape
-    tile = tiling(rows * K, queries * H // K, max_kv_len, triton.next_power_of_2(D) * k_store.itemsize, q.device)
+    tile = tiling(rows * K, queries * H // K, max_kv_len, triton.next_power_of_2(D), k_store.itemsize, q.device)
     return launch(q, k_store, v_store, row, kv_len, max_kv_len, hide, scale, swap, together, **tile)
 
 

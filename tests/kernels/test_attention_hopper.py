@@ -266,6 +266,5 @@ def test_what_takes_many_queries(hopper_card: torch.device) -> None:
     assert not kernels.applies(store.new_zeros(2, 300, 8, 128), store, store, 300, None)
     store = store.contiguous()
     askew = store.new_zeros(1 + 2 * 300 * 8 * 128)[1:].view(2, 300, 8, 128)
-    assert not kernels.applies(askew, store, store, 300, None) and kernels.applies(
-        askew.transpose(0, 1), store, store, 300, None
-    )
+    assert not kernels.applies(askew, store, store, 300, None)
+    assert kernels.applies(askew[:, :, :4], store, store, 300, None), "a copy of it is aligned"

@@ -27,10 +27,8 @@ from fastdllm.kernels.pdl import LAUNCH, wait
 LOG2E = 1.4426950408889634
 FEW_TILES = 8
 SHORT = 256  # keys up to which tiles of 32 of them are faster
-SHORT_SPLIT, LONG_SPLIT = (
-    64,
-    1024,
-)  # keys for which one more split pays: on an empty device, and on one that is a quarter full
+SHORT_SPLIT = 64  # keys for which one more split pays
+LONG_SPLIT = 1024  # the same where tiles fill a quarter of the device
 
 
 @triton.jit

@@ -46,7 +46,7 @@ def main() -> None:
     for module in (attention_hopper, hopper_wide, hopper, hopper_int4, triton, silu_mul, rmsnorm):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             setattr(module, name, Bound(module, name))
-    for module in (attention_hopper, hopper_wide, hopper, hopper_int4):
+    for module in (attention_hopper, hopper, hopper_int4):
         module.usable = lambda device: True  # type: ignore[attr-defined]
     half = {"dtype": torch.bfloat16}
     for M in (1, 8, 32, 64):

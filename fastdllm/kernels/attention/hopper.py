@@ -185,16 +185,25 @@ def _join_kernel(
 def tile_for(q: Tensor, k_store: Tensor, v_store: Tensor, max_kv_len: int) -> dict[str, int] | None:
     """The tile of these kernels, or None where others compute this attention: they are for few queries in 16 bits on Hopper,
     with heads of 64 or 128 channels."""
-    if (
+    if readable(q, k_store, v_store) and q.shape[-1] in (64, 128):
+        return tiling(q.shape, k_store.shape[1], max_kv_len, q.device)
+    return None
+
+
+def readable(q: Tensor, k_store: Tensor, v_store: Tensor) -> bool:
+    """Whether kernels in Gluon run here, and the bulk copy engine reads keys and values where they lie, in 16 bits."""
+    return (
         usable(q.device)
-        and q.shape[-1] in (64, 128)
         and q.dtype.itemsize == 2
         and q.dtype == k_store.dtype == v_store.dtype
         and copyable(k_store)
         and copyable(v_store)
-    ):
-        return tiling(q.shape, k_store.shape[1], max_kv_len, q.device)
-    return None
+    )
+
+
+def base_2(scale: float | None, channels: int) -> float:
+    """The scale of scores, by default that of heads of so many channels, for exponentials to the base 2."""
+    return (channels**-0.5 if scale is None else scale) * LOG2E
 
 
 def tiling(shape: torch.Size, kv_heads: int, max_kv_len: int, device: torch.device) -> dict[str, int] | None:
@@ -252,7 +261,7 @@ def attention(
         lse,
         W,
         max_kv_len,
-        (D**-0.5 if scale is None else scale) * LOG2E,
+        base_2(scale, D),
         H=H,
         G=H // K,
         D=D,

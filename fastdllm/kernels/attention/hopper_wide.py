@@ -13,8 +13,9 @@ import torch
 import triton
 from torch import Tensor
 
+from fastdllm.kernels.attention.hopper import base_2, readable
 from fastdllm.kernels.device import cache_size, multiprocessors
-from fastdllm.kernels.gluon import GLUON, copyable, described, jit, usable
+from fastdllm.kernels.gluon import GLUON, copyable, described, jit
 from fastdllm.kernels.pdl import LAUNCH
 
 if GLUON:
@@ -32,7 +33,6 @@ if GLUON:
     _HALF = gl.constexpr(64)  # queries of a warpgroup: the rows that the matrix unit takes at a time
     _RING = gl.constexpr(2)  # tiles of keys and of values that are here or on their way; of queries, for each warpgroup
 
-LOG2E = 1.4426950408889634
 BLOCK_M = 128  # queries of a tile, half for each warpgroup
 BLOCK_N = 128  # keys of a tile
 CHANNELS = 128
@@ -333,20 +333,16 @@ def applies(q: Tensor, k_store: Tensor, v_store: Tensor, max_kv_len: int, scale:
     Measured on an H200 (torch 2.11, triton 3.6, 2026-12-01), us in Triton and here. LLaDA-8B's 32 heads over 1,256 keys:
     1,256 queries 77 and 59, 4 x 1,256 257 and 188, 128 queries 16.5 and 20.2. v2-7B's 28 heads, which share 4 of keys: 1,256
     queries 73 and 57, 128 over 384 keys 21.8 and 9.3, 32 x 128 over 128 keys 48 and 29, 8 x 65 over 512 keys 13.7 and 19.0.
-    1,256 queries of 16 heads with 64 channels: 24.3 and 32.7.
+    1,256 queries of 16 heads with 64 channels: 24.3, and 32.7 in a first version.
     """
     R, W, H, D = q.shape
     per = triton.cdiv(W, BLOCK_M)
     return (
-        usable(q.device)
+        readable(q, k_store, v_store)
+        and (copyable(q) or not q.is_contiguous())  # a copy is aligned
         and D == CHANNELS
         and 2 * BLOCK_M * per <= 3 * W
         and (4 * per * H * R > multiprocessors(q.device) or max_kv_len <= FEW_KEYS)  # this kernel does not split keys
-        and q.dtype.itemsize == 2
-        and q.dtype == k_store.dtype == v_store.dtype
-        and (copyable(q) or not q.is_contiguous())  # a copy is aligned
-        and copyable(k_store)
-        and copyable(v_store)
         and (scale is None or scale > 0)  # the maximum is taken before scores are scaled
     )
 
@@ -389,7 +385,7 @@ def attention(
         per,
         tiles,
         max_kv_len,
-        (D**-0.5 if scale is None else scale) * LOG2E,
+        base_2(scale, D),
         H=H,
         G=H // k_store.shape[1],
         D=D,

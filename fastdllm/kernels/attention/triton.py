@@ -24,7 +24,6 @@ from fastdllm.kernels.linear.reference import Quantized
 from fastdllm.kernels.linear.triton import quantize_rows
 from fastdllm.kernels.pdl import LAUNCH, wait
 
-LOG2E = 1.4426950408889634
 FEW_TILES = 8
 SHORT = 256  # keys up to which tiles of 32 of them are faster
 SHORT_SPLIT = 64  # keys for which one more split pays
@@ -406,7 +405,7 @@ def launch(
         queries,
         W,
         max_kv_len,
-        (D**-0.5 if scale is None else scale) * LOG2E,
+        hopper.base_2(scale, D),
         *k_store.stride()[:3],
         *v_store.stride()[:3],
         H=H,
